@@ -1,0 +1,1 @@
+"""mhf_compiler: multi-head feed-forward networks, compiled."""

@@ -1,0 +1,1 @@
+"""What an MH-FFN is: reads graphs, never edits them, knows no Triton."""
