@@ -1,1 +1,7 @@
-"""What replaces an MH-FFN: the op, its CPU path and its Triton kernels; knows no FX."""
+"""What replaces a multi-head feed-forward network: one op, its specification, its kernels."""
+
+from .arguments import ArgumentError
+from .op import multi_head_ffn
+from .reference import multi_head_ffn_reference
+
+__all__ = ["ArgumentError", "multi_head_ffn", "multi_head_ffn_reference"]

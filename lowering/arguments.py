@@ -1,0 +1,191 @@
+"""What arguments the op accepts, and the error that says which one is wrong."""
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+
+__all__ = ["ArgumentError", "check_arguments", "check_backward_arguments", "check_device"]
+
+# The axes of every tensor: batch B, length L, heads H, head width d, weight groups G,
+# sub-networks E, hidden units f.
+_AXES = {
+    "q": "BLHd",
+    "k": "GEfd",
+    "u": "GEfd",
+    "v": "GEfd",
+    "r": "BLHE",
+    "k_bias": "GEf",
+    "u_bias": "GEf",
+    "v_bias": "GEd",
+}
+_WEIGHT_AXES = "GEfd"
+
+_DTYPES = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+_MAX_HEAD_WIDTH_CUDA = 256
+
+
+class ArgumentError(ValueError):
+    """An argument of ``multi_head_ffn`` that it cannot work with.
+
+    The message names the argument, what came and what is allowed.
+    """
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None,
+    k_bias: Tensor | None,
+    u_bias: Tensor | None,
+    v_bias: Tensor | None,
+    *,
+    activation: str,
+    out_order: Sequence[int] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    """Raise :class:`ArgumentError` unless the arguments fit together, on whatever device.
+
+    Under autocast the tensors are judged by the dtype that autocast gives them.
+    """
+    tensors = {
+        "q": q,
+        "k": k,
+        "u": u,
+        "v": v,
+        "r": r,
+        "k_bias": k_bias,
+        "u_bias": u_bias,
+        "v_bias": v_bias,
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k", "v")):
+            optional = "" if name in ("q", "k", "v") else " or None"
+            raise ArgumentError(f"{name} must be a tensor{optional}, got {type(tensor).__name__}")
+    if u_bias is not None and u is None:
+        raise ArgumentError("u_bias is given but u is None: an un-gated network has no up bias")
+    _check_shapes(tensors)
+    _check_dtypes_and_devices(q, tensors)
+    if activation not in ACTIVATIONS:
+        near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1, cutoff=0.0)
+        raise ArgumentError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
+            f"the nearest is {near[0]!r}"
+        )
+    if out_order is not None and sorted(out_order) != [0, 1, 2, 3]:
+        raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ArgumentError(f"out_dtype must be a floating dtype or None, got {out_dtype}")
+
+
+def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:
+    """Raise :class:`ArgumentError` unless the device of ``q`` runs this dtype and head width.
+
+    Tensors on the ``meta`` device compute nothing and always pass.
+    """
+    device = q.device.type
+    if device == "meta":
+        return
+    if device not in _DTYPES:
+        raise ArgumentError(f"q is on device {q.device}, supported are {', '.join(_DTYPES)}")
+    allowed = ", ".join(_name(dtype) for dtype in _DTYPES[device])
+    dtype = _effective_dtype("q", q, device)
+    if dtype not in _DTYPES[device]:
+        raise ArgumentError(f"q has dtype {_name(dtype)}, supported on {device} are {allowed}")
+    if out_dtype is not None and out_dtype not in _DTYPES[device]:
+        raise ArgumentError(f"out_dtype is {_name(out_dtype)}, supported on {device} are {allowed}")
+    if device == "cuda" and q.shape[3] > _MAX_HEAD_WIDTH_CUDA:
+        raise ArgumentError(
+            f"q has head width d={q.shape[3]}, supported on cuda are 1 to {_MAX_HEAD_WIDTH_CUDA}"
+        )
+
+
+def check_backward_arguments(
+    grad_out: Tensor, q: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> None:
+    """Raise :class:`ArgumentError` unless ``grad_out`` and ``needs`` fit the checked ``inputs``."""
+    if tuple(grad_out.shape) != tuple(q.shape):
+        raise ArgumentError(
+            f"grad_out must have the shape {_shape(q)} of q, got {_shape(grad_out)}"
+        )
+    if not grad_out.dtype.is_floating_point:
+        raise ArgumentError(f"grad_out must have a floating dtype, got {_name(grad_out.dtype)}")
+    if grad_out.device != q.device:
+        raise ArgumentError(f"grad_out is on device {grad_out.device}, q is on {q.device}")
+    if len(needs) != len(_AXES):
+        raise ArgumentError(f"needs must have {len(_AXES)} flags, got {len(needs)}")
+    for name, tensor, needed in zip(_AXES, inputs, needs, strict=True):
+        if needed and tensor is None:
+            raise ArgumentError(f"needs asks for the gradient of {name}, which is None")
+
+
+def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
+    known: dict[str, tuple[int, str]] = {}  # axis -> (its size, the tensor that gave it)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        axes = _AXES[name]
+        layout = f"({', '.join(axes)})"
+        if tensor.dim() != len(axes):
+            raise ArgumentError(
+                f"{name} must have {len(axes)} dimensions {layout}, got shape {_shape(tensor)}"
+            )
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if axis not in known:
+                known[axis] = (size, name)
+                if axis in _WEIGHT_AXES and size < 1:
+                    raise ArgumentError(
+                        f"{name} of shape {_shape(tensor)} is empty: "
+                        f"{axis} in {layout} must be at least 1"
+                    )
+            elif size != known[axis][0]:
+                raise ArgumentError(
+                    f"{name} of shape {_shape(tensor)} has {axis}={size} in {layout}, "
+                    f"which must equal the {axis}={known[axis][0]} of {known[axis][1]}"
+                )
+    heads, groups = known["H"][0], known["G"][0]
+    if heads % groups != 0:
+        raise ArgumentError(
+            f"the number of heads H={heads} of q must be a multiple of "
+            f"the number of weight groups G={groups} of k"
+        )
+
+
+def _check_dtypes_and_devices(q: Tensor, tensors: dict[str, Tensor | None]) -> None:
+    device = q.device.type
+    expected = _effective_dtype("q", q, device)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise ArgumentError(f"{name} must have a floating dtype, got {_name(tensor.dtype)}")
+        if tensor.device != q.device:
+            raise ArgumentError(f"{name} is on device {tensor.device}, must be on {q.device} as q")
+        dtype = _effective_dtype(name, tensor, device)
+        if name != "r" and dtype != expected:
+            raise ArgumentError(
+                f"{name} has dtype {_name(dtype)}, must have dtype {_name(expected)} as q"
+            )
+
+
+def _effective_dtype(name: str, tensor: Tensor, device: str) -> torch.dtype:
+    """The dtype after autocast, which leaves ``r`` and float64 as they are."""
+    if name == "r" or tensor.dtype == torch.float64 or device not in _DTYPES:
+        return tensor.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

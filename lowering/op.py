@@ -1,0 +1,294 @@
+"""The operator ``torch.ops.mhf_compiler.multi_head_ffn``: schema, shapes, autograd, autocast."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .arguments import check_arguments, check_backward_arguments, check_device
+
+__all__ = ["multi_head_ffn"]
+
+_FORWARD = "mhf_compiler::multi_head_ffn"
+_BACKWARD = "mhf_compiler::multi_head_ffn_backward"
+_TENSORS = 8  # q, k, u, v, r, k_bias, u_bias, v_bias: the leading arguments of both operators
+_OTHERS = 6  # activation, three scales, out_order, out_dtype: what has no gradient
+
+torch.library.define(
+    _FORWARD,
+    "(Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r=None, Tensor? k_bias=None, "
+    "Tensor? u_bias=None, Tensor? v_bias=None, str activation='silu', float k_scale=1.0, "
+    "float u_scale=1.0, float out_scale=1.0, int[]? out_order=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    _BACKWARD,
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, "
+    "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
+    "float out_scale, bool[] needs) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def multi_head_ffn(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None = None,
+    *,
+    k_bias: Tensor | None = None,
+    u_bias: Tensor | None = None,
+    v_bias: Tensor | None = None,
+    activation: str = "silu",
+    k_scale: float = 1.0,
+    u_scale: float = 1.0,
+    out_scale: float = 1.0,
+    out_order: Sequence[int] | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""Multi-head feed-forward network: per head, a routed sum of small gated networks.
+
+    For token :math:`(b, l)` and head :math:`h`, whose weights are those of group
+    :math:`g = \lfloor h / (H / G) \rfloor`:
+
+    .. math::
+        \text{out}_{blh} = s_o \sum_e r_{blhe} \Big(
+            \big(\phi(s_k\, q_{blh} k_{ge}^T + b^k_{ge}) \odot
+            (s_u\, q_{blh} u_{ge}^T + b^u_{ge})\big)\, v_{ge} + b^v_{ge} \Big)
+
+    The hidden activations, :math:`E f / d` times the size of the output, never exist in memory
+    as a whole, and the backward pass recomputes them: only the arguments are saved.
+
+    Every tensor may have any strides, so transposed, sliced, expanded and packed tensors are
+    passed as views. The result is differentiable once.
+
+    Args:
+        q (Tensor): query, shape :math:`(B, L, H, d)`.
+        k (Tensor): gate projection, shape :math:`(G, E, f, d)`; :math:`H` is a multiple of
+            :math:`G`.
+        u (Tensor, optional): up projection, shape :math:`(G, E, f, d)`. With ``None`` the network
+            is not gated: the factor of ``u`` is 1.
+        v (Tensor): down projection, shape :math:`(G, E, f, d)`.
+        r (Tensor, optional): weight of every sub-network, shape :math:`(B, L, H, E)`, of any
+            floating dtype. Default: 1.
+
+    Keyword args:
+        k_bias (Tensor, optional): shape :math:`(G, E, f)`.
+        u_bias (Tensor, optional): shape :math:`(G, E, f)`; needs ``u``.
+        v_bias (Tensor, optional): shape :math:`(G, E, d)`.
+        activation (str): :math:`\phi`, one of ``"silu"``, ``"gelu"`` (by the error function),
+            ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (ReLU squared), ``"sigmoid"``, ``"tanh"``.
+        k_scale (float): :math:`s_k`. Default: 1.
+        u_scale (float): :math:`s_u`. Default: 1.
+        out_scale (float): :math:`s_o`. Default: 1.
+        out_order (sequence of int, optional): the dimensions of the result from outermost to
+            innermost in memory, a permutation of ``(0, 1, 2, 3)``. It chooses the strides and
+            never the shape. Default: ``(0, 1, 2, 3)``, contiguous.
+        out_dtype (torch.dtype, optional): dtype of the result. Default: the dtype of ``q``.
+
+    Returns:
+        Tensor: shape :math:`(B, L, H, d)`, accumulated in float32 (in float64 for float64 inputs)
+        and rounded once.
+
+    Dtypes:
+        All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also
+        float64. Autocast casts them to its dtype and leaves ``r`` as it is. On CUDA the head
+        width :math:`d` is at most 256.
+
+    Raises:
+        ArgumentError: an argument has a wrong shape, dtype, device or value. It is a
+            ``ValueError`` that names the argument, what came and what is allowed.
+
+    Example::
+
+        >>> q = torch.randn(8, 256, 4, 32)  # 8 sequences of 256 tokens, 4 heads of width 32
+        >>> k, u, v = (torch.randn(4, 2, 64, 32) for _ in range(3))  # 2 networks of 64 units
+        >>> r = torch.softmax(torch.randn(8, 256, 4, 2), dim=-1)
+        >>> multi_head_ffn(q, k, u, v, r).shape
+        torch.Size([8, 256, 4, 32])
+
+    Source: the multi-head feed-forward network of FlashMHF, https://arxiv.org/abs/2512.06989.
+    """
+    check_arguments(
+        q, k, u, v, r, k_bias, u_bias, v_bias,
+        activation=activation, out_order=out_order, out_dtype=out_dtype,
+    )  # fmt: skip
+    check_device(q, out_dtype)
+    return torch.ops.mhf_compiler.multi_head_ffn(
+        q, k, u, v, r, k_bias, u_bias, v_bias,
+        activation, k_scale, u_scale, out_scale, out_order, out_dtype,
+    )  # fmt: skip
+
+
+def _empty_output(
+    q: Tensor, out_order: Sequence[int] | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    order = (0, 1, 2, 3) if out_order is None else tuple(out_order)
+    memory = q.new_empty([q.shape[dim] for dim in order], dtype=out_dtype or q.dtype)
+    return memory.permute([order.index(dim) for dim in range(4)])
+
+
+def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
+    """The operator on one device, whose arithmetic is ``compute`` (none: shapes only)."""
+
+    def multi_head_ffn_on_device(
+        q: Tensor,
+        k: Tensor,
+        u: Tensor | None,
+        v: Tensor,
+        r: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        u_bias: Tensor | None = None,
+        v_bias: Tensor | None = None,
+        activation: str = "silu",
+        k_scale: float = 1.0,
+        u_scale: float = 1.0,
+        out_scale: float = 1.0,
+        out_order: Sequence[int] | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        check_arguments(
+            q, k, u, v, r, k_bias, u_bias, v_bias,
+            activation=activation, out_order=out_order, out_dtype=out_dtype,
+        )  # fmt: skip
+        check_device(q, out_dtype)
+        out = _empty_output(q, out_order, out_dtype)
+        if compute is not None:
+            compute(
+                q, k, u, v, r, k_bias, u_bias, v_bias, out,
+                activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
+            )  # fmt: skip
+        return out
+
+    return multi_head_ffn_on_device
+
+
+def _backward(compute: Callable[..., list[Tensor]] | None) -> Callable[..., list[Tensor]]:
+    """The backward operator on one device, whose arithmetic is ``compute`` (none: shapes only)."""
+
+    def multi_head_ffn_backward_on_device(
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        u: Tensor | None,
+        v: Tensor,
+        r: Tensor | None,
+        k_bias: Tensor | None,
+        u_bias: Tensor | None,
+        v_bias: Tensor | None,
+        activation: str,
+        k_scale: float,
+        u_scale: float,
+        out_scale: float,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+        check_arguments(*inputs, activation=activation)
+        check_device(q)
+        check_backward_arguments(grad_out, q, inputs, needs)
+        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+        if compute is None:
+            return [torch.empty_like(x) for x in wanted]
+        gradients = compute(
+            grad_out, *inputs,
+            activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
+            needs=list(needs),
+        )  # fmt: skip
+        return [_like(gradient, x) for gradient, x in zip(gradients, wanted, strict=True)]
+
+    return multi_head_ffn_backward_on_device
+
+
+def _like(gradient: Tensor, x: Tensor) -> Tensor:
+    """``gradient`` with the strides that the shape function promised for the gradient of ``x``."""
+    promised = torch.empty_like(x, device="meta")
+    if gradient.stride() == promised.stride():
+        return gradient
+    return torch.empty_like(x).copy_(gradient)
+
+
+def _cuda_forward(*args: Any, **kwargs: Any) -> None:
+    # Imported by the first call: the package must import where there is no Triton.
+    from . import kernels
+
+    kernels.forward(*args, **kwargs)
+
+
+def _cuda_backward(*args: Any, **kwargs: Any) -> list[Tensor]:
+    from . import kernels
+
+    return kernels.backward(*args, **kwargs)
+
+
+torch.library.impl(_FORWARD, "cpu", _forward(cpu.forward))
+torch.library.impl(_FORWARD, "cuda", _forward(_cuda_forward))
+torch.library.register_fake(_FORWARD, _forward(None))
+torch.library.impl(_BACKWARD, "cpu", _backward(cpu.backward))
+torch.library.impl(_BACKWARD, "cuda", _backward(_cuda_backward))
+torch.library.register_fake(_BACKWARD, _backward(None))
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.constants = inputs[_TENSORS : _TENSORS + 4]  # activation and the three scales
+
+
+def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:_TENSORS])
+    gradients = iter(
+        torch.ops.mhf_compiler.multi_head_ffn_backward(
+            grad_out, *ctx.saved_tensors, *ctx.constants, needs
+        )
+    )
+    return (*(next(gradients) if needed else None for needed in needs), *[None] * _OTHERS)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "multi_head_ffn is differentiable once: its backward pass has no derivative. "
+        "For second derivatives use mhf_compiler.lowering.multi_head_ffn_reference."
+    )
+
+
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_inputs)
+torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
+
+
+def _autocast(device: str) -> Callable[..., Tensor]:
+    """The operator under autocast: every tensor but ``r`` in the dtype of autocast."""
+
+    def cast(x: Tensor | None) -> Tensor | None:
+        # Autocast never lowers float64.
+        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(device))
+
+    def multi_head_ffn_under_autocast(
+        q: Tensor,
+        k: Tensor,
+        u: Tensor | None,
+        v: Tensor,
+        r: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        u_bias: Tensor | None = None,
+        v_bias: Tensor | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> Tensor:
+        q_, k_, u_, v_, k_bias, u_bias, v_bias = map(cast, (q, k, u, v, k_bias, u_bias, v_bias))
+        with torch.autocast(device, enabled=False):
+            return torch.ops.mhf_compiler.multi_head_ffn(
+                q_, k_, u_, v_, r, k_bias, u_bias, v_bias, *others, **named
+            )
+
+    return multi_head_ffn_under_autocast
+
+
+# torch.library.register_autocast casts every tensor to one fixed dtype; here r keeps its own.
+_AUTOCAST = torch.library.Library("mhf_compiler", "FRAGMENT")
+_AUTOCAST.impl("multi_head_ffn", _autocast("cpu"), "AutocastCPU")
+_AUTOCAST.impl("multi_head_ffn", _autocast("cuda"), "AutocastCUDA")
