@@ -1,1 +1,108 @@
-"""The Triton kernels behind the op."""
+"""The Triton kernels behind the op: `forward` and `backward` over arbitrary strided views.
+
+    forward.py      out: one kernel, the hidden units stay on the chip
+    backward.py     dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
+    activations.py  the activations and their slopes
+    loads.py        tensor descriptors, pointers and masks
+    launching.py    from tensors to a launch
+    tiles.py        the tile sizes for a problem and a GPU
+
+Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and
+down projections, R the router's weights; E sub-networks of F hidden units, heads of width D.
+
+Nothing of the size tokens x hidden units reaches memory, sums are kept in float32 and rounded once,
+and no order of addition depends on scheduling: equal inputs give equal bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS
+from .backward import run_down, run_down_bias, run_query, run_up
+from .forward import run_forward
+from .launching import Problem, capability
+from .tiles import Kernel, Tile, choose
+
+__all__ = ["ACTIVATIONS", "backward", "forward"]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None,
+    k_bias: Tensor | None,
+    u_bias: Tensor | None,
+    v_bias: Tensor | None,
+    out: Tensor,
+    *,
+    activation: str,
+    k_scale: float = 1.0,
+    u_scale: float = 1.0,
+    out_scale: float = 1.0,
+) -> None:
+    """Write the op's output to `out` (B, L, H, d), of any strides and floating dtype."""
+    if out.numel() == 0:
+        return
+    problem = Problem(
+        q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
+    )
+    run_forward(problem, out, _tile("forward", problem))
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None,
+    k_bias: Tensor | None,
+    u_bias: Tensor | None,
+    v_bias: Tensor | None,
+    *,
+    activation: str,
+    k_scale: float = 1.0,
+    u_scale: float = 1.0,
+    out_scale: float = 1.0,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of those of (q, k, u, v, r, k_bias, u_bias, v_bias) that `needs` marks.
+
+    Each comes in its input's dtype and shape, and in its memory layout where that is dense.
+    """
+    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+    grads = [
+        torch.empty_like(x) if need and x is not None else None
+        for x, need in zip(inputs, needs, strict=True)
+    ]
+    wanted = [grad for grad in grads if grad is not None]
+    if grad_out.numel() == 0:
+        return [grad.zero_() for grad in wanted]
+    # An output wider than q sends its gradient back through the cast, as autograd would.
+    grad_out = grad_out.to(q.dtype)
+    problem = Problem(*inputs, activation, k_scale, u_scale, out_scale)
+    dq, dk, du, dv, dr, dk_bias, du_bias, dv_bias = grads
+    if dq is not None or dr is not None:
+        run_query(problem, grad_out, dq, dr, _tile("query", problem))
+    if dv is not None:
+        run_down(problem, grad_out, dv, _tile("down", problem))
+    if any(grad is not None for grad in (dk, du, dk_bias, du_bias)):
+        run_up(problem, grad_out, dk, du, dk_bias, du_bias, _tile("up", problem))
+    if dv_bias is not None:
+        run_down_bias(problem, grad_out, dv_bias, _tile("down_bias", problem))
+    return wanted
+
+
+def _tile(kernel: Kernel, problem: Problem) -> Tile:
+    batch, length, _, width = problem.q.shape
+    return choose(
+        kernel,
+        tokens=batch * length,
+        width=width,
+        itemsize=problem.q.element_size(),
+        capability=capability(problem.q.device),
+    )

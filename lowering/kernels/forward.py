@@ -1,0 +1,107 @@
+"""The forward kernel: one token tile of one head against every hidden unit of every sub-network.
+
+The sum over sub-networks and hidden units has no softmax in it, so its order is free: one loop runs
+through all (e, f) tiles, keeps a single accumulator in registers, and the hidden activations never
+leave the chip. R scales the hidden tile rather than its product with V, which lets all sub-networks
+share that accumulator.
+
+Hidden units beyond F meet zero rows of V, and tokens beyond L are not stored: neither needs a mask.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .launching import Problem, launch
+from .loads import (
+    bias_operand,
+    load_bias,
+    load_router,
+    load_tokens,
+    load_weights,
+    router_operand,
+    store_tokens,
+    token_axes,
+    token_operand,
+    weight_operand,
+)
+from .tiles import Tile
+
+
+def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
+    """Fill `out` (B, L, H, d)."""
+    axes = token_axes(problem.q, problem.r, out)
+    heads = problem.q.shape[2]
+    operands = {
+        "Q": token_operand(problem.q, axes, tile),
+        "K": weight_operand(problem.k, tile),
+        "U": weight_operand(problem.u, tile),
+        "V": weight_operand(problem.v, tile),
+        "R": router_operand(problem.r, axes),
+        "K_bias": bias_operand(problem.k_bias),
+        "U_bias": bias_operand(problem.u_bias),
+        "V_bias": bias_operand(problem.v_bias),
+        "Out": token_operand(out, axes, tile),
+    }
+    programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
+    launch(forward_kernel, programs, tile, out.device, operands, problem.scalars(axes, tile))
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, U, V, R, K_bias, U_bias, V_bias, Out,
+    Q_strides, K_strides, U_strides, V_strides, R_strides,
+    K_bias_strides, U_bias_strides, V_bias_strides, Out_strides,
+    B, L,
+    E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
+    V_layout: tl.constexpr, Out_layout: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    # Token tiles fastest: programs that run together read the same head's weights from L2.
+    token_tiles = tl.cdiv(L, BM)
+    program = tl.program_id(0)
+    l0 = (program % token_tiles) * BM
+    b = program // token_tiles % B
+    h = program // token_tiles // B
+    g = h // HEADS_PER_GROUP
+
+    q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
+    acc = tl.zeros((BM, BD), tl.float32)
+    F_TILES: tl.constexpr = (F + BF - 1) // BF
+    for i in tl.range(0, E * F_TILES):
+        e = i // F_TILES
+        f0 = (i % F_TILES) * BF
+        k = load_weights(K, K_strides, g, e, f0, F, D, BF, BD, K_layout)  # [BF, BD]
+        m = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BF]
+        if K_SCALE != 1.0:
+            m *= K_SCALE
+        if K_bias is not None:
+            m += load_bias(K_bias, K_bias_strides, g, e, f0, F, BF)[None, :]
+        a = activate(m, ACTIVATION, APPROXIMATE)
+        if U is not None:
+            u = load_weights(U, U_strides, g, e, f0, F, D, BF, BD, U_layout)
+            n = tl.dot(q, u.T, input_precision=PRECISION)  # [BM, BF]
+            if U_SCALE != 1.0:
+                n *= U_SCALE
+            if U_bias is not None:
+                n += load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[None, :]
+            if R is not None:
+                n *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+            a *= n
+        elif R is not None:
+            a *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+        v = load_weights(V, V_strides, g, e, f0, F, D, BF, BD, V_layout)
+        acc = tl.dot(a.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BD]
+
+    if V_bias is not None:
+        for e in tl.range(0, E):
+            v_bias = load_bias(V_bias, V_bias_strides, g, e, 0, D, BD)[None, :]  # [1, BD]
+            if R is not None:
+                v_bias *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+            acc += v_bias
+    store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)
