@@ -238,7 +238,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:_TENSORS])
+    # A call that leaves trailing arguments to their defaults has flags only for what it passed.
+    flags = (*ctx.needs_input_grad, *[False] * _TENSORS)
+    needs = list(flags[:_TENSORS])
     gradients = iter(
         torch.ops.mhf_compiler.multi_head_ffn_backward(
             grad_out, *ctx.saved_tensors, *ctx.constants, needs
