@@ -134,6 +134,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions."""
 
+    cos: Tensor  # [length, width / 2], and so is sin
+    sin: Tensor
+
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.heads = size.attention_heads
@@ -141,7 +144,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(size.d_model, size.d_model, bias=False)
         width = size.d_model // size.attention_heads
         frequency = 10_000.0 ** (-torch.arange(0, width, 2).float() / width)
-        angle = torch.outer(torch.arange(size.length).float(), frequency)  # [L, width / 2]
+        angle = torch.outer(torch.arange(size.length).float(), frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -229,10 +232,11 @@ class ByteLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:
-            # Residual branches start small, so that depth does not scale the activations.
-            for projection in (block.attention.out_proj, block.ffn.out_proj):
-                nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * size.layers))
+        for module in self.modules():
+            if isinstance(module, Attention | MultiHeadFFN):
+                # Residual branches start small, so that depth does not scale the activations.
+                std = 0.02 / math.sqrt(2 * size.layers)
+                nn.init.normal_(module.out_proj.weight, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
@@ -497,8 +501,10 @@ def print_table(runs: Sequence[Run], device: str) -> None:
         if run.step_tensor_bytes is not None:
             cells.append(f"{run.step_tensor_bytes / 2**20:.0f}")
         cells.append(str(run.sites_rewritten))
-        compared = reference is not None and run is not reference
-        cells.append(f"{largest_difference(run, reference):.1e}" if compared else "-")
+        if reference is None or run is reference:
+            cells.append("-")
+        else:
+            cells.append(f"{largest_difference(run, reference):.1e}")
         table.add_row(run.backend, *cells)
     console = Console()
     console.print(table)

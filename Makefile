@@ -1,0 +1,77 @@
+# `make test` and `make demo` need Python 3.11 or 3.12, git and a C++ compiler, and set up the rest
+# in .venv. To use an environment that already has everything, name its interpreter:
+#
+#     make test-gpu PYTHON=/path/to/python
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+ifdef PYTHON
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# More options for pytest or the demo: make test PYTEST_ARGS="-k router", make demo DEMO_ARGS=...
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@suits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
+	for base in $(VENV)/bin/python python3 python3.12 python3.11 none; do \
+	  if $$base -c "$$suits" 2>/dev/null; then break; fi; \
+	done; \
+	if [ $$base = none ]; then \
+	  echo 'Python 3.11 or 3.12 with its venv module is needed, and none is on the PATH' >&2; exit 1; \
+	fi; \
+	if [ $$base != $(VENV)/bin/python ]; then $$base -m venv --clear $(VENV); fi
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev]'
+	@touch $@
+
+.PHONY: setup
+setup: $(READY)  ## create .venv with everything below (the other targets do so themselves)
+
+.PHONY: install
+install:  ## put the package itself into PYTHON's environment, offline and without dependencies
+	$(PYTHON) -m pip install --no-deps --no-build-isolation --editable .
+
+.PHONY: demo
+demo: $(READY)  ## train the byte-level model under three backends and compare them
+	$(PYTHON) examples/byte_lm.py $(DEMO_ARGS)
+
+.PHONY: test
+test: lint pytest  ## lint, types and every test that needs no GPU
+
+.PHONY: pytest
+pytest: $(READY)  ## the tests alone
+	$(PYTHON) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+.PHONY: test-gpu
+test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none
+	$(PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(READY) typecheck  ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+# mypy knows no package-dir mapping, so it is shown the package as an installation lays it out, made
+# of links; its messages are mapped back to the files they are about.
+.PHONY: typecheck
+typecheck: $(READY)  ## mypy alone
+	@rm -rf build/typecheck && mkdir -p build/typecheck/mhf_compiler
+	@ln -s "$(CURDIR)"/mhf_compiler/* "$(CURDIR)"/{patterns,lowering} build/typecheck/mhf_compiler/
+	$(PYTHON) -m mypy build/typecheck/mhf_compiler examples/byte_lm.py \
+	  | sed -E 's#^build/typecheck/mhf_compiler/(patterns|lowering)/#\1/#; s#^build/typecheck/##'
+
+.PHONY: clean
+clean:  ## remove what the targets above made, .venv included
+	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/  make \1 | \2/p' $(MAKEFILE_LIST) | column -t -s '|' \
+	  || true
