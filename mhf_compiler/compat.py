@@ -1,0 +1,66 @@
+"""Every private PyTorch name that the project uses, in one place.
+
+The rest of the code imports these from here, so that a new PyTorch release is one file to check.
+Tested on the oldest and the newest supported release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.utils import counters
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "compile_with_inductor",
+    "counters",
+    "is_traceable_wrapper_subclass",
+    "no_fake_mode",
+    "no_new_guards",
+    "symbolic_size",
+    "tracing_shape_env",
+]
+
+no_fake_mode = unset_fake_temporarily
+
+
+def symbolic_size(size: int | torch.SymInt) -> int | sympy.Expr:
+    """A size as an int, or as the sympy expression behind a symbolic one."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression
+
+
+def tracing_shape_env() -> Any | None:
+    """The shape environment of the compilation that is under way, if there is one."""
+    context = TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    return None if mode is None else mode.shape_env
+
+
+@contextmanager
+def no_new_guards(shape_env: Any | None) -> Iterator[None]:
+    """Analysis must not constrain the user's dynamic shapes: guards made inside are dropped."""
+    with ExitStack() as stack:
+        if shape_env is not None:
+            stack.enter_context(shape_env.suppress_guards())
+        yield
+
+
+def compile_with_inductor(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor, as ``backend="inductor"`` calls it. Imported late: Inductor is heavy."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]

@@ -1,0 +1,216 @@
+"""Index maps: where each element of a tensor is read, as integer forms over axes.
+
+Recognition never compares shapes or the names of view operations. It asks which element of which
+tensor a result reads, and writes the answer as one affine form per dimension:
+
+    q.view(B, L, H, d).transpose(1, 2)[b, h, l, j]   reads   q[b, l, h*d + j]
+
+``Axis`` is one loop index with its size, ``Affine`` an integer combination of axes. A reshape may
+need only a part of an axis, say the head out of a flattened feature index. The axis is then *split*
+into an outer and an inner one. Splits are recorded in the axis itself, and ``Affine.resolved``
+reads a form through them, so that forms written down before the split stay true after it.
+
+Sizes are ints, or sympy expressions over the positive integer symbols of a dynamic shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import sympy
+
+Size: TypeAlias = int | sympy.Expr
+
+
+@dataclass(eq=False, slots=True)
+class Axis:
+    """One loop index, running from 0 to ``size - 1``. Compared by identity.
+
+    ``parts`` is set when the axis has been split: ``axis = outer * inner.size + inner``.
+    """
+
+    size: Size
+    parts: tuple[Axis, Axis] | None = None
+
+    def leaves(self) -> tuple[Axis, ...]:
+        """The axes that this one has been split into, outermost first."""
+        if self.parts is None:
+            return (self,)
+        outer, inner = self.parts
+        return outer.leaves() + inner.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """``offset + sum(coefficient * axis)``: one coordinate of a read element."""
+
+    terms: tuple[tuple[Axis, Size], ...] = ()
+    offset: Size = 0
+
+    def resolved(self) -> Affine:
+        """The same form over axes that are not split any further."""
+        if all(axis.parts is None for axis, _ in self.terms):
+            return self
+        terms: list[tuple[Axis, Size]] = []
+        for axis, coefficient in self.terms:
+            leaves = axis.leaves()
+            stride: Size = coefficient
+            for leaf in reversed(leaves):
+                terms.append((leaf, stride))
+                stride = multiply(stride, leaf.size)
+        return Affine(tuple(terms), self.offset)
+
+    def coefficient(self, axis: Axis) -> Size:
+        return next((c for a, c in self.resolved().terms if a is axis), 0)
+
+    def axes(self) -> tuple[Axis, ...]:
+        return tuple(axis for axis, _ in self.resolved().terms)
+
+    def scaled(self, factor: Size) -> Affine:
+        terms = tuple((axis, multiply(c, factor)) for axis, c in self.terms)
+        return Affine(terms, multiply(self.offset, factor))
+
+    def shifted(self, offset: Size) -> Affine:
+        return Affine(self.terms, plus(self.offset, offset))
+
+    def replaced(self, mapping: dict[Axis, Axis]) -> Affine:
+        form = self.resolved()
+        return Affine(tuple((mapping.get(a, a), c) for a, c in form.terms), form.offset)
+
+
+Index: TypeAlias = tuple[Affine, ...]
+
+
+@dataclass(slots=True)
+class _Digits:
+    """What one dimension of a mixed-radix number has received so far."""
+
+    size: Size
+    stride: Size
+    terms: list[tuple[Axis, Size]] = field(default_factory=list)
+    offset: Size = 0
+
+
+def axis_form(axis: Axis) -> Affine:
+    return Affine(((axis, 1),))
+
+
+def multiply(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return a * b
+    return _tidy(sympy.expand(sympy.sympify(a) * b))
+
+
+def plus(a: Size, b: Size) -> Size:
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    return _tidy(sympy.expand(sympy.sympify(a) + b))
+
+
+def quotient(a: Size, b: Size) -> Size | None:
+    """``a / b`` when ``b`` divides ``a`` for every value of the symbols, else None."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b != 0 and a % b == 0 else None
+    numerator, denominator = sympy.fraction(sympy.cancel(sympy.sympify(a) / b))
+    if denominator != 1:
+        return None
+    return _tidy(sympy.expand(numerator))
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    total: Size = 1
+    for size in sizes:
+        total = multiply(total, size)
+    return total
+
+
+def at_most(a: Size, b: Size) -> bool:
+    """Whether ``a <= b`` for every value of the symbols; False when that is not known."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a <= b
+    return bool(sympy.expand(sympy.sympify(b) - a).is_nonnegative)
+
+
+def split(axis: Axis, inner_size: Size) -> bool:
+    """Split ``axis`` so that its inner part has ``inner_size``; False when that does not divide."""
+    outer_size = quotient(axis.size, inner_size)
+    if outer_size is None:
+        return False
+    axis.parts = (Axis(outer_size), Axis(inner_size))
+    return True
+
+
+def contiguous_strides(shape: Sequence[Size]) -> list[Size]:
+    strides: list[Size] = []
+    stride: Size = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride = multiply(stride, size)
+    return strides[::-1]
+
+
+def through_reshape(index: Index, shape: Sequence[Size], source: Sequence[Size]) -> Index | None:
+    """The index into a tensor of shape ``source`` that ``index`` into its reshape reads.
+
+    ``shape`` is the shape after the reshape. The position in row-major order is the same on both
+    sides, so the position is written as one form and cut into the digits of ``source``, splitting
+    axes where a digit ends inside one. None when the digits are no affine forms.
+    """
+    position = Affine()
+    for form, stride in zip(index, contiguous_strides(shape), strict=True):
+        part = form.resolved().scaled(stride)
+        position = Affine(position.terms + part.terms, plus(position.offset, part.offset))
+    return _digits(position, source)
+
+
+def _digits(position: Affine, source: Sequence[Size]) -> Index | None:
+    digits = [_Digits(s, t) for s, t in zip(source, contiguous_strides(source), strict=True)]
+    real = [digit for digit in digits if digit.size != 1]
+    pending = [term for term in position.terms if term[0].size != 1]
+    while pending:
+        axis, coefficient = pending.pop()
+        for digit in real:  # the outermost digit whose stride divides the coefficient
+            step = quotient(coefficient, digit.stride)
+            if step is not None:
+                break
+        else:
+            return None
+        room = quotient(digit.size, step)  # values of the axis that fit into this digit
+        if room is None:
+            # Only a partial, non-dividing cover can be right: bounds are checked at the end.
+            digit.terms.append((axis, step))
+        elif quotient(room, axis.size) is not None or at_most(axis.size, room):
+            digit.terms.append((axis, step))
+        elif digit is not real[0] and split(axis, room):
+            assert axis.parts is not None
+            outer, inner = axis.parts
+            pending += [(outer, multiply(coefficient, room)), (inner, coefficient)]
+        else:
+            return None
+    offset = position.offset
+    if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in real):
+        for digit in real:
+            digit.offset, offset = divmod(offset, digit.stride)  # type: ignore[operator]
+    elif offset != 0:
+        for digit in real:
+            step = quotient(offset, digit.stride)
+            if step is not None:
+                digit.offset, offset = step, 0
+                break
+    if offset != 0 or not all(_in_bounds(digit) for digit in real):
+        return None
+    return tuple(Affine(tuple(digit.terms), digit.offset) for digit in digits)
+
+
+def _in_bounds(digit: _Digits) -> bool:
+    """Whether the digit stays below its size: no carry into the next one."""
+    largest: Size = digit.offset
+    for axis, step in digit.terms:
+        largest = plus(largest, multiply(step, plus(axis.size, -1)))
+    return at_most(plus(largest, 1), digit.size)
+
+
+def _tidy(expression: sympy.Expr) -> Size:
+    return int(expression) if expression.is_Integer else expression

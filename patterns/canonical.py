@@ -1,0 +1,500 @@
+"""The canonical copy: what a Dynamo graph computes, as pure values.
+
+The graph that Dynamo hands to a backend is spelled as its author spelled it: ``@``, ``einsum`` and
+``linear`` for the same product, buffers filled in place, ``vmap`` with its level counters. The
+recogniser reads a copy instead. ``trace`` runs the graph once over fake tensors and writes down
+every ATen operation as a ``Value``:
+
+- composite operations arrive decomposed, ``vmap`` arrives batched;
+- in-place updates become new values: a tensor is a view chain on a storage, a storage has a current
+  value, a write gives it a new one (``SCATTER`` when only a part is written);
+- equal computations become one value, so that two readings of one query are one object.
+
+Provenance goes both ways. ``Value.origin`` is the Dynamo node that a value was computed in.
+``CanonicalCopy.reads`` says which value a node saw in each of its arguments *when it ran*, which is
+the only meaning a node has in a graph with mutation. The graph itself is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mhf_compiler.compat import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    no_new_guards,
+    symbolic_size,
+)
+
+from .axes import Size
+
+INPUT = "input"  # a graph input or attribute
+OPAQUE = "opaque"  # a result that the copy does not look into
+SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
+
+
+class UntraceableGraph(Exception):
+    """The graph cannot be copied; the message says why, in words for the model's author."""
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """One tensor that the graph computes. Compared by identity: equal computations are merged."""
+
+    op: Any  # an OpOverload, or one of INPUT, OPAQUE, SCATTER
+    args: tuple[Any, ...]  # tensors appear as Values
+    kwargs: dict[str, Any]
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+    origin: fx.Node  # the Dynamo node that computed it first
+    step: int  # position in execution order
+    requires_grad_mode: bool  # whether gradients were recorded when it was computed
+    item: int | None = None  # which result, for operators that return several
+    chain: tuple[ViewStep, ...] = ()
+    readers: list[Value] = field(default_factory=list)
+
+    @property
+    def source(self) -> Value:
+        source = self.args[0]
+        assert isinstance(source, Value)
+        return source
+
+    def argument(self, position: int, name: str, default: Any) -> Any:
+        """An argument of the operator, given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def operands(self) -> Iterator[Value]:
+        yield from _values_in(self.args)
+        yield from _values_in(self.kwargs.values())
+
+    def __repr__(self) -> str:
+        return f"%{self.step}: {self.op}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ViewStep:
+    """One view operation, to be applied again to a newer value of the same storage."""
+
+    op: Any
+    args: tuple[Any, ...]  # without the viewed tensor
+    kwargs: dict[str, Any]
+    item: int | None
+
+
+@dataclass(eq=False, slots=True)
+class _Storage:
+    """Memory that several tensors may share."""
+
+    current: Value
+    version: int = 0
+    is_input: bool = False
+    writes: list[int] = field(default_factory=list)  # positions of the Dynamo nodes that wrote
+
+
+@dataclass(eq=False, slots=True)
+class _Alias:
+    """One tensor: a chain of views on a storage, and its value as of ``version``."""
+
+    tensor: torch.Tensor  # kept alive, so that its id stays its own
+    storage: _Storage
+    chain: tuple[ViewStep, ...]
+    shapes: tuple[tuple[Size, ...], ...]  # the shape after each step of the chain
+    value: Value
+    version: int
+
+
+@dataclass(slots=True)
+class CanonicalCopy:
+    """The values of a graph in execution order, and how they belong to its nodes."""
+
+    values: list[Value] = field(default_factory=list)
+    #: the value of each node that returns one tensor, right after it ran
+    value_of: dict[fx.Node, Value] = field(default_factory=dict)
+    #: reader -> argument node -> the value it saw
+    reads: dict[fx.Node, dict[fx.Node, Value]] = field(default_factory=dict)
+    #: values that live on after the graph: returned, or left in an input
+    escaping: set[Value] = field(default_factory=set)
+    positions: dict[fx.Node, int] = field(default_factory=dict)
+    #: the dtype that autocast would cast to, for what is inserted after a node
+    autocast: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)
+    _holders: dict[Value, list[fx.Node]] = field(default_factory=dict)
+    _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
+    _live: set[Value] = field(default_factory=set)
+
+    def holders(self, value: Value) -> list[fx.Node]:
+        """The nodes whose tensor is this value, first one first."""
+        return self._holders.get(value, [])
+
+    def is_live(self, value: Value) -> bool:
+        """Whether anything that outlives the graph depends on the value."""
+        return value in self._live
+
+    def is_written(self, node: fx.Node, after: int, upto: float = float("inf")) -> bool:
+        """Whether the memory of ``node``'s tensor is written at a position in (after, upto]."""
+        return any(after < at <= upto for at in self._storage_of[node].writes)
+
+
+def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
+    """Write down what ``gm`` computes.
+
+    Args:
+        gm: a Dynamo graph; its placeholders carry fake tensors as ``example_value`` or ``val``.
+        shape_env: the shape environment of their symbolic sizes.
+
+    Raises:
+        UntraceableGraph: an input is a tensor subclass, or the graph does not run on fake tensors.
+    """
+    recorder = _Recorder()
+    runner = _Runner(gm, recorder)
+    mode = FakeTensorMode(shape_env=shape_env)
+    grad_mode = torch.is_grad_enabled()
+    try:
+        with no_new_guards(shape_env), mode:
+            runner.trace()
+    except UntraceableGraph:
+        raise
+    except Exception as error:
+        raise UntraceableGraph(f"the graph does not run on fake tensors: {error}") from error
+    finally:
+        torch.set_grad_enabled(grad_mode)
+    return recorder.finish()
+
+
+class _Runner(fx.Interpreter):
+    """Runs the graph node by node and tells the recorder which node is at work."""
+
+    def __init__(self, gm: fx.GraphModule, recorder: _Recorder) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.recorder = recorder
+        self.attributes: dict[str, Any] = {}
+
+    def trace(self) -> None:
+        for position, node in enumerate(self.module.graph.nodes):
+            self.recorder.begin(node, position, self.env)
+            self.env[node] = result = self.run_node(node)
+            self.recorder.end(node, result)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return self.recorder.leaf(_example(n))
+        if n.op == "get_attr":
+            return self._attribute(str(n.target))
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if isinstance(n.target, torch._ops.HigherOrderOperator):
+            return self.recorder.opaque_call(_example(n), (args, kwargs))
+        with self.recorder:
+            return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _attribute(self, target: str) -> Any:
+        if target not in self.attributes:
+            self.attributes[target] = self.recorder.leaf(self.fetch_attr(target))
+        return self.attributes[target]
+
+
+class _Recorder(TorchDispatchMode):
+    """Sees every ATen operation below autograd and functorch, and writes down a value for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copy = CanonicalCopy()
+        self.node: fx.Node
+        self.position = 0
+        self._aliases: dict[int, _Alias] = {}
+        self._known: dict[Any, Value] = {}
+
+    # The Dynamo side.
+
+    def begin(self, node: fx.Node, position: int, env: dict[fx.Node, Any]) -> None:
+        self.node, self.position = node, position
+        self.copy.positions[node] = position
+        seen: dict[fx.Node, Value] = {}
+        for argument in node.all_input_nodes:
+            result = env[argument]
+            if isinstance(result, torch.Tensor):
+                seen[argument] = self._read(result)
+            if node.op == "output":
+                self.copy.escaping.update(self._read(t) for t in _tensors_in(result))
+        self.copy.reads[node] = seen
+
+    def end(self, node: fx.Node, result: Any) -> None:
+        if isinstance(result, torch.Tensor) and node.op != "output":
+            alias = self._alias(result)
+            value = self._read(result)
+            self.copy.value_of[node] = value
+            self.copy._holders.setdefault(value, []).append(node)
+            self.copy._storage_of[node] = alias.storage
+            kind = result.device.type
+            enabled = torch.is_autocast_enabled(kind)
+            self.copy.autocast[node] = torch.get_autocast_dtype(kind) if enabled else None
+
+    def leaf(self, example: Any) -> Any:
+        """A fake tensor of our own mode for a graph input or attribute."""
+        if not isinstance(example, torch.Tensor):
+            return example
+        if is_traceable_wrapper_subclass(example):
+            raise UntraceableGraph(f"an input is a tensor subclass ({type(example).__name__})")
+        fake = torch.empty_strided(
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
+        )
+        self._new_storage(fake, INPUT).is_input = True
+        return fake
+
+    def opaque_call(self, example: Any, arguments: Any) -> Any:
+        """A higher-order operation: not looked into, and taken to overwrite what it is given."""
+        for tensor in _tensors_in(arguments):
+            self.copy.escaping.add(self._read(tensor))
+            self._write(self._alias(tensor), self._opaque(tensor))
+        return _map_tensors(self._fresh, example)
+
+    def finish(self) -> CanonicalCopy:
+        for alias in self._aliases.values():
+            if alias.storage.is_input and alias.storage.writes:
+                self.copy.escaping.add(alias.storage.current)
+        todo = list(self.copy.escaping)
+        while todo:
+            value = todo.pop()
+            if value not in self.copy._live:
+                self.copy._live.add(value)
+                todo += value.operands()
+        return self.copy
+
+    # The ATen side.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.namespace == "prim":  # questions about a tensor, such as its device
+            return result
+        schema = func._schema
+        if schema.is_mutable:
+            self._record_write(func, args, kwargs)
+        elif any(r.alias_info is not None for r in schema.returns):
+            self._record_view(func, args, kwargs, result)
+        else:
+            self._record_pure(func, args, kwargs, result)
+        return result
+
+    def _record_pure(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        args, kwargs = _map_tensors(self._read, args), _map_tensors(self._read, kwargs)
+        results = [result] if isinstance(result, torch.Tensor) else result
+        if not isinstance(results, (list, tuple)):
+            return
+        for item, tensor in enumerate(results):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in self._aliases:
+                which = None if isinstance(result, torch.Tensor) else item
+                value = self._value(func, args, kwargs, tensor, item=which)
+                self._add_alias(tensor, _Storage(value), (), (), value)
+
+    def _record_view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        base = self._alias(args[0])
+        source = self._read(args[0])
+        rest = _map_tensors(self._read, args[1:])
+        results = [result] if isinstance(result, torch.Tensor) else result
+        for item, tensor in enumerate(results):
+            if id(tensor) in self._aliases:
+                continue
+            which = None if isinstance(result, torch.Tensor) else item
+            step = ViewStep(func, rest, kwargs, which)
+            value = self._value(func, (source, *rest), kwargs, tensor, item=which)
+            self._add_alias(
+                tensor, base.storage, (*base.chain, step), (*base.shapes, value.shape), value
+            )
+
+    def _record_write(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An in-place or ``out=`` operation gives the written tensors new values."""
+        written: list[torch.Tensor] = []
+        for argument, given in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += _tensors_in(given)
+        for argument in func._schema.arguments:
+            if argument.name in kwargs and argument.alias_info is not None:
+                written += _tensors_in(kwargs[argument.name])
+        functional = _functional_form(func)
+        if functional is not None and len(written) == 1 and args and written[0] is args[0]:
+            target = written[0]
+            inputs = _map_tensors(self._read, args), _map_tensors(self._read, kwargs)
+            self._write(self._alias(target), self._value(functional, *inputs, target))
+        else:
+            for target in written:
+                self._write(self._alias(target), self._opaque(target))
+
+    # Values, aliases and storages.
+
+    def _value(
+        self, op: Any, args: Any, kwargs: Any, like: Any, item: int | None = None, chain: Any = ()
+    ) -> Value:
+        """The value of this computation: a known one if it was computed before."""
+        shape = _plain(tuple(like.shape))
+        grad_mode = torch.is_grad_enabled()
+        key = (op, _frozen(args), _frozen(kwargs), item, shape, like.dtype, grad_mode, chain)
+        tags = getattr(op, "tags", ())
+        repeatable = op is not OPAQUE and torch.Tag.nondeterministic_seeded not in tags
+        if repeatable and key in self._known:
+            return self._known[key]
+        value = Value(
+            op=op,
+            args=_plain(args),
+            kwargs=_plain(kwargs),
+            shape=shape,
+            dtype=like.dtype,
+            device=like.device,
+            origin=self.node,
+            step=len(self.copy.values),
+            requires_grad_mode=grad_mode,
+            item=item,
+            chain=chain,
+        )
+        self.copy.values.append(value)
+        for operand in dict.fromkeys(value.operands()):
+            operand.readers.append(value)
+        if repeatable:
+            self._known[key] = value
+        return value
+
+    def _opaque(self, like: torch.Tensor) -> Value:
+        return self._value(OPAQUE, (len(self.copy.values),), {}, like)
+
+    def _fresh(self, example: torch.Tensor) -> torch.Tensor:
+        fake = torch.empty_strided(
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
+        )
+        self._new_storage(fake, OPAQUE)
+        return fake
+
+    def _new_storage(self, tensor: torch.Tensor, op: str) -> _Storage:
+        value = self._value(op, (len(self.copy.values),), {}, tensor)
+        storage = _Storage(value)
+        self._add_alias(tensor, storage, (), (), value)
+        return storage
+
+    def _add_alias(
+        self, tensor: torch.Tensor, storage: _Storage, chain: Any, shapes: Any, value: Value
+    ) -> None:
+        version = storage.version
+        self._aliases[id(tensor)] = _Alias(tensor, storage, chain, shapes, value, version)
+
+    def _alias(self, tensor: torch.Tensor) -> _Alias:
+        alias = self._aliases.get(id(tensor))
+        if alias is None:
+            if not isinstance(tensor, FakeTensor):
+                raise UntraceableGraph(f"a {type(tensor).__name__} appears inside the graph")
+            self._new_storage(tensor, OPAQUE)
+            alias = self._aliases[id(tensor)]
+        return alias
+
+    def _read(self, tensor: torch.Tensor) -> Value:
+        """The tensor's value now; after a write its view chain is applied to the new storage."""
+        alias = self._alias(tensor)
+        storage = alias.storage
+        if alias.version != storage.version:
+            value = storage.current
+            for step, shape in zip(alias.chain, alias.shapes, strict=True):
+                like = _Like(shape, tensor.dtype, tensor.device)
+                arguments = (value, *step.args)
+                value = self._value(step.op, arguments, step.kwargs, like, step.item)
+            alias.value, alias.version = value, storage.version
+        return alias.value
+
+    def _write(self, alias: _Alias, value: Value) -> None:
+        storage = alias.storage
+        if alias.chain:
+            old = storage.current
+            part = value
+            like = _Like(old.shape, old.dtype, old.device)
+            value = self._value(SCATTER, (old, part), {}, like, chain=alias.chain)
+            alias.value = part
+        else:
+            alias.value = value
+        storage.current = value
+        storage.version += 1
+        storage.writes.append(self.position)
+        alias.version = storage.version
+
+
+@dataclass(frozen=True, slots=True)
+class _Like:
+    """Shape, dtype and device of a value that no tensor stands for."""
+
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _functional_form(func: Any) -> Any | None:
+    """``aten.add_.Tensor`` -> ``aten.add.Tensor``; None when there is no such operator."""
+    name = func._schema.name.split("::")[1]
+    if not name.endswith("_") or name.startswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, func.namespace), name[:-1], None)
+    return getattr(packet, func._overloadname, None)
+
+
+def _example(node: fx.Node) -> Any:
+    example = node.meta.get("example_value", node.meta.get("val"))
+    if example is None and node.op != "placeholder":
+        raise UntraceableGraph(f"the results of {node.target} are not known")
+    return example
+
+
+def _tensors_in(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for part in tree for tensor in _tensors_in(part)]
+
+
+def _values_in(tree: Any) -> Iterator[Value]:
+    for part in tree:
+        if isinstance(part, Value):
+            yield part
+        elif isinstance(part, (list, tuple)):
+            yield from _values_in(part)
+
+
+def _map_tensors(function: Any, tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tensors(function, part) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_map_tensors(function, part) for part in tree)
+    return tree
+
+
+def _plain(tree: Any) -> Any:
+    """Arguments with symbolic sizes as ints or sympy expressions."""
+    if isinstance(tree, torch.SymInt):
+        return symbolic_size(tree)
+    if isinstance(tree, dict):
+        return {key: _plain(part) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_plain(part) for part in tree)
+    return tree
+
+
+def _frozen(tree: Any) -> Any:
+    """A hashable form of an operator's arguments. Distinguishes 1 from 1.0 and True."""
+    if isinstance(tree, dict):
+        return tuple((key, _frozen(part)) for key, part in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return tuple(_frozen(part) for part in tree)
+    if isinstance(tree, torch.SymInt):
+        return symbolic_size(tree)
+    if isinstance(tree, (Value, torch.dtype, torch.device, str)) or tree is None:
+        return tree
+    return (type(tree), repr(tree))

@@ -1,0 +1,363 @@
+"""From a term to a site: every check that can say no, one function each.
+
+``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet: the
+axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op needs,
+``build_site`` puts the op's arguments together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .axes import Axis, Index, product, quotient
+from .canonical import INPUT, OPAQUE, CanonicalCopy, Value
+from .contractions import Operand
+from .grammar import Reading, is_cast
+from .reasons import Declined, Kind
+from .rolling import STACK, Term, in_reading_order, renamed
+from .site import Site, TensorView
+from .source import locate
+from .views import is_view
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The axes of a term by what they count, outermost first."""
+
+    tokens: tuple[Axis, ...]
+    groups: tuple[Axis, ...]  # heads that have weights of their own
+    sharers: tuple[Axis, ...]  # heads that share the weights of their group
+    experts: tuple[Axis, ...]
+    hidden: tuple[Axis, ...]
+    width: tuple[Axis, ...]  # contracted by gate and up
+    out_width: tuple[Axis, ...]
+
+
+def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
+    """Prove that a reading is an MH-FFN, and write it as the arguments of the op.
+
+    Raises:
+        Declined: a check said no.
+    """
+    term = one_query(reading.term)
+    roles = assign_roles(term, reading.index)
+    check_weights(term, roles)
+    check_router(term, roles)
+    check_biases(term, roles)
+    check_widths(roles)
+    check_multi_head(roles)
+    check_dtypes(term)
+    check_gradients(reading)
+    check_no_escape(reading, root, copy)
+    return _site(term, roles, reading, root, copy)
+
+
+def one_query(term: Term) -> Term:
+    """Gate and up projection read the same query; afterwards over the same axes."""
+    gate, up = term.gate, term.up
+    if up is None:
+        return term
+    mine = in_reading_order(up.contracted, up.query.index)
+    theirs = in_reading_order(gate.contracted, gate.query.index)
+    if [axis.size for axis in mine] != [axis.size for axis in theirs]:
+        raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
+    mapping = dict(zip(mine, theirs, strict=True))
+    query = renamed(up.query, mapping)
+    if query.value is not gate.query.value or not _reads_alike(query, gate.query):
+        raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
+    return term.mapped(
+        lambda role, operand: renamed(operand, mapping) if role in ("up", "up_query") else operand
+    )
+
+
+def assign_roles(term: Term, root: Index) -> Roles:
+    gate, up, down = term.gate, term.up, term.down
+    width = _leaves(gate.contracted)
+    summed = _leaves(term.hidden) + _leaves(term.experts)
+    query = axes_of(gate.query.index)
+    weights = axes_of(gate.weight.index) | (set() if up is None else axes_of(up.weight.index))
+    routed = set().union(*(axes_of(router.index) for router in term.routers))
+    own_experts = set(_leaves(term.experts))
+    experts = tuple(a for a in summed if a in own_experts or a in routed)
+    hidden = tuple(a for a in summed if a not in experts)
+    _check_query(term, set(width), set(experts), set(hidden))
+
+    order = [axis for form in root for axis in form.axes()]
+    groups = {a for a in order if a in weights}
+    tokens = [a for a in order if a in query and a not in groups]
+    out_width = [a for a in order if a not in query and a not in groups]
+    unread = [a for a in out_width if a not in axes_of(down.index) and a.size != 1]
+    if unread or not groups.isdisjoint(out_width):
+        raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
+    inside = _inside_heads(gate.query.index, set(width), groups)
+    sharers = tuple(a for a in tokens if a in inside)
+    down_order = in_reading_order(hidden, down.index)
+    return Roles(
+        tokens=tuple(a for a in tokens if a not in inside),
+        groups=in_reading_order(tuple(groups), gate.weight.index),
+        sharers=in_reading_order(sharers, gate.query.index),
+        experts=in_reading_order(experts, down.index),
+        hidden=down_order,
+        width=in_reading_order(width, gate.query.index),
+        out_width=tuple(a for a in out_width if a.size != 1),
+    )
+
+
+def _check_query(term: Term, width: set[Axis], experts: set[Axis], hidden: set[Axis]) -> None:
+    query = term.gate.query
+    read = _real(axes_of(query.index))
+    if read & experts:
+        raise Declined(Kind.ROUTER_ON_INPUT, node=query.value.origin)
+    if read & hidden or not _real(width) <= read:
+        raise Declined(Kind.UNPAIRED_BRANCHES, node=query.value.origin)
+
+
+def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis]:
+    """Token-like axes that lie inside a dimension of heads: heads that share their weights.
+
+    Mathematically such a head is one more token. It counts as a head when it is read from within
+    the feature dimension, or nested in the dimension of the heads that have weights of their own.
+    """
+    found: set[Axis] = set()
+    for form in query:
+        terms = form.resolved().terms
+        axes = {axis for axis, _ in terms}
+        if axes & width:
+            found |= axes - width - groups
+        elif axes & groups:
+            outer = max((c for a, c in terms if a in groups), key=_as_number)
+            found |= {a for a, c in terms if a not in groups and _as_number(c) < _as_number(outer)}
+    return found
+
+
+def check_weights(term: Term, roles: Roles) -> None:
+    """The weights depend on heads, sub-networks, hidden units and width, and on nothing else."""
+    gate, up, down = term.gate, term.up, term.down
+    inner = _real(roles.groups) | _real(roles.experts) | _real(roles.hidden)
+    for operand, width in (
+        (gate.weight, roles.width),
+        (None if up is None else up.weight, roles.width),
+        (down, roles.out_width),
+    ):
+        if operand is None:
+            continue
+        read = _real(axes_of(operand.index))
+        if read & _real(roles.tokens):
+            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+        if not _real(roles.hidden) | _real(width) <= read or not read <= inner | _real(width):
+            raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
+        if _depends_on(operand.value, term.gate.query.value):
+            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+    if not all(isinstance(a.size, int) for a in (*roles.groups, *roles.experts, *roles.hidden)):
+        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
+    if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
+        detail = "they differ along two dimensions of the tokens"
+        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, gate.value.origin)
+
+
+def check_router(term: Term, roles: Roles) -> None:
+    """A router weight depends on token, head and sub-network alone."""
+    allowed = (
+        _real(roles.tokens) | _real(roles.groups) | _real(roles.sharers) | _real(roles.experts)
+    )
+    for router in term.routers:
+        if not _real(axes_of(router.index)) <= allowed:
+            detail = "a factor differs between the hidden units or output features of a head"
+            raise Declined(Kind.UNKNOWN_OPERATION, detail, router.value.origin)
+        if not router.value.dtype.is_floating_point:
+            raise Declined(Kind.UNSUPPORTED_DTYPE, str(router.value.dtype), router.value.origin)
+
+
+def check_biases(term: Term, roles: Roles) -> None:
+    """A bias depends on head, sub-network and its own feature alone."""
+    shared = _real(roles.groups) | _real(roles.experts)
+    for bias, features in (
+        (term.gate.bias, roles.hidden),
+        (None if term.up is None else term.up.bias, roles.hidden),
+        (term.bias, roles.out_width),
+    ):
+        if bias is None:
+            continue
+        if not _real(axes_of(bias.index)) <= shared | _real(features):
+            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a bias", bias.value.origin)
+
+
+def check_widths(roles: Roles) -> None:
+    inner, outer = (product(a.size for a in axes) for axes in (roles.width, roles.out_width))
+    if inner != outer:
+        raise Declined(Kind.UNEQUAL_WIDTHS, f"{inner} in, {outer} out")
+
+
+def check_multi_head(roles: Roles) -> None:
+    many = (*roles.groups, *roles.sharers, *roles.experts)
+    if product(axis.size for axis in many) == 1:
+        raise Declined(Kind.PLAIN_FFN)
+
+
+def check_dtypes(term: Term) -> None:
+    values = [term.gate.value, term.value, *([] if term.up is None else [term.up.value])]
+    dtypes = {value.dtype for value in values}
+    if len(dtypes) > 1:
+        named = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise Declined(Kind.MIXED_PRECISION, named, term.value.origin)
+    dtype, device = dtypes.pop(), term.value.device
+    if dtype not in _DTYPES and not (dtype is torch.float64 and device.type == "cpu"):
+        raise Declined(Kind.UNSUPPORTED_DTYPE, str(dtype), term.value.origin)
+
+
+def check_gradients(reading: Reading) -> None:
+    """Either the whole network records gradients, or none of it."""
+    if len({value.requires_grad_mode for value in reading.computed}) > 1:
+        raise Declined(Kind.GRADIENTS_CUT, node=reading.term.value.origin)
+
+
+def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
+    """Nothing outside reads what would no longer be computed."""
+    for value in reading.computed:
+        if value is root:
+            continue
+        todo = [value]
+        while todo:
+            current = todo.pop()
+            if current is root:
+                continue
+            if current in copy.escaping:
+                raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
+            for reader in current.readers:
+                if reader in reading.computed or reader is root or not copy.is_live(reader):
+                    continue
+                if is_view(reader) or is_cast(reader):
+                    todo.append(reader)
+                else:
+                    detail = f"read by {_shown(reader)}"
+                    raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+
+
+def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
+    gate, up = term.gate, term.up
+    batch, length = _two_token_dims(roles.tokens, gate.query.index, reading.index)
+    heads = (*roles.groups, *roles.sharers)
+    per_unit = (roles.groups, roles.experts, roles.hidden)
+
+    def view(operand: Operand | None, dims: tuple[tuple[Axis, ...], ...], scale: float = 1.0):  # type: ignore[no-untyped-def]
+        return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
+
+    sizes = {role: product(a.size for a in axes) for role, axes in _sized(roles)}
+    node = copy.holders(root)[0]
+    return Site(
+        query=view(gate.query, (batch, length, heads, roles.width)),
+        gate=view(gate.weight, (*per_unit, roles.width)),
+        up=None if up is None else view(up.weight, (*per_unit, roles.width)),
+        down=view(term.down, (*per_unit, roles.out_width)),
+        routers=tuple(view(r, (batch, length, heads, roles.experts)) for r in term.routers),
+        gate_bias=view(gate.bias, per_unit, gate.bias_scale),
+        up_bias=None if up is None else view(up.bias, per_unit, up.bias_scale),
+        down_bias=view(term.bias, (roles.groups, roles.experts, roles.out_width), term.bias_scale),
+        activation=term.activation,
+        gate_scale=gate.scale,
+        up_scale=1.0 if up is None else up.scale,
+        out_scale=term.scale,
+        heads=_int(sizes["groups"]) * _int(sizes["sharers"]),
+        kuv_heads=_int(sizes["groups"]),
+        head_dim=_int(sizes["width"]),
+        experts=_int(sizes["experts"]),
+        expert_dim=_int(sizes["hidden"]),
+        tokens=(product(a.size for a in batch), product(a.size for a in length)),
+        dtype=gate.value.dtype,
+        out_dtype=root.dtype,
+        device=root.device,
+        output=root,
+        output_node=node,
+        output_dims=tuple(form.axes() for form in reading.index),
+        location=locate(term.value.origin),
+    )
+
+
+def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:
+    names = ("groups", "sharers", "width", "experts", "hidden")
+    return [(name, getattr(roles, name)) for name in names]
+
+
+def _two_token_dims(
+    tokens: tuple[Axis, ...], query: Index, root: Index
+) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """The op has two token dimensions, (B, L): the axes that the query keeps together are L."""
+    if len(tokens) < 2:
+        return (), tokens
+    ordered = in_reading_order(tokens, query)
+    missing = [axis for axis in tokens if axis not in ordered]
+    ordered = (*missing, *ordered)
+    for cut in range(len(ordered)):
+        if _contiguous(ordered[cut:], query):
+            return ordered[:cut], ordered[cut:]
+    return ordered[:-1], ordered[-1:]
+
+
+def _contiguous(axes: tuple[Axis, ...], index: Index) -> bool:
+    """Whether the axes are digits of one dimension, without gaps and in this order."""
+    for form in index:
+        terms = dict(form.resolved().terms)
+        if all(axis in terms for axis in axes):
+            return all(
+                quotient(terms[outer], terms[inner]) == inner.size
+                for outer, inner in zip(axes, axes[1:], strict=False)
+            )
+    return False
+
+
+def _depends_on(weight: Value, query: Value) -> bool:
+    """Whether a computed weight and the query come from a common tensor: weights made of tokens."""
+    if weight.op in (INPUT, STACK):
+        return False
+    inputs = [
+        {v for v in _ancestors(value) if v.op in (INPUT, OPAQUE)} for value in (weight, query)
+    ]
+    return bool(inputs[0] & inputs[1])
+
+
+def _ancestors(value: Value) -> set[Value]:
+    seen: set[Value] = set()
+    todo = [value]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += current.operands()
+    return seen
+
+
+def axes_of(index: Index) -> set[Axis]:
+    return {axis for form in index for axis in form.axes()}
+
+
+def _reads_alike(a: Operand, b: Operand) -> bool:
+    return all(
+        x.offset == y.offset and set(x.resolved().terms) == set(y.resolved().terms)
+        for x, y in zip(a.index, b.index, strict=True)
+    )
+
+
+def _real(axes: object) -> set[Axis]:
+    return {axis for axis in axes if axis.size != 1}  # type: ignore[attr-defined]
+
+
+def _leaves(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return tuple(leaf for axis in axes for leaf in axis.leaves())
+
+
+def _as_number(coefficient: object) -> float:
+    return float(coefficient) if isinstance(coefficient, int) else float("inf")
+
+
+def _int(size: object) -> int:
+    assert isinstance(size, int)
+    return size
+
+
+def _shown(value: Value) -> str:
+    where = locate(value.origin)
+    return str(value.op) if where is None else f"{where.file}:{where.line}: {where.code}"

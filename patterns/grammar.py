@@ -1,0 +1,444 @@
+"""The grammar of an MH-FFN, read from the output down.
+
+``read_output`` takes a value and reads it as
+
+    output   = view | cast | number * output | router * output | sum of outputs      (outside)
+             | pieces of outputs | sum over sub-networks of output | down
+    down     = sum over hidden units of hidden * weight  [+ bias]                     (a contraction)
+    hidden   = act(gate) [* up] [* router]                                            (meaning.py)
+    gate, up = sum over the head width of query * weight  [+ bias]                    (a contraction)
+
+Every step pushes the index that the output is read at one operation further back, so that what is
+left at the leaves is each tensor with the index it is read at. Nothing here looks at names, shapes
+or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+
+from .axes import Axis, Index, axis_form, through_reshape
+from .canonical import SCATTER, Value
+from .contractions import Contraction, Operand, as_contraction, summed_index
+from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
+from .reasons import Declined, Kind
+from .rolling import Projection, Term, join_pieces, join_sum
+from .views import behind_views, broadcast, is_view, through_view
+
+aten = torch.ops.aten
+
+DROPOUT = frozenset(
+    {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.dropout.default}
+)
+_ZEROS = frozenset(
+    {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}
+)
+_FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
+_ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What ``read_output`` found."""
+
+    term: Term
+    index: Index  # of the root, over the axes that the term uses
+    computed: frozenset[Value]  # what the op would compute in place of the graph
+
+
+def read_output(root: Value, outside: AbstractSet[Value]) -> Reading:
+    """Read ``root`` as the output of an MH-FFN.
+
+    Args:
+        root: the candidate.
+        outside: the values between down projections and candidates; all others are leaves.
+
+    Raises:
+        Declined: the root cannot be read so.
+    """
+    index = tuple(axis_form(Axis(size)) for size in root.shape)
+    reader = _Reader(outside)
+    term = reader.output(root, index)
+    return Reading(term, index, frozenset(reader.computed))
+
+
+def is_outside_operation(value: Value) -> bool:
+    """Whether the grammar has a rule for ``value`` between the down projection and the output."""
+    return (
+        is_view(value)
+        or value.op in _ADDITIONS
+        or value.op in _PRODUCTS
+        or value.op in (aten.neg.default, aten._to_copy.default, aten.cat.default)
+        or value.op in (aten.stack.default, aten.sum.dim_IntList, SCATTER)
+        or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
+    )
+
+
+def is_cast(value: Value) -> bool:
+    """A change of floating dtype and of nothing else."""
+    if value.op is not aten._to_copy.default:
+        return False
+    source = value.source
+    floating = value.dtype.is_floating_point and source.dtype.is_floating_point
+    return floating and value.device == source.device
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One reading. ``computed`` collects the values that the op would compute itself."""
+
+    outside: AbstractSet[Value]
+    computed: set[Value] = field(default_factory=set)
+
+    def output(self, value: Value, index: Index) -> Term:
+        if value not in self.outside:
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        step = through_view(value, index)
+        if step is not None:
+            return self.output(*step)
+        self.computed.add(value)
+        if is_cast(value):
+            return self.output(value.source, index)
+        if value.op in _ADDITIONS:
+            return self._sum(value, index)
+        if value.op is aten.neg.default:
+            return _scaled(self.output(value.source, index), -1.0)
+        if value.op in _PRODUCTS:
+            return self._product(value, index)
+        if value.op in (aten.cat.default, aten.stack.default):
+            return self._pieces(value, index)
+        if value.op is SCATTER:
+            return self._written(value, index)
+        contraction = as_contraction(value, index)
+        if contraction is not None:
+            return self._contraction(contraction, index)
+        if value.op is aten.sum.dim_IntList:
+            inner, summed = summed_index(value, index)
+            return _summed(self.output(value.source, inner), summed)
+        raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+
+    def _sum(self, value: Value, index: Index) -> Term:
+        """A chain of additions: the terms of an unrolled loop, and at most one bias."""
+        terms: list[Term] = []
+        biases: list[tuple[float, Operand]] = []
+        todo: list[tuple[float, Value, Index]] = [(1.0, value, index)]
+        while todo:
+            sign, current, at = todo.pop()
+            inner, inner_at = current, at
+            while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
+                inner, inner_at = step
+            if inner in self.outside and inner.op in _ADDITIONS:
+                self.computed.add(inner)
+                weight = float(inner.argument(2, "alpha", 1)) * _ADDITIONS[inner.op]
+                left, right = inner.args[0], inner.args[1]
+                for factor, operand in ((1.0, left), (weight, right)):
+                    if not isinstance(operand, Value):
+                        raise Declined(Kind.UNKNOWN_OPERATION, "a number is added", inner.origin)
+                    if not _is_zero(operand):
+                        where = broadcast(inner_at, operand.shape)
+                        todo.append((sign * factor, operand, where))
+            elif inner in self.outside:
+                terms.append(_scaled(self.output(inner, inner_at), sign))
+            else:
+                leaf = Operand(*behind_views(inner, inner_at))
+                if _axes(index) <= _axes(leaf.index):
+                    detail = f"{_named(inner)} is added"
+                    raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
+                biases.append((sign, leaf))
+        if not terms:
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        term = join_sum(terms[::-1])
+        for sign, bias in biases:
+            term = _with_bias(term, bias, sign, value)
+        return term
+
+    def _product(self, value: Value, index: Index) -> Term:
+        """A number or a router times an output."""
+        left, right = value.args[:2]
+        if value.kwargs.get("rounding_mode") is not None:
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        if isinstance(right, (int, float)):
+            divides = value.op in (aten.div.Tensor, aten.div.Scalar)
+            factor = 1.0 / right if divides and right else float(right)
+            return _scaled(self.output(left, index), factor)
+        if value.op is not aten.mul.Tensor or not isinstance(left, Value):
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        if left not in self.outside or right in self.outside:
+            left, right = right, left
+        router = Operand(*behind_views(right, broadcast(index, right.shape)))
+        if _axes(index) <= _axes(router.index):
+            raise Declined(Kind.UNKNOWN_OPERATION, "multiplied elementwise", value.origin)
+        term = self.output(left, broadcast(index, left.shape))
+        return replace(term, routers=(*term.routers, router))
+
+    def _pieces(self, value: Value, index: Index) -> Term:
+        """Outputs that are concatenated or stacked: an unrolled loop over heads."""
+        pieces: Sequence[Value] = value.args[0]
+        dim = value.argument(1, "dim", 0) % len(value.shape)
+        if value.op is aten.stack.default:
+            position, rest = index[dim], None
+        else:
+            width = pieces[0].shape[dim]
+            if any(piece.shape[dim] != width for piece in pieces):
+                raise Declined(Kind.UNEQUAL_HEADS, "their outputs differ in width", value.origin)
+            digits = through_reshape((index[dim],), (value.shape[dim],), (len(pieces), width))
+            if digits is None:
+                raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
+            position, rest = digits
+        middle = () if rest is None else (rest,)
+
+        def at(piece: Value) -> Term:
+            return self.output(piece, (*index[:dim], *middle, *index[dim + 1 :]))
+
+        if not position.resolved().terms and isinstance(position.offset, int):
+            return at(pieces[position.offset])
+        return join_pieces([at(piece) for piece in pieces], position)
+
+    def _written(self, value: Value, index: Index) -> Term:
+        """A buffer that is filled part by part: the parts are pieces along the written dimension."""
+        parts: dict[int, Value] = {}
+        dim: int | None = None
+        base = value
+        while base.op is SCATTER:
+            old, part = base.args
+            if len(base.chain) != 1:
+                raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
+            step = base.chain[0]
+            written_dim, position, width = _written_range(base, step)
+            if dim not in (None, written_dim) or position % width:
+                raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
+            dim = written_dim
+            parts.setdefault(position // width, part)
+            self.computed.add(base)
+            base = old
+        assert dim is not None
+        size = value.shape[dim]
+        count = len(parts)
+        if not isinstance(size, int) or sorted(parts) != list(range(count)) or size % count:
+            raise Declined(Kind.UNEQUAL_HEADS, "the buffer is not filled evenly", value.origin)
+        digits = through_reshape((index[dim],), (size,), (count, size // count))
+        if digits is None:
+            raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
+        position_form, rest = digits
+        terms = []
+        for number_ in range(count):
+            part = parts[number_]
+            inner = (*index[:dim], rest, *index[dim + 1 :])
+            if len(part.shape) < len(value.shape):  # written through select
+                inner = (*index[:dim], *index[dim + 1 :])
+            terms.append(self.output(part, broadcast(inner, part.shape)))
+        return join_pieces(terms, position_form)
+
+    def _contraction(self, contraction: Contraction, index: Index) -> Term:
+        """The down projection, or a router that is applied and summed by a matmul."""
+        left, right = contraction.left, contraction.right
+        for output, router in ((left, right), (right, left)):
+            if output.value in self.outside:
+                if not _axes(index) & _axes(router.index) <= _axes(output.index):
+                    raise Declined(
+                        Kind.UNKNOWN_OPERATION, _named(contraction.value), contraction.value.origin
+                    )
+                term = self.output(output.value, output.index)
+                base = Operand(*behind_views(router.value, router.index))
+                term = replace(term, routers=(*term.routers, base))
+                return _summed(_scaled(term, contraction.scale), contraction.summed)
+        reasons: list[Declined] = []
+        for hidden, weight in ((left, right), (right, left)):
+            try:
+                return self._down(contraction, hidden, weight)
+            except Declined as declined:
+                reasons.append(declined)
+        raise min(reasons, key=lambda d: d.reason.kind is Kind.NOT_A_PRODUCT)
+
+    def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
+        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.computed)
+        expression = units.expression(hidden.value, hidden.index)
+        if not units.projections:
+            raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
+        try:
+            meaning = read_hidden(expression)
+        except Declined as declined:
+            reason = declined.reason
+            raise Declined(reason.kind, reason.detail, hidden.value.origin) from None
+        term = Term(
+            activation=meaning.activation,
+            gate=units.projection(meaning.gate),
+            up=None if meaning.up is None else units.projection(meaning.up),
+            down=Operand(*behind_views(weight.value, weight.index)),
+            bias=None,
+            bias_scale=1.0,
+            routers=tuple(units.leaf(symbol) for symbol in meaning.factors),
+            hidden=contraction.summed,
+            experts=(),
+            scale=meaning.scale * contraction.scale,
+            value=contraction.value,
+        )
+        if contraction.bias is not None:
+            bias = Operand(*behind_views(contraction.bias.value, contraction.bias.index))
+            term = _with_bias(term, bias, contraction.bias_scale, contraction.value)
+        return term
+
+
+@dataclass(slots=True)
+class _Hidden:
+    """Reads the hidden units as an expression over projections (p0, p1) and leaves (l0, l1)."""
+
+    axes: frozenset[Axis]  # of the hidden units; what lacks one of them is a leaf
+    summed: frozenset[Axis]
+    computed: set[Value]
+    projections: list[Contraction] = field(default_factory=list)
+    reads: list[Operand] = field(default_factory=list)  # where each projection is read
+    leaves: list[Operand] = field(default_factory=list)
+    known: dict[Value, list[tuple[Index, sympy.Expr]]] = field(default_factory=dict)
+
+    def expression(self, value: Value, index: Index) -> sympy.Expr:
+        before, at = value, index
+        while (step := through_view(before, at)) is not None:
+            before, at = step
+        value, index = before, at
+        for known_index, expression in self.known.get(value, ()):
+            if _same_index(known_index, index):
+                return expression
+        expression = self._read(value, index)
+        self.known.setdefault(value, []).append((index, expression))
+        return expression
+
+    def _read(self, value: Value, index: Index) -> sympy.Expr:
+        if not _real(self.axes) <= _axes(index):
+            return self._leaf(value, index)
+        if value.op in POINTWISE and (value.op is not aten._to_copy.default or is_cast(value)):
+            self.computed.add(value)
+            arguments: list[Any] = []
+            for argument in pointwise_arguments(value):
+                if isinstance(argument, Value):
+                    where = broadcast(index, argument.shape)
+                    arguments.append(self.expression(argument, where))
+                else:
+                    arguments.append(number(argument))
+            return POINTWISE[value.op](value, *arguments)
+        contraction = as_contraction(value, index)
+        if contraction is None:
+            if value.op in DROPOUT:
+                raise Declined(Kind.DROPOUT_INSIDE, node=value.origin)
+            if torch.Tag.pointwise in getattr(value.op, "tags", ()):
+                raise Declined(Kind.UNKNOWN_ACTIVATION, _named(value), value.origin)
+            return self._leaf(value, index)
+        self.computed.add(value)
+        if contraction.is_product:
+            left, right = contraction.left, contraction.right
+            product = self.expression(left.value, left.index)
+            return product * self.expression(right.value, right.index)
+        self.projections.append(contraction)
+        self.reads.append(Operand(value, index))
+        symbol: sympy.Expr = sympy.Symbol(f"p{len(self.projections) - 1}")
+        if contraction.scale != 1:
+            symbol = number(contraction.scale) * symbol
+        if contraction.bias is not None:
+            bias = self.expression(contraction.bias.value, contraction.bias.index)
+            symbol = symbol + number(contraction.bias_scale) * bias
+        return symbol
+
+    def _leaf(self, value: Value, index: Index) -> sympy.Expr:
+        self.leaves.append(Operand(value, index))
+        return sympy.Symbol(f"l{len(self.leaves) - 1}")
+
+    def leaf(self, symbol: sympy.Symbol) -> Operand:
+        return self.leaves[int(symbol.name[1:])]
+
+    def projection(self, line: Line) -> Projection:
+        contraction = self.projections[int(line.projection.name[1:])]
+        left, right = contraction.left, contraction.right
+        hidden = _leaves_of(self.summed)
+        query, weight = (left, right) if _axes(right.index) & hidden else (right, left)
+        return Projection(
+            query=Operand(*behind_views(query.value, query.index)),
+            weight=Operand(*behind_views(weight.value, weight.index)),
+            contracted=contraction.summed,
+            scale=line.scale,
+            bias=None if line.bias is None else self.leaf(line.bias),
+            bias_scale=line.bias_scale,
+            value=contraction.value,
+        )
+
+
+def _scaled(term: Term, factor: float) -> Term:
+    return replace(term, scale=term.scale * factor)
+
+
+def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
+    if term.bias is not None and any(
+        not _leaves_of({axis}) & _axes(term.bias.index) and axis.size != 1 for axis in axes
+    ):
+        bias_axes = _axes(term.bias.index)
+        router_axes = frozenset().union(*(_axes(router.index) for router in term.routers))
+        if not all(_leaves_of({axis}) <= bias_axes | router_axes for axis in axes):
+            raise Declined(Kind.UNSUPPORTED_LAYOUT, "a bias is summed", term.value.origin)
+    return replace(term, experts=(*term.experts, *axes))
+
+
+def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
+    """Add a bias; it must be inside of everything that routers and sums have done to the term."""
+    weights = _axes(term.gate.weight.index) | _axes(term.down.index)
+    if term.bias is not None or term.routers or term.experts or not _axes(bias.index) <= weights:
+        raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
+    return replace(term, bias=bias, bias_scale=scale / term.scale)
+
+
+def _written_range(value: Value, step: Any) -> tuple[int, int, int]:
+    """Dimension, start and width of the part that a scatter writes."""
+    rank = len(value.shape)
+    if step.op is aten.select.int:
+        dim, start = step.args[0] % rank, step.args[1]
+        width = 1
+    elif step.op is aten.slice.Tensor:
+        dim = (step.args[0] if step.args else 0) % rank
+        start = (step.args[1] if len(step.args) > 1 else 0) or 0
+        part_width = value.args[1].shape[dim]
+        if (step.args[3] if len(step.args) > 3 else 1) != 1 or not isinstance(part_width, int):
+            raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
+        width = part_width
+    else:
+        raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
+    size = value.shape[dim]
+    if not isinstance(start, int) or not isinstance(size, int):
+        raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
+    return dim, start % size, width
+
+
+def _is_zero(value: Value) -> bool:
+    while is_view(value) or is_cast(value) or value.op is aten.detach.default:
+        value = value.source
+    if value.op in _ZEROS:
+        return True
+    return value.op in _FULLS and value.args[_FULLS[value.op]] == 0
+
+
+def _same_index(a: Index, b: Index) -> bool:
+    return len(a) == len(b) and all(
+        x.offset == y.offset and frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _axes(index: Index) -> frozenset[Axis]:
+    """The axes, as split by now, that an index moves along."""
+    return frozenset(axis for form in index for axis in form.axes() if axis.size != 1)
+
+
+def _real(axes: AbstractSet[Axis]) -> frozenset[Axis]:
+    return frozenset(leaf for leaf in _leaves_of(axes) if leaf.size != 1)
+
+
+def _leaves_of(axes: AbstractSet[Axis]) -> frozenset[Axis]:
+    return frozenset(leaf for axis in axes for leaf in axis.leaves())
+
+
+def _named(value: Value) -> str:
+    return str(value.op).removeprefix("aten.").removesuffix(".default")

@@ -1,0 +1,246 @@
+"""Pointwise meaning: what a tree of pointwise operations computes, whatever its spelling.
+
+A tree becomes a sympy expression over symbols: ``p0, p1`` for projections, ``l0, l1`` for every other
+tensor it reads. ``read_hidden`` then asks whether the expression is
+
+    scale * act(gate_scale * p + bias) * (up_scale * p' + bias') * l * l' ...
+
+Activations are compared as expressions, with coefficients rounded to six digits, so that
+``x * sigmoid(x)``, ``x / (1 + exp(-x))`` and ``silu(x)`` are one. An expression that is equal to none
+in the table is not guessed at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+
+from .canonical import Value
+from .reasons import Declined, Kind
+
+aten = torch.ops.aten
+
+Expression: TypeAlias = sympy.Expr
+
+_DIGITS = 6  # to which coefficients are compared: authors shorten sqrt(2 / pi)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """``scale * projection + bias_scale * bias``."""
+
+    projection: sympy.Symbol
+    scale: float
+    bias: sympy.Symbol | None
+    bias_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """The hidden units: ``scale * activation(gate) * up * factors``."""
+
+    activation: str
+    gate: Line
+    up: Line | None
+    factors: tuple[sympy.Symbol, ...]
+    scale: float
+
+
+def number(value: float) -> sympy.Number:
+    """A coefficient: exact where it is a short binary fraction."""
+    if math.isfinite(value) and float(value * 256).is_integer():
+        return sympy.Rational(int(value * 256), 256)
+    return sympy.Float(value)
+
+
+def _sigmoid(y: Expression) -> Expression:
+    return 1 / (1 + sympy.exp(-y))
+
+
+def _gelu_tanh(y: Expression) -> Expression:
+    return y / 2 * (1 + sympy.tanh(number(math.sqrt(2 / math.pi)) * (y + number(0.044715) * y**3)))
+
+
+#: Activation -> the forms it is met in, as functions of the pre-activation.
+ACTIVATIONS: dict[str, tuple[Callable[[Expression], Expression], ...]] = {
+    "silu": (lambda y: y * _sigmoid(y), lambda y: y / 2 * (1 + sympy.tanh(y / 2))),
+    "gelu": (lambda y: y / 2 * (1 + sympy.erf(number(math.sqrt(0.5)) * y)),),
+    "gelu_tanh": (_gelu_tanh,),
+    "relu": (lambda y: sympy.Max(0, y),),
+    "relu2": (lambda y: sympy.Max(0, y) ** 2,),
+    "sigmoid": (_sigmoid, lambda y: (1 + sympy.tanh(y / 2)) / 2),
+    "tanh": (sympy.tanh,),
+}
+
+
+def _gelu(value: Value, x: Expression) -> Expression:
+    name = "gelu_tanh" if value.argument(1, "approximate", "none") == "tanh" else "gelu"
+    return ACTIVATIONS[name][0](x)
+
+
+def _clamp(value: Value, x: Expression) -> Expression:
+    low, high = value.argument(1, "min", None), value.argument(2, "max", None)
+    if low != 0 or high is not None:
+        raise Declined(Kind.UNKNOWN_ACTIVATION, "it is clamped", value.origin)
+    return sympy.Max(0, x)
+
+
+def _added(sign: int) -> Callable[..., Expression]:
+    def add(value: Value, a: Expression, b: Expression) -> Expression:
+        return a + sign * number(value.argument(2, "alpha", 1)) * b
+
+    return add
+
+
+def _divided(value: Value, a: Expression, b: Expression) -> Expression:
+    if value.kwargs.get("rounding_mode") is not None:
+        raise Declined(Kind.UNKNOWN_OPERATION, "division with rounding", value.origin)
+    return a / b
+
+
+#: Operator -> its meaning; the rule receives the value and one expression per tensor or number.
+POINTWISE: dict[Any, Callable[..., Expression]] = {
+    aten.add.Tensor: _added(1),
+    aten.add.Scalar: _added(1),
+    aten.sub.Tensor: _added(-1),
+    aten.sub.Scalar: _added(-1),
+    aten.rsub.Scalar: lambda value, a, b: b - number(value.argument(2, "alpha", 1)) * a,
+    aten.mul.Tensor: lambda _, a, b: a * b,
+    aten.mul.Scalar: lambda _, a, b: a * b,
+    aten.div.Tensor: _divided,
+    aten.div.Scalar: _divided,
+    aten.div.Tensor_mode: _divided,
+    aten.neg.default: lambda _, x: -x,
+    aten.reciprocal.default: lambda _, x: 1 / x,
+    aten.exp.default: lambda _, x: sympy.exp(x),
+    aten.erf.default: lambda _, x: sympy.erf(x),
+    aten.tanh.default: lambda _, x: sympy.tanh(x),
+    aten.sigmoid.default: lambda _, x: _sigmoid(x),
+    aten.silu.default: lambda _, x: x * _sigmoid(x),
+    aten.gelu.default: _gelu,
+    aten.relu.default: lambda _, x: sympy.Max(0, x),
+    aten.clamp.default: _clamp,
+    aten.clamp_min.default: _clamp,
+    aten.square.default: lambda _, x: x**2,
+    aten.pow.Tensor_Scalar: lambda _, x, n: x**n,
+    aten._to_copy.default: lambda _, x: x,
+}
+
+#: Those of them that are linear, and so may stand between a projection and its activation.
+LINEAR = frozenset(
+    op
+    for op in POINTWISE
+    if op._schema.name.split("::")[1] in {"add", "sub", "rsub", "mul", "div", "neg", "_to_copy"}
+)
+
+
+def pointwise_arguments(value: Value) -> list[Any]:
+    """The tensors and numbers that ``POINTWISE[value.op]`` takes as expressions."""
+    takes_options = value.op in (aten.clamp.default, aten.clamp_min.default, aten.gelu.default)
+    count = 1 if takes_options else 2
+    return [a for a in value.args[:count] if isinstance(a, (Value, int, float))]
+
+
+@lru_cache(maxsize=4096)
+def read_hidden(expression: Expression) -> Hidden:
+    """Read the hidden units off their expression.
+
+    Raises:
+        Declined: they are no product of one activation and at most one more projection.
+    """
+    scale, product = expression.as_coeff_Mul()
+    groups: dict[sympy.Symbol, list[Expression]] = {}
+    factors: list[sympy.Symbol] = []
+    for factor in sympy.Mul.make_args(product):
+        projections = [s for s in factor.free_symbols if s.name.startswith("p")]
+        if len(projections) > 1:
+            raise Declined(Kind.NOT_A_PRODUCT)
+        if projections:
+            groups.setdefault(projections[0], []).append(factor)
+        elif isinstance(factor, sympy.Symbol):
+            factors.append(factor)
+        else:
+            raise Declined(Kind.NOT_A_PRODUCT)
+    lines: list[Line] = []
+    gates: list[tuple[str, Line]] = []
+    for projection, parts in sorted(groups.items(), key=lambda item: item[0].name):
+        group = reduce(lambda a, b: a * b, parts)
+        line = _as_line(group, projection)
+        if line is not None:
+            lines.append(line)
+        else:
+            activation, gate, left_over = _as_activation(group, projection, scale)
+            gates.append((activation, gate))
+            scale = left_over
+    if len(gates) != 1 or len(lines) > 1:
+        raise Declined(Kind.NOT_A_PRODUCT, _counted(len(gates), len(lines)))
+    (activation, gate), up = gates[0], lines[0] if lines else None
+    order = sorted(factors, key=lambda symbol: symbol.name)
+    return Hidden(activation, gate, up, tuple(order), float(scale))
+
+
+def _counted(gates: int, lines: int) -> str:
+    return f"{gates} activated and {lines} linear projections"
+
+
+def _as_line(expression: Expression, projection: sympy.Symbol) -> Line | None:
+    scale = expression.coeff(projection, 1)
+    rest = sympy.expand(expression - scale * projection)
+    if not scale.is_number or scale == 0 or rest.has(projection):
+        return None
+    if rest == 0:
+        return Line(projection, float(scale), None, 1.0)
+    bias_scale, bias = rest.as_coeff_Mul()
+    if not isinstance(bias, sympy.Symbol):
+        return None
+    return Line(projection, float(scale), bias, float(bias_scale))
+
+
+def _as_activation(
+    group: Expression, projection: sympy.Symbol, scale: Expression
+) -> tuple[str, Line, Expression]:
+    """The activation that ``scale * group`` is, its argument, and the factor that is left over."""
+    coefficient, target = _monic(group)
+    for argument in _candidate_arguments(group, projection):
+        line = _as_line(argument, projection)
+        if line is None:
+            continue
+        for name, forms in ACTIVATIONS.items():
+            for form in forms:
+                unit, shape = _monic(form(argument))
+                if shape == target:
+                    left_over = scale * coefficient / unit
+                    if line.scale != 1 and abs(float(left_over) * line.scale - 1) < 1e-6:
+                        continue  # x * sigmoid(1.702 x): another slope, not a scaled silu
+                    return name, line, left_over
+    raise Declined(Kind.UNKNOWN_ACTIVATION, f"it computes {group.subs(projection, 'x')}")
+
+
+def _monic(expression: Expression) -> tuple[Expression, Expression]:
+    """The numeric factor of an expression, and the rest in comparable form."""
+    coefficient, rest = sympy.factor_terms(expression).as_coeff_Mul()
+    return coefficient, _rounded(rest)
+
+
+def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterator[Expression]:
+    """What the pre-activation may be: each sub-expression that is linear in the projection."""
+    seen: set[Expression] = set()
+    for part in sympy.preorder_traversal(group):
+        if not part.has(projection) or _as_line(part, projection) is None:
+            continue
+        for candidate in (part, -part, 2 * part):  # exp(-y), tanh(y / 2)
+            if candidate not in seen:
+                seen.add(candidate)
+                yield candidate
+
+
+def _rounded(expression: Expression) -> Expression:
+    expanded = sympy.expand(expression)
+    shortened = {f: sympy.Float(f"{float(f):.{_DIGITS}g}") for f in expanded.atoms(sympy.Float)}
+    return expanded.xreplace(shortened)

@@ -1,0 +1,131 @@
+"""Why a candidate was not accepted: one typed reason each, with a remedy.
+
+``Declined`` is raised wherever a proof fails and is caught once, in ``recognise.py``. The sentence is
+for the author of the model, so it speaks of their model, never of the graph machinery.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import fx
+
+
+class Kind(Enum):
+    """Every reason there is: (what is the matter, what to change)."""
+
+    PLAIN_FFN = (
+        "this is an ordinary feed-forward network: one head, one sub-network",
+        "nothing to do; Inductor compiles it well",
+    )
+    DIFFERENT_QUERIES = (
+        "the gate and the up projection read different inputs",
+        "feed both projections of a head from the same query",
+    )
+    TOKEN_DEPENDENT_WEIGHTS = (
+        "a projection's weights depend on the token",
+        "an MH-FFN has the same weights for every token; this is another kind of layer",
+    )
+    ROUTER_ON_INPUT = (
+        "the router scales the input of the heads, which is not the same as scaling their output",
+        "multiply the output of each sub-network by its router weight",
+    )
+    UNPAIRED_BRANCHES = (
+        "the gate and the up projection belong to different heads, sub-networks or hidden units",
+        "pair the halves of a packed projection head by head",
+    )
+    UNKNOWN_ACTIVATION = (
+        "the activation is none of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh",
+        "use one of these, without a clamp, a shift or another slope",
+    )
+    UNKNOWN_OPERATION = (
+        "an operation inside the feed-forward network is not part of an MH-FFN",
+        "move the operation before or after the heads",
+    )
+    DROPOUT_INSIDE = (
+        "there is dropout between the hidden units and the down projection",
+        "apply dropout after the down projection, or compile in eval mode",
+    )
+    NOT_A_PRODUCT = (
+        "the hidden units are no product of an activation and a projection",
+        "write hidden = act(gate) * up, or hidden = act(gate)",
+    )
+    ESCAPING_INTERMEDIATE = (
+        "an intermediate result of the feed-forward network is also read elsewhere",
+        "remove the other reader, or compute what it needs from inputs or outputs",
+    )
+    UNEQUAL_HEADS = (
+        "the heads or sub-networks differ in width, activation or form",
+        "give every head and every sub-network the same sizes and the same form",
+    )
+    IRREGULAR_WEIGHTS = (
+        "the heads' weights or inputs do not lie at regular distances",
+        "store heads and sub-networks in order, or as separate parameters",
+    )
+    MIXED_PRECISION = (
+        "the projections of one network are computed in different precisions",
+        "use one dtype for gate, up and down projection",
+    )
+    UNSUPPORTED_DTYPE = (
+        "the projections are computed in a dtype that the op does not support",
+        "use float32, bfloat16 or float16 (float64 on the CPU only)",
+    )
+    GRADIENTS_CUT = (
+        "gradients are switched off for a part of the network only",
+        "put the whole network, or none of it, under no_grad",
+    )
+    AUTOCAST_BOUNDARY = (
+        "autocast would change the precision of the op at the place of the output",
+        "put the whole network inside, or outside, the autocast region",
+    )
+    MUTATION = (
+        "memory that the network reads or returns is overwritten in place in between",
+        "write the new value to a new tensor",
+    )
+    UNEQUAL_WIDTHS = (
+        "the heads' output width differs from their input width",
+        "use the same head width on both sides",
+    )
+    UNSUPPORTED_LAYOUT = (
+        "the roles of the dimensions cannot be told apart",
+        "use one query and one weight tensor with separate head and width dimensions",
+    )
+    UNSUPPORTED_PROBLEM = ("the op does not support the problem", "see the message")
+    DOES_NOT_PAY = (
+        "rewriting would not be faster here",
+        'use options={"rewrite": "always"} to rewrite all the same',
+    )
+    KERNEL_FAILED = (
+        "the kernel for these shapes did not compile or launch",
+        "report it with the message; the original spelling is used",
+    )
+    UNTRACEABLE = ("the graph could not be analysed", "see the message")
+
+    @property
+    def sentence(self) -> str:
+        return str(self.value[0])
+
+    @property
+    def remedy(self) -> str:
+        return str(self.value[1])
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why one candidate was declined; ``node`` is the operation that decided it, where one did."""
+
+    kind: Kind
+    detail: str = ""
+    node: fx.Node | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind.sentence} ({self.detail})" if self.detail else self.kind.sentence
+
+
+class Declined(Exception):
+    """A candidate is no MH-FFN, or was not proved to be one."""
+
+    def __init__(self, kind: Kind, detail: str = "", node: fx.Node | None = None) -> None:
+        self.reason = Reason(kind, detail, node)
+        super().__init__(str(self.reason))

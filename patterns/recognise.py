@@ -1,0 +1,206 @@
+"""The recogniser's front door: the MH-FFNs of a Dynamo graph.
+
+``find_sites`` takes a graph and returns what it found, and for every near-miss why not:
+
+1. a cheap look at the graph, so that models without a feed-forward network cost nothing;
+2. ``canonical.trace``: the copy to read;
+3. anchors: contractions of something activated, each a possible down projection;
+4. from each anchor up to the candidates for its output, through what the grammar allows;
+5. from the highest candidate down: ``grammar.read_output``, then ``checks.build_site``; the first
+   candidate that passes is a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .axes import Axis, axis_form
+from .canonical import CanonicalCopy, UntraceableGraph, Value, trace
+from .checks import build_site
+from .contractions import as_contraction
+from .grammar import DROPOUT, is_cast, is_outside_operation, read_output
+from .meaning import LINEAR, POINTWISE
+from .reasons import Declined, Kind, Reason
+from .site import Location, Site
+from .source import locate
+from .views import is_view
+
+aten = torch.ops.aten
+
+_CONTRACTIONS = frozenset(
+    {
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.linear.default,
+        aten.convolution.default,
+    }
+)
+_PROJECTED, _ACTIVATED = 1, 2
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A feed-forward network that was looked at and left alone."""
+
+    reason: Reason
+    location: Location | None
+    anchor: Value  # its down projection
+
+
+@dataclass
+class Findings:
+    """What ``find_sites`` found in one graph."""
+
+    sites: list[Site] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    copy: CanonicalCopy | None = None
+    untraceable: str | None = None
+
+
+def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
+    """Find every MH-FFN in a Dynamo graph. The graph is not changed.
+
+    Args:
+        gm: the graph as Dynamo hands it to a backend.
+        shape_env: the shape environment of its symbolic sizes, if it has any.
+    """
+    findings = Findings()
+    if not _may_contain_site(gm):
+        return findings
+    try:
+        copy = trace(gm, shape_env)
+    except UntraceableGraph as error:
+        findings.untraceable = str(error)
+        return findings
+    findings.copy = copy
+    anchors = list(_anchors(copy))
+    paths = {anchor: _path(anchor, copy) for anchor in anchors}
+    outside = frozenset(value for path in paths.values() for value in path)
+    tried: dict[Value, Site | Reason] = {}
+    missed: dict[Value, NearMiss] = {}
+    for anchor in anchors:
+        if any(_feeds(site.output, anchor) for site in findings.sites):
+            continue  # activated only in that the router weights of a site are
+        found = _best(paths[anchor], outside, copy, tried)
+        if isinstance(found, Site):
+            if all(found is not site for site in findings.sites):
+                findings.sites.append(found)
+        else:
+            end = paths[anchor][-1]
+            where = locate(found.node or anchor.origin) or locate(anchor.origin)
+            missed.setdefault(end, NearMiss(found, where, anchor))
+    findings.near_misses = list(missed.values())
+    return findings
+
+
+def _may_contain_site(gm: fx.GraphModule) -> bool:
+    """Two contractions at least: names of operations say which calls may be one."""
+    seen = 0
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method"):
+            name = node.target if isinstance(node.target, str) else str(node.target)
+            seen += any(word in name for word in ("mul", "mm", "linear", "einsum", "conv", "dot"))
+            if seen > 1:
+                return True
+    return False
+
+
+def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
+    """Live contractions one operand of which has been through an activation."""
+    flags: dict[Value, int] = {}
+    for value in copy.values:
+        inherited = 0
+        for operand in value.operands():
+            inherited |= flags.get(operand, 0)
+        if value.op in _CONTRACTIONS or _sums_a_product(value):
+            if inherited & _ACTIVATED and copy.is_live(value):
+                yield value
+            outer = value.op in _CONTRACTIONS and _is_outer_product(value)
+            flags[value] = inherited if outer else _PROJECTED
+        elif (
+            is_view(value)
+            or value.op in LINEAR
+            or value.op in DROPOUT
+            or value.op is aten.mul.Tensor
+            or value.op is aten.div.Tensor
+        ):
+            flags[value] = inherited
+        elif value.op in POINTWISE or torch.Tag.pointwise in getattr(value.op, "tags", ()):
+            flags[value] = _ACTIVATED if inherited else 0
+        else:
+            flags[value] = 0
+
+
+def _sums_a_product(value: Value) -> bool:
+    if value.op is not aten.sum.dim_IntList:
+        return False
+    return as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape)) is not None
+
+
+def _is_outer_product(value: Value) -> bool:
+    contraction = as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape))
+    return contraction is not None and contraction.is_product
+
+
+def _feeds(output: Value, anchor: Value) -> bool:
+    """Whether a contraction reads a site's output, through views and casts only."""
+    for operand in anchor.operands():
+        while is_view(operand) or is_cast(operand):
+            operand = operand.source
+        if operand is output:
+            return True
+    return False
+
+
+def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
+    """The candidates for the output above an anchor: up while there is exactly one reader."""
+    path = [anchor]
+    while path[-1] not in copy.escaping:
+        readers = [reader for reader in path[-1].readers if copy.is_live(reader)]
+        if len(readers) != 1 or not is_outside_operation(readers[0]):
+            break
+        path.append(readers[0])
+    return path
+
+
+def _best(
+    path: list[Value],
+    outside: frozenset[Value],
+    copy: CanonicalCopy,
+    tried: dict[Value, Site | Reason],
+) -> Site | Reason:
+    """The site of the highest candidate that passes, or the most telling reason why none does."""
+    reasons: list[Reason] = []
+    for root in reversed(path):
+        if root not in tried:
+            tried[root] = _try(root, outside, copy)
+        result = tried[root]
+        if isinstance(result, Site):
+            return result
+        reasons.append(result)
+        import os
+
+        os.environ.get("DBG") and print("   ", root, result.kind.name, result.detail)
+    return max(reversed(reasons), key=_tells)
+
+
+def _try(root: Value, outside: frozenset[Value], copy: CanonicalCopy) -> Site | Reason:
+    if not copy.holders(root):
+        return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
+    try:
+        return build_site(read_output(root, outside), root, copy)
+    except Declined as declined:
+        return declined.reason
+
+
+def _tells(reason: Reason) -> int:
+    """How much a reason says. What a too high candidate runs into says least."""
+    weak = {Kind.UNKNOWN_OPERATION: 0, Kind.PLAIN_FFN: 1, Kind.NOT_A_PRODUCT: 2}
+    return weak.get(reason.kind, 3)

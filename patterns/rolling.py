@@ -1,0 +1,231 @@
+"""Unrolled loops, rolled up: isomorphic terms become one term with one more axis.
+
+A loop over heads or sub-networks arrives as many copies of the same small expression that differ in
+where they read. ``join`` lays the copies over each other. A tensor that all of them read at offsets
+in arithmetic progression is read along a new axis; tensors that differ as such, as the weights of
+a ``ModuleList`` do, become one stacked tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .axes import Affine, Axis, Index, Size, axis_form
+from .canonical import Value
+from .contractions import Operand
+from .reasons import Declined, Kind
+
+STACK = "stack"  # a value that is in no graph yet: its args, stacked along a new first dimension
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """``scale * sum over contracted of query * weight + bias_scale * bias``."""
+
+    query: Operand
+    weight: Operand
+    contracted: tuple[Axis, ...]
+    scale: float
+    bias: Operand | None
+    bias_scale: float
+    value: Value  # the contraction, for its dtype and source line
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """``scale * sum over hidden and experts of routers * (act(gate) * up * down + bias)``."""
+
+    activation: str
+    gate: Projection
+    up: Projection | None
+    down: Operand
+    bias: Operand | None
+    bias_scale: float
+    routers: tuple[Operand, ...]
+    hidden: tuple[Axis, ...]  # summed by the down projection
+    experts: tuple[Axis, ...]  # summed outside of it
+    scale: float
+    value: Value  # the down projection
+
+    def operands(self) -> dict[str, Operand]:
+        """Every tensor that the term reads, by role."""
+        roles = {"query": self.gate.query, "gate": self.gate.weight, "down": self.down}
+        optional = {"gate_bias": self.gate.bias, "down_bias": self.bias}
+        if self.up is not None:
+            roles |= {"up_query": self.up.query, "up": self.up.weight}
+            optional["up_bias"] = self.up.bias
+        roles |= {role: operand for role, operand in optional.items() if operand is not None}
+        return roles | {f"router{i}": router for i, router in enumerate(self.routers)}
+
+    def mapped(self, change: Callable[[str, Operand], Operand]) -> Term:
+        """The same term with other operands; ``change`` receives the role of each."""
+
+        def projection(p: Projection, query: str, role: str) -> Projection:
+            return replace(
+                p,
+                query=change(query, p.query),
+                weight=change(role, p.weight),
+                bias=None if p.bias is None else change(f"{role}_bias", p.bias),
+            )
+
+        return replace(
+            self,
+            gate=projection(self.gate, "query", "gate"),
+            up=None if self.up is None else projection(self.up, "up_query", "up"),
+            down=change("down", self.down),
+            bias=None if self.bias is None else change("down_bias", self.bias),
+            routers=tuple(change(f"router{i}", r) for i, r in enumerate(self.routers)),
+        )
+
+
+def join_sum(terms: Sequence[Term]) -> Term:
+    """The sum of isomorphic terms: their sub-networks become an axis that is summed."""
+    if len(terms) == 1:
+        return terms[0]
+    ordered = sorted(terms, key=_weight_offset)  # addition commutes: find the order of storage
+    axis = Axis(len(terms))
+    joined = _join(ordered, axis_form(axis))
+    return replace(joined, experts=(axis, *joined.experts))
+
+
+def join_pieces(terms: Sequence[Term], position: Affine) -> Term:
+    """Terms that were concatenated: term ``i`` is what stands where ``position`` is ``i``."""
+    return _join(terms, position)
+
+
+def _join(terms: Sequence[Term], position: Affine) -> Term:
+    first = terms[0]
+    for other in terms[1:]:
+        if _form(other) != _form(first):
+            raise Declined(Kind.UNEQUAL_HEADS, _difference(first, other), other.value.origin)
+    aligned = [first, *(_renamed(other, first) for other in terms[1:])]
+    copies = [term.operands() for term in aligned]
+
+    def over_all(role: str, _: Operand) -> Operand:
+        return _join_operand([copy[role] for copy in copies], position)
+
+    return first.mapped(over_all)
+
+
+def _form(term: Term) -> tuple[Any, ...]:
+    """What has to agree between terms before their operands are compared."""
+    up = term.up
+    return (
+        term.activation,
+        tuple(term.operands()),
+        (term.gate.scale, term.gate.bias_scale, term.gate.value.dtype),
+        None if up is None else (up.scale, up.bias_scale, up.value.dtype),
+        (term.scale, term.bias_scale, term.value.dtype),
+        [[axis.size for axis in axes] for axes in _inner_axes(term)],
+    )
+
+
+def _difference(first: Term, other: Term) -> str:
+    if first.activation != other.activation:
+        return f"{first.activation} and {other.activation}"
+    sizes = [[axis.size for axis in _inner_axes(term)[0]] for term in (first, other)]
+    if sizes[0] != sizes[1]:
+        return f"input widths {sizes[0]} and {sizes[1]}"
+    sizes = [[axis.size for axis in _inner_axes(term)[2]] for term in (first, other)]
+    if sizes[0] != sizes[1]:
+        return f"hidden units {sizes[0]} and {sizes[1]}"
+    return ""
+
+
+def _inner_axes(term: Term) -> list[tuple[Axis, ...]]:
+    """The summed axes of a term, in an order that isomorphic terms share."""
+    gate, up = term.gate, term.up
+    return [
+        in_reading_order(gate.contracted, gate.query.index),
+        () if up is None else in_reading_order(up.contracted, up.query.index),
+        in_reading_order(term.hidden, term.down.index),
+        in_reading_order(term.experts, term.down.index),
+    ]
+
+
+def in_reading_order(axes: Sequence[Axis], index: Index) -> tuple[Axis, ...]:
+    """The axes, split as they are by now, outermost first as ``index`` reads them."""
+    leaves = [leaf for axis in axes for leaf in axis.leaves()]
+    order: list[Axis] = []
+    for form in index:
+        terms = [(axis, c) for axis, c in form.resolved().terms if axis in leaves]
+        order += [axis for axis, _ in sorted(terms, key=lambda term: _magnitude(term[1]))]
+    rest = [leaf for leaf in leaves if leaf not in order]
+    return tuple(dict.fromkeys(order + rest))
+
+
+def _magnitude(coefficient: Size) -> tuple[int, int]:
+    """Sort key: large strides first, symbolic ones before all."""
+    return (1, -coefficient) if isinstance(coefficient, int) else (0, 0)
+
+
+def _renamed(term: Term, like: Term) -> Term:
+    """``term`` over the summed axes of ``like``."""
+    mapping: dict[Axis, Axis] = {}
+    for mine, theirs in zip(_inner_axes(term), _inner_axes(like), strict=True):
+        mapping |= dict(zip(mine, theirs, strict=True))
+    return term.mapped(lambda _, operand: renamed(operand, mapping))
+
+
+def renamed(operand: Operand, mapping: dict[Axis, Axis]) -> Operand:
+    return Operand(operand.value, tuple(form.replaced(mapping) for form in operand.index))
+
+
+def _weight_offset(term: Term) -> tuple[int, ...]:
+    offsets = [form.offset for form in term.down.index]
+    return tuple(o if isinstance(o, int) else 0 for o in offsets)
+
+
+def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
+    first = copies[0]
+    for other in copies[1:]:
+        if not _same_terms(first.index, other.index):
+            raise Declined(Kind.UNEQUAL_HEADS, "they read differently", other.value.origin)
+    if any(copy.value is not first.value for copy in copies):
+        return _stacked(copies, position)
+    index = []
+    for dim, form in enumerate(first.index):
+        offsets = [copy.index[dim].offset for copy in copies]
+        if all(offset == offsets[0] for offset in offsets):
+            index.append(form.resolved())
+            continue
+        if not all(isinstance(offset, int) for offset in offsets):
+            raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
+        start, step = offsets[0], offsets[1] - offsets[0]  # type: ignore[operator]
+        if step <= 0 or offsets != [start + step * i for i in range(len(offsets))]:
+            raise Declined(Kind.IRREGULAR_WEIGHTS, f"offsets {offsets}", first.value.origin)
+        moved, along = form.resolved(), position.scaled(step)
+        index.append(Affine(moved.terms + along.terms, moved.offset + along.offset))  # type: ignore[operator]
+    return Operand(first.value, tuple(index))
+
+
+def _same_terms(a: Index, b: Index) -> bool:
+    return len(a) == len(b) and all(
+        frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _stacked(copies: Sequence[Operand], position: Affine) -> Operand:
+    """Different tensors, read alike: one tensor with a new first dimension."""
+    values = [copy.value for copy in copies]
+    first = values[0]
+    for copy in copies[1:]:
+        if copy.value.shape != first.shape or copy.value.dtype != first.dtype:
+            raise Declined(Kind.UNEQUAL_HEADS, "their tensors differ", copy.value.origin)
+        if [f.offset for f in copy.index] != [f.offset for f in copies[0].index]:
+            raise Declined(Kind.IRREGULAR_WEIGHTS, node=copy.value.origin)
+    stack = Value(
+        op=STACK,
+        args=tuple(values),
+        kwargs={},
+        shape=(len(values), *first.shape),
+        dtype=first.dtype,
+        device=first.device,
+        origin=max(values, key=lambda value: value.step).origin,
+        step=max(value.step for value in values),
+        requires_grad_mode=first.requires_grad_mode,
+    )
+    return Operand(stack, (position, *copies[0].index))

@@ -1,0 +1,108 @@
+"""A site: one MH-FFN that was found and proved, as the arguments of the op.
+
+The site is the small value between recognition and rewriting. Tensors are ``TensorView``: a value of
+the graph, where it is read, and which axes make up each dimension of the op's argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from .axes import Axis, Index, Size, product
+from .canonical import Value
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """An argument of the op: ``argument[dims] = scale * value[index]``.
+
+    Each entry of ``dims`` holds the axes of one dimension, outermost first. An axis that ``index``
+    does not mention is broadcast.
+    """
+
+    value: Value
+    index: Index
+    dims: tuple[tuple[Axis, ...], ...]
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return tuple(product(axis.size for axis in dim) for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class Location:
+    """A line of the user's source."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One MH-FFN: the op's arguments, and the value of the graph that it produces.
+
+    Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f and
+    head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers ``(B, L, H, E)``,
+    to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias ``(G, E, d)``.
+    """
+
+    query: TensorView
+    gate: TensorView
+    up: TensorView | None
+    down: TensorView
+    routers: tuple[TensorView, ...]
+    gate_bias: TensorView | None
+    up_bias: TensorView | None
+    down_bias: TensorView | None
+
+    activation: str
+    gate_scale: float
+    up_scale: float
+    out_scale: float
+
+    heads: int
+    kuv_heads: int
+    head_dim: int
+    experts: int
+    expert_dim: int
+    tokens: tuple[Size, Size]  # (B, L)
+    dtype: torch.dtype  # of the projections
+    out_dtype: torch.dtype
+    device: torch.device
+
+    output: Value
+    output_node: fx.Node  # holds ``output``; the op takes its place
+    output_dims: tuple[tuple[Axis, ...], ...]  # the output's dimensions over the op's axes
+    location: Location | None
+
+    @property
+    def gated(self) -> bool:
+        return self.up is not None
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether sub-networks are weighted per token (the paper's R)."""
+        return bool(self.routers)
+
+    def views(self) -> dict[str, TensorView]:
+        """The tensor arguments by role, without the absent ones."""
+        named = {
+            "query": self.query,
+            "gate": self.gate,
+            "up": self.up,
+            "down": self.down,
+            "gate_bias": self.gate_bias,
+            "up_bias": self.up_bias,
+            "down_bias": self.down_bias,
+        }
+        present = {role: view for role, view in named.items() if view is not None}
+        return present | {f"router{i}": view for i, view in enumerate(self.routers)}

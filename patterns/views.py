@@ -1,0 +1,167 @@
+"""Views: which element of its input each element of a view reads.
+
+One table, operator to rule. A rule takes the view and the index that somebody reads it at, and
+returns the tensor behind it and the index there; None where the step is no affine index map, and
+then the view itself is where the walk ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from .axes import Affine, Index, Size, multiply, through_reshape
+from .canonical import Value
+
+aten = torch.ops.aten
+
+Rule: TypeAlias = Callable[[Value, Index], "tuple[Value, Index] | None"]
+
+
+def through_view(value: Value, index: Index) -> tuple[Value, Index] | None:
+    """One step from a view to what it shows, or None if ``value`` is no (affine) view."""
+    rule = _RULES.get(value.op)
+    return None if rule is None else rule(value, index)
+
+
+def is_view(value: Value) -> bool:
+    return value.op in _RULES
+
+
+def behind_views(value: Value, index: Index) -> tuple[Value, Index]:
+    """All the steps: the tensor that holds the data, and the index into it."""
+    while (step := through_view(value, index)) is not None:
+        value, index = step
+    return value, index
+
+
+def broadcast(index: Index, shape: Sequence[Size]) -> Index:
+    """The index into an operand of ``shape`` that takes part in a broadcast read at ``index``."""
+    aligned = index[len(index) - len(shape) :]
+    return tuple(Affine() if size == 1 else form for form, size in zip(aligned, shape, strict=True))
+
+
+def _reshape(value: Value, index: Index) -> tuple[Value, Index] | None:
+    source = value.source
+    inner = through_reshape(index, value.shape, source.shape)
+    return None if inner is None else (source, inner)
+
+
+def _same(value: Value, index: Index) -> tuple[Value, Index]:
+    return value.source, index
+
+
+def _permute(value: Value, index: Index) -> tuple[Value, Index]:
+    source = value.source
+    rank = len(source.shape)
+    inner: list[Affine] = [Affine()] * rank
+    for position, dim in enumerate(value.args[1]):
+        inner[dim % rank] = index[position]
+    return source, tuple(inner)
+
+
+def _transpose(value: Value, index: Index) -> tuple[Value, Index]:
+    source, rank = value.source, len(value.shape)
+    if rank == 0:
+        return source, index
+    a, b = (1, 0) if value.op is aten.t.default else (value.args[1], value.args[2])
+    inner = list(index)
+    if rank > 1:
+        inner[a % rank], inner[b % rank] = index[b % rank], index[a % rank]
+    return source, tuple(inner)
+
+
+def _expand(value: Value, index: Index) -> tuple[Value, Index]:
+    return value.source, broadcast(index, value.source.shape)
+
+
+def _unsqueeze(value: Value, index: Index) -> tuple[Value, Index]:
+    dim = value.args[1] % len(value.shape)
+    return value.source, index[:dim] + index[dim + 1 :]
+
+
+def _squeeze(value: Value, index: Index) -> tuple[Value, Index] | None:
+    source = value.source
+    rank = len(source.shape)
+    dims = range(rank) if len(value.args) < 2 else value.args[1]
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {dim % rank for dim in dims if source.shape[dim % rank] == 1}
+    kept = iter(index)
+    return source, tuple(Affine() if dim in gone else next(kept) for dim in range(rank))
+
+
+def _slice(value: Value, index: Index) -> tuple[Value, Index] | None:
+    dim = value.argument(1, "dim", 0) % len(value.shape)
+    start = value.argument(2, "start", None) or 0
+    step = value.argument(4, "step", 1)
+    if not isinstance(start, int) or not isinstance(step, int):
+        return None
+    if start < 0:
+        size = value.source.shape[dim]
+        if not isinstance(size, int):
+            return None
+        start = max(start + size, 0)
+    inner = list(index)
+    inner[dim] = index[dim].scaled(step).shifted(start)
+    return value.source, tuple(inner)
+
+
+def _select(value: Value, index: Index) -> tuple[Value, Index] | None:
+    source = value.source
+    dim, position = value.args[1] % len(source.shape), value.args[2]
+    return _fixed(source, index, dim, position)
+
+
+def _unbind(value: Value, index: Index) -> tuple[Value, Index] | None:
+    source = value.source
+    dim = value.argument(1, "dim", 0) % len(source.shape)
+    return _fixed(source, index, dim, value.item)
+
+
+def _fixed(source: Value, index: Index, dim: int, at: object) -> tuple[Value, Index] | None:
+    size = source.shape[dim]
+    if not isinstance(at, int) or (at < 0 and not isinstance(size, int)):
+        return None
+    at = at + size if at < 0 else at  # type: ignore[operator]
+    return source, (*index[:dim], Affine((), at), *index[dim:])
+
+
+def _split(value: Value, index: Index) -> tuple[Value, Index] | None:
+    sizes, dim = value.args[1], value.argument(2, "dim", 0) % len(value.shape)
+    assert value.item is not None
+    if isinstance(sizes, int):
+        start = multiply(sizes, value.item)
+    elif all(isinstance(size, int) for size in sizes[: value.item]):
+        start = sum(sizes[: value.item])
+    else:
+        return None
+    inner = list(index)
+    inner[dim] = index[dim].shifted(start)
+    return value.source, tuple(inner)
+
+
+_RULES: dict[object, Rule] = {
+    aten.view.default: _reshape,
+    aten._unsafe_view.default: _reshape,
+    aten.reshape.default: _reshape,
+    aten._reshape_alias.default: _reshape,
+    aten.alias.default: _same,
+    aten.clone.default: _same,
+    aten.lift_fresh.default: _same,
+    aten.contiguous.default: _same,
+    aten.permute.default: _permute,
+    aten.transpose.int: _transpose,
+    aten.t.default: _transpose,
+    aten.expand.default: _expand,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.unbind.int: _unbind,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+}
