@@ -1,0 +1,109 @@
+"""The package as others meet it: its entry point, its cost of import, and its wheel."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def fresh(code: str) -> str:
+    """What a new interpreter prints, started where no folder of the checkout can be imported."""
+    command = [sys.executable, "-I", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def modules_after(code: str) -> set[str]:
+    report = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(fresh(f"{code}\n{report}").splitlines()[-1]))
+
+
+def ours(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.split(".")[0] == "mhf_compiler"}
+
+
+def test_the_backend_is_listed_without_being_imported() -> None:
+    modules = modules_after(
+        "import torch._dynamo; assert 'flashmhf' in torch._dynamo.list_backends()"
+    )
+    assert not ours(modules)
+
+
+def test_importing_the_package_is_light() -> None:
+    modules = modules_after("import mhf_compiler")
+    heavy = {"triton", "torch._inductor", "mhf_compiler.patterns", "mhf_compiler.lowering"}
+    assert not heavy & modules
+
+
+def test_loading_the_entry_point_leaves_recogniser_and_kernels_alone() -> None:
+    """Dynamo loads it when a model names the backend; the rest waits for a graph."""
+    modules = modules_after(
+        "from importlib.metadata import entry_points\n"
+        "(found,) = entry_points(group='torch_dynamo_backends', name='flashmhf')\n"
+        "assert callable(found.load())"
+    )
+    assert {"mhf_compiler.patterns", "mhf_compiler.lowering"}.isdisjoint(modules)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy, since setuptools would take stale files from a `build` folder."""
+    copy = tmp_path_factory.mktemp("source") / "checkout"
+    hidden = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=hidden)
+    out = tmp_path_factory.mktemp("wheel")
+    options = ["--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", str(out)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], check=True)
+    (path,) = out.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
+    installed = {"mhf_compiler": "mhf_compiler"}
+    installed |= {room: f"mhf_compiler/{room}" for room in ("patterns", "lowering")}
+    expected = {
+        f"{target}/{source.relative_to(ROOT / room).as_posix()}"
+        for room, target in installed.items()
+        for source in (ROOT / room).rglob("*.py")
+    }
+    shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert shipped == expected | {"mhf_compiler/py.typed"}
+
+
+def test_the_wheel_names_the_entry_point_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    declared = wheel.read(entry_points).decode()
+    assert "[torch_dynamo_backends]\nflashmhf = mhf_compiler.backend:flashmhf" in declared
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
+
+
+def test_versions_agree() -> None:
+    version = PROJECT["version"]
+    assert metadata.version(PROJECT["name"]) == version
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_core_needs_three_packages() -> None:
+    names = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert names == {"torch", "triton", "sympy"}
+
+
+def test_the_pinned_versions_lie_within_the_declared_ranges() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in map(Requirement, itertools.chain(*groups)):
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), requirement
