@@ -9,7 +9,7 @@ Half precision is computed in float32.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from .activations import ACTIVATIONS, Activation
 
 __all__ = ["backward", "forward"]
 
-# Elements of one hidden buffer per thread: 512 KiB of float32, so that the two or three buffers
-# in use at a time stay in the second and third cache level.
-_BUFFER_ELEMENTS = 128 * 1024
+# Elements per thread of one hidden buffer. The forward pass has two: 512 KiB of float32 together,
+# which a second-level cache holds. The backward pass has four and more calls per block, so larger
+# blocks, in the third level, serve it better.
+_FORWARD_ELEMENTS = 64 * 1024
+_BACKWARD_ELEMENTS = 128 * 1024
 # Below this many rows a matrix product waits for its weights, so hidden units are split first.
 _TOKENS = 256
 
@@ -46,10 +48,14 @@ class _Units:
     networks: slice
     columns: slice  # the same units among the columns of [E * f]
 
+    def by_network(self, hidden: Tensor) -> Tensor:
+        """[G', T', F'] as [G', T', E', f'], a view."""
+        return hidden.unflatten(2, (self.networks.stop - self.networks.start, -1))
+
 
 @dataclass(frozen=True)
 class _Blocks:
-    """How a call is cut: sizes of the blocks along each axis."""
+    """How a call is cut: the size of a block along each axis."""
 
     batch: int
     length: int
@@ -57,14 +63,25 @@ class _Blocks:
     networks: int
     units: int
 
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
 
-    @property
-    def hidden(self) -> int:
-        """Elements of the hidden buffer of one block."""
-        return self.groups * self.tokens * self.networks * self.units
+@dataclass(frozen=True)
+class _Scratch:
+    """Buffers by name. The first block of a call is its largest: later ones reuse its memory."""
+
+    like: Tensor
+    dtype: torch.dtype
+    views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        view = self.views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.numel() < size:
+                buffer = self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
+            view = self.views[name, shape] = buffer[:size].view(shape)
+        return view
 
 
 def _even(total: int, limit: int) -> int:
@@ -73,33 +90,32 @@ def _even(total: int, limit: int) -> int:
     return max(1, -(-total // pieces))
 
 
-def _cut(q: Tensor, k: Tensor, compute: torch.dtype) -> _Blocks:
+def _cut(q: Tensor, k: Tensor, compute: torch.dtype, elements: int) -> _Blocks:
     batch, length = q.shape[:2]
     groups, networks, units, width = k.shape
-    budget = _BUFFER_ELEMENTS * torch.get_num_threads()
-    rows = max(1, min(batch * length, _TOKENS))
-    if units * rows > budget:
-        networks, units = 1, _even(units, budget // rows)
+    budget = elements * torch.get_num_threads()
+    tokens = min(batch * length, _TOKENS)
+    converted = networks * units * width
+    if units * tokens > budget:
+        networks, units = 1, _even(units, budget // tokens)
     else:
-        networks = _even(networks, budget // (rows * units))
-    columns = networks * units
-    groups_at_once = _even(groups, budget // (rows * columns))
-    if k.dtype != compute:  # the weights of these groups are converted, all three at once
-        converted = k.shape[1] * k.shape[2] * width
-        groups_at_once = _even(groups, min(groups_at_once, 4 * budget // converted))
-    rows = max(1, budget // (groups_at_once * columns))
-    length_at_once = _even(length, rows)
-    batch_at_once = _even(batch, rows // length_at_once)
-    return _Blocks(batch_at_once, length_at_once, groups_at_once, networks, units)
+        networks = _even(networks, budget // (tokens * units))
+    limit = budget // (tokens * networks * units)
+    if k.dtype != compute:  # the weights of a block of groups are converted together
+        limit = min(limit, 4 * budget // converted)
+    groups = _even(groups, limit)
+    tokens = budget // (groups * networks * units)
+    length = _even(length, tokens)
+    return _Blocks(_even(batch, tokens // length), length, groups, networks, units)
 
 
-def _slices(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
+def _slices(total: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _token_blocks(q: Tensor, groups: slice, share: int, blocks: _Blocks) -> Iterator[_Tokens]:
-    for head in range(share):
+def _token_blocks(q: Tensor, groups: slice, blocks: _Blocks) -> Iterator[_Tokens]:
+    """The blocks that cover q [B, L, G, H/G, d] for some groups."""
+    for head in range(q.shape[3]):
         for batch in _slices(q.shape[0], blocks.batch):
             for length in _slices(q.shape[1], blocks.length):
                 yield _Tokens(batch, length, groups, head)
@@ -116,82 +132,79 @@ def _unit_blocks(k: Tensor, blocks: _Blocks) -> list[_Units]:
     return found
 
 
-def _of(buffer: Tensor, *shape: int) -> Tensor:
-    """The front of a flat scratch buffer in this shape."""
-    return buffer[: math.prod(shape)].view(shape)
+def _heads_by_group(x: Tensor, groups: int) -> Tensor:
+    """[B, L, H, n] as [B, L, G, H/G, n], a view for any strides."""
+    return x.unflatten(2, (groups, x.shape[2] // groups))
 
 
-def _pack(x: Tensor, into: Tensor) -> Tensor:
-    """x [G', B', L', n] as contiguous rows [G', T', n], in the dtype of the buffer."""
+def _pack(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
+    """x [G', B', L', n] as rows [G', T', n] in scratch memory, in the dtype of the computation."""
     groups, batch, length, width = x.shape
-    packed = _of(into, groups, batch, length, width)
-    packed.copy_(x)
-    return packed.view(groups, batch * length, width)
+    scratch.get(name, (groups, batch, length, width)).copy_(x)
+    return scratch.get(name, (groups, batch * length, width))
 
 
-def _matrix(x: Tensor, compute: torch.dtype) -> Tensor:
-    """A matrix [G', E, f, d] of weights as [G', E * f, d] that a matrix product reads in place."""
-    x = x.to(compute).flatten(1, 2)
-    rows, columns = x.shape[1:]
-    by_rows = x.stride(2) == 1 and x.stride(1) >= columns
-    by_columns = x.stride(1) == 1 and x.stride(2) >= rows
-    return x if by_rows or by_columns else x.contiguous()
+def _unpack(rows: Tensor, into: Tensor) -> None:
+    """Copy rows [G', T', n] into the view [G', B', L', n], rounding to its dtype."""
+    into.copy_(rows.view(into.shape))
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weights of some groups in the dtype of the computation, networks side by side."""
+    """The weights of one block of hidden units, in the dtype of the computation."""
 
-    k: Tensor  # [G', E * f, d]
+    units: _Units
+    k: Tensor  # [G', F', d]
     u: Tensor | None
     v: Tensor
-    k_bias: Tensor | None  # [G', 1, E * f]
+    k_bias: Tensor | None  # [G', 1, F']
     u_bias: Tensor | None
-    v_bias: Tensor | None  # [G', E, d]
 
 
 def _weights(
     groups: slice,
+    unit_blocks: list[_Units],
     compute: torch.dtype,
     k: Tensor,
     u: Tensor | None,
     v: Tensor,
     k_bias: Tensor | None,
     u_bias: Tensor | None,
-    v_bias: Tensor | None,
-) -> _Weights:
+) -> list[_Weights]:
+    """The weights of some groups, block by block of hidden units."""
+
     def row(bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias[groups].to(compute).flatten(1).unsqueeze(1)
 
-    return _Weights(
-        k=_matrix(k[groups], compute),
-        u=None if u is None else _matrix(u[groups], compute),
-        v=_matrix(v[groups], compute),
-        k_bias=row(k_bias),
-        u_bias=row(u_bias),
-        v_bias=None if v_bias is None else v_bias[groups].to(compute),
-    )
+    k, v = _matrix(k[groups].to(compute)), _matrix(v[groups].to(compute))
+    u = None if u is None else _matrix(u[groups].to(compute))
+    k_bias, u_bias = row(k_bias), row(u_bias)
+    return [
+        _Weights(
+            units,
+            k=k[:, units.columns],
+            u=None if u is None else u[:, units.columns],
+            v=v[:, units.columns],
+            k_bias=None if k_bias is None else k_bias[..., units.columns],
+            u_bias=None if u_bias is None else u_bias[..., units.columns],
+        )
+        for units in unit_blocks
+    ]
 
 
-def _project(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float, units: _Units, out: Tensor
-) -> Tensor:
-    """scale * rows weight^T + bias for these hidden units: [G', T', F'], written into ``out``."""
-    transposed = weight[:, units.columns].transpose(1, 2)
-    if bias is None:
-        return torch.baddbmm(out, rows, transposed, beta=0, alpha=scale, out=out)
-    start = bias[..., units.columns].expand_as(out)
-    return torch.baddbmm(start, rows, transposed, alpha=scale, out=out)
+def _matrix(x: Tensor) -> Tensor:
+    """[G', E, f, d] as [G', E * f, d] with strides that a matrix product reads without a copy."""
+    x = x.flatten(1, 2)
+    rows, columns = x.shape[1:]
+    by_rows = x.stride(2) == 1 and x.stride(1) >= columns
+    by_columns = x.stride(1) == 1 and x.stride(2) >= rows
+    return x if by_rows or by_columns else x.contiguous()
 
 
-def _by_network(hidden: Tensor, units: _Units) -> Tensor:
-    """[G', T', F'] as [G', T', E', f'], a view."""
-    return hidden.unflatten(2, (units.networks.stop - units.networks.start, -1))
-
-
-def _heads_by_group(x: Tensor, groups: int) -> Tensor:
-    """[B, L, H, n] as [B, L, G, H/G, n], a view for any strides."""
-    return x.unflatten(2, (groups, x.shape[2] // groups))
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
+    """Write scale * rows weight^T + bias, [G', T', F'], into ``out``."""
+    start, beta = (out, 0) if bias is None else (bias.expand_as(out), 1)
+    torch.baddbmm(start, rows, weight.transpose(1, 2), beta=beta, alpha=scale, out=out)
 
 
 def forward(
@@ -214,59 +227,58 @@ def forward(
     if out.numel() == 0:
         return
     compute = torch.promote_types(q.dtype, torch.float32)
-    groups, networks, _, width = k.shape
-    share = q.shape[2] // groups
+    groups = k.shape[0]
     phi = ACTIVATIONS[activation]
-    blocks = _cut(q, k, compute)
+    blocks = _cut(q, k, compute, _FORWARD_ELEMENTS)
     unit_blocks = _unit_blocks(k, blocks)
-
-    rows = blocks.groups * blocks.tokens
-    q_buffer, out_buffer = (q.new_empty(rows * width, dtype=compute) for _ in range(2))
-    gate_buffer = q.new_empty(blocks.hidden, dtype=compute)
-    up_buffer = q.new_empty(0 if u is None else blocks.hidden, dtype=compute)
-    r_buffer = q.new_empty(0 if r is None else rows * networks, dtype=compute)
+    scratch = _Scratch(q, compute)
     q, out = _heads_by_group(q, groups), _heads_by_group(out, groups)
     r = None if r is None else _heads_by_group(r, groups)
 
     for some in _slices(groups, blocks.groups):
-        w = _weights(some, compute, k, u, v, k_bias, u_bias, v_bias)
-        for block in _token_blocks(q, some, share, blocks):
-            rows_q = _pack(block.of(q), q_buffer)  # [G', T', d]
-            rows_r = None if r is None else _pack(block.of(r), r_buffer)  # [G', T', E]
-            result = _of(out_buffer, *rows_q.shape)
-            _start(result, rows_r, w.v_bias, out_scale)
-            for units in unit_blocks:
-                shape = (*rows_q.shape[:2], units.columns.stop - units.columns.start)
-                hidden = _project(
-                    rows_q, w.k, w.k_bias, k_scale, units, _of(gate_buffer, *shape)
-                )  # [G', T', F']
+        weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
+        down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
+        for block in _token_blocks(q, some, blocks):
+            rows = _pack(block.of(q), "q", scratch)  # [G', T', d]
+            routing = None if r is None else _pack(block.of(r), "r", scratch)  # [G', T', E]
+            result = scratch.get("out", tuple(rows.shape))
+            beta = _begin(result, routing, down_bias, out_scale)
+            for w in weights:
+                shape = (*rows.shape[:2], w.k.shape[1])
+                hidden = scratch.get("hidden", shape)  # [G', T', F']
+                _project(rows, w.k, w.k_bias, k_scale, hidden)
                 phi.evaluate_(hidden)
                 if w.u is not None:
-                    hidden.mul_(
-                        _project(rows_q, w.u, w.u_bias, u_scale, units, _of(up_buffer, *shape))
-                    )
-                if rows_r is not None:
-                    _by_network(hidden, units).mul_(rows_r[..., units.networks, None])
-                torch.baddbmm(result, hidden, w.v[:, units.columns], alpha=out_scale, out=result)
-            target = block.of(out)
-            target.copy_(result.view(target.shape))
+                    up = scratch.get("up", shape)
+                    _project(rows, w.u, w.u_bias, u_scale, up)
+                    hidden.mul_(up)
+                if routing is not None:
+                    w.units.by_network(hidden).mul_(routing[..., w.units.networks, None])
+                torch.baddbmm(result, hidden, w.v, beta=beta, alpha=out_scale, out=result)
+                beta = 1
+            _unpack(result, block.of(out))
 
 
-def _start(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> None:
-    """Set ``result`` [G', T', d] to the part of the output that the biases of v make."""
+def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> int:
+    """Set ``result`` [G', T', d] to what the biases of v make; the factor it has in the sum."""
     if v_bias is None:
-        result.zero_()
-    elif r is None:
+        return 0
+    if r is None:
         result.copy_(v_bias.sum(dim=1, keepdim=True).mul_(out_scale))
     else:
         torch.baddbmm(result, r, v_bias, beta=0, alpha=out_scale, out=result)
+    return 1
 
 
 @dataclass(frozen=True)
-class _WeightGradients:
-    """Sums over tokens, in the dtype of the computation; None where no gradient is wanted."""
+class _Sums:
+    """Gradients of the weights of some groups, summed in the dtype of the computation.
 
-    k: Tensor | None  # [G', E * f, d]
+    Matrices are kept transposed: the product that makes them is then a fifth faster. None where
+    no gradient is wanted.
+    """
+
+    k: Tensor | None  # [G', d, E * f]
     u: Tensor | None
     v: Tensor | None
     k_bias: Tensor | None  # [G', 1, E * f]
@@ -276,24 +288,13 @@ class _WeightGradients:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one block of tokens reads, and the sums over hidden units that it makes."""
+    """What one block of tokens reads, and the gradients that it sums over hidden units."""
 
     q: Tensor  # [G', T', d]
     g: Tensor  # [G', T', d], the gradient of the output times its scale
     r: Tensor | None  # [G', T', E]
     dq: Tensor | None  # [G', T', d]
     dr: Tensor | None  # [G', T', E]
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Flat hidden buffers of the backward pass."""
-
-    act: Tensor
-    slope: Tensor
-    up: Tensor
-    d: Tensor
-    product: Tensor
 
 
 def backward(
@@ -328,153 +329,149 @@ def backward(
     grad_q, grad_k, grad_u, grad_v, grad_r, grad_k_bias, grad_u_bias, grad_v_bias = gradients
 
     compute = torch.promote_types(q.dtype, torch.float32)
-    groups, networks, units_each, width = k.shape
-    blocks = _cut(q, k, compute)
+    groups, networks, units, width = k.shape
+    phi = ACTIVATIONS[activation]
+    blocks = _cut(q, k, compute, _BACKWARD_ELEMENTS)
     unit_blocks = _unit_blocks(k, blocks)
-
-    def scratch(size: int, wanted: bool = True) -> Tensor:
-        return q.new_empty(size if wanted else 0, dtype=compute)
-
-    rows = blocks.groups * blocks.tokens
-    q_buffer, g_buffer = scratch(rows * width), scratch(rows * width)
-    dq_buffer = scratch(rows * width, grad_q is not None)
-    r_buffer = scratch(rows * networks, r is not None)
-    dr_buffer = scratch(rows * networks, grad_r is not None)
-    hidden = _Scratch(
-        act=scratch(blocks.hidden),
-        slope=scratch(blocks.hidden),
-        up=scratch(blocks.hidden, u is not None),
-        d=scratch(blocks.hidden),
-        product=scratch(blocks.hidden, grad_r is not None),
-    )
+    scratch = _Scratch(q, compute)
     q, g = _heads_by_group(q, groups), _heads_by_group(grad_out, groups)
     r = None if r is None else _heads_by_group(r, groups)
     grad_q = None if grad_q is None else _heads_by_group(grad_q, groups)
     grad_r = None if grad_r is None else _heads_by_group(grad_r, groups)
 
+    def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
+        return None if gradient is None else q.new_zeros(shape, dtype=compute)
+
     for some in _slices(groups, blocks.groups):
-        w = _weights(some, compute, k, u, v, k_bias, u_bias, v_bias)
+        weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
+        down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         count = some.stop - some.start
-
-        def zeros(of: Tensor | None, *shape: int) -> Tensor | None:
-            return None if of is None else q.new_zeros(shape, dtype=compute)
-
-        columns = networks * units_each
-        dw = _WeightGradients(
-            k=zeros(grad_k, count, columns, width),
-            u=zeros(grad_u, count, columns, width),
-            v=zeros(grad_v, count, columns, width),
-            k_bias=zeros(grad_k_bias, count, 1, columns),
-            u_bias=zeros(grad_u_bias, count, 1, columns),
+        sums = _Sums(
+            k=zeros(grad_k, count, width, networks * units),
+            u=zeros(grad_u, count, width, networks * units),
+            v=zeros(grad_v, count, width, networks * units),
+            k_bias=zeros(grad_k_bias, count, 1, networks * units),
+            u_bias=zeros(grad_u_bias, count, 1, networks * units),
             v_bias=zeros(grad_v_bias, count, networks, width),
         )
-        for block in _token_blocks(q, some, q.shape[3], blocks):
-            rows_q = _pack(block.of(q), q_buffer)
-            now = _Rows(
-                q=rows_q,
-                g=_pack(block.of(g), g_buffer).mul_(out_scale),
-                r=None if r is None else _pack(block.of(r), r_buffer),
-                dq=None if grad_q is None else _of(dq_buffer, *rows_q.shape).zero_(),
-                dr=None if grad_r is None else _of(dr_buffer, *rows_q.shape[:2], networks).zero_(),
+        for block in _token_blocks(q, some, blocks):
+            packed = _pack(block.of(q), "q", scratch)
+            shape = tuple(packed.shape)
+            rows = _Rows(
+                q=packed,
+                g=_pack(block.of(g), "g", scratch).mul_(out_scale),
+                r=None if r is None else _pack(block.of(r), "r", scratch),
+                dq=None if grad_q is None else scratch.get("dq", shape).zero_(),
+                dr=None if grad_r is None else scratch.get("dr", (*shape[:2], networks)).zero_(),
             )
-            _differentiate_v_bias(now, w.v_bias, dw.v_bias)
-            for units in unit_blocks:
-                _differentiate(now, w, dw, units, hidden, ACTIVATIONS[activation], k_scale, u_scale)
-            for grad, source in ((grad_q, now.dq), (grad_r, now.dr)):
-                if grad is not None and source is not None:
-                    target = block.of(grad)
-                    target.copy_(source.view(target.shape))
-        for grad, total in (
-            (grad_k, dw.k),
-            (grad_u, dw.u),
-            (grad_v, dw.v),
-            (grad_k_bias, dw.k_bias),
-            (grad_u_bias, dw.u_bias),
-            (grad_v_bias, dw.v_bias),
+            _differentiate_down_bias(rows, down_bias, sums.v_bias)
+            for w in weights:
+                _differentiate(rows, w, sums, scratch, phi, k_scale, u_scale)
+            if grad_q is not None and rows.dq is not None:
+                _unpack(rows.dq, block.of(grad_q))
+            if grad_r is not None and rows.dr is not None:
+                _unpack(rows.dr, block.of(grad_r))
+        for gradient, total in ((grad_k, sums.k), (grad_u, sums.u), (grad_v, sums.v)):
+            if gradient is not None and total is not None:
+                gradient[some].copy_(total.transpose(1, 2).unflatten(1, (networks, units)))
+        for gradient, total in (
+            (grad_k_bias, sums.k_bias),
+            (grad_u_bias, sums.u_bias),
+            (grad_v_bias, sums.v_bias),
         ):
-            if grad is not None and total is not None:
-                target = grad[some]
-                target.copy_(total.view(target.shape))
+            if gradient is not None and total is not None:
+                gradient[some].copy_(total.view(gradient[some].shape))
     return wanted
 
 
-def _differentiate_v_bias(now: _Rows, v_bias: Tensor | None, dv_bias: Tensor | None) -> None:
+def _differentiate_down_bias(rows: _Rows, v_bias: Tensor | None, total: Tensor | None) -> None:
     """Add what the biases of v contribute to the gradient of r, and their own gradient."""
-    if v_bias is not None and now.dr is not None:
-        torch.bmm(now.g, v_bias.transpose(1, 2), out=now.dr)
-    if dv_bias is not None:
-        if now.r is None:
-            dv_bias.add_(now.g.sum(dim=1, keepdim=True))
+    if v_bias is not None and rows.dr is not None:
+        torch.bmm(rows.g, v_bias.transpose(1, 2), out=rows.dr)
+    if total is not None:
+        if rows.r is None:
+            total.add_(rows.g.sum(dim=1, keepdim=True))
         else:
-            dv_bias.baddbmm_(now.r.transpose(1, 2), now.g)
+            total.baddbmm_(rows.r.transpose(1, 2), rows.g)
 
 
 def _differentiate(
-    now: _Rows,
+    rows: _Rows,
     w: _Weights,
-    dw: _WeightGradients,
-    units: _Units,
-    hidden: _Scratch,
+    sums: _Sums,
+    scratch: _Scratch,
     phi: Activation,
     k_scale: float,
     u_scale: float,
 ) -> None:
-    """Add what these hidden units contribute to every gradient of one block of tokens.
+    """Add what one block of hidden units contributes to every gradient of one block of tokens.
 
-    Each buffer holds [G', T', F'] and is overwritten as soon as its value has been read.
+    With a the activation, a' its derivative and p = g v^T the gradient of the product of both
+    branches, the pre-activations have the gradients r a' up p and r a p, and v sees r a up. Four
+    buffers [G', T', F'] hold these in turn, each overwritten as soon as it has been read.
     """
-    shape = (*now.q.shape[:2], units.columns.stop - units.columns.start)
-    columns = units.columns
-    r = None if now.r is None else now.r[..., units.networks, None]  # [G', T', E', 1]
-    to_gate = now.dq is not None or dw.k is not None or dw.k_bias is not None
-    to_up = w.u is not None and (now.dq is not None or dw.u is not None or dw.u_bias is not None)
+    shape = (*rows.q.shape[:2], w.k.shape[1])
+    columns = w.units.columns
+    to_k = rows.dq is not None or sums.k is not None or sums.k_bias is not None
+    to_u = w.u is not None and (
+        rows.dq is not None or sums.u is not None or sums.u_bias is not None
+    )
+    act, d = scratch.get("act", shape), scratch.get("d", shape)
+    d_gate, up = scratch.get("slope", shape), scratch.get("up", shape)
 
-    act = _project(now.q, w.k, w.k_bias, k_scale, units, _of(hidden.act, *shape))
-    slope = _of(hidden.slope, *shape)
-    if to_gate:
-        phi.evaluate_with_derivative_(act, slope)
+    _project(rows.q, w.k, w.k_bias, k_scale, act)
+    if to_k:
+        phi.evaluate_with_derivative_(act, d_gate)
     else:
         phi.evaluate_(act)
-    product = act  # of both branches
     if w.u is not None:
-        product = _project(now.q, w.u, w.u_bias, u_scale, units, _of(hidden.up, *shape))
-        if to_gate:
-            slope.mul_(product)
-        product.mul_(act)
+        _project(rows.q, w.u, w.u_bias, u_scale, up)
+    if to_k or to_u or rows.dr is not None:
+        torch.bmm(rows.g, w.v.transpose(1, 2), out=d)
 
-    d = _of(hidden.d, *shape)  # the gradient of the product
-    if to_gate or to_up or now.dr is not None:
-        torch.bmm(now.g, w.v[:, columns].transpose(1, 2), out=d)
-    if now.dr is not None:
-        torch.mul(product, d, out=(weighted := _of(hidden.product, *shape)))
-        now.dr[..., units.networks].add_(_by_network(weighted, units).sum(dim=3))
-    if (to_gate or to_up) and r is not None:
-        _by_network(d, units).mul_(r)
-    if dw.v is not None:
-        if r is not None:
-            _by_network(product, units).mul_(r)
-        dw.v[:, columns].baddbmm_(product.transpose(1, 2), now.g)
-    if to_gate:
-        slope.mul_(d)
-        _differentiate_projection(now, slope, w.k, dw.k, dw.k_bias, k_scale, columns)
-    if to_up and w.u is not None:
-        act.mul_(d)
-        _differentiate_projection(now, act, w.u, dw.u, dw.u_bias, u_scale, columns)
+    if to_k:
+        d_gate.mul_(d)
+        if w.u is not None:
+            d_gate.mul_(up)
+    if w.u is None:
+        product, weighted = act, up  # the un-gated network leaves the buffer of u free
+        if rows.dr is not None:
+            torch.mul(act, d, out=weighted)
+    else:
+        d.mul_(act)
+        act.mul_(up)
+        product, weighted = act, up
+        if rows.dr is not None:
+            weighted.mul_(d)
+    if rows.dr is not None:
+        rows.dr[..., w.units.networks].add_(w.units.by_network(weighted).sum(dim=3))
+
+    if rows.r is not None:
+        r = rows.r[..., w.units.networks, None]  # [G', T', E', 1]
+        for needed, hidden in ((sums.v is not None, product), (to_k, d_gate), (to_u, d)):
+            if needed:
+                w.units.by_network(hidden).mul_(r)
+    if sums.v is not None:
+        sums.v[..., columns].baddbmm_(rows.g.transpose(1, 2), product)
+    if to_k:
+        _differentiate_projection(rows, d_gate, w.k, sums.k, sums.k_bias, k_scale, columns)
+    if to_u and w.u is not None:
+        _differentiate_projection(rows, d, w.u, sums.u, sums.u_bias, u_scale, columns)
 
 
 def _differentiate_projection(
-    now: _Rows,
+    rows: _Rows,
     d: Tensor,
     weight: Tensor,
-    dw: Tensor | None,
-    dbias: Tensor | None,
+    total: Tensor | None,
+    bias_total: Tensor | None,
     scale: float,
     columns: slice,
 ) -> None:
     """Add the gradients of scale * q weight^T + bias, whose own gradient is d [G', T', F']."""
-    if now.dq is not None:
-        now.dq.baddbmm_(d, weight[:, columns], alpha=scale)
-    if dw is not None:
-        dw[:, columns].baddbmm_(d.transpose(1, 2), now.q, alpha=scale)
-    if dbias is not None:
-        dbias[..., columns].add_(d.sum(dim=1, keepdim=True))
+    if rows.dq is not None:
+        rows.dq.baddbmm_(d, weight, alpha=scale)
+    if total is not None:
+        total[..., columns].baddbmm_(rows.q.transpose(1, 2), d, alpha=scale)
+    if bias_total is not None:
+        bias_total[..., columns].add_(d.sum(dim=1, keepdim=True))
