@@ -1,11 +1,11 @@
 """The Triton kernels behind the op: `forward` and `backward` over arbitrary strided views.
 
-    forward.py      out: one kernel, the hidden units stay on the chip
-    backward.py     dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
-    activations.py  the activations and their slopes
-    loads.py        tensor descriptors, pointers and masks
-    launching.py    from tensors to a launch
-    tiles.py        the tile sizes for a problem and a GPU
+    forward_pass.py   out: one kernel, the hidden units stay on the chip
+    backward_pass.py  dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
+    activations.py    the activations and their slopes
+    loads.py          tensor descriptors, pointers and masks
+    launching.py      from tensors to a launch
+    tiles.py          the tile sizes for a problem and a GPU
 
 Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and
 down projections, R the router's weights; E sub-networks of F hidden units, heads of width D.
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .backward import run_down, run_down_bias, run_query, run_up
-from .forward import run_forward
+from .backward_pass import run_down, run_down_bias, run_query, run_up
+from .forward_pass import run_forward
 from .launching import Problem, capability
 from .tiles import Kernel, Tile, choose
 
@@ -93,15 +93,17 @@ def backward(
     if any(grad is not None for grad in (dk, du, dk_bias, du_bias)):
         run_up(problem, grad_out, dk, du, dk_bias, du_bias, _tile("up", problem))
     if dv_bias is not None:
-        run_down_bias(problem, grad_out, dv_bias, _tile("down_bias", problem))
+        run_down_bias(problem, grad_out, dv_bias, _tile("down", problem))
     return wanted
 
 
 def _tile(kernel: Kernel, problem: Problem) -> Tile:
-    batch, length, _, width = problem.q.shape
+    batch, length, heads, width = problem.q.shape
     return choose(
         kernel,
         tokens=batch * length,
+        heads=heads,
+        hidden=problem.k.shape[2],
         width=width,
         itemsize=problem.q.element_size(),
         capability=capability(problem.q.device),

@@ -18,7 +18,6 @@ only unit axes in *front* of a tile are free for the compiler to drop.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -99,8 +98,21 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
     return Operand(x, (g, e, f, c), "pointer")
 
 
-def router_operand(x: Tensor | None, axes: TokenAxes) -> Operand:
+def router_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     """R (B, L, H, E), of which a kernel reads one column of a token tile at a time."""
+    if x is None:
+        return Operand(None, None, "pointer")
+    b, l, h, e = axes.strides(x)
+    if tile.descriptors:
+        shape = [axes.batch, x.shape[2], x.shape[3], axes.length]
+        descriptor = _describe(x, shape, [b, h, e, l], [1, 1, 1, tile.tokens])
+        if descriptor is not None:
+            return Operand(descriptor, None, "columns")
+    return Operand(x, (b, l, h, e), "pointer")
+
+
+def router_gradient(x: Tensor | None, axes: TokenAxes) -> Operand:
+    """The gradient of R (B, L, H, E), stored through pointers because only some stores happen."""
     return Operand(x, None if x is None else axes.strides(x), None)
 
 
@@ -156,10 +168,14 @@ def store_tokens(X, value, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constex
 
 
 @triton.jit
-def load_router(R, strides, b, l0, h, e, L, BM: tl.constexpr):
+def load_router(R, strides, b, l0, h, e, L, BM: tl.constexpr, LAYOUT: tl.constexpr):
     """R for tokens l0.. of one head and sub-network, zero beyond the sequence: float32 [BM]."""
-    l = l0 + tl.arange(0, BM)
-    return tl.load(_router_pointers(R, strides, b, l, h, e), mask=l < L, other=0.0).to(tl.float32)
+    if LAYOUT == "columns":
+        return R.load([b, h, e, l0]).reshape([BM]).to(tl.float32)
+    else:
+        l = l0 + tl.arange(0, BM)
+        pointers = _router_pointers(R, strides, b, l, h, e)
+        return tl.load(pointers, mask=l < L, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -223,7 +239,11 @@ def _token_pointers(X, strides, b, l, h, c):
 
 @triton.jit
 def _router_pointers(R, strides, b, l, h, e):
-    R += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2] + tl.cast(e, tl.int64) * strides[3]
+    R += (
+        tl.cast(b, tl.int64) * strides[0]
+        + tl.cast(h, tl.int64) * strides[2]
+        + tl.cast(e, tl.int64) * strides[3]
+    )
     return R + l.to(tl.int64) * strides[1]
 
 

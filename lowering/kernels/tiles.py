@@ -1,10 +1,19 @@
-"""Tile sizes: a pure function of the problem and of the GPU's compute capability."""
+"""Tile sizes: a pure function of the problem and of the GPU's compute capability.
+
+There is no tuning at run time: a launch may happen inside a CUDA graph's capture, and two runs
+must add in the same order. The tables hold, per kernel and padded head width, the largest tiles
+whose accumulators stay in registers and whose pipeline fits the shared memory: 227 KiB per block
+on sm_90 and sm_100, 163 on sm_80, 99 on the others. `choose` then shrinks them to the problem.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-Kernel = Literal["forward", "query", "down", "up", "down_bias"]
+Kernel = Literal["forward", "query", "down", "up"]
+
+_SMALLEST = 16  # the least extent of a matrix instruction's operand
+_ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 
 
 @dataclass(frozen=True)
@@ -18,13 +27,133 @@ class Tile:
     descriptors: bool
 
 
-def padded_width(width: int) -> int:
-    """The block extent of the head width: a power of two that a matrix instruction takes."""
-    return max(16, 1 << (width - 1).bit_length())
+_Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
+
+_HOPPER: _Table = {
+    64: {
+        "forward": (128, 64, 8, 4),
+        "query": (128, 64, 8, 3),
+        "down": (128, 128, 8, 3),
+        "up": (64, 128, 8, 3),
+    },
+    128: {
+        "forward": (128, 64, 8, 4),
+        "query": (128, 64, 8, 2),
+        "down": (128, 128, 8, 2),
+        "up": (64, 128, 8, 2),
+    },
+    256: {
+        "forward": (128, 32, 8, 3),
+        "query": (64, 32, 4, 2),
+        "down": (32, 128, 8, 2),
+        "up": (32, 64, 8, 2),
+    },
+}
+_AMPERE: _Table = {
+    64: {
+        "forward": (128, 64, 8, 3),
+        "query": (64, 64, 4, 3),
+        "down": (64, 128, 8, 3),
+        "up": (64, 64, 4, 2),
+    },
+    128: {
+        "forward": (128, 64, 8, 2),
+        "query": (64, 64, 4, 2),
+        "down": (64, 128, 8, 2),
+        "up": (64, 64, 8, 2),
+    },
+    256: {
+        "forward": (64, 32, 4, 2),
+        "query": (64, 32, 8, 2),
+        "down": (32, 64, 8, 2),
+        "up": (16, 64, 8, 2),
+    },
+}
+_SMALL_AMPERE: _Table = {
+    64: {
+        "forward": (128, 32, 4, 3),
+        "query": (64, 32, 4, 3),
+        "down": (64, 64, 4, 3),
+        "up": (64, 64, 8, 2),
+    },
+    128: {
+        "forward": (64, 32, 4, 3),
+        "query": (64, 32, 4, 2),
+        "down": (64, 64, 8, 2),
+        "up": (32, 64, 8, 2),
+    },
+    256: {
+        "forward": (64, 16, 4, 2),
+        "query": (32, 16, 4, 2),
+        "down": (16, 32, 4, 2),
+        "up": (16, 32, 4, 2),
+    },
+}
+_FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll into registers
+    64: {
+        "forward": (32, 32, 8, 2),
+        "query": (32, 32, 8, 2),
+        "down": (32, 32, 8, 2),
+        "up": (32, 32, 8, 2),
+    },
+    128: {
+        "forward": (32, 16, 8, 2),
+        "query": (32, 16, 8, 2),
+        "down": (16, 32, 8, 2),
+        "up": (16, 32, 8, 2),
+    },
+    256: {
+        "forward": (32, 16, 8, 2),
+        "query": (16, 16, 8, 2),
+        "down": (16, 16, 8, 2),
+        "up": (16, 16, 8, 2),
+    },
+}
 
 
 @lru_cache
 def choose(
-    kernel: Kernel, *, tokens: int, width: int, itemsize: int, capability: tuple[int, int]
+    kernel: Kernel,
+    *,
+    tokens: int,
+    heads: int,
+    hidden: int,
+    width: int,
+    itemsize: int,
+    capability: tuple[int, int],
 ) -> Tile:
-    return Tile(32, 32, 8, 4, True)
+    """The tile for `tokens` tokens of `heads` heads of `width`, over `hidden` hidden units each."""
+    bm, bf, warps, stages = _table(itemsize, capability)[max(64, padded_width(width))][kernel]
+    bf = _shrink(bf, hidden)
+    if kernel in ("down", "up"):
+        bm = _shrink(bm, tokens)
+        # These own hidden units: a padded row costs as much as a real one.
+        if bf > 64 and -(-hidden // bf) * bf > 1.2 * hidden:
+            bf, warps = bf // 2, max(4, warps // 2)
+    else:
+        full, bm = bm, _shrink(bm, tokens)
+        while bm > _SMALLEST and -(-tokens // bm) * heads < _ENOUGH_PROGRAMS:
+            bm //= 2
+        if itemsize <= 2:
+            warps = max(4, warps * bm // full)
+    # Without matrix units the compiler reads products out of the plain layout of a pointer load.
+    descriptors = itemsize <= 2 and capability[0] in (9, 10)
+    return Tile(bm, bf, warps, stages, descriptors)
+
+
+def padded_width(width: int) -> int:
+    """The block extent of the head width: a power of two that a matrix instruction takes."""
+    return max(_SMALLEST, 1 << (width - 1).bit_length())
+
+
+def _table(itemsize: int, capability: tuple[int, int]) -> _Table:
+    if itemsize > 2:
+        return _FLOAT32
+    if capability[0] in (9, 10):
+        return _HOPPER
+    return _AMPERE if capability == (8, 0) else _SMALL_AMPERE
+
+
+def _shrink(block: int, extent: int) -> int:
+    """The smallest power of two that covers `extent`, at most `block`."""
+    return min(block, max(_SMALLEST, 1 << (extent - 1).bit_length()))

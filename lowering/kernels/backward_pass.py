@@ -28,6 +28,7 @@ from .loads import (
     load_router,
     load_tokens,
     load_weights,
+    router_gradient,
     router_operand,
     store_bias,
     store_router,
@@ -51,13 +52,13 @@ def run_query(
         "K": weight_operand(problem.k, tile),
         "U": weight_operand(problem.u, tile),
         "V": weight_operand(problem.v, tile),
-        "R": router_operand(problem.r, axes),
+        "R": router_operand(problem.r, axes, tile),
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "V_bias": bias_operand(problem.v_bias),
         "dOut": token_operand(grad_out, axes, tile),
         "dQ": token_operand(dq, axes, tile),
-        "dR": router_operand(dr, axes),
+        "dR": router_gradient(dr, axes),
     }
     programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
     launch(query_kernel, programs, tile, grad_out.device, operands, problem.scalars(axes, tile))
@@ -71,7 +72,7 @@ def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, tile: Tile) -> None
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
         "U": weight_operand(problem.u, tile),
-        "R": router_operand(problem.r, axes),
+        "R": router_operand(problem.r, axes, tile),
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "dOut": token_operand(grad_out, axes, tile),
@@ -98,7 +99,7 @@ def run_up(
         "K": weight_operand(problem.k, tile),
         "U": weight_operand(problem.u, tile),
         "V": weight_operand(problem.v, tile),
-        "R": router_operand(problem.r, axes),
+        "R": router_operand(problem.r, axes, tile),
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "dOut": token_operand(grad_out, axes, tile),
@@ -116,7 +117,7 @@ def run_down_bias(problem: Problem, grad_out: Tensor, dv_bias: Tensor, tile: Til
     axes = token_axes(problem.r, grad_out)
     groups, networks = problem.k.shape[:2]
     operands = {
-        "R": router_operand(problem.r, axes),
+        "R": router_operand(problem.r, axes, tile),
         "dOut": token_operand(grad_out, axes, tile),
         "dV_bias": bias_operand(dv_bias),
     }
@@ -137,7 +138,8 @@ def query_kernel(
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
-    V_layout: tl.constexpr, dOut_layout: tl.constexpr, dQ_layout: tl.constexpr,
+    V_layout: tl.constexpr, R_layout: tl.constexpr, dOut_layout: tl.constexpr,
+    dQ_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dQ and dR of one token tile of one head; either may be None."""
@@ -186,7 +188,7 @@ def query_kernel(
             store_router(dR, dr * OUT_SCALE, dR_strides, b, l0, h, e, L, last, BM)
         if dQ is not None:
             if R is not None:
-                r = load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+                r = load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
                 dm *= r
                 dn *= r
             if K_SCALE != 1.0:
@@ -212,7 +214,7 @@ def down_kernel(
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
-    dOut_layout: tl.constexpr, dV_layout: tl.constexpr,
+    R_layout: tl.constexpr, dOut_layout: tl.constexpr, dV_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dV of one hidden tile, over all tokens of all heads that share it."""
@@ -230,31 +232,30 @@ def down_kernel(
         if U_bias is not None:
             u_bias = load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[:, None]
     dv = tl.zeros((BF, BD), tl.float32)
-    token_tiles = tl.cdiv(L, BM)
-    for i in tl.range(0, HEADS_PER_GROUP * B * token_tiles):
-        l0 = (i % token_tiles) * BM
-        b = i // token_tiles % B
-        h = g * HEADS_PER_GROUP + i // token_tiles // B
-        q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
-        m = tl.dot(k, q.T, input_precision=PRECISION)  # [BF, BM]
-        if K_SCALE != 1.0:
-            m *= K_SCALE
-        if K_bias is not None:
-            m += k_bias
-        a = activate(m, ACTIVATION, APPROXIMATE)
-        if U is not None:
-            n = tl.dot(u, q.T, input_precision=PRECISION)  # [BF, BM]
-            if U_SCALE != 1.0:
-                n *= U_SCALE
-            if U_bias is not None:
-                n += u_bias
-            if R is not None:
-                n *= load_router(R, R_strides, b, l0, h, e, L, BM)[None, :]
-            a *= n
-        elif R is not None:
-            a *= load_router(R, R_strides, b, l0, h, e, L, BM)[None, :]
-        do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
-        dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)  # [BF, BD]
+    for sequence in tl.range(0, HEADS_PER_GROUP * B):
+        h = g * HEADS_PER_GROUP + sequence // B
+        b = sequence % B
+        for l0 in tl.range(0, L, BM):
+            q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
+            m = tl.dot(k, q.T, input_precision=PRECISION)  # [BF, BM]
+            if K_SCALE != 1.0:
+                m *= K_SCALE
+            if K_bias is not None:
+                m += k_bias
+            a = activate(m, ACTIVATION, APPROXIMATE)
+            if U is not None:
+                n = tl.dot(u, q.T, input_precision=PRECISION)  # [BF, BM]
+                if U_SCALE != 1.0:
+                    n *= U_SCALE
+                if U_bias is not None:
+                    n += u_bias
+                if R is not None:
+                    n *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[None, :]
+                a *= n
+            elif R is not None:
+                a *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[None, :]
+            do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
+            dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)  # [BF, BD]
     store_weights(dV, dv * OUT_SCALE, dV_strides, g, e, f0, F, D, BF, BD, dV_layout)
 
 
@@ -270,8 +271,8 @@ def up_kernel(
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
-    V_layout: tl.constexpr, dOut_layout: tl.constexpr, dK_layout: tl.constexpr,
-    dU_layout: tl.constexpr,
+    V_layout: tl.constexpr, R_layout: tl.constexpr, dOut_layout: tl.constexpr,
+    dK_layout: tl.constexpr, dU_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dK, dU and their biases' gradients of one hidden tile; any of them may be None."""
@@ -293,41 +294,39 @@ def up_kernel(
     du = tl.zeros((BF, BD), tl.float32)
     dk_bias = tl.zeros((BF,), tl.float32)
     du_bias = tl.zeros((BF,), tl.float32)
-    token_tiles = tl.cdiv(L, BM)
-    for i in tl.range(0, HEADS_PER_GROUP * B * token_tiles):
-        l0 = (i % token_tiles) * BM
-        b = i // token_tiles % B
-        h = g * HEADS_PER_GROUP + i // token_tiles // B
-        q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
-        do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
-        m = tl.dot(k, q.T, input_precision=PRECISION)  # [BF, BM]
-        if K_SCALE != 1.0:
-            m *= K_SCALE
-        if K_bias is not None:
-            m += k_bias
-        da = tl.dot(v, do.T, input_precision=PRECISION)  # [BF, BM]
-        if R is not None:
-            da *= load_router(R, R_strides, b, l0, h, e, L, BM)[None, :]
-        y, slope = activate_with_slope(m, ACTIVATION, APPROXIMATE)
-        if dU is not None or dU_bias is not None:
-            dn = da * y
-            if dU_bias is not None:
-                du_bias += tl.sum(dn, 1)
-            if dU is not None:
-                du = tl.dot(dn.to(q.dtype), q, du, input_precision=PRECISION)  # [BF, BD]
-        if dK is not None or dK_bias is not None:
-            dm = da * slope
+    for sequence in tl.range(0, HEADS_PER_GROUP * B):
+        h = g * HEADS_PER_GROUP + sequence // B
+        b = sequence % B
+        for l0 in tl.range(0, L, BM):
+            q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
+            do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
+            m = tl.dot(k, q.T, input_precision=PRECISION)  # [BF, BM]
+            if K_SCALE != 1.0:
+                m *= K_SCALE
+            if K_bias is not None:
+                m += k_bias
             if U is not None:
                 n = tl.dot(u, q.T, input_precision=PRECISION)  # [BF, BM]
                 if U_SCALE != 1.0:
                     n *= U_SCALE
                 if U_bias is not None:
                     n += u_bias
+            da = tl.dot(v, do.T, input_precision=PRECISION)  # [BF, BM]
+            if R is not None:
+                da *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[None, :]
+            y, slope = activate_with_slope(m, ACTIVATION, APPROXIMATE)
+            dn = da * y
+            dm = da * slope
+            if U is not None:
                 dm *= n
             if dK_bias is not None:
                 dk_bias += tl.sum(dm, 1)
+            if dU_bias is not None:
+                du_bias += tl.sum(dn, 1)
             if dK is not None:
                 dk = tl.dot(dm.to(q.dtype), q, dk, input_precision=PRECISION)  # [BF, BD]
+            if dU is not None:
+                du = tl.dot(dn.to(q.dtype), q, du, input_precision=PRECISION)  # [BF, BD]
 
     if dK is not None:
         dk *= K_SCALE * OUT_SCALE
@@ -346,20 +345,19 @@ def down_bias_kernel(
     R, dOut, dV_bias, R_strides, dOut_strides, dV_bias_strides,
     B, L,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, OUT_SCALE: tl.constexpr,
-    dOut_layout: tl.constexpr,
+    R_layout: tl.constexpr, dOut_layout: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dV_bias of one sub-network: dOut summed over its tokens, weighted by R."""
     e = tl.program_id(0) % E
     g = tl.program_id(0) // E
     acc = tl.zeros((BM, BD), tl.float32)
-    token_tiles = tl.cdiv(L, BM)
-    for i in tl.range(0, HEADS_PER_GROUP * B * token_tiles):
-        l0 = (i % token_tiles) * BM
-        b = i // token_tiles % B
-        h = g * HEADS_PER_GROUP + i // token_tiles // B
-        do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout).to(tl.float32)
-        if R is not None:
-            do *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
-        acc += do
+    for sequence in tl.range(0, HEADS_PER_GROUP * B):
+        h = g * HEADS_PER_GROUP + sequence // B
+        b = sequence % B
+        for l0 in tl.range(0, L, BM):
+            do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout).to(tl.float32)
+            if R is not None:
+                do *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
+            acc += do
     store_bias(dV_bias, tl.sum(acc, 0) * OUT_SCALE, dV_bias_strides, g, e, 0, D, BD)

@@ -38,7 +38,7 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
         "K": weight_operand(problem.k, tile),
         "U": weight_operand(problem.u, tile),
         "V": weight_operand(problem.v, tile),
-        "R": router_operand(problem.r, axes),
+        "R": router_operand(problem.r, axes, tile),
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "V_bias": bias_operand(problem.v_bias),
@@ -59,7 +59,7 @@ def forward_kernel(
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
-    V_layout: tl.constexpr, Out_layout: tl.constexpr,
+    V_layout: tl.constexpr, R_layout: tl.constexpr, Out_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     # Token tiles fastest: programs that run together read the same head's weights from L2.
@@ -91,10 +91,10 @@ def forward_kernel(
             if U_bias is not None:
                 n += load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[None, :]
             if R is not None:
-                n *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+                n *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
             a *= n
         elif R is not None:
-            a *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+            a *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
         v = load_weights(V, V_strides, g, e, f0, F, D, BF, BD, V_layout)
         acc = tl.dot(a.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BD]
 
@@ -102,6 +102,6 @@ def forward_kernel(
         for e in tl.range(0, E):
             v_bias = load_bias(V_bias, V_bias_strides, g, e, 0, D, BD)[None, :]  # [1, BD]
             if R is not None:
-                v_bias *= load_router(R, R_strides, b, l0, h, e, L, BM)[:, None]
+                v_bias *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
             acc += v_bias
     store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)
