@@ -25,6 +25,7 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool
+    flat: bool = False  # descriptors over matrices, where the layouts allow it
 
 
 _Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
