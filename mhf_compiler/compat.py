@@ -6,6 +6,7 @@ Tested on the oldest and the newest supported release.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,11 +22,13 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
-    "compile_with_inductor",
+    "compile_graph",
+    "copy_dynamo_metadata",
     "counters",
     "is_traceable_wrapper_subclass",
     "no_fake_mode",
     "no_new_guards",
+    "reset_cuda_graphs",
     "symbolic_size",
     "tracing_shape_env",
 ]
@@ -57,10 +60,32 @@ def no_new_guards(shape_env: Any | None) -> Iterator[None]:
         yield
 
 
-def compile_with_inductor(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any]
-) -> Callable[..., Any]:
-    """Inductor, as ``backend="inductor"`` calls it. Imported late: Inductor is heavy."""
-    from torch._inductor.compile_fx import compile_fx
+def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:
+    """What Dynamo hangs on a node beside ``meta``, such as the source of an input."""
+    for name, value in vars(old).items():
+        if name not in vars(new):
+            setattr(new, name, value)
 
-    return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
+
+def compile_graph(
+    name: str, gm: torch.fx.GraphModule, example_inputs: list[Any], config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a graph with one of Dynamo's back ends, as ``torch.compile`` would.
+
+    ``config`` holds Inductor's settings; the other back ends have none. Imports are late, because
+    Inductor is heavy.
+    """
+    if name == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)(gm, example_inputs)
+
+
+def reset_cuda_graphs() -> None:
+    """Drop what Inductor's CUDA graph trees hold, if they are in use."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()

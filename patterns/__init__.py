@@ -1,1 +1,40 @@
-"""What an MH-FFN is: reads graphs, never edits them, knows no Triton."""
+"""What an MH-FFN is: reads graphs, never edits them, knows no Triton.
+
+The files in the order of thought:
+
+    canonical      the graph as pure values, with provenance
+    axes, views    which element of which tensor a value reads
+    contractions   sums of products, whatever spells them
+    meaning        what a tree of pointwise operations computes
+    rolling        unrolled loops become axes
+    grammar        a value read as the output of an MH-FFN
+    checks         the proof that it is one; reasons: why it is not
+    recognise      the front door; site: what goes through it
+"""
+
+from .axes import Axis, Size, product, quotient
+from .canonical import CanonicalCopy, Value
+from .reasons import Kind, Reason
+from .recognise import Findings, NearMiss, find_sites
+from .rolling import STACK
+from .site import Location, Site, TensorView
+from .source import locate
+
+__all__ = [
+    "STACK",
+    "Axis",
+    "CanonicalCopy",
+    "Findings",
+    "Kind",
+    "Location",
+    "NearMiss",
+    "Reason",
+    "Site",
+    "Size",
+    "TensorView",
+    "Value",
+    "find_sites",
+    "locate",
+    "product",
+    "quotient",
+]

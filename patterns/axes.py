@@ -55,11 +55,12 @@ class Affine:
             return self
         terms: list[tuple[Axis, Size]] = []
         for axis, coefficient in self.terms:
-            leaves = axis.leaves()
             stride: Size = coefficient
-            for leaf in reversed(leaves):
-                terms.append((leaf, stride))
+            digits: list[tuple[Axis, Size]] = []
+            for leaf in reversed(axis.leaves()):
+                digits.append((leaf, stride))
                 stride = multiply(stride, leaf.size)
+            terms += reversed(digits)
         return Affine(tuple(terms), self.offset)
 
     def coefficient(self, axis: Axis) -> Size:

@@ -40,6 +40,10 @@ OPAQUE = "opaque"  # a result that the copy does not look into
 SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
 
 
+#: views through which a write reaches the whole of what they show
+_WHOLE = frozenset({torch.ops.aten.alias.default, torch.ops.aten.detach.default})
+
+
 class UntraceableGraph(Exception):
     """The graph cannot be copied; the message says why, in words for the model's author."""
 
@@ -125,6 +129,10 @@ class CanonicalCopy:
     #: values that live on after the graph: returned, or left in an input
     escaping: set[Value] = field(default_factory=set)
     positions: dict[fx.Node, int] = field(default_factory=dict)
+    #: what each node writes into memory that existed before it
+    written: dict[fx.Node, list[Value]] = field(default_factory=dict)
+    #: nodes that do nothing but compute their result
+    pure: set[fx.Node] = field(default_factory=set)
     #: the dtype that autocast would cast to, for what is inserted after a node
     autocast: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)
     _holders: dict[Value, list[fx.Node]] = field(default_factory=dict)
@@ -139,8 +147,37 @@ class CanonicalCopy:
         """Whether anything that outlives the graph depends on the value."""
         return value in self._live
 
-    def is_written(self, node: fx.Node, after: int, upto: float = float("inf")) -> bool:
-        """Whether the memory of ``node``'s tensor is written at a position in (after, upto]."""
+    def inputs(self) -> Iterator[tuple[Value, fx.Node]]:
+        """The tensors that come from outside, with the nodes that hold them."""
+        for value in self.values:
+            if value.op == INPUT and self.holders(value):
+                yield value, self.holders(value)[0]
+
+    def needed_without(self, replaced: dict[Value, list[Value]]) -> set[Value]:
+        """What is still needed when each replaced value is computed from these values instead."""
+        needed: set[Value] = set()
+        todo = list(self.escaping)
+        while todo:
+            value = todo.pop()
+            if value not in needed:
+                needed.add(value)
+                todo += replaced[value] if value in replaced else value.operands()
+        return needed
+
+    def holder_at(self, value: Value, position: int) -> fx.Node | None:
+        """A node whose tensor still is this value after the node at ``position`` has run."""
+        for node in self.holders(value):
+            start = self.positions[node]
+            if start <= position and not self._is_written(node, start, position):
+                return node
+        return None
+
+    def is_overwritten(self, value: Value) -> bool:
+        """Whether the memory of a node that holds the value is written later on."""
+        last = len(self.positions)
+        return any(self._is_written(n, self.positions[n], last) for n in self.holders(value))
+
+    def _is_written(self, node: fx.Node, after: int, upto: int) -> bool:
         return any(after < at <= upto for at in self._storage_of[node].writes)
 
 
@@ -209,6 +246,7 @@ class _Recorder(TorchDispatchMode):
         self.copy = CanonicalCopy()
         self.node: fx.Node
         self.position = 0
+        self._effects = False  # of the node at work
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
 
@@ -216,18 +254,23 @@ class _Recorder(TorchDispatchMode):
 
     def begin(self, node: fx.Node, position: int, env: dict[fx.Node, Any]) -> None:
         self.node, self.position = node, position
+        self._effects = node.op == "placeholder"
         self.copy.positions[node] = position
         seen: dict[fx.Node, Value] = {}
         for argument in node.all_input_nodes:
             result = env[argument]
-            if isinstance(result, torch.Tensor):
+            if isinstance(result, FakeTensor):
                 seen[argument] = self._read(result)
             if node.op == "output":
                 self.copy.escaping.update(self._read(t) for t in _tensors_in(result))
         self.copy.reads[node] = seen
 
     def end(self, node: fx.Node, result: Any) -> None:
-        if isinstance(result, torch.Tensor) and node.op != "output":
+        if node.op == "output":
+            return
+        if not self._effects and (_tensors_in(result) or _asks_for_sizes(node)):
+            self.copy.pure.add(node)
+        if isinstance(result, FakeTensor):
             alias = self._alias(result)
             value = self._read(result)
             self.copy.value_of[node] = value
@@ -251,6 +294,7 @@ class _Recorder(TorchDispatchMode):
 
     def opaque_call(self, example: Any, arguments: Any) -> Any:
         """A higher-order operation: not looked into, and taken to overwrite what it is given."""
+        self._effects = True
         for tensor in _tensors_in(arguments):
             self.copy.escaping.add(self._read(tensor))
             self._write(self._alias(tensor), self._opaque(tensor))
@@ -260,12 +304,7 @@ class _Recorder(TorchDispatchMode):
         for alias in self._aliases.values():
             if alias.storage.is_input and alias.storage.writes:
                 self.copy.escaping.add(alias.storage.current)
-        todo = list(self.copy.escaping)
-        while todo:
-            value = todo.pop()
-            if value not in self.copy._live:
-                self.copy._live.add(value)
-                todo += value.operands()
+        self.copy._live = self.copy.needed_without({})
         return self.copy
 
     # The ATen side.
@@ -278,6 +317,8 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == "prim":  # questions about a tensor, such as its device
             return result
         schema = func._schema
+        if schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            self._effects = True
         if schema.is_mutable:
             self._record_write(func, args, kwargs)
         elif any(r.alias_info is not None for r in schema.returns):
@@ -338,11 +379,11 @@ class _Recorder(TorchDispatchMode):
         """The value of this computation: a known one if it was computed before."""
         shape = _plain(tuple(like.shape))
         grad_mode = torch.is_grad_enabled()
-        key = (op, _frozen(args), _frozen(kwargs), item, shape, like.dtype, grad_mode, chain)
-        tags = getattr(op, "tags", ())
-        repeatable = op is not OPAQUE and torch.Tag.nondeterministic_seeded not in tags
-        if repeatable and key in self._known:
-            return self._known[key]
+        key = None
+        if not isinstance(op, str) and torch.Tag.nondeterministic_seeded not in op.tags:
+            key = (op, _frozen(args), _frozen(kwargs), item, shape, like.dtype, grad_mode)
+            if key in self._known:
+                return self._known[key]
         value = Value(
             op=op,
             args=_plain(args),
@@ -359,7 +400,7 @@ class _Recorder(TorchDispatchMode):
         self.copy.values.append(value)
         for operand in dict.fromkeys(value.operands()):
             operand.readers.append(value)
-        if repeatable:
+        if key is not None:
             self._known[key] = value
         return value
 
@@ -409,7 +450,7 @@ class _Recorder(TorchDispatchMode):
 
     def _write(self, alias: _Alias, value: Value) -> None:
         storage = alias.storage
-        if alias.chain:
+        if any(step.op not in _WHOLE for step in alias.chain):
             old = storage.current
             part = value
             like = _Like(old.shape, old.dtype, old.device)
@@ -420,6 +461,7 @@ class _Recorder(TorchDispatchMode):
         storage.current = value
         storage.version += 1
         storage.writes.append(self.position)
+        self.copy.written.setdefault(self.node, []).append(value)
         alias.version = storage.version
 
 
@@ -439,6 +481,13 @@ def _functional_form(func: Any) -> Any | None:
         return None
     packet = getattr(getattr(torch.ops, func.namespace), name[:-1], None)
     return getattr(packet, func._overloadname, None)
+
+
+def _asks_for_sizes(node: fx.Node) -> bool:
+    """Whether a node without tensor results is known to have no effect."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "stride")
+    return node.target is getattr or getattr(node.target, "__module__", "") == "_operator"
 
 
 def _example(node: fx.Node) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from .axes import Axis, Index, product, quotient
-from .canonical import INPUT, OPAQUE, CanonicalCopy, Value
+from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand
 from .grammar import Reading, is_cast
 from .reasons import Declined, Kind
@@ -53,6 +53,8 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_dtypes(term)
     check_gradients(reading)
     check_no_escape(reading, root, copy)
+    check_memory(term, root, copy)
+    check_autocast(term, root, copy)
     return _site(term, roles, reading, root, copy)
 
 
@@ -235,6 +237,32 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                 else:
                     detail = f"read by {_shown(reader)}"
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+
+
+def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
+    """What the op reads is still there where the op will stand, and nobody overwrites its result."""
+    node = copy.holders(root)[0]
+    if copy.is_overwritten(root):
+        raise Declined(Kind.MUTATION, "its output", node)
+    for operand in term.operands().values():
+        _check_readable(operand.value, copy, copy.positions[node])
+
+
+def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
+    if copy.holder_at(value, position) is not None:
+        return
+    if copy.holders(value) or value.op in (INPUT, OPAQUE, SCATTER):
+        raise Declined(Kind.MUTATION, "its input or weights", value.origin)
+    for operand in value.operands():  # no node holds it: it will be computed again
+        _check_readable(operand, copy, position)
+
+
+def check_autocast(term: Term, root: Value, copy: CanonicalCopy) -> None:
+    """Autocast at the place of the output leaves the op's precision alone."""
+    node = copy.holders(root)[0]
+    dtype = copy.autocast[node]
+    if dtype not in (None, term.value.dtype):
+        raise Declined(Kind.AUTOCAST_BOUNDARY, f"{term.value.dtype} under {dtype}", node)
 
 
 def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: CanonicalCopy) -> Site:

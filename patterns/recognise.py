@@ -61,6 +61,7 @@ class Findings:
     sites: list[Site] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     copy: CanonicalCopy | None = None
+    looked_at: int = 0  # possible down projections
     untraceable: str | None = None
 
 
@@ -81,6 +82,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         return findings
     findings.copy = copy
     anchors = list(_anchors(copy))
+    findings.looked_at = len(anchors)
     paths = {anchor: _path(anchor, copy) for anchor in anchors}
     outside = frozenset(value for path in paths.values() for value in path)
     tried: dict[Value, Site | Reason] = {}
@@ -152,7 +154,7 @@ def _is_outer_product(value: Value) -> bool:
 def _feeds(output: Value, anchor: Value) -> bool:
     """Whether a contraction reads a site's output, through views and casts only."""
     for operand in anchor.operands():
-        while is_view(operand) or is_cast(operand):
+        while operand is not output and (is_view(operand) or is_cast(operand)):
             operand = operand.source
         if operand is output:
             return True
@@ -185,9 +187,6 @@ def _best(
         if isinstance(result, Site):
             return result
         reasons.append(result)
-        import os
-
-        os.environ.get("DBG") and print("   ", root, result.kind.name, result.detail)
     return max(reversed(reasons), key=_tells)
 
 

@@ -1,0 +1,328 @@
+"""Rewriting: the op in place of each site, in a copy of the Dynamo graph.
+
+The arguments of the op are views of values that the graph has anyway, so an edit inserts view
+operations, the op, and views of its result in the shape that the readers expect. What is then dead
+is removed. The graph that was given stays untouched; the caller takes the edited one when all of it
+is known to be right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .compat import copy_dynamo_metadata
+from .patterns import STACK, Axis, CanonicalCopy, Site, Size, TensorView, Value, quotient
+
+
+class EditError(Exception):
+    """A site cannot be written into the graph; the message says what is in the way."""
+
+    site: Site | None = None
+
+
+def rewrite(graph: fx.Graph, sites: Sequence[Site], copy: CanonicalCopy) -> fx.Graph:
+    """A copy of ``graph`` with the op in place of every site.
+
+    Raises:
+        EditError: an argument of a site cannot be expressed; nothing was changed.
+    """
+    edited = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = edited.graph_copy(graph, nodes)
+    old_output = graph.output_node()
+    nodes[old_output] = edited.output(output)
+    nodes[old_output].meta = dict(old_output.meta)
+    for old, new in nodes.items():
+        copy_dynamo_metadata(old, new)
+    results: dict[Value, fx.Node] = {}
+    for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
+        editor = _Editor(edited, nodes, copy, site, results)
+        try:
+            results[site.output] = editor.insert()
+        except EditError as error:
+            error.site = site
+            raise
+        _redirect_readers(site, results[site.output], nodes, copy)
+    _remove_dead(edited, nodes, copy, sites)
+    edited.lint()
+    return edited
+
+
+class _Editor:
+    """Inserts one site behind the node that holds its output."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        nodes: dict[fx.Node, fx.Node],
+        copy: CanonicalCopy,
+        site: Site,
+        results: dict[Value, fx.Node],
+    ) -> None:
+        self.graph, self.nodes, self.copy, self.site = graph, nodes, copy, site
+        self.results = results
+        self.position = copy.positions[site.output_node]
+        self.last = nodes[site.output_node]
+        self.made: dict[Value, fx.Node] = {}
+
+    def insert(self) -> fx.Node:
+        site = self.site
+        query = self.argument(site.query)
+        gate, down = self.argument(site.gate), self.argument(site.down)
+        up = self.optional(site.up)
+        router = self.router()
+        biases = [
+            self.optional(view, site.dtype)
+            for view in (site.gate_bias, site.up_bias, site.down_bias)
+        ]
+        order = _memory_order(site)
+        result = self.call(
+            torch.ops.mhf_compiler.multi_head_ffn.default,
+            *(query, gate, up, down, router, *biases),
+            activation=site.activation,
+            k_scale=site.gate_scale,
+            u_scale=site.up_scale,
+            out_scale=site.out_scale,
+            out_order=None if order == [0, 1, 2, 3] else order,
+            out_dtype=None if site.out_dtype is site.dtype else site.out_dtype,
+        )
+        return self.output(result)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            kind = "call_method" if isinstance(target, str) else "call_function"
+            self.last = self.graph.create_node(kind, target, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.site.output_node.meta:
+                self.last.meta[key] = self.site.output_node.meta[key]
+        return self.last
+
+    # Arguments.
+
+    def optional(self, view: TensorView | None, dtype: torch.dtype | None = None) -> fx.Node | None:
+        if view is None:
+            return None
+        node = self.argument(view)
+        if view.scale != 1.0:
+            node = self.call(operator.mul, node, view.scale)
+        if dtype is not None and view.value.dtype is not dtype:
+            node = self.call("to", node, dtype)
+        return node
+
+    def router(self) -> fx.Node | None:
+        routers = [self.argument(view) for view in self.site.routers]
+        product_ = routers[0] if routers else None
+        for other in routers[1:]:
+            product_ = self.call(operator.mul, product_, other)
+        return product_
+
+    def value(self, value: Value) -> fx.Node:
+        """A node that holds the value at the place of the op, computed again if there is none."""
+        if value in self.results:
+            return self.results[value]
+        holder = self.copy.holder_at(value, self.position)
+        if holder is not None:
+            return self.nodes[holder]
+        if value not in self.made:
+            self.made[value] = self._recompute(value)
+        return self.made[value]
+
+    def _recompute(self, value: Value) -> fx.Node:
+        if value.op == STACK:
+            return self.call(torch.stack, [self.value(v) for v in value.args])
+        if isinstance(value.op, str):
+            raise EditError(f"no node holds {value}")
+        args, kwargs = self._plain(value.args), self._plain(value.kwargs)
+        node = self.call(value.op, *args, **kwargs)
+        return node if value.item is None else self.call(operator.getitem, node, value.item)
+
+    def _plain(self, tree: Any) -> Any:
+        if isinstance(tree, Value):
+            return self.value(tree)
+        if isinstance(tree, dict):
+            return {key: self._plain(part) for key, part in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._plain(part) for part in tree)
+        return self.size(tree) if isinstance(tree, sympy.Expr) else tree
+
+    def argument(self, view: TensorView) -> fx.Node:
+        """The view operations that make ``view`` of its value."""
+        node = self.value(view.value)
+        axes: list[Axis] = []
+        for dim in reversed(range(len(view.index))):
+            node, found = self._digits(node, view, dim)
+            axes = found + axes
+        wanted = [axis for dim in view.dims for axis in dim if axis.size != 1]
+        present = [axis for axis in wanted if axis in axes]
+        if len(present) != len(axes) or len(set(axes)) != len(axes):
+            raise EditError("an argument is read along a diagonal")
+        node = self._permute(node, [axes.index(axis) for axis in present])
+        for position, axis in enumerate(wanted):
+            if axis not in axes:
+                node = self.call("unsqueeze", node, position)
+        if len(present) != len(wanted):
+            sizes = [-1 if axis in axes else self.size(axis.size) for axis in wanted]
+            node = self.call("expand", node, *sizes)
+        return self._group(node, view.dims)
+
+    def _digits(self, node: fx.Node, view: TensorView, dim: int) -> tuple[fx.Node, list[Axis]]:
+        """Dimension ``dim`` of the value, cut into the axes that it is read along."""
+        form, size = view.index[dim].resolved(), view.value.shape[dim]
+        terms = [(axis, step) for axis, step in form.terms if axis.size != 1]
+        terms.sort(key=lambda term: _descending(term[1]))
+        if not terms:
+            return self.call("select", node, dim, form.offset), []
+        axes = [axis for axis, _ in terms]
+        if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
+            return node, axes
+        steps: list[Size] = [step for _, step in terms]
+        whole = steps[-1] == 1  # nothing is skipped inside the innermost axis
+        sizes: list[Size] = []
+        for outer, inner in itertools.pairwise([size, *steps, *([] if whole else [1])]):
+            digit = quotient(outer, inner)
+            if digit is None:
+                return self._strided(node, dim, terms, form.offset, size), axes
+            sizes.append(digit)
+        if len(sizes) > 1:
+            known = [s if isinstance(s, int) else None for s in sizes]
+            node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+        offset = form.offset
+        for position, (axis, step) in enumerate(terms):
+            at: Size = 0
+            if offset != 0:
+                at, offset = divmod(offset, step)  # type: ignore[operator]
+            if at != 0 or axis.size != sizes[position]:
+                where = (dim + position, self.size(at), self.size(axis.size))
+                node = self.call("narrow", node, *where)
+        if not whole:
+            node = self.call("select", node, dim + len(terms), offset)
+        return node, axes
+
+    def _strided(
+        self, node: fx.Node, dim: int, terms: list[Any], offset: Size, size: Size
+    ) -> fx.Node:
+        """One axis read at a step that does not divide the dimension."""
+        (axis, step), *others = terms
+        if others or not all(isinstance(s, int) for s in (axis.size, step, offset, size)):
+            raise EditError("an argument is read at irregular distances")
+        every = slice(offset, offset + step * (axis.size - 1) + 1, step)
+        return self.call(operator.getitem, node, (*(slice(None),) * dim, every))
+
+    def _one_unknown(self, sizes: list[Size], known: list[int | None]) -> tuple[Any, ...]:
+        """Sizes for ``unflatten``: one symbolic size may be left to it."""
+        unknown = known.count(None)
+        if unknown <= 1:
+            return tuple(-1 if size is None else size for size in known)
+        return tuple(self.size(size) for size in sizes)
+
+    # The result.
+
+    def output(self, node: fx.Node) -> fx.Node:
+        """The op's ``(B, L, H, d)`` in the shape of the value that it replaces."""
+        site = self.site
+        inner = [[a for a in dim if a.size != 1] for dim in _result_dims(site)]
+        for dim in reversed(range(4)):
+            if not inner[dim]:
+                node = self.call("select", node, dim, 0)
+            elif len(inner[dim]) > 1:
+                sizes = [axis.size for axis in inner[dim]]
+                known = [size if isinstance(size, int) else None for size in sizes]
+                node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+        have = [axis for dim in inner for axis in dim]
+        want = [axis for dim in site.output_dims for axis in dim if axis.size != 1]
+        node = self._permute(node, [have.index(axis) for axis in want])
+        return self._group(node, site.output_dims)
+
+    # Small steps.
+
+    def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return node if order == sorted(order) else self.call("permute", node, *order)
+
+    def _group(self, node: fx.Node, dims: Sequence[Sequence[Axis]]) -> fx.Node:
+        """One dimension for each group of axes; a dimension of one for an empty group."""
+        position = sum(axis.size != 1 for dim in dims for axis in dim)
+        for dim in reversed(dims):
+            count = sum(axis.size != 1 for axis in dim)
+            position -= count
+            if count == 0:
+                node = self.call("unsqueeze", node, position)
+            elif count > 1:
+                node = self.call("flatten", node, position, position + count - 1)
+        return node
+
+    def size(self, size: Size) -> Any:
+        """A size as an int, or as a node that computes it."""
+        if isinstance(size, int):
+            return size
+        if size.is_Integer:
+            return int(size)
+        if size.is_Symbol:
+            return self._symbol(size)
+        if size.is_Mul or size.is_Add:
+            function = operator.mul if size.is_Mul else operator.add
+            total, *rest = [self.size(part) for part in size.args]
+            for part in rest:
+                total = self.call(function, total, part)
+            return total
+        raise EditError(f"the size {size} is not known in the graph")
+
+    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
+        for value, holders in self.copy.inputs():
+            if symbol in value.shape:
+                return self.call("size", self.nodes[holders], value.shape.index(symbol))
+        raise EditError(f"the size {symbol} is not known in the graph")
+
+
+def _descending(step: Size) -> tuple[int, int]:
+    """Sort key: symbolic steps are products with the inner sizes, so they come first."""
+    return (1, -step) if isinstance(step, int) else (0, -len(sympy.Mul.make_args(step)))
+
+
+def _result_dims(site: Site) -> tuple[tuple[Axis, ...], ...]:
+    batch, length, heads, _ = site.query.dims
+    return batch, length, heads, site.down.dims[-1]
+
+
+def _memory_order(site: Site) -> list[int]:
+    """The order of (B, L, H, d) in memory in which the output needs no copy."""
+    dims = _result_dims(site)
+    order: list[int] = []
+    for axis in (axis for dim in site.output_dims for axis in dim):
+        order += [at for at, dim in enumerate(dims) if axis in dim and at not in order]
+    return [at for at in range(4) if at not in order] + order
+
+
+def _redirect_readers(
+    site: Site, result: fx.Node, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy
+) -> None:
+    """Every node that read the site's output reads the op's result instead."""
+    for reader, seen in copy.reads.items():
+        for argument, value in seen.items():
+            if value is site.output:
+                nodes[reader].replace_input_with(nodes[argument], result)
+
+
+def _remove_dead(
+    graph: fx.Graph, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy, sites: Sequence[Site]
+) -> None:
+    """Remove what computed the sites: nodes without readers, and writes that nobody sees."""
+    needed = copy.needed_without({site.output: list(_read_by(site)) for site in sites})
+    for old in reversed(copy.positions):
+        node = nodes[old]
+        if node.users or node.op in ("output", "placeholder"):
+            continue
+        writes = copy.written.get(old)
+        unseen = writes is not None and not any(value in needed for value in writes)
+        if old in copy.pure or unseen:
+            graph.erase_node(node)
+
+
+def _read_by(site: Site) -> Sequence[Value]:
+    return [view.value for view in site.views().values()]

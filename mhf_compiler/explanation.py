@@ -1,0 +1,52 @@
+"""``explain``: what the back end would do with a model, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from .options import parse_options
+from .report import Report
+from .rewriting import rewrite_graph
+
+
+def explain(
+    model: Callable[..., Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Report]:
+    """Say what ``torch.compile(model, backend="flashmhf")`` rewrites, and what it declines.
+
+    Called as ``torch._dynamo.explain`` is::
+
+        report = mhf_compiler.explain(model)(*args, **kwargs)
+        print(report)
+
+    The model runs once, in its rewritten form but otherwise eagerly. As ``torch._dynamo.explain``
+    does, it resets Dynamo before and after, so compiled functions compile again.
+
+    Args:
+        model: a module or function.
+        options: the options that ``torch.compile`` would be given.
+
+    Returns:
+        A function that takes the model's arguments and returns a :class:`Report`.
+    """
+    parsed = parse_options(None, options)
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        report = Report()
+
+        def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            report.graphs.append(rewrite_graph(gm, parsed))
+            return gm.forward
+
+        torch.compiler.reset()
+        try:
+            torch.compile(model, backend=collect)(*args, **kwargs)
+        finally:
+            torch.compiler.reset()
+        return report
+
+    return run

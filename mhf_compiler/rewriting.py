@@ -1,0 +1,164 @@
+"""One graph, from recognition to the edited graph and its report.
+
+``rewrite_graph`` is what the back end and ``explain`` share: find the sites, drop those that do not
+pay or that do not run on this machine, write the op into a copy of the graph, and take the copy
+when it is whole. Graphs inside higher-order operations, such as activation checkpointing, are
+treated in the same way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compat import counters, no_fake_mode, tracing_shape_env
+from .edit import EditError, rewrite
+from .options import Options
+from .patterns import Findings, Kind, Location, Reason, Site, find_sites
+from .report import GraphReport, near_miss_report, site_report
+
+
+class MhfCompilerWarning(UserWarning):
+    """Something was left in its original spelling."""
+
+
+def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
+    """Put the op in place of every site of ``gm``, in place, and report what was done.
+
+    The graph of ``gm`` is replaced only when the whole edit has succeeded.
+    """
+    before = gm.print_readable(print_output=False)
+    report = GraphReport(before=before, after=before, operations=len(gm.graph.nodes))
+    if options.rewrite != "never":
+        _rewrite_module(gm, options, report)
+        if report.rewritten:
+            report.after = gm.print_readable(print_output=False)
+    tally = counters["flashmhf"]
+    tally["graphs"] += 1
+    tally["sites_rewritten"] += len(report.rewritten)
+    tally["sites_declined"] += len(report.declined)
+    return report
+
+
+def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -> None:
+    for inner in _inner_graphs(gm):
+        _rewrite_module(inner, options, report)
+    findings = find_sites(gm, tracing_shape_env())
+    report.looked_at += findings.looked_at
+    if findings.untraceable is not None:
+        report.notes.append(f"a graph could not be analysed: {findings.untraceable}")
+    report.declined += [near_miss_report(miss) for miss in findings.near_misses]
+    accepted: list[Site] = []
+    for site in findings.sites:
+        reason = _objection(site, options)
+        if reason is None:
+            accepted.append(site)
+        else:
+            report.declined.append(site_report(site, reason))
+    for site in _write(gm, accepted, findings, report):
+        report.rewritten.append(site_report(site))
+
+
+def _write(
+    gm: fx.GraphModule, sites: list[Site], findings: Findings, report: GraphReport
+) -> list[Site]:
+    """Edit the graph; a site that cannot be expressed is declined and the rest tried again."""
+    if not sites:
+        return []
+    assert findings.copy is not None
+    import mhf_compiler.lowering  # noqa: F401  (defines the op)
+
+    try:
+        gm.graph = rewrite(gm.graph, sites, findings.copy)
+    except EditError as error:
+        if error.site is None or error.site not in sites:
+            raise
+        reason = Reason(Kind.UNSUPPORTED_LAYOUT, str(error), error.site.output_node)
+        report.declined.append(site_report(error.site, reason))
+        rest = [site for site in sites if site is not error.site]
+        return _write(gm, rest, findings, report)
+    gm.recompile()
+    return sites
+
+
+def _objection(site: Site, options: Options) -> Reason | None:
+    """Why a proved site is not rewritten here, if there is a reason."""
+    from .lowering.cost import estimate
+    from .lowering.workload import trial_run, unsupported
+
+    workload = workload_of(site)
+    message = unsupported(workload)
+    if message is not None:
+        return Reason(Kind.UNSUPPORTED_PROBLEM, message, site.output_node)
+    if options.rewrite == "auto":
+        verdict = estimate(workload)
+        if not verdict.pays:
+            return Reason(Kind.DOES_NOT_PAY, str(verdict), site.output_node)
+    try:
+        with no_fake_mode():
+            trial_run(workload)
+    except Exception as error:
+        warnings.warn(
+            f"the kernel for the MH-FFN at {_place(site.location)} failed; "
+            f"it stays in its original spelling: {error}",
+            MhfCompilerWarning,
+            stacklevel=2,
+        )
+        counters["flashmhf"]["failures"] += 1
+        return Reason(Kind.KERNEL_FAILED, str(error).splitlines()[0], site.output_node)
+    return None
+
+
+def workload_of(site: Site) -> Any:
+    """The sizes of a site, for the lowering room, which knows no graphs."""
+    from .lowering.workload import Workload
+
+    batch, length = (_hint(size) for size in site.tokens)
+    return Workload(
+        batch=batch,
+        length=length,
+        heads=site.heads,
+        kuv_heads=site.kuv_heads,
+        head_dim=site.head_dim,
+        experts=site.experts,
+        expert_dim=site.expert_dim,
+        gated=site.gated,
+        routed=site.has_gate,
+        biased=(
+            site.gate_bias is not None,
+            site.up_bias is not None,
+            site.down_bias is not None,
+        ),
+        activation=site.activation,
+        dtype=site.dtype,
+        out_dtype=site.out_dtype,
+        device=site.device,
+        training=torch.is_grad_enabled(),
+        stacked_weights=sum(
+            view.value.op == "stack" for view in (site.gate, site.up, site.down) if view
+        ),
+    )
+
+
+def _hint(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _place(location: Location | None) -> str:
+    return "an unknown place" if location is None else str(location)
+
+
+def _inner_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
+    """The graphs that higher-order operations of this graph call."""
+    used = {
+        str(argument.target)
+        for node in gm.graph.nodes
+        if isinstance(node.target, torch._ops.HigherOrderOperator)
+        for argument in node.all_input_nodes
+        if argument.op == "get_attr"
+    }
+    children = (getattr(gm, name, None) for name in sorted(used))
+    return [child for child in children if isinstance(child, fx.GraphModule)]
