@@ -83,7 +83,7 @@ def check_arguments(
     if out_order is not None and sorted(out_order) != [0, 1, 2, 3]:
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
     if out_dtype is not None and not out_dtype.is_floating_point:
-        raise ArgumentError(f"out_dtype must be a floating dtype or None, got {out_dtype}")
+        raise ArgumentError(f"out_dtype must be a floating dtype or None, got {_name(out_dtype)}")
 
 
 def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:

@@ -272,10 +272,10 @@ def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: f
 
 @dataclass(frozen=True)
 class _Sums:
-    """Gradients of the weights of some groups, summed in the dtype of the computation.
+    """Gradients of the weights of some groups, summed over tokens; None where none is wanted.
 
-    Matrices are kept transposed: the product that makes them is then a fifth faster. None where
-    no gradient is wanted.
+    Matrices are kept transposed: the product that makes them is then a fifth faster. Biases are
+    small and summed over blocks in float64, as the blocks of a long call add up one after another.
     """
 
     k: Tensor | None  # [G', d, E * f]
@@ -340,7 +340,9 @@ def backward(
     grad_r = None if grad_r is None else _heads_by_group(grad_r, groups)
 
     def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
-        return None if gradient is None else q.new_zeros(shape, dtype=compute)
+        if gradient is None:
+            return None
+        return q.new_zeros(shape, dtype=torch.float64 if gradient.dim() == 3 else compute)
 
     for some in _slices(groups, blocks.groups):
         weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
@@ -389,10 +391,12 @@ def _differentiate_down_bias(rows: _Rows, v_bias: Tensor | None, total: Tensor |
     if v_bias is not None and rows.dr is not None:
         torch.bmm(rows.g, v_bias.transpose(1, 2), out=rows.dr)
     if total is not None:
+        # A plain sum keeps partial sums, so it is more accurate than a product with r^T.
         if rows.r is None:
             total.add_(rows.g.sum(dim=1, keepdim=True))
         else:
-            total.baddbmm_(rows.r.transpose(1, 2), rows.g)
+            for e in range(total.shape[1]):
+                total[:, e].add_((rows.g * rows.r[..., e, None]).sum(dim=1))
 
 
 def _differentiate(

@@ -1,0 +1,255 @@
+"""The CPU path: right for every shape, stride, dtype and way of cutting it into blocks."""
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from mhf_compiler.lowering import cpu, multi_head_ffn, multi_head_ffn_reference
+from mhf_compiler.lowering.activations import ACTIVATIONS
+
+NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
+SCALES = {"k_scale": 0.7, "u_scale": 1.3, "out_scale": 0.4}
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int = 2
+    L: int = 3
+    H: int = 4
+    d: int = 3
+    G: int = 2
+    E: int = 2
+    f: int = 5
+
+
+def make(
+    shape: Shape, dtype: torch.dtype = torch.float64, absent: tuple[str, ...] = ()
+) -> dict[str, Tensor | None]:
+    s = shape
+    shapes = {
+        "q": (s.B, s.L, s.H, s.d),
+        "k": (s.G, s.E, s.f, s.d),
+        "u": (s.G, s.E, s.f, s.d),
+        "v": (s.G, s.E, s.f, s.d),
+        "r": (s.B, s.L, s.H, s.E),
+        "k_bias": (s.G, s.E, s.f),
+        "u_bias": (s.G, s.E, s.f),
+        "v_bias": (s.G, s.E, s.d),
+    }
+    torch.manual_seed(0)
+    return {
+        name: None if name in absent else torch.randn(sizes, dtype=torch.float64).to(dtype)
+        for name, sizes in shapes.items()
+    }
+
+
+def leaves(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()}
+
+
+def run(function, tensors: dict[str, Tensor | None], **options) -> list[Tensor]:
+    """The output, then the gradient of every tensor that is there."""
+    out = function(**tensors, **options)
+    torch.manual_seed(1)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    inputs = [x for x in tensors.values() if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
+
+
+def assert_same(tensors: dict[str, Tensor | None], **options) -> None:
+    found = run(multi_head_ffn, tensors, **options)
+    expected = run(multi_head_ffn_reference, tensors, **options)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+ABSENT = {
+    "everything": (),
+    "no biases": ("k_bias", "u_bias", "v_bias"),
+    "no r": ("r",),
+    "no r, no biases": ("r", "k_bias", "u_bias", "v_bias"),
+    "un-gated": ("u", "u_bias"),
+    "un-gated, no r, no biases": ("u", "u_bias", "r", "k_bias", "v_bias"),
+}
+
+
+@pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
+def test_gradcheck(absent: tuple[str, ...]):
+    tensors = leaves(make(Shape(B=1, L=2, H=2, G=1, d=2, f=2), absent=absent))
+    names = [name for name, x in tensors.items() if x is not None]
+
+    def call(*inputs: Tensor) -> Tensor:
+        given = dict(zip(names, inputs, strict=True))
+        return multi_head_ffn(**{name: given.get(name) for name in NAMES}, **SCALES)
+
+    assert torch.autograd.gradcheck(call, [tensors[name] for name in names])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation: str, gated: bool):
+    absent = () if gated else ("u", "u_bias")
+    assert_same(leaves(make(Shape(), absent=absent)), activation=activation, **SCALES)
+
+
+SHAPES = {
+    "all different": Shape(B=2, L=5, H=6, d=4, G=3, E=7, f=8),
+    "one network": Shape(E=1),
+    "one unit": Shape(f=1),
+    "head width 1": Shape(d=1),
+    "everything 1": Shape(1, 1, 1, 1, 1, 1, 1),
+    "all heads share": Shape(G=1),
+    "no sharing": Shape(G=4),
+    "no length": Shape(B=9, L=1),
+    "no batch": Shape(B=1, L=9),
+    "prime": Shape(B=3, L=7, H=5, d=11, G=5, E=3, f=13),
+}
+
+
+@pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape: Shape, absent: tuple[str, ...]):
+    assert_same(leaves(make(shape, absent=absent)), **SCALES)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 40, 150, 1000])
+@pytest.mark.parametrize("absent", [(), ("u", "u_bias"), ("r",)], ids=["all", "un-gated", "no r"])
+def test_blocks_of_any_size(monkeypatch, elements: int, absent: tuple[str, ...]):
+    """Small buffers split groups, tokens, networks and hidden units, with uneven last blocks."""
+    monkeypatch.setattr(cpu, "_FORWARD_ELEMENTS", elements)
+    monkeypatch.setattr(cpu, "_BACKWARD_ELEMENTS", elements)
+    monkeypatch.setattr(cpu, "_TOKENS", 4)
+    assert_same(leaves(make(SHAPES["all different"], absent=absent)), **SCALES)
+    half = make(SHAPES["prime"], torch.bfloat16, absent)  # converted weights cut differently
+    found = run(multi_head_ffn, leaves(half))
+    monkeypatch.undo()
+    for x, y in zip(found, run(multi_head_ffn, leaves(half)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("empty", [{"B": 0}, {"L": 0}], ids=["no sequences", "no positions"])
+def test_zero_tokens(empty: dict[str, int]):
+    shape = replace(Shape(), **empty)
+    out, *gradients = run(multi_head_ffn, leaves(make(shape)))
+    assert out.shape == (shape.B, shape.L, shape.H, shape.d)
+    assert all(gradient.count_nonzero() == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_gradient_at_a_time(name: str):
+    """Each gradient is right when it is the only one asked for."""
+    for absent in ((), ("u", "u_bias")):
+        if name in absent:
+            continue
+        tensors = make(Shape(), absent=absent)
+        tensors[name] = tensors[name].requires_grad_()
+        (found,) = torch.autograd.grad(multi_head_ffn(**tensors, **SCALES).sum(), tensors[name])
+        reference = multi_head_ffn_reference(**tensors, **SCALES)
+        (expected,) = torch.autograd.grad(reference.sum(), tensors[name])
+        torch.testing.assert_close(found, expected)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values, with the memory of the last two dimensions swapped."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, -2).contiguous().transpose(0, -2)
+
+
+def every_other(x: Tensor) -> Tensor:
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+
+def part_of_more(x: Tensor) -> Tensor:
+    padded = F.pad(x, (1, 2, 1, 1), value=torch.nan)
+    return padded[..., 1:-1, 1:-2]
+
+
+def expanded(x: Tensor) -> Tensor:
+    """Other values: those of the first index of the first dimension, with stride 0."""
+    return x[:1].expand_as(x)
+
+
+def scalar(x: Tensor) -> Tensor:
+    """One value with every stride 0."""
+    return x.flatten()[0].expand_as(x)
+
+
+@pytest.mark.parametrize(
+    "view", [transposed, heads_first, every_other, part_of_more, expanded, scalar]
+)
+def test_strides(view):
+    """Views are read where they lie; gradients have the shapes of the views."""
+    tensors = {name: view(x).requires_grad_() for name, x in make(Shape(B=3, L=4)).items()}
+    assert_same(tensors, **SCALES)
+
+
+@pytest.mark.parametrize("view", [transposed, heads_first, every_other, expanded, scalar])
+def test_strides_of_the_incoming_gradient(view):
+    tensors = leaves(make(Shape()))
+    grad_out = view(torch.randn(2, 3, 4, 3, dtype=torch.float64))
+    inputs = list(tensors.values())
+    found = torch.autograd.grad(multi_head_ffn(**tensors), inputs, grad_out)
+    expected = torch.autograd.grad(multi_head_ffn_reference(**tensors), inputs, grad_out)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def plain(q, k, u, v, r, k_bias, u_bias, v_bias):
+    """The usual spelling, every intermediate in the dtype of the inputs."""
+    gate = torch.einsum("blhd,hefd->blhef", q, k) + k_bias
+    up = torch.einsum("blhd,hefd->blhef", q, u) + u_bias
+    down = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, v) + v_bias
+    return torch.einsum("blhed,blhe->blhd", down, r.to(down.dtype))
+
+
+@pytest.mark.parametrize("r_dtype", [None, torch.float32], ids=["r as q", "r float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, r_dtype):
+    """Of the output and of every gradient, measured from the float64 reference."""
+    tensors = make(Shape(B=2, L=64, H=2, d=16, G=2, E=3, f=24), dtype)
+    for name in ("k", "u", "v"):
+        tensors[name] = tensors[name] / 4
+    tensors["r"] = tensors["r"].to(r_dtype or dtype)
+    exact = run(multi_head_ffn_reference, leaves({name: x.double() for name, x in tensors.items()}))
+    found = run(multi_head_ffn, leaves(tensors))
+    usual = run(plain, leaves(tensors))
+    for name, x, y, z in zip(("out", *NAMES), found, usual, exact, strict=True):
+        assert x.dtype == y.dtype
+        assert (x - z).norm() <= 2 * (y - z).norm(), name
+
+
+def test_sums_are_kept_in_float32_and_rounded_once():
+    """A sum over 257 networks in bfloat16 would stop at 256, where 256 + 1 is 256."""
+    ones = torch.ones(1, 257, 1, 1, dtype=torch.bfloat16)
+    q = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    r = torch.ones(1, 1, 1, 257)
+    r[..., 0] = 256.0
+    out = multi_head_ffn(q, ones, None, ones, r, activation="relu")
+    assert out.dtype == torch.bfloat16
+    assert out.item() == 512.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_does_not_grow_with_tokens_times_units(tmp_path, training: bool):
+    """What the allocator held at most is less than a single hidden activation of the call."""
+    shape = Shape(B=2, L=1024, H=4, d=8, G=4, E=4, f=64)
+    tensors = make(shape, torch.float32, absent=("k_bias", "u_bias", "v_bias"))
+    if training:
+        tensors = leaves(tensors)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run(multi_head_ffn, tensors) if training else multi_head_ffn(**tensors)
+    profiled.export_chrome_trace(str(tmp_path / "trace.json"))
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]"]
+    held = list(itertools.accumulate(change for _, change in sorted(changes)))
+    hidden = 4 * shape.B * shape.L * shape.H * shape.E * shape.f
+    assert 0 < max(held) < (hidden if training else hidden / 2)
