@@ -460,8 +460,8 @@ def largest_difference(run: Run, reference: Run) -> float:
 
 def environment(device: str) -> dict[str, str]:
     """The machine and the versions behind the figures."""
-    versions = {}
-    for package in ("torch", "triton", "mhf-compiler"):
+    versions = {"torch": torch.__version__}  # says which CUDA it was built for, too
+    for package in ("triton", "mhf-compiler"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     name = platform.processor() or platform.machine()
@@ -484,6 +484,7 @@ def print_table(runs: Sequence[Run], device: str) -> None:
     table = Table(
         title=f"byte-level FlashMHF language model on {environment(device)['device']}",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("backend", no_wrap=True)
     headings = ["loss", "held\nout", "steps\n/ s", "compile\ns"]
@@ -530,7 +531,8 @@ def draw(runs: Sequence[Run], tolerance: float, path: Path) -> None:
         (line,) = top.plot(run.losses, dash, linewidth=width, label=run.backend)
         if reference is not None and run is not reference:
             pairs = zip(run.losses, reference.losses, strict=True)
-            gaps = [abs(ours - theirs) for ours, theirs in pairs]
+            # Equal losses stand at the resolution of a float32, as far down as the axis goes.
+            gaps = [max(abs(ours - theirs), 1e-7) for ours, theirs in pairs]
             bottom.plot(gaps, linewidth=1, color=line.get_color(), label=run.backend)
     top.set_ylabel("training loss (nats per byte)")
     top.legend()
