@@ -54,7 +54,10 @@ test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is n
 	$(PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
 
 .PHONY: lint
-lint: $(READY) typecheck  ## ruff and mypy
+lint: ruff typecheck  ## ruff and mypy
+
+.PHONY: ruff
+ruff: $(READY)  ## ruff alone: its rules, and its formatting
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 

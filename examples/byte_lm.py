@@ -460,7 +460,7 @@ def largest_difference(run: Run, reference: Run) -> float:
 
 def environment(device: str) -> dict[str, str]:
     """The machine and the versions behind the figures."""
-    versions = {"torch": torch.__version__}  # says which CUDA it was built for, too
+    versions = {"torch": str(torch.__version__)}  # says which CUDA it was built for, too
     for package in ("triton", "mhf-compiler"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)

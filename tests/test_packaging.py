@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import mhf_compiler
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -90,7 +92,7 @@ def test_the_wheel_names_the_entry_point_and_the_licence(wheel: zipfile.ZipFile)
 
 def test_versions_agree() -> None:
     version = PROJECT["version"]
-    assert metadata.version(PROJECT["name"]) == version
+    assert metadata.version(PROJECT["name"]) == mhf_compiler.__version__ == version
     assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
