@@ -197,7 +197,7 @@ class _Editor:
         for position, (axis, step) in enumerate(terms):
             at: Size = 0
             if offset != 0:
-                at, offset = divmod(offset, step)  # type: ignore[operator]
+                at, offset = divmod(offset, step)
             if at != 0 or axis.size != sizes[position]:
                 where = (dim + position, self.size(at), self.size(axis.size))
                 node = self.call("narrow", node, *where)

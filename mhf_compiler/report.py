@@ -104,9 +104,9 @@ class Report:
             return "No graph was compiled: nothing in the call was captured by torch.compile."
         operations = sum(graph.operations for graph in self.graphs)
         return (
-            f"None of the {operations} operations is the down projection of a feed-forward network: "
-            "a matrix product (or a sum of products) of activated hidden units. An MH-FFN is "
-            "down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head."
+            f"None of the {operations} operations is the down projection of a feed-forward "
+            "network: a matrix product (or a sum of products) of activated hidden units. An MH-FFN "
+            "is down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head."
         )
 
 

@@ -193,7 +193,7 @@ def _digits(position: Affine, source: Sequence[Size]) -> Index | None:
     offset = position.offset
     if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in real):
         for digit in real:
-            digit.offset, offset = divmod(offset, digit.stride)  # type: ignore[operator]
+            digit.offset, offset = divmod(offset, digit.stride)
     elif offset != 0:
         for digit in real:
             step = quotient(offset, digit.stride)

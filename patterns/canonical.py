@@ -212,11 +212,12 @@ class _Runner(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, recorder: _Recorder) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.nodes = gm.graph.nodes
         self.recorder = recorder
         self.attributes: dict[str, Any] = {}
 
     def trace(self) -> None:
-        for position, node in enumerate(self.module.graph.nodes):
+        for position, node in enumerate(self.nodes):
             self.recorder.begin(node, position, self.env)
             self.env[node] = result = self.run_node(node)
             self.recorder.end(node, result)

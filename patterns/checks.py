@@ -1,13 +1,14 @@
 """From a term to a site: every check that can say no, one function each.
 
-``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet: the
-axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op needs,
-``build_site`` puts the op's arguments together.
+``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet:
+the axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op
+needs, ``build_site`` puts the op's arguments together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -240,7 +241,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
 
 
 def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
-    """What the op reads is still there where the op will stand, and nobody overwrites its result."""
+    """What the op reads is still there where it will stand; nobody overwrites its result."""
     node = copy.holders(root)[0]
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
@@ -332,7 +333,7 @@ def _contiguous(axes: tuple[Axis, ...], index: Index) -> bool:
         if all(axis in terms for axis in axes):
             return all(
                 quotient(terms[outer], terms[inner]) == inner.size
-                for outer, inner in zip(axes, axes[1:], strict=False)
+                for outer, inner in pairwise(axes)
             )
     return False
 

@@ -1,8 +1,8 @@
 """Contractions: sums of products of two tensors, whatever operator spells them.
 
-``as_contraction`` reads mm, bmm, addmm, baddbmm, linear, a 1-wide grouped convolution, and a sum over
-a product as one thing: the two operands with the indices they are read at, and the summed axes. An
-einsum or ``@`` arrives as one of these, because the canonical copy is decomposed.
+``as_contraction`` reads mm, bmm, addmm, baddbmm, linear, a 1-wide grouped convolution, and a sum
+over a product as one thing: the two operands with the indices they are read at, and the summed
+axes. An einsum or ``@`` arrives as one of these, because the canonical copy is decomposed.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 ``read_output`` takes a value and reads it as
 
-    output   = view | cast | number * output | router * output | sum of outputs      (outside)
+    output   = view | cast | number * output | router * output | sum of outputs
              | pieces of outputs | sum over sub-networks of output | down
-    down     = sum over hidden units of hidden * weight  [+ bias]                     (a contraction)
-    hidden   = act(gate) [* up] [* router]                                            (meaning.py)
-    gate, up = sum over the head width of query * weight  [+ bias]                    (a contraction)
+    down     = sum over hidden units of hidden * weight  [+ bias]     a contraction
+    hidden   = act(gate) [* up] [* router]                            see meaning.py
+    gate, up = sum over the head width of query * weight  [+ bias]    a contraction
 
 Every step pushes the index that the output is read at one operation further back, so that what is
 left at the leaves is each tensor with the index it is read at. Nothing here looks at names, shapes
@@ -202,7 +202,7 @@ class _Reader:
         return join_pieces([at(piece) for piece in pieces], position)
 
     def _written(self, value: Value, index: Index) -> Term:
-        """A buffer that is filled part by part: the parts are pieces along the written dimension."""
+        """A buffer that is filled part by part: pieces along the written dimension."""
         parts: dict[int, Value] = {}
         dim: int | None = None
         base = value

@@ -1,13 +1,13 @@
 """Pointwise meaning: what a tree of pointwise operations computes, whatever its spelling.
 
-A tree becomes a sympy expression over symbols: ``p0, p1`` for projections, ``l0, l1`` for every other
-tensor it reads. ``read_hidden`` then asks whether the expression is
+A tree becomes a sympy expression over symbols: ``p0, p1`` for projections, ``l0, l1`` for every
+other tensor it reads. ``read_hidden`` then asks whether the expression is
 
     scale * act(gate_scale * p + bias) * (up_scale * p' + bias') * l * l' ...
 
 Activations are compared as expressions, with coefficients rounded to six digits, so that
-``x * sigmoid(x)``, ``x / (1 + exp(-x))`` and ``silu(x)`` are one. An expression that is equal to none
-in the table is not guessed at.
+``x * sigmoid(x)``, ``x / (1 + exp(-x))`` and ``silu(x)`` are one. An expression that is equal to
+none in the table is not guessed at.
 """
 
 from __future__ import annotations

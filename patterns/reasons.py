@@ -1,7 +1,7 @@
 """Why a candidate was not accepted: one typed reason each, with a remedy.
 
-``Declined`` is raised wherever a proof fails and is caught once, in ``recognise.py``. The sentence is
-for the author of the model, so it speaks of their model, never of the graph machinery.
+``Declined`` is raised wherever a proof fails and is caught once, in ``recognise.py``. The sentence
+is for the author of the model, so it speaks of their model, never of the graph machinery.
 """
 
 from __future__ import annotations

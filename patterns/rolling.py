@@ -193,11 +193,11 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
             continue
         if not all(isinstance(offset, int) for offset in offsets):
             raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
-        start, step = offsets[0], offsets[1] - offsets[0]  # type: ignore[operator]
+        start, step = offsets[0], offsets[1] - offsets[0]
         if step <= 0 or offsets != [start + step * i for i in range(len(offsets))]:
             raise Declined(Kind.IRREGULAR_WEIGHTS, f"offsets {offsets}", first.value.origin)
         moved, along = form.resolved(), position.scaled(step)
-        index.append(Affine(moved.terms + along.terms, moved.offset + along.offset))  # type: ignore[operator]
+        index.append(Affine(moved.terms + along.terms, moved.offset + along.offset))
     return Operand(first.value, tuple(index))
 
 

@@ -1,7 +1,7 @@
 """A site: one MH-FFN that was found and proved, as the arguments of the op.
 
-The site is the small value between recognition and rewriting. Tensors are ``TensorView``: a value of
-the graph, where it is read, and which axes make up each dimension of the op's argument.
+The site is the small value between recognition and rewriting. Tensors are ``TensorView``: a value
+of the graph, where it is read, and which axes make up each dimension of the op's argument.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Location:
 class Site:
     """One MH-FFN: the op's arguments, and the value of the graph that it produces.
 
-    Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f and
-    head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers ``(B, L, H, E)``,
-    to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias ``(G, E, d)``.
+    Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f
+    and head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers
+    ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias ``(G, E, d)``.
     """
 
     query: TensorView

@@ -124,7 +124,7 @@ def _fixed(source: Value, index: Index, dim: int, at: object) -> tuple[Value, In
     size = source.shape[dim]
     if not isinstance(at, int) or (at < 0 and not isinstance(size, int)):
         return None
-    at = at + size if at < 0 else at  # type: ignore[operator]
+    at = at + size if at < 0 else at
     return source, (*index[:dim], Affine((), at), *index[dim:])
 
 
