@@ -10,6 +10,7 @@ Half precision is computed in float32.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,29 +29,11 @@ _TOKENS = 256
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """A block of tokens of one head per weight group: a slice of the axes of [B, L, G, H/G]."""
-
-    batch: slice
-    length: slice
-    groups: slice
-    head: int  # which of the heads that share a group
-
-    def of(self, x: Tensor) -> Tensor:
-        """The part of x [B, L, G, H/G, n] in this block: [G', B', L', n], a view."""
-        return x[self.batch, self.length, self.groups, self.head].permute(2, 0, 1, 3)
-
-
-@dataclass(frozen=True)
 class _Units:
     """A block of hidden units: those of whole sub-networks, or a part of those of one."""
 
     networks: slice
     columns: slice  # the same units among the columns of [E * f]
-
-    def by_network(self, hidden: Tensor) -> Tensor:
-        """[G', T', F'] as [G', T', E', f'], a view."""
-        return hidden.unflatten(2, (self.networks.stop - self.networks.start, -1))
 
 
 @dataclass(frozen=True)
@@ -62,26 +45,6 @@ class _Blocks:
     groups: int
     networks: int
     units: int
-
-
-@dataclass(frozen=True)
-class _Scratch:
-    """Buffers by name. The first block of a call is its largest: later ones reuse its memory."""
-
-    like: Tensor
-    dtype: torch.dtype
-    views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-    def get(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        view = self.views.get((name, shape))
-        if view is None:
-            size = math.prod(shape)
-            buffer = self.buffers.get(name)
-            if buffer is None or buffer.numel() < size:
-                buffer = self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
-            view = self.views[name, shape] = buffer[:size].view(shape)
-        return view
 
 
 def _even(total: int, limit: int) -> int:
@@ -113,12 +76,13 @@ def _slices(total: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def _token_blocks(q: Tensor, groups: slice, blocks: _Blocks) -> Iterator[_Tokens]:
-    """The blocks that cover q [B, L, G, H/G, d] for some groups."""
-    for head in range(q.shape[3]):
-        for batch in _slices(q.shape[0], blocks.batch):
-            for length in _slices(q.shape[1], blocks.length):
-                yield _Tokens(batch, length, groups, head)
+def _token_blocks(x: Tensor, groups: slice, blocks: _Blocks) -> Iterator[tuple[int | slice, ...]]:
+    """Indices that cover x [H/G, G, B, L, n] for some groups; each gives [G', B', L', n]."""
+    batches, lengths = _slices(x.shape[2], blocks.batch), _slices(x.shape[3], blocks.length)
+    for head in range(x.shape[0]):
+        for batch in batches:
+            for length in lengths:
+                yield head, groups, batch, length
 
 
 def _unit_blocks(k: Tensor, blocks: _Blocks) -> list[_Units]:
@@ -132,21 +96,71 @@ def _unit_blocks(k: Tensor, blocks: _Blocks) -> list[_Units]:
     return found
 
 
-def _heads_by_group(x: Tensor, groups: int) -> Tensor:
-    """[B, L, H, n] as [B, L, G, H/G, n], a view for any strides."""
-    return x.unflatten(2, (groups, x.shape[2] // groups))
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[B, L, H, n] as [H/G, G, B, L, n], a view for any strides."""
+    return x.unflatten(2, (groups, x.shape[2] // groups)).permute(3, 2, 0, 1, 4)
 
 
-def _pack(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
-    """x [G', B', L', n] as rows [G', T', n] in scratch memory, in the dtype of the computation."""
-    groups, batch, length, width = x.shape
-    scratch.get(name, (groups, batch, length, width)).copy_(x)
-    return scratch.get(name, (groups, batch * length, width))
+@dataclass(frozen=True)
+class _Rows:
+    """Scratch memory for some values of every token of a block."""
+
+    by_position: Tensor  # [G', B', L', n]
+    by_token: Tensor  # [G', T', n], the same memory
 
 
-def _unpack(rows: Tensor, into: Tensor) -> None:
-    """Copy rows [G', T', n] into the view [G', B', L', n], rounding to its dtype."""
-    into.copy_(rows.view(into.shape))
+@dataclass(frozen=True)
+class _Hidden:
+    """Scratch memory for every hidden unit of a block."""
+
+    flat: Tensor  # [G', T', F']
+    by_network: Tensor  # [G', T', E', f'], the same memory
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Buffers by name, and the views of them that blocks of one shape use.
+
+    The first block of a call is its largest, so later ones fit into its memory. Blocks are small
+    enough that making views would take a noticeable part of their time, so views are kept.
+    """
+
+    like: Tensor
+    dtype: torch.dtype
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+    def rows(self, name: str, shape: torch.Size, width: int) -> _Rows:
+        """Rows of this width for a block of shape [G', B', L', ...]."""
+        key = (name, shape, width)
+        if key not in self.views:
+            groups, batch, length = shape[:3]
+            view = self._view(name, groups, batch, length, width)
+            self.views[key] = _Rows(view, view.view(groups, batch * length, width))
+        return self.views[key]
+
+    def hidden(self, name: str, rows: Tensor, units: _Units) -> _Hidden:
+        """Hidden units of the block of rows [G', T', n]."""
+        columns = units.columns.stop - units.columns.start
+        networks = units.networks.stop - units.networks.start
+        key = (name, rows.shape, columns, networks)
+        if key not in self.views:
+            flat = self._view(name, *rows.shape[:2], columns)
+            self.views[key] = _Hidden(flat, flat.unflatten(2, (networks, -1)))
+        return self.views[key]
+
+    def weights_of_networks(self, r: Tensor, units: _Units) -> Tensor:
+        """The part of the scratch rows r [G', T', E] for these networks, as [G', T', E', 1]."""
+        key = (r.shape, units.networks.start, units.networks.stop)
+        if key not in self.views:
+            self.views[key] = r[..., units.networks, None]
+        return self.views[key]
+
+    def _view(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < size:
+            self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
+        return self.buffers[name][:size].view(shape)
 
 
 @dataclass(frozen=True)
@@ -232,31 +246,40 @@ def forward(
     blocks = _cut(q, k, compute, _FORWARD_ELEMENTS)
     unit_blocks = _unit_blocks(k, blocks)
     scratch = _Scratch(q, compute)
-    q, out = _heads_by_group(q, groups), _heads_by_group(out, groups)
-    r = None if r is None else _heads_by_group(r, groups)
+    q, out = _by_group(q, groups), _by_group(out, groups)
+    r = None if r is None else _by_group(r, groups)
 
     for some in _slices(groups, blocks.groups):
         weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         for block in _token_blocks(q, some, blocks):
-            rows = _pack(block.of(q), "q", scratch)  # [G', T', d]
-            routing = None if r is None else _pack(block.of(r), "r", scratch)  # [G', T', E]
-            result = scratch.get("out", tuple(rows.shape))
+            rows, routing = _pack(q[block], "q", scratch), None  # [G', T', d]
+            if r is not None:
+                routing = _pack(r[block], "r", scratch)  # [G', T', E]
+            target = out[block]
+            sums = scratch.rows("out", target.shape, target.shape[3])
+            result = sums.by_token  # [G', T', d]
             beta = _begin(result, routing, down_bias, out_scale)
             for w in weights:
-                shape = (*rows.shape[:2], w.k.shape[1])
-                hidden = scratch.get("hidden", shape)  # [G', T', F']
-                _project(rows, w.k, w.k_bias, k_scale, hidden)
-                phi.evaluate_(hidden)
+                hidden = scratch.hidden("hidden", rows, w.units)
+                _project(rows, w.k, w.k_bias, k_scale, hidden.flat)
+                phi.evaluate_(hidden.flat)
                 if w.u is not None:
-                    up = scratch.get("up", shape)
-                    _project(rows, w.u, w.u_bias, u_scale, up)
-                    hidden.mul_(up)
+                    up = scratch.hidden("up", rows, w.units)
+                    _project(rows, w.u, w.u_bias, u_scale, up.flat)
+                    hidden.flat.mul_(up.flat)
                 if routing is not None:
-                    w.units.by_network(hidden).mul_(routing[..., w.units.networks, None])
-                torch.baddbmm(result, hidden, w.v, beta=beta, alpha=out_scale, out=result)
+                    hidden.by_network.mul_(scratch.weights_of_networks(routing, w.units))
+                torch.baddbmm(result, hidden.flat, w.v, beta=beta, alpha=out_scale, out=result)
                 beta = 1
-            _unpack(result, block.of(out))
+            target.copy_(sums.by_position)
+
+
+def _pack(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
+    """Copy x [G', B', L', n] to scratch rows [G', T', n], in the dtype of the computation."""
+    rows = scratch.rows(name, x.shape, x.shape[3])
+    rows.by_position.copy_(x)
+    return rows.by_token
 
 
 def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> int:
@@ -287,7 +310,7 @@ class _Sums:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Block:
     """What one block of tokens reads, and the gradients that it sums over hidden units."""
 
     q: Tensor  # [G', T', d]
@@ -334,10 +357,10 @@ def backward(
     blocks = _cut(q, k, compute, _BACKWARD_ELEMENTS)
     unit_blocks = _unit_blocks(k, blocks)
     scratch = _Scratch(q, compute)
-    q, g = _heads_by_group(q, groups), _heads_by_group(grad_out, groups)
-    r = None if r is None else _heads_by_group(r, groups)
-    grad_q = None if grad_q is None else _heads_by_group(grad_q, groups)
-    grad_r = None if grad_r is None else _heads_by_group(grad_r, groups)
+    q, g = _by_group(q, groups), _by_group(grad_out, groups)
+    r = None if r is None else _by_group(r, groups)
+    grad_q = None if grad_q is None else _by_group(grad_q, groups)
+    grad_r = None if grad_r is None else _by_group(grad_r, groups)
 
     def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
         if gradient is None:
@@ -356,23 +379,26 @@ def backward(
             u_bias=zeros(grad_u_bias, count, 1, networks * units),
             v_bias=zeros(grad_v_bias, count, networks, width),
         )
-        for block in _token_blocks(q, some, blocks):
-            packed = _pack(block.of(q), "q", scratch)
-            shape = tuple(packed.shape)
-            rows = _Rows(
-                q=packed,
-                g=_pack(block.of(g), "g", scratch).mul_(out_scale),
-                r=None if r is None else _pack(block.of(r), "r", scratch),
-                dq=None if grad_q is None else scratch.get("dq", shape).zero_(),
-                dr=None if grad_r is None else scratch.get("dr", (*shape[:2], networks)).zero_(),
+        for index in _token_blocks(q, some, blocks):
+            part = q[index]
+            dq = None if grad_q is None else scratch.rows("dq", part.shape, width)
+            dr = None if grad_r is None else scratch.rows("dr", part.shape, networks)
+            block = _Block(
+                q=_pack(part, "q", scratch),
+                g=_pack(g[index], "g", scratch),
+                r=None if r is None else _pack(r[index], "r", scratch),
+                dq=None if dq is None else dq.by_token.zero_(),
+                dr=None if dr is None else dr.by_token.zero_(),
             )
-            _differentiate_down_bias(rows, down_bias, sums.v_bias)
+            if out_scale != 1:
+                block.g.mul_(out_scale)
+            _differentiate_down_bias(block, down_bias, sums.v_bias)
             for w in weights:
-                _differentiate(rows, w, sums, scratch, phi, k_scale, u_scale)
-            if grad_q is not None and rows.dq is not None:
-                _unpack(rows.dq, block.of(grad_q))
-            if grad_r is not None and rows.dr is not None:
-                _unpack(rows.dr, block.of(grad_r))
+                _differentiate(block, w, sums, scratch, phi, k_scale, u_scale)
+            if grad_q is not None and dq is not None:
+                grad_q[index].copy_(dq.by_position)
+            if grad_r is not None and dr is not None:
+                grad_r[index].copy_(dr.by_position)
         for gradient, total in ((grad_k, sums.k), (grad_u, sums.u), (grad_v, sums.v)):
             if gradient is not None and total is not None:
                 gradient[some].copy_(total.transpose(1, 2).unflatten(1, (networks, units)))
@@ -386,21 +412,21 @@ def backward(
     return wanted
 
 
-def _differentiate_down_bias(rows: _Rows, v_bias: Tensor | None, total: Tensor | None) -> None:
+def _differentiate_down_bias(block: _Block, v_bias: Tensor | None, total: Tensor | None) -> None:
     """Add what the biases of v contribute to the gradient of r, and their own gradient."""
-    if v_bias is not None and rows.dr is not None:
-        torch.bmm(rows.g, v_bias.transpose(1, 2), out=rows.dr)
+    if v_bias is not None and block.dr is not None:
+        torch.bmm(block.g, v_bias.transpose(1, 2), out=block.dr)
     if total is not None:
         # A plain sum keeps partial sums, so it is more accurate than a product with r^T.
-        if rows.r is None:
-            total.add_(rows.g.sum(dim=1, keepdim=True))
+        if block.r is None:
+            total.add_(block.g.sum(dim=1, keepdim=True))
         else:
             for e in range(total.shape[1]):
-                total[:, e].add_((rows.g * rows.r[..., e, None]).sum(dim=1))
+                total[:, e].add_((block.g * block.r[..., e, None]).sum(dim=1))
 
 
 def _differentiate(
-    rows: _Rows,
+    block: _Block,
     w: _Weights,
     sums: _Sums,
     scratch: _Scratch,
@@ -414,57 +440,53 @@ def _differentiate(
     branches, the pre-activations have the gradients r a' up p and r a p, and v sees r a up. Four
     buffers [G', T', F'] hold these in turn, each overwritten as soon as it has been read.
     """
-    shape = (*rows.q.shape[:2], w.k.shape[1])
     columns = w.units.columns
-    to_k = rows.dq is not None or sums.k is not None or sums.k_bias is not None
+    to_k = block.dq is not None or sums.k is not None or sums.k_bias is not None
     to_u = w.u is not None and (
-        rows.dq is not None or sums.u is not None or sums.u_bias is not None
+        block.dq is not None or sums.u is not None or sums.u_bias is not None
     )
-    act, d = scratch.get("act", shape), scratch.get("d", shape)
-    d_gate, up = scratch.get("slope", shape), scratch.get("up", shape)
-
-    _project(rows.q, w.k, w.k_bias, k_scale, act)
+    act, d, d_gate, up = (
+        scratch.hidden(name, block.q, w.units) for name in ("act", "d", "d_gate", "up")
+    )
+    _project(block.q, w.k, w.k_bias, k_scale, act.flat)
     if to_k:
-        phi.evaluate_with_derivative_(act, d_gate)
+        phi.evaluate_with_derivative_(act.flat, d_gate.flat)
     else:
-        phi.evaluate_(act)
+        phi.evaluate_(act.flat)
     if w.u is not None:
-        _project(rows.q, w.u, w.u_bias, u_scale, up)
-    if to_k or to_u or rows.dr is not None:
-        torch.bmm(rows.g, w.v.transpose(1, 2), out=d)
+        _project(block.q, w.u, w.u_bias, u_scale, up.flat)
+    if to_k or to_u or block.dr is not None:
+        torch.bmm(block.g, w.v.transpose(1, 2), out=d.flat)
 
     if to_k:
-        d_gate.mul_(d)
-        if w.u is not None:
-            d_gate.mul_(up)
-    if w.u is None:
-        product, weighted = act, up  # the un-gated network leaves the buffer of u free
-        if rows.dr is not None:
-            torch.mul(act, d, out=weighted)
-    else:
-        d.mul_(act)
-        act.mul_(up)
-        product, weighted = act, up
-        if rows.dr is not None:
-            weighted.mul_(d)
-    if rows.dr is not None:
-        rows.dr[..., w.units.networks].add_(w.units.by_network(weighted).sum(dim=3))
+        d_gate.flat.mul_(d.flat)
+    if w.u is not None:
+        if to_k:
+            d_gate.flat.mul_(up.flat)
+        d.flat.mul_(act.flat)
+        act.flat.mul_(up.flat)  # the product of both branches
+        if block.dr is not None:
+            up.flat.mul_(d.flat)
+    elif block.dr is not None:
+        torch.mul(act.flat, d.flat, out=up.flat)
+    if block.dr is not None:
+        block.dr[..., w.units.networks].add_(up.by_network.sum(dim=3))
 
-    if rows.r is not None:
-        r = rows.r[..., w.units.networks, None]  # [G', T', E', 1]
-        for needed, hidden in ((sums.v is not None, product), (to_k, d_gate), (to_u, d)):
+    if block.r is not None:
+        r = scratch.weights_of_networks(block.r, w.units)
+        for needed, hidden in ((sums.v is not None, act), (to_k, d_gate), (to_u, d)):
             if needed:
-                w.units.by_network(hidden).mul_(r)
+                hidden.by_network.mul_(r)
     if sums.v is not None:
-        sums.v[..., columns].baddbmm_(rows.g.transpose(1, 2), product)
+        sums.v[..., columns].baddbmm_(block.g.transpose(1, 2), act.flat)
     if to_k:
-        _differentiate_projection(rows, d_gate, w.k, sums.k, sums.k_bias, k_scale, columns)
+        _differentiate_projection(block, d_gate.flat, w.k, sums.k, sums.k_bias, k_scale, columns)
     if to_u and w.u is not None:
-        _differentiate_projection(rows, d, w.u, sums.u, sums.u_bias, u_scale, columns)
+        _differentiate_projection(block, d.flat, w.u, sums.u, sums.u_bias, u_scale, columns)
 
 
 def _differentiate_projection(
-    rows: _Rows,
+    block: _Block,
     d: Tensor,
     weight: Tensor,
     total: Tensor | None,
@@ -473,9 +495,9 @@ def _differentiate_projection(
     columns: slice,
 ) -> None:
     """Add the gradients of scale * q weight^T + bias, whose own gradient is d [G', T', F']."""
-    if rows.dq is not None:
-        rows.dq.baddbmm_(d, weight, alpha=scale)
+    if block.dq is not None:
+        block.dq.baddbmm_(d, weight, alpha=scale)
     if total is not None:
-        total[..., columns].baddbmm_(rows.q.transpose(1, 2), d, alpha=scale)
+        total[..., columns].baddbmm_(block.q.transpose(1, 2), d, alpha=scale)
     if bias_total is not None:
         bias_total[..., columns].add_(d.sum(dim=1, keepdim=True))
