@@ -19,13 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
 from .launching import Problem, capability
 from .tiles import Kernel, Tile, choose
 
-__all__ = ["ACTIVATIONS", "backward", "forward"]
+__all__ = ["backward", "forward"]
 
 
 def forward(

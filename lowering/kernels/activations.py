@@ -1,6 +1,6 @@
 """The activations between the K and U projections, each with its slope.
 
-One table for every kernel: `activate` serves those that need the value only, and
+One table for every kernel, with the names of `mhf_compiler.lowering.activations`: `activate` serves those that need the value only, and
 `activate_with_slope` those that differentiate. Both take the name as a constant, so a compiled
 kernel contains one formula and no branch.
 
@@ -12,8 +12,6 @@ rounding of a 16-bit operand but far above that of a 32-bit one.
 
 import triton
 import triton.language as tl
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 
 
 @triton.jit

@@ -1,0 +1,299 @@
+"""The kernels' arithmetic, under Triton's interpreter on the CPU.
+
+Triton decides at its import whether it interprets, so outside the interpreter this module holds
+one test, which runs the others in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mhf_compiler.lowering import multi_head_ffn_reference
+from mhf_compiler.lowering.activations import ACTIVATIONS
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
+BIASES = ("k_bias", "u_bias", "v_bias")
+SCALES = {"k_scale": 1.3, "u_scale": 0.7, "out_scale": 0.9}
+
+Tensors = dict[str, Tensor | None]
+
+
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+
+
+test_under_the_interpreter.__test__ = not INTERPRETING  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Ragged against the tiles of 16 in every direction, and two heads to a group."""
+
+    B: int = 2
+    L: int = 19
+    H: int = 4
+    d: int = 24
+    G: int = 2
+    E: int = 3
+    f: int = 37
+
+
+SMALL = Shape(B=1, L=17, H=1, d=8, G=1, E=2, f=18)
+
+
+def make(shape: Shape, dtype: torch.dtype = torch.float32, absent: tuple[str, ...] = ()) -> Tensors:
+    s = shape
+    sizes = {
+        "q": (s.B, s.L, s.H, s.d),
+        "k": (s.G, s.E, s.f, s.d),
+        "u": (s.G, s.E, s.f, s.d),
+        "v": (s.G, s.E, s.f, s.d),
+        "r": (s.B, s.L, s.H, s.E),
+        "k_bias": (s.G, s.E, s.f),
+        "u_bias": (s.G, s.E, s.f),
+        "v_bias": (s.G, s.E, s.d),
+    }
+    torch.manual_seed(0)
+    tensors: Tensors = {}
+    for name in NAMES:
+        x = torch.randn(sizes[name])
+        if name in ("k", "u"):
+            x /= shape.d**0.5
+        tensors[name] = None if name in absent else x if name == "r" else x.to(dtype)
+    return tensors
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def expected(
+    tensors: Tensors, grad_out: Tensor, activation: str, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """The output and the gradients of what is present, by autograd through the definition."""
+    leaves = {
+        name: None if x is None else x.detach().to(dtype).requires_grad_()
+        for name, x in tensors.items()
+    }
+    out = multi_head_ffn_reference(**leaves, activation=activation, **SCALES)
+    present = [x for x in leaves.values() if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, present, grad_out.to(dtype))]
+
+
+def actual(tensors: Tensors, grad_out: Tensor, activation: str, out: Tensor) -> list[Tensor]:
+    from mhf_compiler.lowering import kernels
+
+    inputs = [tensors[name] for name in NAMES]
+    kernels.forward(*inputs, out.fill_(float("nan")), activation=activation, **SCALES)
+    needs = [x is not None for x in inputs]
+    grads = kernels.backward(grad_out, *inputs, activation=activation, **SCALES, needs=needs)
+    for grad, x in zip(grads, (x for x in inputs if x is not None), strict=True):
+        assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
+    return [out, *grads]
+
+
+def check(
+    tensors: Tensors,
+    activation: str = "silu",
+    grad_out: Tensor | None = None,
+    out: Tensor | None = None,
+    tolerance: float = 1e-6,
+) -> None:
+    q = tensors["q"]
+    assert q is not None
+    if grad_out is None:
+        grad_out = torch.randn(q.shape).to(q.dtype)
+    if out is None:
+        out = torch.empty_like(q)
+    names = ["out", *(name for name in NAMES if tensors[name] is not None)]
+    exact = expected(tensors, grad_out, activation)
+    for name, x, y in zip(names, actual(tensors, grad_out, activation, out), exact, strict=True):
+        assert relative_error(x, y) < tolerance, name
+
+
+@pytest.fixture(params=[True, False], ids=["descriptors", "pointers"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 x 16, of which even small problems have several, ragged ones among them."""
+    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels.tiles import Tile
+
+    monkeypatch.setattr(
+        kernels, "choose", lambda *_, **__: Tile(16, 16, 4, 2, descriptors=request.param)
+    )
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN: what a kernel does not write is noticed."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter keeps bfloat16 as its bits, and would multiply those."""
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widen(operand):
+        if operand.dtype.scalar.name != "bf16":
+            return operand
+        data = (operand.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, interpreter.tl.float32)
+
+    def create_widened_dot(self, a, b, *rest):
+        return create_dot(self, widen(a), widen(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_widened_dot)
+    return None
+
+
+@pytest.mark.usefixtures("tile")
+class TestKernels:
+    __test__ = INTERPRETING
+
+    @pytest.mark.parametrize(
+        "absent",
+        [(), ("r",), ("u", "u_bias"), BIASES, ("u", "r", *BIASES), ("k_bias",), ("v_bias", "r")],
+        ids=lambda absent: "without " + " ".join(absent) if absent else "complete",
+    )
+    def test_matches_the_definition(self, absent: tuple[str, ...]) -> None:
+        check(make(Shape(), absent=absent))
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("absent", [(), ("u", "u_bias")], ids=["gated", "not gated"])
+    def test_activation(self, activation: str, absent: tuple[str, ...]) -> None:
+        check(make(SMALL, absent=absent), activation)
+
+    @pytest.mark.parametrize("hidden", [37, 40], ids=["misaligned", "aligned"])
+    def test_weights_stored_by_columns(self, hidden: int) -> None:
+        tensors = make(Shape(f=hidden), absent=BIASES)
+        for name in ("k", "u", "v"):
+            tensors[name] = stored_as(tensors[name], (0, 1, 3, 2))
+        check(tensors)
+
+    def test_packed_weights(self) -> None:
+        tensors = make(SMALL)
+        packed = torch.randn(1, 2, 2 * SMALL.f, SMALL.d)
+        tensors["k"], tensors["u"] = packed.chunk(2, dim=2)
+        check(tensors)
+
+    @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)])
+    def test_token_layouts(self, order: tuple[int, ...]) -> None:
+        tensors = make(Shape(H=2, G=2, E=2))
+        grad_out = stored_as(torch.randn(2, 19, 2, 24), order)
+        for name in ("q", "r"):
+            tensors[name] = stored_as(tensors[name], order)
+        check(tensors, grad_out=grad_out, out=torch.empty_like(grad_out))
+
+    def test_layouts_may_differ(self) -> None:
+        tensors = make(Shape(H=2, G=1, E=2))
+        tensors["q"] = stored_as(tensors["q"], (2, 1, 0, 3))
+        tensors["r"] = stored_as(tensors["r"], (2, 3, 0, 1))
+        check(tensors, grad_out=stored_as(torch.randn(2, 19, 2, 24), (0, 2, 1, 3)))
+
+    @pytest.mark.parametrize("length", [1, 16])
+    def test_router_with_contiguous_tokens(self, length: int) -> None:
+        tensors = make(Shape(L=length, H=2))
+        tensors["r"] = stored_as(tensors["r"], (2, 3, 0, 1))
+        check(tensors)
+
+    def test_expanded_tensors(self) -> None:
+        tensors = make(SMALL)
+        tensors["q"] = torch.randn(1, 17, 1, 8).expand(2, 17, 3, 8)
+        tensors["r"] = torch.rand(1, 1, 3, 1).expand(2, 17, 3, 2)
+        tensors["v"] = torch.randn(1, 1, 18, 8).expand(1, 2, 18, 8)
+        check(tensors, grad_out=torch.tensor(1.0).expand(2, 17, 3, 8))
+
+    def test_other_memory_is_not_written(self) -> None:
+        memory = torch.full((2, 21, 5, 28), 7.0)
+        inner = (slice(None), slice(1, 20), slice(0, 4), slice(0, 24))
+        check(make(Shape()), out=memory[inner])
+        memory[inner] = 7.0
+        assert memory.eq(7.0).all()
+
+    @pytest.mark.parametrize("width", [1, 5, 16, 33])
+    @pytest.mark.parametrize("hidden", [1, 16, 33])
+    def test_any_width(self, width: int, hidden: int) -> None:
+        check(make(Shape(B=1, L=3, H=1, d=width, G=1, E=2, f=hidden)))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.usefixtures("bfloat16_products")
+    def test_half_precision(self, dtype: torch.dtype) -> None:
+        tensors = make(Shape(H=2, G=2), dtype, absent=("v_bias",))
+        grad_out = torch.randn(2, 19, 2, 24).to(dtype)
+        exact = expected(tensors, grad_out, "silu")
+        plain = plain_spelling(tensors, grad_out)
+        fused = actual(tensors, grad_out, "silu", torch.empty(2, 19, 2, 24, dtype=dtype))
+        for x, y, z in zip(fused, plain, exact, strict=True):
+            assert relative_error(x, z) <= 2 * relative_error(y, z)
+
+    def test_wider_output(self) -> None:
+        tensors = make(SMALL, torch.float16)
+        check(tensors, out=torch.empty(1, 17, 1, 8), tolerance=2e-3)
+        grad_out = torch.randn(1, 17, 1, 8)
+        check(tensors, grad_out=grad_out, tolerance=2e-3)
+
+    @pytest.mark.parametrize("needed", range(8), ids=NAMES)
+    def test_single_gradients(self, needed: int) -> None:
+        from mhf_compiler.lowering import kernels
+
+        tensors = make(SMALL)
+        grad_out = torch.randn(1, 17, 1, 8)
+        needs = [i == needed for i in range(8)]
+        inputs = [tensors[name] for name in NAMES]
+        grads = kernels.backward(grad_out, *inputs, activation="gelu", **SCALES, needs=needs)
+        assert len(grads) == 1
+        assert relative_error(grads[0], expected(tensors, grad_out, "gelu")[1 + needed]) < 1e-6
+
+    @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
+    def test_no_tokens(self, sizes: tuple[int, int]) -> None:
+        tensors = make(Shape(B=sizes[0], L=sizes[1]))
+        out = torch.empty(*sizes, 4, 24)
+        results = actual(tensors, torch.empty(*sizes, 4, 24), "silu", out)
+        assert all(x.eq(0).all() for x in results[1:])
+
+
+class TestChosenTiles:
+    __test__ = INTERPRETING
+
+    @pytest.mark.parametrize("shape", [SMALL, Shape(L=70, H=1, G=1, f=130), Shape(L=1)])
+    def test_chosen_tiles(self, shape: Shape) -> None:
+        check(make(shape))
+
+
+def stored_as(x: Tensor | None, order: tuple[int, ...]) -> Tensor:
+    """Equal to `x`, with its axes lying in memory in this order."""
+    assert x is not None
+    inverse = [order.index(axis) for axis in range(4)]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+def plain_spelling(tensors: Tensors, grad_out: Tensor) -> list[Tensor]:
+    """As `expected`, the way a model is usually written, in the dtype of its tensors."""
+    leaves = {
+        name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()
+    }
+    q, k, u, v, r, k_bias, u_bias, _ = (leaves[name] for name in NAMES)
+    project: Callable[[Tensor], Tensor] = lambda w: torch.einsum("blhd,hefd->blhef", q, w)  # noqa: E731
+    gate = SCALES["k_scale"] * project(k) + k_bias
+    up = SCALES["u_scale"] * project(u) + u_bias
+    down = torch.einsum("blhef,hefd->blhed", torch.nn.functional.silu(gate) * up, v)
+    out = (SCALES["out_scale"] * (down * r.unsqueeze(-1)).sum(3)).to(q.dtype)
+    present = [x for x in leaves.values() if x is not None]
+    return [out.detach(), *torch.autograd.grad(out, present, grad_out)]
