@@ -52,7 +52,8 @@ class Site:
 
     Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f
     and head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers
-    ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias ``(G, E, d)``.
+    ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias
+    ``(G, E, d)``.
     """
 
     query: TensorView
