@@ -1,8 +1,8 @@
 """The activations between the K and U projections, each with its slope.
 
-One table for every kernel, with the names of `mhf_compiler.lowering.activations`: `activate` serves those that need the value only, and
-`activate_with_slope` those that differentiate. Both take the name as a constant, so a compiled
-kernel contains one formula and no branch.
+One table for every kernel, with the names of `mhf_compiler.lowering.activations`: `activate` serves
+those that need the value only, `activate_with_slope` those that differentiate. Both take the name
+as a constant, so a compiled kernel contains one formula and no branch.
 
 `APPROXIMATE` allows the hardware's single-instruction tanh. It is worth a lot, because sigmoid by
 exp and reciprocal spends two special-function operations on every hidden unit, and those, not the
