@@ -253,7 +253,7 @@ def forward(
         weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         for block in _token_blocks(q, some, blocks):
-            rows, routing = _pack(q[block], "q", scratch), None  # [G', T', d]
+            rows, routing = _matrices(q[block], "q", scratch), None  # [G', T', d]
             if r is not None:
                 routing = _pack(r[block], "r", scratch)  # [G', T', E]
             target = out[block]
@@ -280,6 +280,16 @@ def _pack(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
     rows = scratch.rows(name, x.shape, x.shape[3])
     rows.by_position.copy_(x)
     return rows.by_token
+
+
+def _matrices(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
+    """x [G', B', L', n] as rows [G', T', n]: a view where a matrix product can read one."""
+    _, batch, length, width = x.shape
+    one_step = batch == 1 or length == 1 or x.stride(1) == length * x.stride(2)
+    step = x.stride(1) if length == 1 else x.stride(2)
+    if x.dtype == scratch.dtype and one_step and x.stride(3) == 1 and step >= width:
+        return x.flatten(1, 2)
+    return _pack(x, name, scratch)
 
 
 def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> int:
@@ -384,8 +394,8 @@ def backward(
             dq = None if grad_q is None else scratch.rows("dq", part.shape, width)
             dr = None if grad_r is None else scratch.rows("dr", part.shape, networks)
             block = _Block(
-                q=_pack(part, "q", scratch),
-                g=_pack(g[index], "g", scratch),
+                q=_matrices(part, "q", scratch),
+                g=(_matrices if out_scale == 1 else _pack)(g[index], "g", scratch),
                 r=None if r is None else _pack(r[index], "r", scratch),
                 dq=None if dq is None else dq.by_token.zero_(),
                 dr=None if dr is None else dr.by_token.zero_(),
