@@ -1,0 +1,229 @@
+"""What the compiler makes of the kernels on each architecture: no GPU needed.
+
+A driver that only pretends to have one lets the kernels go through their own launch path: tiles are
+chosen, arguments specialised and binaries compiled as for a device of that capability. Instead of
+being launched, the binaries are handed to the disassembler that Triton ships.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from mhf_compiler.lowering import kernels  # noqa: E402
+from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"),
+]
+
+# Shared memory that one block may have, in KiB.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+
+# `up_kernel` on Hopper keeps two accumulators and three products in registers; a dozen addresses
+# of its operands then live in local memory, read once a tile. Anything more is a tile that spills.
+ADDRESS_BYTES = 64
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass
+class Binary:
+    """A compiled kernel."""
+
+    name: str
+    cubin: bytes
+    shared: int  # bytes
+
+    def resources(self, directory: Path) -> dict[str, int]:
+        """Registers and bytes of stack for each thread, as ptxas allotted them."""
+        usage = self._disassemble(directory, "cuobjdump", "-res-usage")
+        return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+
+    def count(self, directory: Path, instruction: str) -> int:
+        return len(re.findall(instruction, self._disassemble(directory, "nvdisasm", "-c")))
+
+    def _disassemble(self, directory: Path, tool: str, option: str) -> str:
+        path = directory / "kernel.cubin"
+        path.write_bytes(self.cubin)
+        command = [TOOLS / tool, option, path]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class PretendedDriver:
+    """Triton's view of a GPU that is not there; keeps what it is asked to load."""
+
+    devices = itertools.count(10_000)  # Triton keeps compiled kernels by device: never the same
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.device = next(self.devices)
+        self.loaded: list[Binary] = []
+        self.utils = SimpleNamespace(
+            load_binary=self.load_binary,
+            get_device_properties=lambda device: {
+                "max_shared_mem": SHARED_MEMORY[architecture] * 1024
+            },
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: object, metadata: object) -> object:
+        return lambda *arguments: None
+
+    def load_binary(
+        self, name: str, cubin: bytes, shared: int, device: int
+    ) -> tuple[int, int, int, int, int]:
+        self.loaded.append(Binary(name, cubin, shared))
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+Compile = Callable[..., dict[str, Binary]]
+
+
+@pytest.fixture
+def compile_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
+    """Call with an architecture and a problem: its kernels, by name."""
+
+    def run(architecture: int, **options: object) -> dict[str, Binary]:
+        driver = PretendedDriver(architecture)
+        triton.runtime.driver.set_active(driver)
+        monkeypatch.setattr(kernels, "capability", lambda device: divmod(architecture, 10))
+        launch_all(**options)
+        return {binary.name: binary for binary in driver.loaded}
+
+    yield run
+    triton.runtime.driver.set_active(None)  # the default one again
+
+
+def launch_all(
+    d: int = 128,
+    f: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    tokens: int = 32768,
+    groups: int = 16,
+    activation: str = "silu",
+    gated: bool = True,
+    routed: bool = True,
+    biased: bool = False,
+    by_columns: bool = False,
+) -> None:
+    """The forward and the whole backward of 16 heads with 22 sub-networks, on memory never read."""
+
+    def weight() -> Tensor:
+        if by_columns:
+            return torch.empty(groups, 22, d, f, dtype=dtype).transpose(2, 3)
+        return torch.empty(groups, 22, f, d, dtype=dtype)
+
+    def bias(size: int) -> Tensor | None:
+        return torch.empty(groups, 22, size, dtype=dtype) if biased else None
+
+    q = torch.empty(1, tokens, 16, d, dtype=dtype)
+    inputs = (
+        q,
+        weight(),
+        weight() if gated else None,
+        weight(),
+        torch.empty(1, tokens, 16, 22) if routed else None,
+        bias(f),
+        bias(f) if gated else None,
+        bias(d),
+    )
+    kernels.forward(*inputs, torch.empty_like(q), activation=activation)
+    needs = [x is not None for x in inputs]
+    kernels.backward(torch.empty_like(q), *inputs, activation=activation, needs=needs)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_tiles_stay_in_registers(architecture: int, compile_all: Compile, tmp_path: Path) -> None:
+    binaries = compile_all(architecture)
+    assert set(binaries) == {"forward_kernel", "query_kernel", "down_kernel", "up_kernel"}
+    for name, binary in binaries.items():
+        allowed = ADDRESS_BYTES if (architecture, name) == (90, "up_kernel") else 0
+        resources = binary.resources(tmp_path)
+        assert resources["STACK"] + resources["LOCAL"] <= allowed, name
+
+
+@pytest.mark.parametrize(("architecture", "instruction"), [(90, "HGMMA"), (100, "UTCHMMA")])
+def test_matrix_instructions(
+    architecture: int, instruction: str, compile_all: Compile, tmp_path: Path
+) -> None:
+    for binary in compile_all(architecture).values():
+        assert binary.count(tmp_path, instruction), binary.name
+        assert binary.count(tmp_path, "UTMALDG"), binary.name
+
+
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+def test_weight_storage_costs_no_registers(
+    by_columns: bool, compile_all: Compile, tmp_path: Path
+) -> None:
+    """A transposed tile is read as it lies: no shuffle through shared memory, no spill."""
+    for name, binary in compile_all(90, by_columns=by_columns).items():
+        assert binary.count(tmp_path, "HGMMA"), name
+        resources = binary.resources(tmp_path)
+        assert resources["STACK"] <= (ADDRESS_BYTES if name == "up_kernel" else 0), name
+
+
+# Triton refuses to load what needs more shared memory than the driver says there is.
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+@pytest.mark.parametrize("d", [8, 96, 256])
+def test_shared_memory_suffices(architecture: int, d: int, compile_all: Compile) -> None:
+    compile_all(architecture, d=d)
+
+
+@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize("d", [64, 256])
+def test_shared_memory_suffices_in_float32(architecture: int, d: int, compile_all: Compile) -> None:
+    compile_all(architecture, d=d, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("architecture", [86, 90])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"biased": True, "groups": 4},
+        {"gated": False, "routed": False},
+        {"f": 341, "dtype": torch.float16, "by_columns": True},
+        {"tokens": 1},
+        {"tokens": 200, "f": 20},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_variants_compile(
+    architecture: int, options: dict[str, object], compile_all: Compile
+) -> None:
+    compile_all(architecture, **options)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_compile(activation: str, compile_all: Compile, tmp_path: Path) -> None:
+    for binary in compile_all(90, d=64, activation=activation).values():
+        fast = binary.count(tmp_path, r"MUFU\.TANH") > 0
+        assert fast == (activation in ("silu", "gelu_tanh", "sigmoid", "tanh")), binary.name
+
+
+def test_float32_is_not_approximated(compile_all: Compile, tmp_path: Path) -> None:
+    for binary in compile_all(90, d=32, dtype=torch.float32).values():
+        assert not binary.count(tmp_path, r"MUFU\.TANH"), binary.name
+        assert not binary.count(tmp_path, "HGMMA|HMMA"), binary.name
