@@ -458,40 +458,37 @@ def _differentiate(
     act, d, d_gate, up = (
         scratch.hidden(name, block.q, w.units) for name in ("act", "d", "d_gate", "up")
     )
+    r = None if block.r is None else scratch.weights_of_networks(block.r, w.units)
     _project(block.q, w.k, w.k_bias, k_scale, act.flat)
     if to_k:
         phi.evaluate_with_derivative_(act.flat, d_gate.flat)
     else:
         phi.evaluate_(act.flat)
-    if w.u is not None:
-        _project(block.q, w.u, w.u_bias, u_scale, up.flat)
     if to_k or to_u or block.dr is not None:
         torch.bmm(block.g, w.v.transpose(1, 2), out=d.flat)
+    if w.u is not None:
+        _project(block.q, w.u, w.u_bias, u_scale, up.flat)
 
     if to_k:
         d_gate.flat.mul_(d.flat)
-    if w.u is not None:
-        if to_k:
+        if w.u is not None:
             d_gate.flat.mul_(up.flat)
+        if r is not None:
+            d_gate.by_network.mul_(r)
+        _differentiate_projection(block, d_gate.flat, w.k, sums.k, sums.k_bias, k_scale, columns)
+    if w.u is not None:
         d.flat.mul_(act.flat)
         act.flat.mul_(up.flat)  # the product of both branches
-        if block.dr is not None:
-            up.flat.mul_(d.flat)
-    elif block.dr is not None:
-        torch.mul(act.flat, d.flat, out=up.flat)
     if block.dr is not None:
+        torch.mul(d.flat, act.flat if w.u is None else up.flat, out=up.flat)
         block.dr[..., w.units.networks].add_(up.by_network.sum(dim=3))
-
-    if block.r is not None:
-        r = scratch.weights_of_networks(block.r, w.units)
-        for needed, hidden in ((sums.v is not None, act), (to_k, d_gate), (to_u, d)):
-            if needed:
-                hidden.by_network.mul_(r)
     if sums.v is not None:
+        if r is not None:
+            act.by_network.mul_(r)
         sums.v[..., columns].baddbmm_(block.g.transpose(1, 2), act.flat)
-    if to_k:
-        _differentiate_projection(block, d_gate.flat, w.k, sums.k, sums.k_bias, k_scale, columns)
     if to_u and w.u is not None:
+        if r is not None:
+            d.by_network.mul_(r)
         _differentiate_projection(block, d.flat, w.u, sums.u, sums.u_bias, u_scale, columns)
 
 

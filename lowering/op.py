@@ -193,22 +193,13 @@ def _backward(compute: Callable[..., list[Tensor]] | None) -> Callable[..., list
         wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
         if compute is None:
             return [torch.empty_like(x) for x in wanted]
-        gradients = compute(
+        return compute(
             grad_out, *inputs,
             activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
             needs=list(needs),
         )  # fmt: skip
-        return [_like(gradient, x) for gradient, x in zip(gradients, wanted, strict=True)]
 
     return multi_head_ffn_backward_on_device
-
-
-def _like(gradient: Tensor, x: Tensor) -> Tensor:
-    """``gradient`` with the strides that the shape function promised for the gradient of ``x``."""
-    promised = torch.empty_like(x, device="meta")
-    if gradient.stride() == promised.stride():
-        return gradient
-    return torch.empty_like(x).copy_(gradient)
 
 
 def _cuda_forward(*args: Any, **kwargs: Any) -> None:
@@ -218,10 +209,20 @@ def _cuda_forward(*args: Any, **kwargs: Any) -> None:
     kernels.forward(*args, **kwargs)
 
 
-def _cuda_backward(*args: Any, **kwargs: Any) -> list[Tensor]:
+def _cuda_backward(
+    grad_out: Tensor, *inputs: Tensor | None, needs: Sequence[bool], **constants: Any
+) -> list[Tensor]:
     from . import kernels
 
-    return kernels.backward(*args, **kwargs)
+    gradients = kernels.backward(grad_out, *inputs, needs=needs, **constants)
+    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
+    return [_with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+
+
+def _with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides that the shape function promised for it."""
+    promised = torch.empty_like(x)
+    return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)
 
 
 torch.library.impl(_FORWARD, "cpu", _forward(cpu.forward))
