@@ -36,6 +36,7 @@ from mhf_compiler.compat import (
 from .axes import Size
 
 INPUT = "input"  # a graph input or attribute
+COPY = "copy"  # args: (what was copied into a tensor,); broadcast and cast to its shape and dtype
 OPAQUE = "opaque"  # a result that the copy does not look into
 SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
 
@@ -52,7 +53,7 @@ class UntraceableGraph(Exception):
 class Value:
     """One tensor that the graph computes. Compared by identity: equal computations are merged."""
 
-    op: Any  # an OpOverload, or one of INPUT, OPAQUE, SCATTER
+    op: Any  # an OpOverload, or one of INPUT, OPAQUE, COPY, SCATTER
     args: tuple[Any, ...]  # tensors appear as Values
     kwargs: dict[str, Any]
     shape: tuple[Size, ...]
@@ -93,6 +94,7 @@ class ViewStep:
     args: tuple[Any, ...]  # without the viewed tensor
     kwargs: dict[str, Any]
     item: int | None
+    shape: tuple[Size, ...]  # of the view
 
 
 @dataclass(eq=False, slots=True)
@@ -103,6 +105,7 @@ class _Storage:
     version: int = 0
     is_input: bool = False
     writes: list[int] = field(default_factory=list)  # positions of the Dynamo nodes that wrote
+    nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
 
 
 @dataclass(eq=False, slots=True)
@@ -112,9 +115,19 @@ class _Alias:
     tensor: torch.Tensor  # kept alive, so that its id stays its own
     storage: _Storage
     chain: tuple[ViewStep, ...]
-    shapes: tuple[tuple[Size, ...], ...]  # the shape after each step of the chain
     value: Value
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """The tensor of ``node`` is some value from the moment that ``since`` has run."""
+
+    node: fx.Node
+    since: fx.Node
+
+    def starts(self, copy: CanonicalCopy) -> int:
+        return copy.positions[self.since]
 
 
 @dataclass(slots=True)
@@ -133,15 +146,16 @@ class CanonicalCopy:
     written: dict[fx.Node, list[Value]] = field(default_factory=dict)
     #: nodes that do nothing but compute their result
     pure: set[fx.Node] = field(default_factory=set)
-    #: the dtype that autocast would cast to, for what is inserted after a node
-    autocast: dict[fx.Node, torch.dtype | None] = field(default_factory=dict)
-    _holders: dict[Value, list[fx.Node]] = field(default_factory=dict)
+    #: for what is inserted after a node: the dtype that autocast casts to, by device type
+    autocast: dict[fx.Node, dict[str, torch.dtype]] = field(default_factory=dict)
+    _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
     _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
     _live: set[Value] = field(default_factory=set)
 
-    def holders(self, value: Value) -> list[fx.Node]:
-        """The nodes whose tensor is this value, first one first."""
-        return self._holders.get(value, [])
+    def made_by(self, value: Value) -> fx.Node | None:
+        """The node after which some node's tensor is this value, or None if that never happens."""
+        holdings = self._holdings.get(value)
+        return None if holdings is None else holdings[0].since
 
     def is_live(self, value: Value) -> bool:
         """Whether anything that outlives the graph depends on the value."""
@@ -149,9 +163,9 @@ class CanonicalCopy:
 
     def inputs(self) -> Iterator[tuple[Value, fx.Node]]:
         """The tensors that come from outside, with the nodes that hold them."""
-        for value in self.values:
-            if value.op == INPUT and self.holders(value):
-                yield value, self.holders(value)[0]
+        for value, holdings in self._holdings.items():
+            if value.op == INPUT:
+                yield value, holdings[0].node
 
     def needed_without(self, replaced: dict[Value, list[Value]]) -> set[Value]:
         """What is still needed when each replaced value is computed from these values instead."""
@@ -166,19 +180,20 @@ class CanonicalCopy:
 
     def holder_at(self, value: Value, position: int) -> fx.Node | None:
         """A node whose tensor still is this value after the node at ``position`` has run."""
-        for node in self.holders(value):
-            start = self.positions[node]
-            if start <= position and not self._is_written(node, start, position):
-                return node
+        for holding in self._holdings.get(value, ()):
+            if holding.starts(self) <= position and not self._ends(holding, position):
+                return holding.node
         return None
 
     def is_overwritten(self, value: Value) -> bool:
         """Whether the memory of a node that holds the value is written later on."""
         last = len(self.positions)
-        return any(self._is_written(n, self.positions[n], last) for n in self.holders(value))
+        return any(self._ends(holding, last) for holding in self._holdings[value])
 
-    def _is_written(self, node: fx.Node, after: int, upto: int) -> bool:
-        return any(after < at <= upto for at in self._storage_of[node].writes)
+    def _ends(self, holding: _Holding, upto: int) -> bool:
+        """Whether the memory is written between the start of a holding and a position."""
+        writes = self._storage_of[holding.node].writes
+        return any(holding.starts(self) < at <= upto for at in writes)
 
 
 def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
@@ -248,6 +263,7 @@ class _Recorder(TorchDispatchMode):
         self.node: fx.Node
         self.position = 0
         self._effects = False  # of the node at work
+        self._just_written: list[_Storage] = []  # by the node at work
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
 
@@ -269,17 +285,28 @@ class _Recorder(TorchDispatchMode):
     def end(self, node: fx.Node, result: Any) -> None:
         if node.op == "output":
             return
+        self.copy.autocast[node] = {
+            kind: torch.get_autocast_dtype(kind)
+            for kind in ("cpu", "cuda")
+            if torch.is_autocast_enabled(kind)
+        }
+        for storage in self._just_written:
+            for holder in storage.nodes:
+                self._hold(storage.current, holder)
+        self._just_written.clear()
         if not self._effects and (_tensors_in(result) or _asks_for_sizes(node)):
             self.copy.pure.add(node)
         if isinstance(result, FakeTensor):
             alias = self._alias(result)
             value = self._read(result)
             self.copy.value_of[node] = value
-            self.copy._holders.setdefault(value, []).append(node)
+            self._hold(value, node)
             self.copy._storage_of[node] = alias.storage
-            kind = result.device.type
-            enabled = torch.is_autocast_enabled(kind)
-            self.copy.autocast[node] = torch.get_autocast_dtype(kind) if enabled else None
+            if all(step.op in _WHOLE for step in alias.chain):
+                alias.storage.nodes.append(node)
+
+    def _hold(self, value: Value, node: fx.Node) -> None:
+        self.copy._holdings.setdefault(value, []).append(_Holding(node, self.node))
 
     def leaf(self, example: Any) -> Any:
         """A fake tensor of our own mode for a graph input or attribute."""
@@ -337,7 +364,7 @@ class _Recorder(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and id(tensor) not in self._aliases:
                 which = None if isinstance(result, torch.Tensor) else item
                 value = self._value(func, args, kwargs, tensor, item=which)
-                self._add_alias(tensor, _Storage(value), (), (), value)
+                self._add_alias(tensor, _Storage(value), (), value)
 
     def _record_view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         base = self._alias(args[0])
@@ -348,11 +375,9 @@ class _Recorder(TorchDispatchMode):
             if id(tensor) in self._aliases:
                 continue
             which = None if isinstance(result, torch.Tensor) else item
-            step = ViewStep(func, rest, kwargs, which)
             value = self._value(func, (source, *rest), kwargs, tensor, item=which)
-            self._add_alias(
-                tensor, base.storage, (*base.chain, step), (*base.shapes, value.shape), value
-            )
+            step = ViewStep(func, rest, kwargs, which, value.shape)
+            self._add_alias(tensor, base.storage, (*base.chain, step), value)
 
     def _record_write(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place or ``out=`` operation gives the written tensors new values."""
@@ -364,7 +389,10 @@ class _Recorder(TorchDispatchMode):
             if argument.name in kwargs and argument.alias_info is not None:
                 written += _tensors_in(kwargs[argument.name])
         functional = _functional_form(func)
-        if functional is not None and len(written) == 1 and args and written[0] is args[0]:
+        if func is torch.ops.aten.copy_.default:
+            value = self._value(COPY, (self._read(args[1]),), {}, args[0])
+            self._write(self._alias(args[0]), value)
+        elif functional is not None and len(written) == 1 and args and written[0] is args[0]:
             target = written[0]
             inputs = _map_tensors(self._read, args), _map_tensors(self._read, kwargs)
             self._write(self._alias(target), self._value(functional, *inputs, target))
@@ -418,14 +446,13 @@ class _Recorder(TorchDispatchMode):
     def _new_storage(self, tensor: torch.Tensor, op: str) -> _Storage:
         value = self._value(op, (len(self.copy.values),), {}, tensor)
         storage = _Storage(value)
-        self._add_alias(tensor, storage, (), (), value)
+        self._add_alias(tensor, storage, (), value)
         return storage
 
     def _add_alias(
-        self, tensor: torch.Tensor, storage: _Storage, chain: Any, shapes: Any, value: Value
+        self, tensor: torch.Tensor, storage: _Storage, chain: tuple[ViewStep, ...], value: Value
     ) -> None:
-        version = storage.version
-        self._aliases[id(tensor)] = _Alias(tensor, storage, chain, shapes, value, version)
+        self._aliases[id(tensor)] = _Alias(tensor, storage, chain, value, storage.version)
 
     def _alias(self, tensor: torch.Tensor) -> _Alias:
         alias = self._aliases.get(id(tensor))
@@ -442,8 +469,8 @@ class _Recorder(TorchDispatchMode):
         storage = alias.storage
         if alias.version != storage.version:
             value = storage.current
-            for step, shape in zip(alias.chain, alias.shapes, strict=True):
-                like = _Like(shape, tensor.dtype, tensor.device)
+            for step in alias.chain:
+                like = _Like(step.shape, tensor.dtype, tensor.device)
                 arguments = (value, *step.args)
                 value = self._value(step.op, arguments, step.kwargs, like, step.item)
             alias.value, alias.version = value, storage.version
@@ -463,6 +490,8 @@ class _Recorder(TorchDispatchMode):
         storage.version += 1
         storage.writes.append(self.position)
         self.copy.written.setdefault(self.node, []).append(value)
+        if storage not in self._just_written:
+            self._just_written.append(storage)
         alias.version = storage.version
 
 

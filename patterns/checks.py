@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import fx
 
 from .axes import Axis, Index, product, quotient
-from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
+from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand
 from .grammar import Reading, is_cast
 from .reasons import Declined, Kind
@@ -242,7 +243,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
 
 def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
     """What the op reads is still there where it will stand; nobody overwrites its result."""
-    node = copy.holders(root)[0]
+    node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
     for operand in term.operands().values():
@@ -252,16 +253,22 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
 def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
     if copy.holder_at(value, position) is not None:
         return
-    if copy.holders(value) or value.op in (INPUT, OPAQUE, SCATTER):
+    if copy.made_by(value) is not None or value.op in (INPUT, OPAQUE, COPY, SCATTER):
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
     for operand in value.operands():  # no node holds it: it will be computed again
         _check_readable(operand, copy, position)
 
 
+def _maker(root: Value, copy: CanonicalCopy) -> fx.Node:
+    node = copy.made_by(root)
+    assert node is not None, "only values that a node holds are candidates"
+    return node
+
+
 def check_autocast(term: Term, root: Value, copy: CanonicalCopy) -> None:
     """Autocast at the place of the output leaves the op's precision alone."""
-    node = copy.holders(root)[0]
-    dtype = copy.autocast[node]
+    node = _maker(root, copy)
+    dtype = copy.autocast[node].get(root.device.type)
     if dtype not in (None, term.value.dtype):
         raise Declined(Kind.AUTOCAST_BOUNDARY, f"{term.value.dtype} under {dtype}", node)
 
@@ -276,7 +283,6 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
 
     sizes = {role: product(a.size for a in axes) for role, axes in _sized(roles)}
-    node = copy.holders(root)[0]
     return Site(
         query=view(gate.query, (batch, length, heads, roles.width)),
         gate=view(gate.weight, (*per_unit, roles.width)),
@@ -300,7 +306,7 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         out_dtype=root.dtype,
         device=root.device,
         output=root,
-        output_node=node,
+        output_node=_maker(root, copy),
         output_dims=tuple(form.axes() for form in reading.index),
         location=locate(term.value.origin),
     )

@@ -24,7 +24,7 @@ import sympy
 import torch
 
 from .axes import Axis, Index, axis_form, through_reshape
-from .canonical import SCATTER, Value
+from .canonical import COPY, SCATTER, Value
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
 from .reasons import Declined, Kind
@@ -76,18 +76,18 @@ def is_outside_operation(value: Value) -> bool:
         or value.op in _ADDITIONS
         or value.op in _PRODUCTS
         or value.op in (aten.neg.default, aten._to_copy.default, aten.cat.default)
-        or value.op in (aten.stack.default, aten.sum.dim_IntList, SCATTER)
+        or value.op in (aten.stack.default, aten.sum.dim_IntList, SCATTER, COPY)
         or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
     )
 
 
 def is_cast(value: Value) -> bool:
     """A change of floating dtype and of nothing else."""
-    if value.op is not aten._to_copy.default:
+    if value.op is not aten._to_copy.default and value.op != COPY:
         return False
     source = value.source
     floating = value.dtype.is_floating_point and source.dtype.is_floating_point
-    return floating and value.device == source.device
+    return floating and value.device == source.device and value.shape == source.shape
 
 
 @dataclass(slots=True)
@@ -195,11 +195,23 @@ class _Reader:
         middle = () if rest is None else (rest,)
 
         def at(piece: Value) -> Term:
-            return self.output(piece, (*index[:dim], *middle, *index[dim + 1 :]))
+            return self._iteration(piece, (*index[:dim], *middle, *index[dim + 1 :]))
 
         if not position.resolved().terms and isinstance(position.offset, int):
             return at(pieces[position.offset])
         return join_pieces([at(piece) for piece in pieces], position)
+
+    def _iteration(self, value: Value, index: Index) -> Term:
+        """One piece of an unrolled loop."""
+        if value not in self.outside:
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        try:
+            return self.output(value, index)
+        except Declined as declined:
+            reason = declined.reason
+            if reason.kind is not Kind.UNKNOWN_OPERATION:
+                raise
+            raise Declined(Kind.OPERATION_IN_LOOP, reason.detail, reason.node) from None
 
     def _written(self, value: Value, index: Index) -> Term:
         """A buffer that is filled part by part: pieces along the written dimension."""
@@ -208,14 +220,11 @@ class _Reader:
         base = value
         while base.op is SCATTER:
             old, part = base.args
-            if len(base.chain) != 1:
-                raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
-            step = base.chain[0]
-            written_dim, position, width = _written_range(base, step)
-            if dim not in (None, written_dim) or position % width:
+            written_dim, start, width = _written_range(base)
+            if dim not in (None, written_dim) or start % width:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
             dim = written_dim
-            parts.setdefault(position // width, part)
+            parts.setdefault(start // width, part)
             self.computed.add(base)
             base = old
         assert dim is not None
@@ -226,15 +235,15 @@ class _Reader:
         digits = through_reshape((index[dim],), (size,), (count, size // count))
         if digits is None:
             raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
-        position_form, rest = digits
+        form, rest = digits
         terms = []
-        for number_ in range(count):
-            part = parts[number_]
+        for position in range(count):
+            part = parts[position]
             inner = (*index[:dim], rest, *index[dim + 1 :])
             if len(part.shape) < len(value.shape):  # written through select
                 inner = (*index[:dim], *index[dim + 1 :])
-            terms.append(self.output(part, broadcast(inner, part.shape)))
-        return join_pieces(terms, position_form)
+            terms.append(self._iteration(part, broadcast(inner, part.shape)))
+        return join_pieces(terms, form)
 
     def _contraction(self, contraction: Contraction, index: Index) -> Term:
         """The down projection, or a router that is applied and summed by a matmul."""
@@ -391,25 +400,29 @@ def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     return replace(term, bias=bias, bias_scale=scale / term.scale)
 
 
-def _written_range(value: Value, step: Any) -> tuple[int, int, int]:
+def _written_range(value: Value) -> tuple[int, int, int]:
     """Dimension, start and width of the part that a scatter writes."""
-    rank = len(value.shape)
-    if step.op is aten.select.int:
-        dim, start = step.args[0] % rank, step.args[1]
-        width = 1
-    elif step.op is aten.slice.Tensor:
-        dim = (step.args[0] if step.args else 0) % rank
-        start = (step.args[1] if len(step.args) > 1 else 0) or 0
-        part_width = value.args[1].shape[dim]
-        if (step.args[3] if len(step.args) > 3 else 1) != 1 or not isinstance(part_width, int):
-            raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
-        width = part_width
+    before = value.shape
+    written: list[tuple[int, int, int]] = []
+    for step in value.chain:
+        dim = (step.args[0] if step.args else step.kwargs.get("dim", 0)) % len(before)
+        start = step.args[1] if len(step.args) > 1 else 0
+        size = before[dim]
+        if step.op is aten.select.int and isinstance(start, int) and isinstance(size, int):
+            written.append((dim, start % size, 1))
+        elif step.op is aten.slice.Tensor and len(step.args) < 4:
+            width = step.shape[dim]
+            if width != size:
+                if not all(isinstance(s, int) for s in (start, size, width)):
+                    break
+                written.append((dim, start % size, width))
+        else:
+            break
+        before = step.shape
     else:
-        raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
-    size = value.shape[dim]
-    if not isinstance(start, int) or not isinstance(size, int):
-        raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", value.origin)
-    return dim, start % size, width
+        if len(written) == 1:
+            return written[0]
+    raise Declined(Kind.UNKNOWN_OPERATION, "a part of a tensor is written", value.origin)
 
 
 def _is_zero(value: Value) -> bool:

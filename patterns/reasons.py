@@ -43,6 +43,10 @@ class Kind(Enum):
         "an operation inside the feed-forward network is not part of an MH-FFN",
         "move the operation before or after the heads",
     )
+    OPERATION_IN_LOOP = (
+        "an operation inside the loop over heads or sub-networks is not part of an MH-FFN",
+        "move the operation out of the loop: apply it to all heads at once",
+    )
     DROPOUT_INSIDE = (
         "there is dropout between the hidden units and the down projection",
         "apply dropout after the down projection, or compile in eval mode",

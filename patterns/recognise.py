@@ -191,7 +191,7 @@ def _best(
 
 
 def _try(root: Value, outside: frozenset[Value], copy: CanonicalCopy) -> Site | Reason:
-    if not copy.holders(root):
+    if copy.made_by(root) is None:
         return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
     try:
         return build_site(read_output(root, outside), root, copy)

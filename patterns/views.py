@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from .axes import Affine, Index, Size, multiply, through_reshape
-from .canonical import Value
+from .canonical import COPY, Value
 
 aten = torch.ops.aten
 
@@ -71,6 +71,11 @@ def _transpose(value: Value, index: Index) -> tuple[Value, Index]:
     if rank > 1:
         inner[a % rank], inner[b % rank] = index[b % rank], index[a % rank]
     return source, tuple(inner)
+
+
+def _copy(value: Value, index: Index) -> tuple[Value, Index] | None:
+    same = value.source.dtype is value.dtype
+    return (value.source, broadcast(index, value.source.shape)) if same else None
 
 
 def _expand(value: Value, index: Index) -> tuple[Value, Index]:
@@ -131,7 +136,7 @@ def _fixed(source: Value, index: Index, dim: int, at: object) -> tuple[Value, In
 def _split(value: Value, index: Index) -> tuple[Value, Index] | None:
     sizes, dim = value.args[1], value.argument(2, "dim", 0) % len(value.shape)
     assert value.item is not None
-    if isinstance(sizes, int):
+    if not isinstance(sizes, (list, tuple)):
         start = multiply(sizes, value.item)
     elif all(isinstance(size, int) for size in sizes[: value.item]):
         start = sum(sizes[: value.item])
@@ -147,6 +152,7 @@ _RULES: dict[object, Rule] = {
     aten._unsafe_view.default: _reshape,
     aten.reshape.default: _reshape,
     aten._reshape_alias.default: _reshape,
+    COPY: _copy,
     aten.alias.default: _same,
     aten.clone.default: _same,
     aten.lift_fresh.default: _same,
