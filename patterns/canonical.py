@@ -478,11 +478,12 @@ class _Recorder(TorchDispatchMode):
 
     def _write(self, alias: _Alias, value: Value) -> None:
         storage = alias.storage
-        if any(step.op not in _WHOLE for step in alias.chain):
+        chain = tuple(step for step in alias.chain if step.op not in _WHOLE)
+        if chain:
             old = storage.current
             part = value
             like = _Like(old.shape, old.dtype, old.device)
-            value = self._value(SCATTER, (old, part), {}, like, chain=alias.chain)
+            value = self._value(SCATTER, (old, part), {}, like, chain=chain)
             alias.value = part
         else:
             alias.value = value
