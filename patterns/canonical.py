@@ -185,6 +185,13 @@ class CanonicalCopy:
                 return holding.node
         return None
 
+    def changed_reads(self) -> Iterator[tuple[fx.Node, Value]]:
+        """Nodes that saw an argument overwritten since it was made, and what they saw."""
+        for reader, seen in self.reads.items():
+            for argument, value in seen.items():
+                if self.value_of.get(argument) is not value:
+                    yield reader, value
+
     def is_overwritten(self, value: Value) -> bool:
         """Whether the memory of a node that holds the value is written later on."""
         last = len(self.positions)
@@ -370,6 +377,10 @@ class _Recorder(TorchDispatchMode):
         base = self._alias(args[0])
         source = self._read(args[0])
         rest = _map_tensors(self._read, args[1:])
+        if func is torch.ops.aten.detach.default and _is_new(source):
+            # The factories of a fake mode return a detached view; nobody else sees what it views.
+            self._add_alias(result, base.storage, base.chain, source)
+            return
         results = [result] if isinstance(result, torch.Tensor) else result
         for item, tensor in enumerate(results):
             if id(tensor) in self._aliases:
@@ -503,6 +514,14 @@ class _Like:
     shape: tuple[Size, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+def _is_new(value: Value) -> bool:
+    """Whether a factory made the value: there is no gradient that a ``detach`` could cut."""
+    if isinstance(value.op, str):
+        return False
+    name = value.op._schema.name.removeprefix("aten::").removesuffix("_like").removeprefix("new_")
+    return name in {"empty", "zeros", "ones", "full", "empty_strided", "scalar_tensor", "arange"}
 
 
 def _functional_form(func: Any) -> Any | None:

@@ -246,6 +246,9 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
+    for reader, seen in copy.changed_reads():
+        if seen is not root and root in _ancestors(seen):
+            raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in term.operands().values():
         _check_readable(operand.value, copy, copy.positions[node])
 
