@@ -3,7 +3,7 @@
 An error is relative to float64, and may be twice that of the plain spelling in the same dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +157,12 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def tf32() -> Iterator[None]:
+    """Starts from exact float32 products, and puts the switch back."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -254,8 +258,8 @@ def test_wider_output() -> None:
     assert fused(tensors, grad_out, out=narrow)[0].equal(out.bfloat16())
 
 
-def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
     check(make(Shape(d=64, E=3), torch.float32))
 
 
