@@ -153,7 +153,9 @@ def check(
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN: what a kernel does not write is noticed."""
     empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan"))
+    )
 
 
 @pytest.fixture(autouse=True)
