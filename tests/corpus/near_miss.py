@@ -1,0 +1,793 @@
+"""Models that look like multi-head FFNs and are none, or must be left alone: one trap each.
+
+A trap that may be rewritten by a cleverer proof is marked ``either``; there only results count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhf_compiler.patterns import Kind
+
+from .cases import TOKENS, B, Corpus, E, H, L, PerHead, SubNetworks, d, f, split_heads, weight
+
+NEAR_MISSES = Corpus()
+declined, either = NEAR_MISSES.declined, NEAR_MISSES.either
+
+
+def project(q: Tensor, w: Tensor) -> Tensor:
+    """Each head by its own matrix."""
+    return torch.einsum("blhi,hio->blho", q, w)
+
+
+def swiglu(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return project(F.silu(project(q, gate)) * project(q, up), down)
+
+
+# The query.
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class DifferentQueries(PerHead):
+    """The up projection reads the normalised input, the gate projection the input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, normalised = split_heads(x), split_heads(F.layer_norm(x, (H * d,)))
+        return project(F.silu(project(q, self.gate)) * project(normalised, self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class ShiftedQuery(PerHead):
+    """The up projection reads the token before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, now, before = split_heads(x), slice(1, None), slice(None, -1)
+        hidden = F.silu(project(q[:, now], self.gate)) * project(q[:, before], self.up)
+        return project(hidden, self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class OtherHeadsQuery(PerHead):
+    """The up projection of a head reads the next head's query."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(F.silu(project(q, self.gate)) * project(q.roll(1, 2), self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES, random=True)
+class DroppedOutTwice(PerHead):
+    """Each branch reads the query through a dropout of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = (project(split_heads(F.dropout(x, 0.5)), w) for w in (self.gate, self.up))
+        return project(F.silu(gate) * up, self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class DetachedUpQuery(PerHead):
+    """No gradient flows back through the up projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(F.silu(project(q, self.gate)) * project(q.detach(), self.up), self.down)
+
+
+@declined(Kind.GRADIENTS_CUT)
+class GateWithoutGradients(PerHead):
+    """The gate projection is computed under no_grad."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        with torch.no_grad():
+            gate = F.silu(project(q, self.gate))
+        return project(gate * project(q, self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES, gradients=False)
+class QueryOverwrittenBetween(PerHead):
+    """The query is overwritten after the gate projection and before the up projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).clone()
+        gate = project(q, self.gate)
+        q.mul_(0.5)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES, gradients=False)
+class QueryOverwrittenThroughView(PerHead):
+    """The query is overwritten in between through another view of its memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).clone()
+        first = q.flatten(2)[..., 0]
+        gate = project(q, self.gate)
+        first.zero_()
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.MUTATION, gradients=False)
+class QueryOverwrittenBeforeDown(PerHead):
+    """The query is gone by the time the output is computed."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x).sigmoid()
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        q = q.detach()
+        q.zero_()
+        return project(hidden, self.down), q
+
+
+@either(gradients=False)
+class QueryOverwrittenAfterwards(PerHead):
+    """The query is overwritten when everything has been computed."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x).detach().clone()
+        out = swiglu(q, self.gate, self.up, self.down)
+        result = out * 2.0
+        q.zero_()
+        return result, q
+
+
+# The weights.
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS, shapes=(TOKENS, (B, H, d, f), (B, H, d, f), (B, H, f, d)))
+class WeightsForEachSequence(nn.Module):
+    """Every sequence of the batch has weights of its own."""
+
+    def forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        return (F.silu(q @ gate) * (q @ up)) @ down
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS)
+class FastWeights(PerHead):
+    """The weights have been changed by the tokens, as in test-time training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = self.gate - 0.1 * torch.einsum("blhd,blhf->hdf", q, project(q, self.gate))
+        return swiglu(q, gate, self.up, self.down)
+
+
+@declined(Kind.MUTATION, gradients=False)
+class WeightOverwrittenBeforeDown(nn.Module):
+    """A weight is updated between its use and the down projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gate", weight(H, d, f).detach())
+        self.up, self.down = weight(H, d, f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        self.gate.mul_(0.5)
+        return project(hidden, self.down)
+
+
+@either()
+class UnitsReversed(PerHead):
+    """The hidden units of the up projection are multiplied in reverse order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        up = project(q, self.up).flip(-1)
+        return project(F.silu(project(q, self.gate)) * up, self.down)
+
+
+@declined(Kind.IRREGULAR_WEIGHTS)
+class WeightsAtIrregularDistances(nn.Module):
+    """The heads' weights lie in one tensor, with a hole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (weight(d, 6 * f), weight(d, 6 * f), weight(6 * f, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for q, at in zip(x.chunk(H, -1), (0, 1, 3, 5), strict=True):
+            own = slice(at * f, (at + 1) * f)
+            hidden = F.silu(q @ self.gate[:, own]) * (q @ self.up[:, own])
+            heads.append(hidden @ self.down[own])
+        return torch.cat(heads, -1)
+
+
+@either(shapes=((B, L, 3 * 4 + d),))
+class HeadsOverlap(PerHead):
+    """Neighbouring heads read half of each other's features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x.unfold(-1, d, 4), self.gate, self.up, self.down)
+
+
+@declined(Kind.UNKNOWN_ACTIVATION)
+class GateIsUp(PerHead):
+    """Gate and up projection are one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = project(split_heads(x), self.gate)
+        return project(F.silu(hidden) * hidden, self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT, shapes=((B, H * d, L),))
+class WideConvolution(nn.Module):
+    """The gate projection sees the neighbouring tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv1d(H * d, H * f, 3, groups=H, padding=1)
+        self.up = nn.Conv1d(H * d, H * f, 1, groups=H)
+        self.down = nn.Conv1d(H * f, H * d, 1, groups=H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+# The activation and what stands beside it.
+
+
+class Activation(PerHead):
+    """Another activation than the op's, or one of them in disguise."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(self.act(project(q, self.gate)) * project(q, self.up), self.down)
+
+
+OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu plus one": lambda x: F.silu(x) + 1,
+    "shifted silu": lambda x: F.silu(x + 1),
+    "clamped silu": lambda x: F.silu(x).clamp(max=1.0),
+    "silu of clamped": lambda x: F.silu(x.clamp(-7.0, 7.0)),
+    "gelu with a short constant": lambda x: 0.5 * x * (1 + torch.erf(x * 0.707)),
+    "sigmoid with another base": lambda x: x / (1 + torch.exp2(-x)),
+    "relu cubed": lambda x: F.relu(x) ** 3,
+    "signed square": lambda x: x * x.abs(),
+    "threshold": lambda x: torch.where(x > 0.1, x, 0.0),
+    "leaky relu": F.leaky_relu,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "relu6": F.relu6,
+}
+for name, function in OTHER_ACTIVATIONS.items():
+    declined(Kind.UNKNOWN_ACTIVATION, label=name, arguments={"act": function})(Activation)
+
+EQUAL_TO_SCALED: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "twice relu of half": lambda x: 2 * F.relu(x / 2),
+    "twice gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))),
+    "negated silu": lambda x: F.silu(-x),
+    "relu of negated": lambda x: x - F.relu(x),
+    "product with relu": lambda x: x * F.relu(x),
+    "nothing": lambda x: 0.0 * F.silu(x),
+}
+for name, function in EQUAL_TO_SCALED.items():
+    either(label=name, arguments={"act": function})(Activation)
+
+
+@declined(Kind.UNKNOWN_OPERATION)
+class RoundedHidden(PerHead):
+    """The hidden units are rounded down by a division."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(torch.div(hidden, 0.5, rounding_mode="floor"), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class UpActivatedToo(PerHead):
+    """Both branches go through an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(F.silu(project(q, self.gate)) * F.relu(project(q, self.up)), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class ActivationAfterProduct(PerHead):
+    """The product goes through the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(F.silu(project(q, self.gate) * project(q, self.up)), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class SumOfBranches(PerHead):
+    """The branches are added, not multiplied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(F.silu(project(q, self.gate)) + project(q, self.up), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class ThreeBranches(PerHead):
+    """A second gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = weight(H, d, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up, second = (project(q, w) for w in (self.gate, self.up, self.second))
+        return project(F.silu(gate) * up * second, self.down)
+
+
+@declined()
+class Bilinear(PerHead):
+    """A product without an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(project(q, self.gate) * project(q, self.up), self.down)
+
+
+@either(shapes=(TOKENS, (B, L, H, f)))
+class FactorForEachUnit(PerHead):
+    """A given factor for every hidden unit of every token."""
+
+    def forward(self, x: Tensor, factor: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden * factor, self.down)
+
+
+@either()
+class LearnedFactorForEachUnit(PerHead):
+    """A learned factor for every hidden unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = weight(f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden * self.factor, self.down)
+
+
+@declined(Kind.UNKNOWN_ACTIVATION)
+class FactorInsideActivation(PerHead):
+    """A temperature for each head inside the activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = weight(H, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = F.silu(project(q, self.gate) * self.temperature)
+        return project(gate * project(q, self.up), self.down)
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS, shapes=(TOKENS, (B, L, 1, f)))
+class BiasForEachToken(PerHead):
+    """A bias that differs from token to token, as a conditioning vector does."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = F.silu(project(q, self.gate) + condition)
+        return project(gate * project(q, self.up), self.down)
+
+
+# Routers.
+
+
+@either()
+class LargestOfSubNetworks(SubNetworks):
+    """The largest output of the sub-networks, feature by feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        return torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down).amax(3)
+
+
+@either()
+class RouterForEachFeature(SubNetworks):
+    """A router weight for every output feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return (y * torch.einsum("blhd,hed->blhed", q, self.route).sigmoid()).sum(3)
+
+
+@either()
+class RouterFromOutput(SubNetworks):
+    """The outputs themselves say how much each of them counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return (y * y.mean(-1, keepdim=True).softmax(3)).sum(3)
+
+
+@either(label="reversed", arguments={"order": (2, 1, 0)})
+@either(label="shuffled", arguments={"order": (1, 2, 0)})
+@either(label="one for all", arguments={"order": (1, 1, 1)})
+class RouterInAnotherOrder(SubNetworks):
+    """Sub-network e is weighted by another one's router weight."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r, out = self.router(q), torch.zeros_like(q)
+        for e, at in enumerate(self.order):
+            out += r[..., at, None] * swiglu(q, self.gate[:, e], self.up[:, e], self.down[:, e])
+        return out
+
+
+@either(label="signs", arguments={"signs": (1.0, -1.0, 1.0)})
+@either(label="scales", arguments={"signs": (1.0, 0.5, 0.25)})
+@either(label="zero", arguments={"signs": (1.0, 0.0, 1.0)})
+class UnequalScales(SubNetworks):
+    """Sub-networks are added up with different constant weights."""
+
+    def __init__(self, signs: tuple[float, ...]) -> None:
+        super().__init__()
+        self.signs = signs
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = torch.zeros_like(q)
+        for e, sign in enumerate(self.signs):
+            out = out + sign * swiglu(q, self.gate[:, e], self.up[:, e], self.down[:, e])
+        return out
+
+
+@either()
+class MixedActivations(SubNetworks):
+    """Sub-networks with an activation each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = torch.zeros_like(q)
+        for e, act in enumerate((F.silu, F.gelu, torch.tanh)):
+            hidden = act(project(q, self.gate[:, e])) * project(q, self.up[:, e])
+            out = out + project(hidden, self.down[:, e])
+        return out
+
+
+# Heads.
+
+
+class _Head(nn.Module):
+    def __init__(
+        self, inner: int = d, hidden: int = f, act: Callable[..., Tensor] = F.silu
+    ) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(inner, hidden), nn.Linear(inner, hidden)
+        self.down, self.act = nn.Linear(hidden, inner), act
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(q)) * self.up(q))
+
+
+class UnequalHeads(nn.Module):
+    """A list of heads that are not alike."""
+
+    def __init__(self, heads: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_Head(**head) for head in heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split([head.gate.in_features for head in self.heads], -1)
+        return torch.cat([head(q) for head, q in zip(self.heads, parts, strict=True)], -1)
+
+
+UNEQUAL_HEADS: dict[str, list[dict[str, Any]]] = {
+    "hidden units": [{"hidden": units} for units in (3, 4, 5, 6)],
+    "widths": [{"inner": width} for width in (4, 12, 8, 8)],
+    "activations": [{"act": act} for act in (F.silu, F.gelu, F.relu, F.silu)],
+}
+for name, heads in UNEQUAL_HEADS.items():
+    declined(Kind.UNEQUAL_HEADS, label=name, arguments={"heads": heads})(UnequalHeads)
+
+
+@either(label="swapped", arguments={"order": (1, 0, 3, 2)})
+@either(label="reversed", arguments={"order": (3, 2, 1, 0)})
+@either(label="repeated", arguments={"order": (0, 0, 1, 1)})
+class HeadsInAnotherOrder(nn.Module):
+    """Heads are merged in another order than they were split in."""
+
+    def __init__(self, order: tuple[int, ...]) -> None:
+        super().__init__()
+        self.order = order
+        self.heads = nn.ModuleList(_Head() for _ in range(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        return torch.cat([outs[at] for at in self.order], -1)
+
+
+@either()
+class HeadsMergedByPermute(PerHead):
+    """Heads and batch change places in the result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = swiglu(split_heads(x), self.gate, self.up, self.down)
+        return out.permute(2, 0, 3, 1).reshape(H * B, d * L)
+
+
+@either()
+class OneHeadReadElsewhere(nn.Module):
+    """One head's output is also read by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_Head() for _ in range(H))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outs = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        return torch.cat(outs, -1), outs[1] * 2
+
+
+@declined(Kind.UNEQUAL_WIDTHS)
+class OutputTwiceAsWide(PerHead):
+    """Every head's output is twice as wide as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = weight(H, f, 2 * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(split_heads(x), self.gate, self.up, self.down)
+
+
+@declined(Kind.PLAIN_FFN, label="SwiGLU")
+@declined(Kind.PLAIN_FFN, label="biases", arguments={"bias": True})
+class PlainFfn(nn.Module):
+    """The feed-forward network of most transformers."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(H * d, f, bias) for _ in range(2))
+        self.down = nn.Linear(f, H * d, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@either()
+class WeightsForEachPosition(nn.Module):
+    """A network for each position: mathematically the positions are heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.down = weight(L, H * d, f), weight(L, f, H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(torch.einsum("bld,ldf->blf", x, self.gate))
+        return torch.einsum("blf,lfd->bld", hidden, self.down)
+
+
+# What is read elsewhere, or written.
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class HiddenReturned(PerHead):
+    """The hidden units are a result, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden, self.down), hidden
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class GateReturnedDetached(PerHead):
+    """The gate is returned for inspection."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x)
+        gate = project(q, self.gate)
+        return project(F.silu(gate) * project(q, self.up), self.down), gate.detach()
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class AuxiliaryLoss(PerHead):
+    """A penalty on the hidden units."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden, self.down), hidden.abs().mean()
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class HiddenCached(PerHead):
+    """The hidden units are kept in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(B, L, H, f))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        self.cache.copy_(hidden.detach())
+        return project(hidden, self.down)
+
+
+@either()
+class ResultInBuffer(PerHead):
+    """The output is added up in a buffer that outlives the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(B, L, H, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = swiglu(split_heads(x), self.gate, self.up, self.down)
+        self.total += out.detach()
+        return self.total * 2 + out
+
+
+@either()
+class BufferZeroedAndFilled(SubNetworks):
+    """A persistent buffer is zeroed and filled by the loop over sub-networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.ones(B, L, H, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        self.total.zero_()
+        with torch.no_grad():
+            for e in range(E):
+                self.total += swiglu(q, self.gate[:, e], self.up[:, e], self.down[:, e])
+        return self.total * x.unflatten(-1, (H, d))
+
+
+@either()
+class BufferFilledDetached(PerHead):
+    """The buffer is filled through a detached view: its values have no gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x).unflatten(-1, (H, d))
+        q = split_heads(x)
+        for h in range(H):
+            hidden = F.silu(q[:, :, h] @ self.gate[h]) * (q[:, :, h] @ self.up[h])
+            out.detach()[:, :, h] = (hidden @ self.down[h]).detach()
+        return out + q
+
+
+@either(label="narrow part", arguments={"ranges": ((0, 2), (4, 8))}, shapes=((B, L, 8),))
+@either(label="overwritten", arguments={"ranges": ((0, 4), (2, 4))}, shapes=((B, L, 8),))
+@either(label="hole", arguments={"ranges": ((0, 2), (6, 8))}, shapes=((B, L, 8),))
+@either(label="backwards", arguments={"ranges": ((4, 8), (0, 4))}, shapes=((B, L, 8),))
+class BufferFilledUnevenly(nn.Module):
+    """Slices of a buffer are written that do not tile it."""
+
+    def __init__(self, ranges: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        self.ranges = ranges
+        self.gate, self.down = weight(2, 4, f), weight(f, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, (start, stop) in enumerate(self.ranges):
+            hidden = F.silu(x[..., 4 * i : 4 * i + 4] @ self.gate[i])
+            out[..., start:stop] = hidden @ self.down[:, start:stop]
+        return out
+
+
+@either()
+class BufferPartlyOverwritten(PerHead):
+    """One head's output is replaced by zeros afterwards."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros(B, L, H, d)
+        q = split_heads(x)
+        for h in range(H):
+            hidden = F.silu(q[:, :, h] @ self.gate[h]) * (q[:, :, h] @ self.up[h])
+            out[:, :, h] = hidden @ self.down[h]
+        out[:, :, 1] = 0.0
+        return out
+
+
+# Precision.
+
+
+@either(precision=torch.bfloat16)
+class SumUnderAutocast(SubNetworks):
+    """Outputs of float32 networks are added up where autocast is on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        parts = [swiglu(q, self.gate[:, e], self.up[:, e], self.down[:, e]) for e in range(E)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = parts[0] + parts[1] + parts[2]
+            return out.flatten(2) @ out.flatten(2).mT
+
+
+@declined(Kind.UNSUPPORTED_DTYPE, dtype=torch.complex64)
+class Complex(PerHead):
+    """Complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(torch.tanh(project(split_heads(x), self.gate)), self.down)
+
+
+@declined(Kind.UNSUPPORTED_DTYPE)
+class Integers(nn.Module):
+    """Integer arithmetic, as a simulation of quantised weights does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("inner", torch.arange(H * d * f).view(H, d, f) % 7 - 3)
+        self.register_buffer("outer", torch.arange(H * d * f).view(H, f, d) % 5 - 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads((8 * x).round().long())
+        return torch.bmm(torch.bmm(q.flatten(0, 1).transpose(0, 1), self.inner).relu(), self.outer)
+
+
+# Other layers.
+
+
+@declined()
+class Attention(nn.Module):
+    """A softmax between two matrix products is no activation of hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * d, 3 * H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return (q @ k.mT / math.sqrt(d)).softmax(-1) @ v
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS)
+class LinearAttention(nn.Module):
+    """Feature maps by relu: their products have keys and values in place of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(H * d, H * d) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part(x)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return F.relu(q) @ (F.relu(k).mT @ v)
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS)
+class ReluAttention(nn.Module):
+    """Attention with relu in place of softmax: keys and values in place of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(H * d, 3 * H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        return F.relu(q @ k.mT / math.sqrt(d)) @ v

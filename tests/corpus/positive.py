@@ -1,0 +1,712 @@
+"""Models that have multi-head FFNs: one spelling each, all to be found and rewritten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .cases import TOKENS, B, Corpus, E, H, L, PerHead, SubNetworks, d, f, split_heads, weight
+
+POSITIVE = Corpus()
+mhf = POSITIVE.mhf
+
+
+# The paper's layer: a loop over sub-networks.
+
+
+@mhf("heads first", experts=E)
+@mhf("heads last", experts=E, arguments={"heads_first": False})
+@mhf("heads share weights by repeat", experts=E, kuv_heads=2, arguments={"share": "repeat"})
+@mhf("heads share weights by expand", experts=E, kuv_heads=2, arguments={"share": "expand"})
+@mhf("scaled", experts=E, arguments={"scales": (0.5, 1.5, 0.7)})
+@mhf("bfloat16", experts=E, dtype=torch.bfloat16)
+@mhf("float16", experts=E, dtype=torch.float16)
+class Published(nn.Module):
+    """Flat weights, norm per head, float32 router, a loop that adds up in a float32 buffer."""
+
+    def __init__(
+        self,
+        heads_first: bool = True,
+        share: str = "",
+        scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        self.heads_first, self.share, self.scales = heads_first, share, scales
+        self.groups = 2 if share else H
+        self.project, self.merge = nn.Linear(H * d, H * d), nn.Linear(H * d, H * d)
+        self.norm = nn.RMSNorm(d)
+        self.route = weight(H, d, E)
+        self.k, self.u, self.v = (weight(self.groups * E * f, d) for _ in range(3))
+
+    def heads(self, flat: Tensor) -> Tensor:
+        w = flat.view(self.groups, E, f, d)
+        if self.share == "repeat":
+            return w.repeat_interleave(H // self.groups, dim=0)
+        if self.share == "expand":
+            return w[:, None].expand(-1, H // self.groups, -1, -1, -1).reshape(H, E, f, d)
+        return w
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.norm(self.project(x).view(*x.shape[:2], H, d)).transpose(1, 2).contiguous()
+        r = torch.sigmoid(q.float() @ self.route.float())
+        r = r / r.sum(-1, keepdim=True).clamp_min(1e-20)
+        k, u, v = self.heads(self.k), self.heads(self.u), self.heads(self.v)
+        s_gate, s_up, s_out = self.scales
+        if not self.heads_first:
+            q, r = q.transpose(1, 2).contiguous(), r.transpose(1, 2).contiguous()
+        out = torch.zeros(q.shape, dtype=torch.float32)
+        for e in range(E):
+            if self.heads_first:
+                hidden = F.silu(q @ k[:, e].mT * s_gate) * (q @ u[:, e].mT * s_up)
+                out += hidden @ v[:, e] * s_out * r[..., e : e + 1]
+            else:
+                gate = torch.einsum("blhd,hfd->blhf", q, k[:, e]) * s_gate
+                up = torch.einsum("blhd,hfd->blhf", q, u[:, e]) * s_up
+                y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, v[:, e])
+                out += y * s_out * r[..., e : e + 1]
+        out = out.to(q.dtype)
+        if self.heads_first:
+            out = out.transpose(1, 2)
+        return self.merge(out.reshape(*x.shape[:2], H * d))
+
+
+# The same without a loop: where the router is applied, and by what.
+
+
+@mhf(experts=E)
+class RouterOnHidden(SubNetworks):
+    """The weights of the sub-networks multiply their hidden units."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        hidden = F.silu(gate) * up * self.router(q)[..., None]
+        return torch.einsum("blhef,hefd->blhd", hidden, self.down).flatten(2)
+
+
+@mhf(experts=E)
+class RouterInsideLastEinsum(SubNetworks):
+    """One einsum of three operands applies the router, projects down and sums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        hidden = F.silu(gate) * up
+        out = torch.einsum("blhef,hefd,blhe->blhd", hidden, self.down, self.router(q))
+        return out.flatten(2)
+
+
+@mhf(experts=E)
+class RouterByEinsum(SubNetworks):
+    """The weighted sum over sub-networks is an einsum, hence a matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return torch.einsum("blhe,blhed->blhd", self.router(q), y).flatten(2)
+
+
+@mhf(experts=E)
+class SumOfStack(SubNetworks):
+    """Outputs of sub-networks in a list, stacked and summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        r = self.router(split_heads(x)).transpose(1, 2)
+        parts = []
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            parts.append(r[..., e, None] * (hidden @ self.down[:, e]))
+        return torch.stack(parts).sum(0).transpose(1, 2).flatten(2)
+
+
+@mhf(experts=E)
+class LoopOverUnbound(SubNetworks):
+    """The sub-networks by ``unbind`` and ``zip``, added up out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = torch.zeros_like(q)
+        networks = zip(self.gate.unbind(1), self.up.unbind(1), self.down.unbind(1), strict=True)
+        for r, (gate, up, down) in zip(self.router(q).unbind(-1), networks, strict=True):
+            hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, gate))
+            hidden = hidden * torch.einsum("blhd,hdf->blhf", q, up)
+            out = out + r.unsqueeze(-1) * torch.einsum("blhf,hfd->blhd", hidden, down)
+        return out.flatten(2)
+
+
+@mhf(experts=E, has_gate=False)
+class UnweightedSubNetworks(SubNetworks):
+    """Sub-networks without a router: mathematically one wide network a head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return y.sum(3).flatten(2)
+
+
+# One SwiGLU a head, all heads at once.
+
+
+@mhf()
+@mhf("24 wide", shapes=[(B, L, H * 24)], head_dim=24, expert_dim=37, arguments={"sizes": (24, 37)})
+@mhf("bfloat16", dtype=torch.bfloat16)
+@mhf("float64", dtype=torch.float64)
+class Einsum(PerHead):
+    """Einsums over heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hdf->blhf", q, self.gate)
+        up = torch.einsum("blhd,hdf->blhf", q, self.up)
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down).flatten(2)
+
+
+@mhf()
+class EinsumLettersAndSpaces(PerHead):
+    """Other letters, an ellipsis, spaces, the weight first, the output transposed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("n x y, ... n x -> ... y n", self.gate, q)
+        up = torch.einsum("...nx,nxy->...yn", q, self.up)
+        out = torch.einsum("n y x, b s y n -> s n b x", self.down, gate.sigmoid() * gate * up)
+        return out.permute(2, 0, 1, 3).reshape(x.shape)
+
+
+@mhf(shapes=[(B, H, L, d)])
+class Matmul(PerHead):
+    """``@`` with broadcasting over the batch; heads come first and stay apart."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        return (F.silu(q @ self.gate) * (q @ self.up)) @ self.down
+
+
+@mhf()
+class Bmm(PerHead):
+    """One batched matrix product for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, -1, d)
+        hidden = F.silu(torch.bmm(q, self.gate)) * torch.bmm(q, self.up)
+        return torch.bmm(hidden, self.down).view(H, *x.shape[:2], d).permute(1, 2, 0, 3).flatten(2)
+
+
+@mhf()
+class Baddbmm(PerHead):
+    """Batched matrix products with biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_bias, self.up_bias = weight(H, 1, f), weight(H, 1, f)
+        self.down_bias = weight(H, 1, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).flatten(0, 1).transpose(0, 1)
+        hidden = F.silu(torch.baddbmm(self.gate_bias, q, self.gate))
+        hidden = hidden * torch.baddbmm(self.up_bias, q, self.up)
+        return torch.baddbmm(self.down_bias, hidden, self.down).transpose(0, 1).reshape(x.shape)
+
+
+@mhf()
+class BiasesAdded(PerHead):
+    """Einsums, and biases that are added to their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_bias, self.up_bias, self.down_bias = weight(H, f), weight(H, f), weight(H, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hdf->blhf", q, self.gate) + self.gate_bias
+        up = torch.einsum("blhd,hdf->blhf", q, self.up) + self.up_bias
+        out = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down) + self.down_bias
+        return out.flatten(2)
+
+
+@mhf()
+class OutIn(nn.Module):
+    """Weights stored (out, in), as ``nn.Linear`` stores them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(H, f, d), weight(H, f, d), weight(H, d, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        hidden = F.silu(q @ self.gate.mT) * (q @ self.up.mT)
+        return (hidden @ self.down.mT).transpose(1, 2).flatten(2)
+
+
+@mhf("gate first")
+@mhf("up first", arguments={"gate_first": False})
+class Packed(nn.Module):
+    """Gate and up projection in one weight."""
+
+    def __init__(self, gate_first: bool = True) -> None:
+        super().__init__()
+        self.gate_first = gate_first
+        self.gate_up, self.down = weight(H, d, 2 * f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.einsum("blhd,hdf->blhf", split_heads(x), self.gate_up).chunk(2, dim=-1)
+        hidden = F.silu(a) * b if self.gate_first else a * F.silu(b)
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2)
+
+
+@mhf()
+class PackedInterleaved(nn.Module):
+    """Gate and up projection in one weight, unit by unit in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = weight(H, d, 2 * f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.einsum("blhd,hdf->blhf", split_heads(x), self.gate_up)
+        hidden = F.silu(both[..., ::2]) * both[..., 1::2]
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2)
+
+
+@mhf()
+class InPlaceActivation(PerHead):
+    """The activation and the product overwrite the gate projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, self.gate), inplace=True)
+        hidden.mul_(torch.einsum("blhd,hdf->blhf", q, self.up))
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2)
+
+
+@mhf(shapes=[(B, H * d, L)])
+class GroupedConvolution(nn.Module):
+    """Channels first, heads are the groups of a convolution one element wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Conv1d(H * d, H * f, 1, groups=H)
+        self.up = nn.Conv1d(H * d, H * f, 1, groups=H)
+        self.down = nn.Conv1d(H * f, H * d, 1, groups=H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@mhf()
+class VmapOverHeads(PerHead):
+    """One head's network, mapped over heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return (F.silu(q @ gate) * (q @ up)) @ down
+
+        over_heads = torch.vmap(head, in_dims=(2, 0, 0, 0), out_dims=2)
+        return over_heads(split_heads(x), self.gate, self.up, self.down).flatten(2)
+
+
+@mhf(activation="gelu", gated=False)
+class StackedModuleState(nn.Module):
+    """Equal modules under ``vmap``, their parameters stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_weight, self.in_bias = weight(H, f, d), weight(H, f)
+        self.out_weight, self.out_bias = weight(H, d, f), weight(H, d)
+        self.template = [nn.Sequential(nn.Linear(d, f), nn.GELU(), nn.Linear(f, d)).to("meta")]
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {
+            "0.weight": self.in_weight,
+            "0.bias": self.in_bias,
+            "2.weight": self.out_weight,
+            "2.bias": self.out_bias,
+        }
+
+        def head(state: dict[str, Tensor], q: Tensor) -> Tensor:
+            return torch.func.functional_call(self.template[0], state, (q,))
+
+        return torch.vmap(head, in_dims=(0, 2), out_dims=2)(state, split_heads(x)).flatten(2)
+
+
+@mhf(shapes=[TOKENS, (H, d, f), (H, d, f), (H, f, d)])
+class WeightsAreInputs(nn.Module):
+    """The weights are arguments, as a hypernetwork or functional code passes them."""
+
+    def forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hdf->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down).flatten(2)
+
+
+# Layouts.
+
+
+@mhf(shapes=[(B, H, d)])
+class NoSequence(PerHead):
+    """A recommender's field by field network: no sequence dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.einsum("bhd,hdf->bhf", x, self.gate)
+        up = torch.einsum("bhd,hdf->bhf", x, self.up)
+        return torch.einsum("bhf,hfd->bhd", F.silu(gate) * up, self.down)
+
+
+@mhf(shapes=[(B * L, H, d)])
+class FlatTokens(PerHead):
+    """(tokens, H, d), by broadcast vector times matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unsqueeze(-2)
+        return ((F.silu(q @ self.gate) * (q @ self.up)) @ self.down).squeeze(-2)
+
+
+@mhf(shapes=[(H, B * L, d)])
+class HeadsOutermost(PerHead):
+    """(H, tokens, d) from end to end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(F.silu(torch.bmm(x, self.gate)) * torch.bmm(x, self.up), self.down)
+
+
+@mhf(shapes=[(H, B, L, d)])
+class HeadsBeforeBatch(PerHead):
+    """(H, B, L, d), the weights with a dimension of one for the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (w.unsqueeze(1) for w in (self.gate, self.up, self.down))
+        return (F.silu(x @ gate) * (x @ up)) @ down
+
+
+@mhf()
+class HeadsNeverMerged(PerHead):
+    """The result stays (B, L, H, d) and goes on into a norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        out = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+        return F.layer_norm(out, (d,))
+
+
+@mhf()
+class MergedInAnotherOrder(PerHead):
+    """Features of the heads interleaved in the result: another view of the same output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        return torch.einsum("blhf,hfd->bldh", F.silu(gate) * up, self.down).flatten(2)
+
+
+@mhf()
+class FeaturesInterleaved(PerHead):
+    """Head ``h`` is made of every H-th feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (d, H))
+        gate, up = (torch.einsum("bldh,hdf->blhf", q, w) for w in (self.gate, self.up))
+        return torch.einsum("blhf,hfd->bldh", F.silu(gate) * up, self.down).flatten(2)
+
+
+# Loops over heads.
+
+
+@mhf("cat")
+@mhf("stack", arguments={"merge": "stack"})
+@mhf("biases", arguments={"bias": True})
+class ListOfHeads(nn.Module):
+    """A module for each head, with parameters of its own."""
+
+    class Head(nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(d, f, bias), nn.Linear(d, f, bias)
+            self.down = nn.Linear(f, d, bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def __init__(self, merge: str = "cat", bias: bool = False) -> None:
+        super().__init__()
+        self.merge = merge
+        self.heads = nn.ModuleList(self.Head(bias) for _ in range(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merge == "cat":
+            parts = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+            return torch.cat(parts, dim=-1)
+        parts = [head(q) for head, q in zip(self.heads, split_heads(x).unbind(2), strict=True)]
+        return torch.stack(parts, dim=2).flatten(2)
+
+
+@mhf()
+class MatricesOfLinears(nn.Module):
+    """The weights of Linear modules, stacked in forward and used as matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.ups = (
+            nn.ModuleList(nn.Linear(d, f, bias=False) for _ in range(H)) for _ in range(2)
+        )
+        self.downs = nn.ModuleList(nn.Linear(f, d, bias=False) for _ in range(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (
+            torch.stack([linear.weight for linear in linears])
+            for linears in (self.gates, self.ups, self.downs)
+        )
+        q = split_heads(x)
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hdf->blhd", hidden, down).flatten(2)
+
+
+@mhf("list", experts=E)
+class LoopOverHeadsAndSubNetworks(SubNetworks):
+    """Two loops, one in the other."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r, out, outs = self.router(q), torch.zeros_like(q), []
+        for h in range(H):
+            total = torch.zeros_like(q[:, :, h])
+            for e in range(E):
+                hidden = F.silu(q[:, :, h] @ self.gate[h, e]) * (q[:, :, h] @ self.up[h, e])
+                y = r[:, :, h, e, None] * (hidden @ self.down[h, e])
+                if self.in_place:
+                    out[:, :, h] += y
+                else:
+                    total = total + y
+            outs.append(total)
+        return out.flatten(2) if self.in_place else torch.cat(outs, dim=-1)
+
+
+# Without a gate, and other activations.
+
+
+class Ungated(PerHead):
+    """An activation between two projections."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = self.act(torch.einsum("blhd,hdf->blhf", q, self.gate))
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2)
+
+
+SPELLINGS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "silu": {
+        "silu": F.silu,
+        "x * sigmoid(x)": lambda x: x * torch.sigmoid(x),
+        "x / (1 + exp(-x))": lambda x: x / (1 + torch.exp(-x)),
+        "x / 2 * (1 + tanh(x / 2))": lambda x: x / 2 * (1 + torch.tanh(x / 2)),
+    },
+    "gelu": {
+        "gelu": F.gelu,
+        "x / 2 * (1 + erf(x / sqrt(2)))": lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    },
+    "gelu_tanh": {
+        "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "gelu tanh by hand": lambda x: (
+            0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+        ),
+    },
+    "relu": {"relu": F.relu, "clamp(min=0)": lambda x: x.clamp(min=0)},
+    "relu2": {"relu(x) ** 2": lambda x: F.relu(x) ** 2, "square": lambda x: F.relu(x).square()},
+    "sigmoid": {"sigmoid": torch.sigmoid, "1 / (1 + exp(-x))": lambda x: 1 / (1 + torch.exp(-x))},
+    "tanh": {"tanh": torch.tanh},
+}
+for activation, spellings in SPELLINGS.items():
+    for spelling, function in spellings.items():
+        add = mhf(spelling, activation=activation, gated=False, arguments={"act": function})
+        add(Ungated)
+
+
+# Precision, gradients, regions.
+
+
+@mhf("einsum", precision=torch.bfloat16)
+class Autocast(nn.Module):
+    """float32 parameters, computed in bfloat16."""
+
+    def __init__(self, inner: type[nn.Module] = Einsum) -> None:
+        super().__init__()
+        self.inner = inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(x)
+
+
+@mhf(count=2)
+class Checkpointed(nn.Module):
+    """Blocks whose activations are computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Einsum() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@mhf(count=3)
+class Transformer(nn.Module):
+    """Pre-norm residual blocks around the multi-head FFN, with attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(H * d) for _ in range(6))
+        self.qkv = nn.ModuleList(nn.Linear(H * d, 3 * H * d) for _ in range(3))
+        self.ffn = nn.ModuleList(Einsum() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in range(3):
+            heads = self.qkv[layer](self.norms[2 * layer](x)).chunk(3, -1)
+            q, k, v = (split_heads(part).transpose(1, 2) for part in heads)
+            x = x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + self.ffn[layer](self.norms[2 * layer + 1](x))
+        return x
+
+
+@mhf("float32", count=2)
+class OneFfnInTwoLayers(nn.Module):
+    """Layers that share their weights: the second one's query depends on the weights too."""
+
+    def __init__(self, autocast: bool = False) -> None:
+        super().__init__()
+        self.ffn, self.autocast = Einsum(), autocast
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            x = x + self.ffn(F.layer_norm(x, (H * d,)))
+            return x + self.ffn(F.layer_norm(x, (H * d,)))
+
+
+@mhf(count=2)
+class OneIntoTheNext(nn.Module):
+    """Two multi-head FFNs with nothing in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Einsum(), Einsum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+@mhf(count=2)
+class SideBySide(nn.Module):
+    """Two multi-head FFNs of one input, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Einsum(), Bmm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + 0.5 * self.second(x) + x
+
+
+@mhf()
+class LayerScale(PerHead):
+    """A learned scale for every output feature stays outside of the op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = weight(H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * Einsum.forward(self, x)
+
+
+@mhf()
+class ScaledByLength(PerHead):
+    """A scale that is a size of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Einsum.forward(self, x) / x.shape[1]
+
+
+@mhf()
+class FrozenWeights(PerHead):
+    """The weights need no gradients, the input does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+    forward = Einsum.forward
+
+
+@mhf()
+class DropoutAfterwards(PerHead):
+    """Dropout of the output, in evaluation mode of no effect."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(Einsum.forward(self, x), 0.5, training=False)
+
+
+@mhf(kuv_heads=1, activation="gelu", gated=False)
+class HeadsShareOneNetwork(nn.Module):
+    """The heads are cut out of the features and all go through the same network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(d, f), nn.Linear(f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(F.gelu(self.inner(x.unflatten(-1, (H, d)).transpose(1, 2).contiguous())))
+
+
+@mhf()
+class TiedDown(PerHead):
+    """The down projection is the transposed up projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        return torch.einsum("blhf,hdf->blhd", F.silu(gate) * up, self.up).flatten(2)
+
+
+@mhf(experts=E)
+class NormalisedAfterwards(SubNetworks):
+    """The sum over sub-networks is divided by the sum of the router weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r = torch.sigmoid(torch.einsum("blhd,hed->blhe", q, self.route))
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        hidden = F.silu(gate) * up * r[..., None]
+        out = torch.einsum("blhef,hefd->blhd", hidden, self.down)
+        return (out / r.sum(-1, keepdim=True)).flatten(2)
+
+
+@mhf(random=True)
+class DropoutInTraining(PerHead):
+    """Dropout of the query and of the output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(Einsum.forward(self, F.dropout(x, 0.5)), 0.5)

@@ -1,0 +1,118 @@
+"""The corpus: what is found in each model, and that the compiled model computes the same."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus.cases import TOKENS, B, Case, H, L, d
+from corpus.harness import OPTIONS, assert_compiled_right
+from corpus.near_miss import NEAR_MISSES
+from corpus.positive import POSITIVE, Einsum
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler import Report, SiteReport
+from mhf_compiler.compat import counters
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+
+positive = pytest.mark.parametrize("case", POSITIVE.values(), ids=POSITIVE)
+near_miss = pytest.mark.parametrize("case", NEAR_MISSES.values(), ids=NEAR_MISSES)
+
+# Of complex numbers in modules, which PyTorch calls new.
+pytestmark = pytest.mark.filterwarnings("ignore:Complex modules")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def explain(model: Callable[..., Any], *inputs: Tensor) -> Report:
+    return mhf_compiler.explain(model, options=OPTIONS)(*inputs)
+
+
+def assert_points_into(file: str, sites: list[SiteReport]) -> None:
+    """Every location is a line of the model's source."""
+    lines = (CORPUS / file).read_text().splitlines()
+    for site in sites:
+        assert site.location is not None
+        assert site.location.file == str(CORPUS / file)
+        assert lines[site.location.line - 1].strip() in site.location.code
+
+
+@positive
+def test_every_site_is_found(case: Case):
+    report = explain(case.build(), *case.inputs())
+    assert [replace(s, location=None) for s in report.rewritten] == [
+        SiteReport(**site) for site in case.sites
+    ]
+    assert report.declined == []
+    assert_points_into("positive.py", report.rewritten)
+
+
+@positive
+def test_rewritten_models_compute_the_same(case: Case):
+    assert_compiled_right(case)
+    assert counters["flashmhf"]["sites_rewritten"] == len(case.sites)
+
+
+@near_miss
+def test_near_misses_are_declined_with_the_reason(case: Case):
+    report = explain(case.build(), *case.inputs())
+    assert_points_into("near_miss.py", report.declined)
+    if not case.either:
+        assert report.rewritten == []
+        assert [s.reason and s.reason.kind for s in report.declined] == list(case.kinds)
+
+
+@near_miss
+def test_near_misses_compute_the_same(case: Case):
+    assert_compiled_right(case)
+    if not case.either:
+        assert counters["flashmhf"]["sites_rewritten"] == 0
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_there_is_one_site_a_layer(layers: int):
+    report = explain(nn.Sequential(*(Einsum() for _ in range(layers))), torch.randn(TOKENS))
+    assert len(report.rewritten) == layers
+    assert report.declined == []
+
+
+DYNAMIC = [
+    "Published-heads first",
+    "RouterOnHidden",
+    "Einsum",
+    "Bmm",
+    "Packed-gate first",
+    "VmapOverHeads",
+    "ListOfHeads-cat",
+]
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_batch_and_length(name: str):
+    """Sizes that change cost no more graphs than without the back end, and are rewritten."""
+    case = POSITIVE[name]
+    model = nn.Sequential(nn.Linear(H * d, H * d), case.build())
+    batches = [torch.randn(B + n, L + 5 * n, H * d) for n in range(3)]
+
+    def graphs(**how: Any) -> int:
+        torch.compiler.reset()
+        counters.clear()
+        compiled = torch.compile(model, dynamic=True, **how)
+        for x in batches:
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        return counters["stats"]["unique_graphs"]
+
+    alone = graphs(backend="aot_eager")
+    assert graphs(backend="flashmhf", options=OPTIONS) == alone
+    assert counters["flashmhf"]["sites_rewritten"] == alone * len(case.sites)
+    assert counters["flashmhf"]["sites_declined"] == 0
