@@ -1,10 +1,26 @@
-"""The cost model behind ``rewrite="auto"``: whether the op is faster than the original spelling."""
+"""The cost model behind ``rewrite="auto"``: whether the op is faster than the original spelling.
+
+Both ways are estimated from sizes alone. The original, in its best case (batched products compiled
+by Inductor), is limited by its passes over the hidden units, which it writes to memory and reads
+again. The op never writes them; it is limited by the matrix units, by how many programs there are
+to keep the card busy, and by the latency of one step of a program's loop. In a small training step
+the host that launches the kernels is the limit, except inside a CUDA graph. Constants were fitted to
+``benchmarks/grid.py`` on an H200; other cards are scaled by what their driver reports.
+
+Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 
 from .workload import Workload
+
+_MANY_TOKENS = 8192
+_ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,121 @@ class Estimate:
         )
 
 
+@dataclass(frozen=True)
+class Device:
+    """What limits a device: rates in FLOP/s and bytes/s, times in seconds."""
+
+    matrix: float  # of large library products
+    bandwidth: float
+    units: int  # multiprocessors, or cores
+    launch: float  # one small kernel, in a stream of kernels
+    host: float  # the host's time for one kernel of a compiled graph
+    host_op: float  # and for one kernel of the op
+    step: float  # the least time of one step of a kernel's loop
+    fused: float  # the op's rate as a share of `matrix`, forward
+    fused_backward: float
+
+
 def estimate(workload: Workload) -> Estimate:
     """Estimate both ways of running a workload."""
-    return Estimate(0.0, 0.0)
+    device = _device(workload.device.type, workload.device.index, workload.dtype)
+    if device is None:
+        return Estimate(0.0, 0.0)
+    return Estimate(_rewritten(workload, device), _original(workload, device))
+
+
+def _original(w: Workload, device: Device) -> float:
+    """Batched products, with the hidden units in memory between them."""
+    products = 3 if w.gated else 2  # in the forward pass
+    hidden = _hidden_bytes(w)
+    flops = _product_flops(w)
+    # Forward: each product once, written and read; gradients: each product twice.
+    passes = 2 * products
+    if w.training:
+        passes += 4 * products + 1
+        products *= 3
+    compute = products * flops / device.matrix
+    memory = (passes * hidden + products * _weight_bytes(w)) / device.bandwidth
+    kernels = products + 2
+    busy = compute * 0.3 + memory + kernels * device.launch
+    return max(busy, kernels * device.host) if _host_limits(w) else busy
+
+
+def _rewritten(w: Workload, device: Device) -> float:
+    products = 3 if w.gated else 2
+    flops = _product_flops(w)
+    forward = _kernel(products, flops, w, device, device.fused)
+    total = forward + device.launch
+    if w.training:
+        # dQ and dR; dV; dK and dU: each recomputes the hidden units.
+        executed = 4 * products + 1 if w.gated else 3 * products + 1
+        total += _kernel(executed, flops, w, device, device.fused_backward) + 3 * device.launch
+    kernels = 4 if w.training else 1
+    if w.stacked_weights:
+        copies = w.stacked_weights * _weight_bytes(w) * 2 * (2 if w.training else 1)
+        total += copies / device.bandwidth + w.stacked_weights * device.launch
+    return max(total, kernels * device.host_op) if _host_limits(w) else total
+
+
+def _kernel(products: int, flops: float, w: Workload, device: Device, share: float) -> float:
+    """A kernel whose programs each take a tile of tokens of one head through all hidden units."""
+    busy = products * flops / (device.matrix * share)
+    if w.device.type != "cuda":
+        return busy
+    tile = 128
+    while tile > 16 and -(-_tokens(w) // tile) * w.heads < _ENOUGH_PROGRAMS:
+        tile //= 2
+    programs = -(-_tokens(w) // tile) * w.heads
+    steps = w.experts * -(-w.expert_dim // 64)
+    waves = -(-programs // device.units)
+    full = products * flops / programs * device.units / (device.matrix * share)
+    return max(waves * max(full, steps * device.step * products / 3), busy)
+
+
+def _host_limits(w: Workload) -> bool:
+    """Inference launches ahead of the card; autograd waits for each of its steps."""
+    return w.training and not w.captured
+
+
+def _tokens(w: Workload) -> int:
+    return _MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
+
+
+def _product_flops(w: Workload) -> float:
+    """One of the products between the width and the hidden units, with the padding of tiles."""
+    width = w.head_dim
+    if w.device.type == "cuda":
+        width = max(64, 1 << (width - 1).bit_length())
+    return 2.0 * _tokens(w) * w.heads * w.experts * w.expert_dim * width
+
+
+def _hidden_bytes(w: Workload) -> float:
+    return float(_tokens(w) * w.heads * w.experts * w.expert_dim * w.dtype.itemsize)
+
+
+def _weight_bytes(w: Workload) -> float:
+    groups, experts, hidden, width = w.weight_shape
+    return float(groups * experts * hidden * width * w.dtype.itemsize)
+
+
+@lru_cache
+def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
+    """The limits of a device, or None where nothing is known of it."""
+    if kind == "cpu":
+        rate = 5e10 * torch.get_num_threads()
+        return Device(rate, 1e10, torch.get_num_threads(), 2e-5, 0.0, 0.0, 0.0, 1.0, 1.0)
+    if kind != "cuda" or not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(index or 0)
+    return _gpu(properties.major, properties.multi_processor_count, dtype)
+
+
+def _gpu(major: int, units: int, dtype: torch.dtype) -> Device:
+    """Rates of one multiprocessor by generation, times their number."""
+    if dtype is torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return Device(0.35e12 * units, 3.3e10 * units, units, 4e-6, 6e-5, 3e-4, 1e-6, 0.1, 0.1)
+    matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
+    if dtype is torch.float32:
+        matrix /= 2
+    bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
+    return Device(matrix, bandwidth, units, 4e-6, 6e-5, 3e-4, 1e-6, 0.9, 0.65)

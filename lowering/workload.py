@@ -36,6 +36,7 @@ class Workload:
     device: torch.device
     training: bool
     stacked_weights: int = 0
+    captured: bool = False  # launched from a CUDA graph, where the host costs nothing
 
     @property
     def tokens(self) -> int | None:
