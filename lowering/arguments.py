@@ -97,7 +97,7 @@ def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:
     if device not in _DTYPES:
         raise ArgumentError(f"q is on device {q.device}, supported are {', '.join(_DTYPES)}")
     allowed = ", ".join(_name(dtype) for dtype in _DTYPES[device])
-    dtype = _effective_dtype("q", q, device)
+    dtype = _effective_dtype(q, device)
     if dtype not in _DTYPES[device]:
         raise ArgumentError(f"q has dtype {_name(dtype)}, supported on {device} are {allowed}")
     if out_dtype is not None and out_dtype not in _DTYPES[device]:
@@ -161,7 +161,7 @@ def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
 
 def _check_dtypes_and_devices(q: Tensor, tensors: dict[str, Tensor | None]) -> None:
     device = q.device.type
-    expected = _effective_dtype("q", q, device)
+    expected = _effective_dtype(q, device)
     for name, tensor in tensors.items():
         if tensor is None:
             continue
@@ -169,16 +169,16 @@ def _check_dtypes_and_devices(q: Tensor, tensors: dict[str, Tensor | None]) -> N
             raise ArgumentError(f"{name} must have a floating dtype, got {_name(tensor.dtype)}")
         if tensor.device != q.device:
             raise ArgumentError(f"{name} is on device {tensor.device}, must be on {q.device} as q")
-        dtype = _effective_dtype(name, tensor, device)
+        dtype = _effective_dtype(tensor, device)
         if name != "r" and dtype != expected:
             raise ArgumentError(
                 f"{name} has dtype {_name(dtype)}, must have dtype {_name(expected)} as q"
             )
 
 
-def _effective_dtype(name: str, tensor: Tensor, device: str) -> torch.dtype:
-    """The dtype after autocast, which leaves ``r`` and float64 as they are."""
-    if name == "r" or tensor.dtype == torch.float64 or device not in _DTYPES:
+def _effective_dtype(tensor: Tensor, device: str) -> torch.dtype:
+    """The dtype after autocast, which leaves float64 as it is."""
+    if tensor.dtype == torch.float64 or device not in _DTYPES:
         return tensor.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 

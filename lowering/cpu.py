@@ -142,9 +142,9 @@ class _Scratch:
     def hidden(self, name: str, rows: Tensor, units: _Units) -> _Hidden:
         """Hidden units of the block of rows [G', T', n]."""
         columns = units.columns.stop - units.columns.start
-        networks = units.networks.stop - units.networks.start
-        key = (name, rows.shape, columns, networks)
+        key = (name, rows.shape, columns)
         if key not in self.views:
+            networks = units.networks.stop - units.networks.start
             flat = self._view(name, *rows.shape[:2], columns)
             self.views[key] = _Hidden(flat, flat.unflatten(2, (networks, -1)))
         return self.views[key]

@@ -210,7 +210,7 @@ def _cuda_forward(*args: Any, **kwargs: Any) -> None:
 
 
 def _cuda_backward(
-    grad_out: Tensor, *inputs: Tensor | None, needs: Sequence[bool], **constants: Any
+    grad_out: Tensor, *inputs: Any, needs: Sequence[bool], **constants: Any
 ) -> list[Tensor]:
     from . import kernels
 

@@ -72,6 +72,14 @@ def test_opcheck_backward(needed):
     opcheck(BACKWARD, (grad_out, *make().values(), "silu", 1.0, 1.0, 1.0, needs))
 
 
+def test_gradients_have_the_strides_of_dense_inputs_as_the_shape_function_says():
+    """Transposed memory stays transposed, so no optimizer or layer has to copy a gradient."""
+    inputs = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in make().values()]
+    arguments = (torch.randn(2, 3, 4, 8), *inputs, "silu", 1.0, 1.0, 1.0, [True] * 8)
+    opcheck(BACKWARD, arguments)
+    assert [g.stride() for g in BACKWARD(*arguments)] == [x.stride() for x in inputs]
+
+
 @pytest.mark.parametrize("order", [None, (0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
 def test_out_order_chooses_the_strides_only(order):
     out = multi_head_ffn(**make(torch.float64), out_order=order)
