@@ -668,15 +668,16 @@ class BufferZeroedAndFilled(SubNetworks):
 
 
 @either()
-class BufferFilledDetached(PerHead):
-    """The buffer is filled through a detached view: its values have no gradients."""
+class BufferFilledWithoutGradients(PerHead):
+    """The buffer is filled under no_grad: its values have no gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.zeros_like(x).unflatten(-1, (H, d))
         q = split_heads(x)
+        out = torch.zeros_like(q)
         for h in range(H):
             hidden = F.silu(q[:, :, h] @ self.gate[h]) * (q[:, :, h] @ self.up[h])
-            out.detach()[:, :, h] = (hidden @ self.down[h]).detach()
+            with torch.no_grad():
+                out[:, :, h] = hidden @ self.down[h]
         return out + q
 
 

@@ -474,6 +474,32 @@ class MatricesOfLinears(nn.Module):
         return torch.einsum("blhf,hdf->blhd", hidden, down).flatten(2)
 
 
+@mhf()
+class BufferFilledByHead(PerHead):
+    """A loop over heads writes slices of a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for h in range(H):
+            q = x[..., h * d : (h + 1) * d]
+            hidden = F.silu(q @ self.gate[h]) * (q @ self.up[h])
+            out[..., h * d : (h + 1) * d] = hidden @ self.down[h]
+        return out
+
+
+@mhf()
+class BufferFilledByIndex(PerHead):
+    """A loop over heads writes along the dimension of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = torch.zeros_like(q)
+        for h in range(H):
+            hidden = F.silu(q[:, :, h] @ self.gate[h]) * (q[:, :, h] @ self.up[h])
+            out[:, :, h] = hidden @ self.down[h]
+        return out.flatten(2)
+
+
 @mhf("list", experts=E)
 class LoopOverHeadsAndSubNetworks(SubNetworks):
     """Two loops, one in the other."""
