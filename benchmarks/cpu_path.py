@@ -11,6 +11,7 @@ plain spelling has no figures, and the script ends with status 1.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -147,10 +148,11 @@ def compare(size: list[int], dtype: torch.dtype, repeats: int, warmups: int) -> 
         phase = "forward and backward" if training else "forward"
         print(f"\n{sizes}, {str(dtype).removeprefix('torch.')}, {phase}")
         print(f"  {'':20}{'ms':>9}{'of op':>8}{'peak MiB':>10}{'of op':>8}")
+        base_time, base_peak = times.get("op", math.nan), peaks.get("op", math.nan)
         for name in steps:
             print(
-                f"  {name:20}{times[name]:9.2f}{times[name] / times['op']:8.2f}"
-                f"{peaks[name]:10.1f}{peaks[name] / peaks['op']:8.2f}"
+                f"  {name:20}{times[name]:9.2f}{times[name] / base_time:8.2f}"
+                f"{peaks[name]:10.1f}{peaks[name] / base_peak:8.2f}"
             )
         for name, ratio in wrong.items():
             print(f"  {name:20} WRONG: error {ratio:.1f} times that of the plain spelling")
