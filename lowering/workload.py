@@ -16,8 +16,8 @@ _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 class Workload:
     """The sizes of one MH-FFN. ``batch`` and ``length`` are None where they are dynamic.
 
-    ``stacked_weights`` counts those of gate, up and down that lie in separate tensors and have to be
-    copied together before each call.
+    ``stacked_weights`` counts those of gate, up and down that lie in separate tensors and have to
+    be copied together before each call.
     """
 
     batch: int | None

@@ -3,6 +3,7 @@
     forward_pass.py   out: one kernel, the hidden units stay on the chip
     backward_pass.py  dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
     activations.py    the activations and their slopes
+    sums.py           sums of products over a loop
     loads.py          tensor descriptors, pointers and masks
     launching.py      from tensors to a launch
     tiles.py          the tile sizes for a problem and a GPU
@@ -22,6 +23,7 @@ from torch import Tensor
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
 from .launching import Problem, capability
+from .loads import tokens_innermost
 from .tiles import Kernel, Tile, choose
 
 __all__ = ["backward", "forward"]
@@ -83,7 +85,8 @@ def backward(
         return [grad.zero_() for grad in wanted]
     # An output wider than q sends its gradient back through the cast, as autograd would.
     grad_out = grad_out.to(q.dtype)
-    problem = Problem(*inputs, activation, k_scale, u_scale, out_scale)
+    routed = (q, k, u, v, None if r is None else tokens_innermost(r), k_bias, u_bias, v_bias)
+    problem = Problem(*routed, activation, k_scale, u_scale, out_scale)
     dq, dk, du, dv, dr, dk_bias, du_bias, dv_bias = grads
     if dq is not None or dr is not None:
         run_query(problem, grad_out, dq, dr, _tile("query", problem))

@@ -38,7 +38,12 @@ from .loads import (
     token_operand,
     weight_operand,
 )
+from .sums import add_product, no_carry
 from .tiles import Tile
+
+_UNUSED_BY_DOWN_BIAS = (
+    "F", "ACTIVATION", "K_SCALE", "U_SCALE", "APPROXIMATE", "PRECISION", "COMPENSATED", "BF",
+)  # fmt: skip
 
 
 def run_query(
@@ -122,7 +127,7 @@ def run_down_bias(problem: Problem, grad_out: Tensor, dv_bias: Tensor, tile: Til
         "dV_bias": bias_operand(dv_bias),
     }
     scalars = problem.scalars(axes, tile)
-    for name in ("F", "ACTIVATION", "K_SCALE", "U_SCALE", "APPROXIMATE", "PRECISION", "BF"):
+    for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
     launch(down_bias_kernel, groups * networks, tile, grad_out.device, operands, scalars)
 
@@ -136,7 +141,7 @@ def query_kernel(
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, COMPENSATED: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     V_layout: tl.constexpr, R_layout: tl.constexpr, dOut_layout: tl.constexpr,
     dQ_layout: tl.constexpr,
@@ -153,6 +158,7 @@ def query_kernel(
     q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
     do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
     dq = tl.zeros((BM, BD), tl.float32)
+    carry = no_carry(BM, BD, COMPENSATED)
     dr = tl.zeros((BM,), tl.float32)
     F_TILES: tl.constexpr = (F + BF - 1) // BF
     for i in tl.range(0, E * F_TILES):
@@ -193,11 +199,11 @@ def query_kernel(
                 dn *= r
             if K_SCALE != 1.0:
                 dm *= K_SCALE
-            dq = tl.dot(dm.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq, carry = add_product(dq, carry, dm.to(k.dtype), k, COMPENSATED, PRECISION)
             if U is not None:
                 if U_SCALE != 1.0:
                     dn *= U_SCALE
-                dq = tl.dot(dn.to(u.dtype), u, dq, input_precision=PRECISION)
+                dq, carry = add_product(dq, carry, dn.to(u.dtype), u, COMPENSATED, PRECISION)
 
     if dQ is not None:
         store_tokens(dQ, dq * OUT_SCALE, dQ_strides, b, l0, h, L, D, BM, BD, dQ_layout)
@@ -212,7 +218,7 @@ def down_kernel(
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, COMPENSATED: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     R_layout: tl.constexpr, dOut_layout: tl.constexpr, dV_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
@@ -232,6 +238,7 @@ def down_kernel(
         if U_bias is not None:
             u_bias = load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[:, None]
     dv = tl.zeros((BF, BD), tl.float32)
+    carry = no_carry(BF, BD, COMPENSATED)
     for sequence in tl.range(0, HEADS_PER_GROUP * B):
         h = g * HEADS_PER_GROUP + sequence // B
         b = sequence % B
@@ -255,7 +262,7 @@ def down_kernel(
             elif R is not None:
                 a *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[None, :]
             do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
-            dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)  # [BF, BD]
+            dv, carry = add_product(dv, carry, a.to(do.dtype), do, COMPENSATED, PRECISION)
     store_weights(dV, dv * OUT_SCALE, dV_strides, g, e, f0, F, D, BF, BD, dV_layout)
 
 
@@ -269,7 +276,7 @@ def up_kernel(
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, COMPENSATED: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     V_layout: tl.constexpr, R_layout: tl.constexpr, dOut_layout: tl.constexpr,
     dK_layout: tl.constexpr, dU_layout: tl.constexpr,
@@ -292,6 +299,8 @@ def up_kernel(
             u_bias = load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[:, None]
     dk = tl.zeros((BF, BD), tl.float32)
     du = tl.zeros((BF, BD), tl.float32)
+    dk_carry = no_carry(BF, BD, COMPENSATED)
+    du_carry = no_carry(BF, BD, COMPENSATED)
     dk_bias = tl.zeros((BF,), tl.float32)
     du_bias = tl.zeros((BF,), tl.float32)
     for sequence in tl.range(0, HEADS_PER_GROUP * B):
@@ -324,9 +333,11 @@ def up_kernel(
             if dU_bias is not None:
                 du_bias += tl.sum(dn, 1)
             if dK is not None:
-                dk = tl.dot(dm.to(q.dtype), q, dk, input_precision=PRECISION)  # [BF, BD]
+                dm = dm.to(q.dtype)
+                dk, dk_carry = add_product(dk, dk_carry, dm, q, COMPENSATED, PRECISION)
             if dU is not None:
-                du = tl.dot(dn.to(q.dtype), q, du, input_precision=PRECISION)  # [BF, BD]
+                dn = dn.to(q.dtype)
+                du, du_carry = add_product(du, du_carry, dn, q, COMPENSATED, PRECISION)
 
     if dK is not None:
         dk *= K_SCALE * OUT_SCALE

@@ -26,6 +26,7 @@ from .loads import (
     token_operand,
     weight_operand,
 )
+from .sums import add_product, no_carry
 from .tiles import Tile
 
 
@@ -57,7 +58,7 @@ def forward_kernel(
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr,
+    APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, COMPENSATED: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     V_layout: tl.constexpr, R_layout: tl.constexpr, Out_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
@@ -72,6 +73,7 @@ def forward_kernel(
 
     q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
     acc = tl.zeros((BM, BD), tl.float32)
+    carry = no_carry(BM, BD, COMPENSATED)
     F_TILES: tl.constexpr = (F + BF - 1) // BF
     for i in tl.range(0, E * F_TILES):
         e = i // F_TILES
@@ -96,7 +98,7 @@ def forward_kernel(
         elif R is not None:
             a *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
         v = load_weights(V, V_strides, g, e, f0, F, D, BF, BD, V_layout)
-        acc = tl.dot(a.to(v.dtype), v, acc, input_precision=PRECISION)  # [BM, BD]
+        acc, carry = add_product(acc, carry, a.to(v.dtype), v, COMPENSATED, PRECISION)  # [BM, BD]
 
     if V_bias is not None:
         for e in tl.range(0, E):

@@ -45,6 +45,7 @@ class Problem(NamedTuple):
             "OUT_SCALE": self.out_scale,
             "APPROXIMATE": allows_approximation(self.q.dtype),
             "PRECISION": dot_precision(self.q.dtype),
+            "COMPENSATED": self.q.dtype == torch.float32 and dot_precision(self.q.dtype) == "ieee",
             "BM": tile.tokens,
             "BF": tile.hidden,
             "BD": padded_width(width),

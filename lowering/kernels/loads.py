@@ -6,7 +6,6 @@ layout by which the kernel reads it.
     "pointer"  any strides: 64-bit offsets and masks
     "rows"     a tensor descriptor whose last axis is the head width
     "columns"  a tensor descriptor over weights stored (.., d, f): the tile arrives transposed
-    "flat"     like "rows", over the tensor as one matrix; only where a tile asks for it
 
 Descriptors (TMA from sm_90 on) fill what lies outside the tensor with zeros and drop what is stored
 there, so ragged lengths, hidden sizes and head widths need no mask. They ask for 16-byte alignment;
@@ -25,6 +24,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tiles import Tile, padded_width
+
+_WORTH_A_COPY = 1024  # tokens
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base address and of every stride but the last
 
@@ -71,10 +72,6 @@ def token_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
         return Operand(None, None, "pointer")
     b, l, h, c = axes.strides(x)
     heads, width = x.shape[2:]
-    if tile.flat and axes.merged and h == width == padded_width(width):
-        matrix = _describe(x, [axes.length, heads * width], [l, c], [tile.tokens, width])
-        if matrix is not None:
-            return Operand(matrix, (0, width), "flat")
     if tile.descriptors:
         shape = [axes.batch, heads, axes.length, width]
         block = [1, 1, tile.tokens, padded_width(width)]
@@ -90,11 +87,6 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
         return Operand(None, None, "pointer")
     g, e, f, c = x.stride()
     groups, networks, hidden, width = x.shape
-    if tile.flat and x.is_contiguous() and hidden % tile.hidden == 0:
-        rows = groups * networks * hidden
-        matrix = _describe(x, [rows, width], [f, c], [tile.hidden, padded_width(width)])
-        if matrix is not None:
-            return Operand(matrix, (networks * hidden, hidden), "flat")
     if tile.descriptors:
         bd = padded_width(width)
         shape = [groups, networks, hidden, width]
@@ -119,6 +111,22 @@ def router_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
         if descriptor is not None:
             return Operand(descriptor, None, "columns")
     return Operand(x, (b, l, h, e), "pointer")
+
+
+def tokens_innermost(x: Tensor) -> Tensor:
+    """R (B, L, H, E) with its tokens side by side and aligned, so that a descriptor can read them.
+
+    Three backward kernels read R column by column; the copy, small beside q, pays for itself when
+    there are enough tokens. Fewer are left as they are.
+    """
+    batch, length, heads, networks = x.shape
+    tokens = batch * length
+    if tokens < _WORTH_A_COPY or networks == 1 or x.stride(1) == 1:
+        return x
+    step = DESCRIPTOR_ALIGNMENT // x.element_size()
+    columns = x.new_empty((heads, networks, -(-tokens // step) * step))[..., :tokens]
+    copy = columns.unflatten(2, (batch, length)).permute(2, 3, 0, 1)  # (B, L, H, E)
+    return copy.copy_(x)
 
 
 def router_gradient(x: Tensor | None, axes: TokenAxes) -> Operand:
@@ -156,8 +164,6 @@ def load_tokens(X, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constexpr, BD: 
     """Tokens l0.. of one head, zero beyond the sequence and the head width: [BM, BD]."""
     if LAYOUT == "rows":
         return X.load([b, h, l0, 0]).reshape(BM, BD)
-    elif LAYOUT == "flat":
-        return X.load([b * strides[0] + l0, h * strides[1]])
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
@@ -171,8 +177,6 @@ def store_tokens(X, value, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constex
     """The counterpart of `load_tokens`; rounds `value` [BM, BD] once, to the dtype of X."""
     if LAYOUT == "rows":
         X.store([b, h, l0, 0], value.to(X.dtype).reshape(1, 1, BM, BD))
-    elif LAYOUT == "flat":
-        X.store([b * strides[0] + l0, h * strides[1]], value.to(X.dtype))
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
@@ -206,8 +210,6 @@ def load_weights(W, strides, g, e, f0, F: tl.constexpr, D: tl.constexpr, BF: tl.
     """Hidden units f0.. of one sub-network, zero beyond F and the head width: [BF, BD]."""
     if LAYOUT == "rows":
         return W.load([g, e, f0, 0]).reshape(BF, BD)
-    elif LAYOUT == "flat":
-        return W.load([g * strides[0] + e * strides[1] + f0, 0])
     elif LAYOUT == "columns":
         return W.load([g, e, 0, f0]).reshape(BD, BF).T
     else:
@@ -223,8 +225,6 @@ def store_weights(W, value, strides, g, e, f0, F: tl.constexpr, D: tl.constexpr,
     """The counterpart of `load_weights`; rounds `value` [BF, BD] once, to the dtype of W."""
     if LAYOUT == "rows":
         W.store([g, e, f0, 0], value.to(W.dtype).reshape(1, 1, BF, BD))
-    elif LAYOUT == "flat":
-        W.store([g * strides[0] + e * strides[1] + f0, 0], value.to(W.dtype))
     elif LAYOUT == "columns":
         W.store([g, e, 0, f0], value.to(W.dtype).T.reshape(1, 1, BD, BF))
     else:

@@ -25,7 +25,6 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool
-    flat: bool = False  # descriptors over matrices, where the layouts allow it
 
 
 _Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
@@ -39,9 +38,9 @@ _HOPPER: _Table = {
     },
     128: {
         "forward": (128, 64, 8, 4),
-        "query": (128, 64, 8, 2),
+        "query": (128, 64, 8, 3),
         "down": (128, 128, 8, 2),
-        "up": (64, 128, 8, 2),
+        "up": (32, 128, 8, 3),
     },
     256: {
         "forward": (128, 32, 8, 3),
