@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .tiles import Tile, padded_width
 
 _WORTH_A_COPY = 1024  # tokens
+_SMALLEST_TRANSFER = 128  # bytes: tiles lie one behind the other in shared memory, so aligned
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base address and of every stride but the last
 
@@ -105,7 +106,7 @@ def router_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     if x is None:
         return Operand(None, None, "pointer")
     b, l, h, e = axes.strides(x)
-    if tile.descriptors:
+    if tile.descriptors and tile.tokens * x.element_size() >= _SMALLEST_TRANSFER:
         shape = [axes.batch, x.shape[2], x.shape[3], axes.length]
         descriptor = _describe(x, shape, [b, h, e, l], [1, 1, 1, tile.tokens])
         if descriptor is not None:
