@@ -128,8 +128,13 @@ def _empty_output(
     q: Tensor, out_order: Sequence[int] | None, out_dtype: torch.dtype | None
 ) -> Tensor:
     order = (0, 1, 2, 3) if out_order is None else tuple(out_order)
-    memory = q.new_empty([q.shape[dim] for dim in order], dtype=out_dtype or q.dtype)
-    return memory.permute([order.index(dim) for dim in range(4)])
+    strides: list[int] = [0] * 4
+    step: int = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * q.shape[dim]
+    # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
+    return q.new_empty_strided(q.shape, strides, dtype=out_dtype or q.dtype)
 
 
 def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:

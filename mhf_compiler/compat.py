@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -36,8 +37,8 @@ __all__ = [
 no_fake_mode = unset_fake_temporarily
 
 
-def symbolic_size(size: int | torch.SymInt) -> int | sympy.Expr:
-    """A size as an int, or as the sympy expression behind a symbolic one."""
+def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
+    """A number as an int, or as the sympy expression behind a symbolic one."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -53,10 +54,16 @@ def tracing_shape_env() -> Any | None:
 
 @contextmanager
 def no_new_guards(shape_env: Any | None) -> Iterator[None]:
-    """Analysis must not constrain the user's dynamic shapes: guards made inside are dropped."""
+    """Analysis must leave the user's dynamic shapes alone.
+
+    Guards made inside are dropped, and so are sizes that depend on data. Operations go through
+    their Python decompositions, which are the ones that take symbolic sizes.
+    """
     with ExitStack() as stack:
         if shape_env is not None:
             stack.enter_context(shape_env.suppress_guards())
+            stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(enable_python_dispatcher())
         yield
 
 

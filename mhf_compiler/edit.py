@@ -18,7 +18,19 @@ import torch
 from torch import fx
 
 from .compat import copy_dynamo_metadata
-from .patterns import STACK, Axis, CanonicalCopy, Site, Size, TensorView, Value, quotient
+from .patterns import (
+    STACK,
+    Axis,
+    CanonicalCopy,
+    Site,
+    Size,
+    TensorView,
+    Value,
+    at_most,
+    multiply,
+    plus,
+    quotient,
+)
 
 
 class EditError(Exception):
@@ -82,7 +94,7 @@ class _Editor:
             self.optional(view, site.dtype)
             for view in (site.gate_bias, site.up_bias, site.down_bias)
         ]
-        order = _memory_order(site)
+        order = _order_that_keeps_strides(site)
         result = self.call(
             torch.ops.mhf_compiler.multi_head_ffn.default,
             *(query, gate, up, down, router, *biases),
@@ -90,10 +102,11 @@ class _Editor:
             k_scale=site.gate_scale,
             u_scale=site.up_scale,
             out_scale=site.out_scale,
-            out_order=None if order == [0, 1, 2, 3] else order,
+            out_order=None if order in (None, (0, 1, 2, 3)) else list(order),
             out_dtype=None if site.out_dtype is site.dtype else site.out_dtype,
         )
-        return self.output(result)
+        output = self.output(result)
+        return output if order is not None else self._with_strides(output, site.output)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_after(self.last):
@@ -198,6 +211,8 @@ class _Editor:
             at: Size = 0
             if offset != 0:
                 at, offset = divmod(offset, step)
+            if not at_most(plus(at, axis.size), sizes[position]):
+                raise EditError("an argument is read in overlapping parts")
             if at != 0 or axis.size != sizes[position]:
                 where = (dim + position, self.size(at), self.size(axis.size))
                 node = self.call("narrow", node, *where)
@@ -239,6 +254,19 @@ class _Editor:
         want = [axis for dim in site.output_dims for axis in dim if axis.size != 1]
         node = self._permute(node, [have.index(axis) for axis in want])
         return self._group(node, site.output_dims)
+
+    def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
+        """A copy that lies in memory as the replaced value did: readers may depend on it."""
+        inner_first = sorted(range(len(like.shape)), key=lambda dim: _ascending(like, dim))
+        order = inner_first[::-1]
+        step: Size = 1
+        for dim in inner_first:
+            if like.shape[dim] != 1 and like.strides[dim] != step:
+                raise EditError("the output's place in memory cannot be kept")
+            step = multiply(step, like.shape[dim])
+        node = self._permute(node, order)
+        node = self.call("contiguous", node)
+        return self._permute(node, [order.index(dim) for dim in range(len(order))])
 
     # Small steps.
 
@@ -290,13 +318,38 @@ def _result_dims(site: Site) -> tuple[tuple[Axis, ...], ...]:
     return batch, length, heads, site.down.dims[-1]
 
 
-def _memory_order(site: Site) -> list[int]:
-    """The order of (B, L, H, d) in memory in which the output needs no copy."""
+def _ascending(value: Value, dim: int) -> tuple[int, int]:
+    """Sort key: small strides first, symbolic ones last, dimensions of one outside of all."""
+    if value.shape[dim] == 1:
+        return (2, 0)
+    stride = value.strides[dim]
+    return (0, stride) if isinstance(stride, int) else (1, len(sympy.Mul.make_args(stride)))
+
+
+def _order_that_keeps_strides(site: Site) -> tuple[int, ...] | None:
+    """The ``out_order`` under which the output lies in memory as the replaced value did."""
+    return next((o for o in itertools.permutations(range(4)) if _keeps_strides(site, o)), None)
+
+
+def _keeps_strides(site: Site, order: tuple[int, ...]) -> bool:
     dims = _result_dims(site)
-    order: list[int] = []
-    for axis in (axis for dim in site.output_dims for axis in dim):
-        order += [at for at, dim in enumerate(dims) if axis in dim and at not in order]
-    return [at for at in range(4) if at not in order] + order
+    stride_of: dict[Axis, Size] = {}
+    step: Size = 1
+    for dim in reversed(order):
+        for axis in reversed(dims[dim]):
+            stride_of[axis] = step
+            step = multiply(step, axis.size)
+    value = site.output
+    for dim_axes, size, stride in zip(site.output_dims, value.shape, value.strides, strict=True):
+        axes = [axis for axis in dim_axes if axis.size != 1]
+        if size == 1:
+            continue
+        if stride_of[axes[-1]] != stride:
+            return False
+        for outer, inner in itertools.pairwise(axes):
+            if stride_of[outer] != multiply(stride_of[inner], inner.size):
+                return False
+    return True
 
 
 def _redirect_readers(

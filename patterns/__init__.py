@@ -12,7 +12,7 @@ The files in the order of thought:
     recognise      the front door; site: what goes through it
 """
 
-from .axes import Axis, Size, product, quotient
+from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import CanonicalCopy, Value
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
@@ -33,8 +33,10 @@ __all__ = [
     "Size",
     "TensorView",
     "Value",
+    "at_most",
     "find_sites",
     "locate",
-    "product",
+    "multiply",
+    "plus",
     "quotient",
 ]

@@ -42,7 +42,7 @@ SCATTER = "scatter"  # args: (old value of the base, new value of the part); cha
 
 
 #: views through which a write reaches the whole of what they show
-_WHOLE = frozenset({torch.ops.aten.alias.default, torch.ops.aten.detach.default})
+_WHOLE = frozenset({torch.ops.aten.alias.default})
 
 
 class UntraceableGraph(Exception):
@@ -62,8 +62,10 @@ class Value:
     origin: fx.Node  # the Dynamo node that computed it first
     step: int  # position in execution order
     requires_grad_mode: bool  # whether gradients were recorded when it was computed
+    strides: tuple[Size, ...]
     item: int | None = None  # which result, for operators that return several
     chain: tuple[ViewStep, ...] = ()
+    is_parameter: bool = False
     readers: list[Value] = field(default_factory=list)
 
     @property
@@ -95,6 +97,7 @@ class ViewStep:
     kwargs: dict[str, Any]
     item: int | None
     shape: tuple[Size, ...]  # of the view
+    strides: tuple[Size, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -324,7 +327,9 @@ class _Recorder(TorchDispatchMode):
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
-        self._new_storage(fake, INPUT).is_input = True
+        storage = self._new_storage(fake, INPUT)
+        storage.is_input = True
+        storage.current.is_parameter = isinstance(example, torch.nn.Parameter)
         return fake
 
     def opaque_call(self, example: Any, arguments: Any) -> Any:
@@ -387,7 +392,7 @@ class _Recorder(TorchDispatchMode):
                 continue
             which = None if isinstance(result, torch.Tensor) else item
             value = self._value(func, (source, *rest), kwargs, tensor, item=which)
-            step = ViewStep(func, rest, kwargs, which, value.shape)
+            step = ViewStep(func, rest, kwargs, which, value.shape, value.strides)
             self._add_alias(tensor, base.storage, (*base.chain, step), value)
 
     def _record_write(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -400,7 +405,10 @@ class _Recorder(TorchDispatchMode):
             if argument.name in kwargs and argument.alias_info is not None:
                 written += _tensors_in(kwargs[argument.name])
         functional = _functional_form(func)
-        if func is torch.ops.aten.copy_.default:
+        if torch.Tag.nondeterministic_seeded in func.tags and len(written) == 1:
+            value = self._value(func, (), {}, written[0])  # dropout: never equal to another
+            self._write(self._alias(written[0]), value)
+        elif func is torch.ops.aten.copy_.default:
             value = self._value(COPY, (self._read(args[1]),), {}, args[0])
             self._write(self._alias(args[0]), value)
         elif functional is not None and len(written) == 1 and args and written[0] is args[0]:
@@ -436,6 +444,7 @@ class _Recorder(TorchDispatchMode):
             requires_grad_mode=grad_mode,
             item=item,
             chain=chain,
+            strides=_plain(tuple(like.stride())),
         )
         self.copy.values.append(value)
         for operand in dict.fromkeys(value.operands()):
@@ -468,7 +477,7 @@ class _Recorder(TorchDispatchMode):
     def _alias(self, tensor: torch.Tensor) -> _Alias:
         alias = self._aliases.get(id(tensor))
         if alias is None:
-            if not isinstance(tensor, FakeTensor):
+            if not isinstance(tensor, FakeTensor) and type(tensor) is not torch.Tensor:
                 raise UntraceableGraph(f"a {type(tensor).__name__} appears inside the graph")
             self._new_storage(tensor, OPAQUE)
             alias = self._aliases[id(tensor)]
@@ -481,7 +490,7 @@ class _Recorder(TorchDispatchMode):
         if alias.version != storage.version:
             value = storage.current
             for step in alias.chain:
-                like = _Like(step.shape, tensor.dtype, tensor.device)
+                like = _Like(step.shape, tensor.dtype, tensor.device, step.strides)
                 arguments = (value, *step.args)
                 value = self._value(step.op, arguments, step.kwargs, like, step.item)
             alias.value, alias.version = value, storage.version
@@ -493,7 +502,7 @@ class _Recorder(TorchDispatchMode):
         if chain:
             old = storage.current
             part = value
-            like = _Like(old.shape, old.dtype, old.device)
+            like = _Like(old.shape, old.dtype, old.device, old.strides)
             value = self._value(SCATTER, (old, part), {}, like, chain=chain)
             alias.value = part
         else:
@@ -514,6 +523,10 @@ class _Like:
     shape: tuple[Size, ...]
     dtype: torch.dtype
     device: torch.device
+    strides: tuple[Size, ...]
+
+    def stride(self) -> tuple[Size, ...]:
+        return self.strides
 
 
 def _is_new(value: Value) -> bool:
@@ -577,7 +590,7 @@ def _map_tensors(function: Any, tree: Any) -> Any:
 
 def _plain(tree: Any) -> Any:
     """Arguments with symbolic sizes as ints or sympy expressions."""
-    if isinstance(tree, torch.SymInt):
+    if isinstance(tree, (torch.SymInt, torch.SymFloat)):
         return symbolic_size(tree)
     if isinstance(tree, dict):
         return {key: _plain(part) for key, part in tree.items()}
@@ -592,7 +605,7 @@ def _frozen(tree: Any) -> Any:
         return tuple((key, _frozen(part)) for key, part in tree.items())
     if isinstance(tree, (list, tuple)):
         return tuple(_frozen(part) for part in tree)
-    if isinstance(tree, torch.SymInt):
+    if isinstance(tree, (torch.SymInt, torch.SymFloat)):
         return symbolic_size(tree)
     if isinstance(tree, (Value, torch.dtype, torch.device, str)) or tree is None:
         return tree

@@ -71,11 +71,26 @@ def one_query(term: Term) -> Term:
         raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
     mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
-    if query.value is not gate.query.value or not _reads_alike(query, gate.query):
-        raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
+    if not _same_tensor(query.value, gate.query.value):
+        sources = {_uncast(query.value), _uncast(gate.query.value)}
+        kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
+        raise Declined(kind, node=up.value.origin)
+    if not _reads_alike(query, gate.query):
+        raise Declined(Kind.DIFFERENT_QUERIES, "other parts of one tensor", up.value.origin)
     return term.mapped(
         lambda role, operand: renamed(operand, mapping) if role in ("up", "up_query") else operand
     )
+
+
+def _same_tensor(a: Value, b: Value) -> bool:
+    """One value, or stacks of the same values."""
+    return a is b or (a.op == b.op == STACK and a.args == b.args)
+
+
+def _uncast(value: Value) -> Value:
+    while is_cast(value):
+        value = value.source
+    return value
 
 
 def assign_roles(term: Term, root: Index) -> Roles:
@@ -165,6 +180,9 @@ def check_weights(term: Term, roles: Roles) -> None:
 
 def check_router(term: Term, roles: Roles) -> None:
     """A router weight depends on token, head and sub-network alone."""
+    if roles.experts and product(axis.size for axis in roles.hidden) == 1:
+        detail = "a factor differs between the hidden units"
+        raise Declined(Kind.UNKNOWN_OPERATION, detail, term.value.origin)
     allowed = (
         _real(roles.tokens) | _real(roles.groups) | _real(roles.sharers) | _real(roles.experts)
     )
@@ -215,7 +233,7 @@ def check_dtypes(term: Term) -> None:
 
 def check_gradients(reading: Reading) -> None:
     """Either the whole network records gradients, or none of it."""
-    if len({value.requires_grad_mode for value in reading.computed}) > 1:
+    if len({value.requires_grad_mode for value in reading.computed | reading.crossed}) > 1:
         raise Declined(Kind.GRADIENTS_CUT, node=reading.term.value.origin)
 
 
@@ -352,7 +370,8 @@ def _depends_on(weight: Value, query: Value) -> bool:
     if weight.op in (INPUT, STACK):
         return False
     inputs = [
-        {v for v in _ancestors(value) if v.op in (INPUT, OPAQUE)} for value in (weight, query)
+        {v for v in _ancestors(value) if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+        for value in (weight, query)
     ]
     return bool(inputs[0] & inputs[1])
 

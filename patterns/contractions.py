@@ -39,6 +39,7 @@ class Contraction:
     bias: Operand | None = None
     scale: float = 1.0
     bias_scale: float = 1.0
+    product: Value | None = None  # the elementwise product that is summed, where there is one
 
     @property
     def is_product(self) -> bool:
@@ -132,6 +133,7 @@ def _sum_of_product(value: Value, index: Index) -> Contraction | None:
         Operand(left, broadcast(at, left.shape)),
         Operand(right, broadcast(at, right.shape)),
         summed,
+        product=product,
     )
 
 

@@ -15,6 +15,7 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from typing import Any
 import sympy
 import torch
 
-from .axes import Axis, Index, axis_form, through_reshape
+from .axes import Axis, Index, axis_form, product, through_reshape
 from .canonical import COPY, SCATTER, Value
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
@@ -34,7 +35,7 @@ from .views import behind_views, broadcast, is_view, through_view
 aten = torch.ops.aten
 
 DROPOUT = frozenset(
-    {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.dropout.default}
+    {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.float}
 )
 _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}
@@ -51,6 +52,7 @@ class Reading:
     term: Term
     index: Index  # of the root, over the axes that the term uses
     computed: frozenset[Value]  # what the op would compute in place of the graph
+    crossed: frozenset[Value]  # the views on the way to what it would read
 
 
 def read_output(root: Value, outside: AbstractSet[Value]) -> Reading:
@@ -66,7 +68,7 @@ def read_output(root: Value, outside: AbstractSet[Value]) -> Reading:
     index = tuple(axis_form(Axis(size)) for size in root.shape)
     reader = _Reader(outside)
     term = reader.output(root, index)
-    return Reading(term, index, frozenset(reader.computed))
+    return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
 
 def is_outside_operation(value: Value) -> bool:
@@ -76,7 +78,7 @@ def is_outside_operation(value: Value) -> bool:
         or value.op in _ADDITIONS
         or value.op in _PRODUCTS
         or value.op in (aten.neg.default, aten._to_copy.default, aten.cat.default)
-        or value.op in (aten.stack.default, aten.sum.dim_IntList, SCATTER, COPY)
+        or value.op in (aten.stack.default, aten.sum.dim_IntList, aten.mean.dim, SCATTER, COPY)
         or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
     )
 
@@ -96,12 +98,17 @@ class _Reader:
 
     outside: AbstractSet[Value]
     computed: set[Value] = field(default_factory=set)
+    crossed: set[Value] = field(default_factory=set)
+
+    def leaf(self, value: Value, index: Index) -> Operand:
+        return Operand(*behind_views(value, index, self.crossed))
 
     def output(self, value: Value, index: Index) -> Term:
         if value not in self.outside:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
         step = through_view(value, index)
         if step is not None:
+            self.crossed.add(value)
             return self.output(*step)
         self.computed.add(value)
         if is_cast(value):
@@ -122,6 +129,11 @@ class _Reader:
         if value.op is aten.sum.dim_IntList:
             inner, summed = summed_index(value, index)
             return _summed(self.output(value.source, inner), summed)
+        if value.op is aten.mean.dim:
+            inner, summed = summed_index(value, index)
+            count = product(axis.size for axis in summed)
+            if isinstance(count, int) and count:
+                return _scaled(_summed(self.output(value.source, inner), summed), 1 / count)
         raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
 
     def _sum(self, value: Value, index: Index) -> Term:
@@ -133,6 +145,7 @@ class _Reader:
             sign, current, at = todo.pop()
             inner, inner_at = current, at
             while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
+                self.crossed.add(inner)
                 inner, inner_at = step
             if inner in self.outside and inner.op in _ADDITIONS:
                 self.computed.add(inner)
@@ -140,6 +153,8 @@ class _Reader:
                 left, right = inner.args[0], inner.args[1]
                 for factor, operand in ((1.0, left), (weight, right)):
                     if not isinstance(operand, Value):
+                        if operand == 0:
+                            continue
                         raise Declined(Kind.UNKNOWN_OPERATION, "a number is added", inner.origin)
                     if not _is_zero(operand):
                         where = broadcast(inner_at, operand.shape)
@@ -147,7 +162,7 @@ class _Reader:
             elif inner in self.outside:
                 terms.append(_scaled(self.output(inner, inner_at), sign))
             else:
-                leaf = Operand(*behind_views(inner, inner_at))
+                leaf = self.leaf(inner, inner_at)
                 if _axes(index) <= _axes(leaf.index):
                     detail = f"{_named(inner)} is added"
                     raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
@@ -165,14 +180,16 @@ class _Reader:
         if value.kwargs.get("rounding_mode") is not None:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
         if isinstance(right, (int, float)):
+            if right == 0 or not math.isfinite(right):
+                raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             divides = value.op in (aten.div.Tensor, aten.div.Scalar)
-            factor = 1.0 / right if divides and right else float(right)
-            return _scaled(self.output(left, index), factor)
-        if value.op is not aten.mul.Tensor or not isinstance(left, Value):
+            return _scaled(self.output(left, index), 1.0 / right if divides else float(right))
+        both = isinstance(left, Value) and isinstance(right, Value)
+        if value.op is not aten.mul.Tensor or not both:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
         if left not in self.outside or right in self.outside:
             left, right = right, left
-        router = Operand(*behind_views(right, broadcast(index, right.shape)))
+        router = self.leaf(right, broadcast(index, right.shape))
         if _axes(index) <= _axes(router.index):
             raise Declined(Kind.UNKNOWN_OPERATION, "multiplied elementwise", value.origin)
         term = self.output(left, broadcast(index, left.shape))
@@ -247,27 +264,34 @@ class _Reader:
 
     def _contraction(self, contraction: Contraction, index: Index) -> Term:
         """The down projection, or a router that is applied and summed by a matmul."""
-        left, right = contraction.left, contraction.right
-        for output, router in ((left, right), (right, left)):
-            if output.value in self.outside:
-                if not _axes(index) & _axes(router.index) <= _axes(output.index):
-                    raise Declined(
-                        Kind.UNKNOWN_OPERATION, _named(contraction.value), contraction.value.origin
-                    )
-                term = self.output(output.value, output.index)
-                base = Operand(*behind_views(router.value, router.index))
-                term = replace(term, routers=(*term.routers, base))
-                return _summed(_scaled(term, contraction.scale), contraction.summed)
+        if contraction.product is not None:
+            self.computed.add(contraction.product)
+        sides = (contraction.left, contraction.right), (contraction.right, contraction.left)
         reasons: list[Declined] = []
-        for hidden, weight in ((left, right), (right, left)):
+        for hidden, weight in sides:
+            if behind_views(weight.value, weight.index)[0] in self.outside:
+                continue
             try:
                 return self._down(contraction, hidden, weight)
             except Declined as declined:
                 reasons.append(declined)
+        for output, router in sides:
+            if output.value in self.outside:
+                return self._routed(contraction, output, router, index)
         raise min(reasons, key=lambda d: d.reason.kind is Kind.NOT_A_PRODUCT)
 
+    def _routed(
+        self, contraction: Contraction, output: Operand, router: Operand, index: Index
+    ) -> Term:
+        if not _axes(index) & _axes(router.index) <= _axes(output.index):
+            value = contraction.value
+            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        term = self.output(output.value, output.index)
+        term = replace(term, routers=(*term.routers, self.leaf(router.value, router.index)))
+        return _summed(_scaled(term, contraction.scale), contraction.summed)
+
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
-        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.computed)
+        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed))
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
@@ -280,7 +304,7 @@ class _Reader:
             activation=meaning.activation,
             gate=units.projection(meaning.gate),
             up=None if meaning.up is None else units.projection(meaning.up),
-            down=Operand(*behind_views(weight.value, weight.index)),
+            down=self.leaf(weight.value, weight.index),
             bias=None,
             bias_scale=1.0,
             routers=tuple(units.leaf(symbol) for symbol in meaning.factors),
@@ -290,8 +314,10 @@ class _Reader:
             value=contraction.value,
         )
         if contraction.bias is not None:
-            bias = Operand(*behind_views(contraction.bias.value, contraction.bias.index))
+            bias = self.leaf(contraction.bias.value, contraction.bias.index)
             term = _with_bias(term, bias, contraction.bias_scale, contraction.value)
+        self.computed |= units.computed
+        self.crossed |= units.crossed
         return term
 
 
@@ -301,17 +327,15 @@ class _Hidden:
 
     axes: frozenset[Axis]  # of the hidden units; what lacks one of them is a leaf
     summed: frozenset[Axis]
-    computed: set[Value]
+    computed: set[Value] = field(default_factory=set)
+    crossed: set[Value] = field(default_factory=set)
     projections: list[Contraction] = field(default_factory=list)
     reads: list[Operand] = field(default_factory=list)  # where each projection is read
     leaves: list[Operand] = field(default_factory=list)
     known: dict[Value, list[tuple[Index, sympy.Expr]]] = field(default_factory=dict)
 
     def expression(self, value: Value, index: Index) -> sympy.Expr:
-        before, at = value, index
-        while (step := through_view(before, at)) is not None:
-            before, at = step
-        value, index = before, at
+        value, index = behind_views(value, index, self.crossed)
         for known_index, expression in self.known.get(value, ()):
             if _same_index(known_index, index):
                 return expression
@@ -332,18 +356,24 @@ class _Hidden:
                 else:
                     arguments.append(number(argument))
             return POINTWISE[value.op](value, *arguments)
+        if value.op is aten.glu.default:
+            return self._glu(value, index)
         contraction = as_contraction(value, index)
         if contraction is None:
             if value.op in DROPOUT:
                 raise Declined(Kind.DROPOUT_INSIDE, node=value.origin)
+            if value.op is aten.detach.default:
+                raise Declined(Kind.GRADIENTS_CUT, "detach", value.origin)
             if torch.Tag.pointwise in getattr(value.op, "tags", ()):
                 raise Declined(Kind.UNKNOWN_ACTIVATION, _named(value), value.origin)
             return self._leaf(value, index)
         self.computed.add(value)
+        if contraction.product is not None:
+            self.computed.add(contraction.product)
         if contraction.is_product:
             left, right = contraction.left, contraction.right
-            product = self.expression(left.value, left.index)
-            return product * self.expression(right.value, right.index)
+            factor = self.expression(left.value, left.index)
+            return factor * self.expression(right.value, right.index)
         self.projections.append(contraction)
         self.reads.append(Operand(value, index))
         symbol: sympy.Expr = sympy.Symbol(f"p{len(self.projections) - 1}")
@@ -353,6 +383,15 @@ class _Hidden:
             bias = self.expression(contraction.bias.value, contraction.bias.index)
             symbol = symbol + number(contraction.bias_scale) * bias
         return symbol
+
+    def _glu(self, value: Value, index: Index) -> sympy.Expr:
+        """``first * sigmoid(second)`` for the halves of one dimension."""
+        self.computed.add(value)
+        dim = value.argument(1, "dim", -1) % len(index)
+        second = list(index)
+        second[dim] = index[dim].shifted(value.shape[dim])
+        gate = POINTWISE[aten.sigmoid.default](value, self.expression(value.source, tuple(second)))
+        return self.expression(value.source, index) * gate
 
     def _leaf(self, value: Value, index: Index) -> sympy.Expr:
         self.leaves.append(Operand(value, index))
@@ -367,8 +406,8 @@ class _Hidden:
         hidden = _leaves_of(self.summed)
         query, weight = (left, right) if _axes(right.index) & hidden else (right, left)
         return Projection(
-            query=Operand(*behind_views(query.value, query.index)),
-            weight=Operand(*behind_views(weight.value, weight.index)),
+            query=Operand(*behind_views(query.value, query.index, self.crossed)),
+            weight=Operand(*behind_views(weight.value, weight.index, self.crossed)),
             contracted=contraction.summed,
             scale=line.scale,
             bias=None if line.bias is None else self.leaf(line.bias),

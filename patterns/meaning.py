@@ -143,8 +143,12 @@ LINEAR = frozenset(
 def pointwise_arguments(value: Value) -> list[Any]:
     """The tensors and numbers that ``POINTWISE[value.op]`` takes as expressions."""
     takes_options = value.op in (aten.clamp.default, aten.clamp_min.default, aten.gelu.default)
-    count = 1 if takes_options else 2
-    return [a for a in value.args[:count] if isinstance(a, (Value, int, float))]
+    arguments = list(value.args[: 1 if takes_options else 2])
+    for argument in arguments:
+        is_number = isinstance(argument, (int, float)) and math.isfinite(argument)
+        if not is_number and not isinstance(argument, Value):
+            raise Declined(Kind.UNKNOWN_OPERATION, f"{argument} is no fixed number", value.origin)
+    return arguments
 
 
 @lru_cache(maxsize=4096)

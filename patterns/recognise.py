@@ -43,6 +43,17 @@ _CONTRACTIONS = frozenset(
     }
 )
 _PROJECTED, _ACTIVATED = 1, 2
+#: in between they are no part of an MH-FFN, but what follows still is a near-miss
+_PASSED_ON = DROPOUT | {aten.detach.default, aten.native_layer_norm.default}
+#: activations that PyTorch does not tag as pointwise
+_ACTIVATIONS = frozenset(
+    {
+        aten.glu.default,
+        aten.hardswish.default,
+        aten.log_sigmoid_forward.default,
+        aten._prelu_kernel.default,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -126,15 +137,13 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
                 yield value
             outer = value.op in _CONTRACTIONS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
-        elif (
-            is_view(value)
-            or value.op in LINEAR
-            or value.op in DROPOUT
-            or value.op is aten.mul.Tensor
-            or value.op is aten.div.Tensor
-        ):
+        elif is_view(value) or value.op in LINEAR or value.op in _PASSED_ON:
             flags[value] = inherited
-        elif value.op in POINTWISE or torch.Tag.pointwise in getattr(value.op, "tags", ()):
+        elif (
+            value.op in POINTWISE
+            or value.op in _ACTIVATIONS
+            or torch.Tag.pointwise in getattr(value.op, "tags", ())
+        ):
             flags[value] = _ACTIVATED if inherited else 0
         else:
             flags[value] = 0

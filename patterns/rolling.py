@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .axes import Affine, Axis, Index, Size, axis_form
+from .axes import Affine, Axis, Index, Size, axis_form, contiguous_strides
 from .canonical import Value
 from .contractions import Operand
 from .reasons import Declined, Kind
@@ -227,5 +227,6 @@ def _stacked(copies: Sequence[Operand], position: Affine) -> Operand:
         origin=max(values, key=lambda value: value.step).origin,
         step=max(value.step for value in values),
         requires_grad_mode=first.requires_grad_mode,
+        strides=tuple(contiguous_strides((len(values), *first.shape))),
     )
     return Operand(stack, (position, *copies[0].index))

@@ -30,9 +30,16 @@ def is_view(value: Value) -> bool:
     return value.op in _RULES
 
 
-def behind_views(value: Value, index: Index) -> tuple[Value, Index]:
-    """All the steps: the tensor that holds the data, and the index into it."""
+def behind_views(
+    value: Value, index: Index, crossed: set[Value] | None = None
+) -> tuple[Value, Index]:
+    """All the steps: the tensor that holds the data, and the index into it.
+
+    The views on the way are added to ``crossed``.
+    """
     while (step := through_view(value, index)) is not None:
+        if crossed is not None:
+            crossed.add(value)
         value, index = step
     return value, index
 
