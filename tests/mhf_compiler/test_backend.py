@@ -1,0 +1,434 @@
+"""The back end: what it counts, what it does when something fails, and what it leaves alone."""
+
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import mhf_compiler.compat
+import mhf_compiler.lowering.cost
+import mhf_compiler.lowering.workload
+import mhf_compiler.rewriting
+from mhf_compiler import MhfCompilerWarning
+from mhf_compiler.compat import counters
+from mhf_compiler.edit import EditError
+from mhf_compiler.lowering.cost import Estimate
+
+ALWAYS = {"rewrite": "always", "fallback": "eager"}
+
+
+class Heads(nn.Module):
+    """A SwiGLU for each of four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = (4, 8, 5), (4, 8, 5), (4, 5, 8)
+        self.gate, self.up, self.down = (nn.Parameter(torch.randn(s) / 4) for s in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        hidden = F.silu(q @ self.gate) * (q @ self.up)
+        return (hidden @ self.down).transpose(1, 2).flatten(2)
+
+
+class Unpaired(Heads):
+    """The halves of the projections belong to different heads: a near-miss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        hidden = F.silu(q @ self.gate) * (q.flip(1) @ self.up)
+        return (hidden @ self.down).transpose(1, 2).flatten(2)
+
+
+class WithoutHeads(nn.Module):
+    """Nothing to rewrite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(self.norm(x)).sin()
+
+
+class Breaking(nn.Module):
+    """Two MH-FFNs with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Heads(), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        torch._dynamo.graph_break()
+        return x + self.second(x)
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 6, 32)
+
+
+def tallied() -> dict[str, int]:
+    names = ("graphs", "sites_rewritten", "sites_declined", "failures")
+    return {name: counters["flashmhf"][name] for name in names}
+
+
+def run(model: Callable[[Tensor], Tensor], **options: Any) -> None:
+    """Compile a model, run it once and compare."""
+    x = tokens()
+    compiled = torch.compile(model, backend="flashmhf", options=ALWAYS | options)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+# What is counted.
+
+
+@pytest.mark.parametrize(
+    ("model", "graphs", "rewritten", "declined"),
+    [
+        (Heads, 1, 1, 0),
+        (Unpaired, 1, 0, 1),
+        (WithoutHeads, 1, 0, 0),
+        (Breaking, 2, 2, 0),
+        (lambda: nn.Sequential(Heads(), Unpaired(), Heads()), 1, 2, 1),
+    ],
+    ids=["one", "near-miss", "none", "graph break", "several"],
+)
+def test_counters(
+    model: Callable[[], nn.Module], graphs: int, rewritten: int, declined: int
+) -> None:
+    run(model())
+    assert tallied() == {
+        "graphs": graphs,
+        "sites_rewritten": rewritten,
+        "sites_declined": declined,
+        "failures": 0,
+    }
+
+
+def test_a_graph_is_compiled_once_for_many_calls():
+    compiled = torch.compile(Heads(), backend="flashmhf", options=ALWAYS)
+    for _ in range(3):
+        compiled(tokens())
+    assert tallied()["graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "pays", "rewritten", "declined"),
+    [
+        ("always", True, 1, 0),
+        ("always", False, 1, 0),
+        ("auto", True, 1, 0),
+        ("auto", False, 0, 1),
+        ("never", True, 0, 0),
+        ("never", False, 0, 0),
+    ],
+)
+def test_rewrite(
+    rewrite: str, pays: bool, rewritten: int, declined: int, monkeypatch: pytest.MonkeyPatch
+):
+    estimate = Estimate(1.0, 2.0) if pays else Estimate(2.0, 1.0)
+    monkeypatch.setattr(mhf_compiler.lowering.cost, "estimate", lambda workload: estimate)
+    run(Heads(), rewrite=rewrite)
+    assert tallied()["sites_rewritten"] == rewritten
+    assert tallied()["sites_declined"] == declined
+
+
+# When something fails.
+
+
+def _broken(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("a bug in the compiler")
+
+
+@pytest.mark.parametrize("part", ["find_sites", "rewrite"])
+def test_a_failure_leaves_the_graph_as_it_is_with_one_warning(
+    part: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    with pytest.warns(MhfCompilerWarning, match="RuntimeError: a bug in the compiler") as caught:
+        run(Heads())
+    assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
+    assert tallied()["failures"] == 1
+    assert tallied()["sites_rewritten"] == 0
+
+
+@pytest.mark.parametrize("part", ["find_sites", "rewrite"])
+def test_strict_lets_a_failure_through(part: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    with pytest.raises(Exception, match="a bug in the compiler"):
+        run(Heads(), strict=True)
+    assert tallied()["failures"] == 1
+
+
+def test_strict_is_content_with_near_misses():
+    """What is not proved is not a failure."""
+    run(Unpaired(), strict=True)
+    assert tallied()["failures"] == 0
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The code of every graph that reaches the fallback."""
+    seen: list[str] = []
+    compile_graph = mhf_compiler.compat.compile_graph
+
+    def spy(name: str, gm: torch.fx.GraphModule, *others: Any) -> Any:
+        seen.append(gm.code)
+        return compile_graph(name, gm, *others)
+
+    monkeypatch.setattr(mhf_compiler.compat, "compile_graph", spy)
+    return seen
+
+
+def dynamo_graphs(model: Callable[[Tensor], Tensor]) -> list[str]:
+    """The code of every graph that Dynamo gives to a back end."""
+    seen: list[str] = []
+
+    def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        seen.append(gm.code)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(model, backend=collect)(tokens())
+    torch.compiler.reset()
+    return seen
+
+
+@pytest.mark.parametrize("part", ["find_sites", "rewrite"])
+def test_the_graph_is_untouched_after_a_failure(
+    part: str, monkeypatch: pytest.MonkeyPatch, compiled_graphs: list[str]
+):
+    model = nn.Sequential(Heads(), Heads())
+    graphs = dynamo_graphs(model)
+    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    with pytest.warns(MhfCompilerWarning):
+        run(model)
+    assert compiled_graphs == graphs
+
+
+def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    whole = mhf_compiler.rewriting.rewrite
+
+    def rewrite(graph: torch.fx.Graph, sites: Any, copy: Any) -> torch.fx.Graph:
+        if len(sites) == 3:
+            error = EditError("it is in the way")
+            error.site = sites[1]
+            raise error
+        return whole(graph, sites, copy)
+
+    monkeypatch.setattr(mhf_compiler.rewriting, "rewrite", rewrite)
+    run(nn.Sequential(Heads(), Heads(), Heads()), strict=True)
+    assert tallied() == {"graphs": 1, "sites_rewritten": 2, "sites_declined": 1, "failures": 0}
+
+
+def test_a_kernel_that_cannot_run_leaves_its_site_in_the_original_spelling(
+    monkeypatch: pytest.MonkeyPatch, compiled_graphs: list[str]
+):
+    """Also under strict: the fault is not in the rewriting."""
+    model = Heads()
+    graphs = dynamo_graphs(model)
+
+    def trial_run(workload: Any) -> None:
+        raise RuntimeError("out of resources: shared memory\nand a long story")
+
+    monkeypatch.setattr(mhf_compiler.lowering.workload, "trial_run", trial_run)
+    line = next(
+        n
+        for n, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if "(hidden @ self.down)" in text
+    )
+    with pytest.warns(MhfCompilerWarning, match=f"{__file__}:{line} failed.*out of resources"):
+        run(model, strict=True)
+    assert compiled_graphs == graphs
+    assert tallied() == {"graphs": 1, "sites_rewritten": 0, "sites_declined": 1, "failures": 1}
+
+
+def test_the_kernel_of_each_site_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch):
+    tried: list[int] = []
+
+    def trial_run(workload: Any) -> None:
+        tried.append(workload.heads)
+        if len(tried) == 1:
+            raise RuntimeError("only the first does not run")
+
+    monkeypatch.setattr(mhf_compiler.lowering.workload, "trial_run", trial_run)
+    with pytest.warns(MhfCompilerWarning):
+        run(nn.Sequential(Heads(), Heads()))
+    assert tried == [4, 4]
+    assert tallied()["sites_rewritten"] == 1
+
+
+# Models without an MH-FFN.
+
+
+@pytest.mark.parametrize("model", [WithoutHeads, Unpaired])
+def test_the_fallback_gets_dynamos_own_graph(
+    model: Callable[[], nn.Module], compiled_graphs: list[str]
+):
+    module = model()
+    graphs = dynamo_graphs(module)
+    run(module)
+    assert compiled_graphs == graphs
+
+
+def test_inductor_generates_the_same_code_as_without_the_back_end():
+    model, x = WithoutHeads(), tokens()
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        found: dict[str, list[str]] = {}
+        for backend in ("inductor", "flashmhf"):
+            torch.compiler.reset()
+            _, codes = run_and_get_code(torch.compile(model, backend=backend), x)
+            found[backend] = [re.sub("# AOT ID: .*", "", code) for code in codes]
+    assert len(found["inductor"]) == 1
+    assert found["flashmhf"] == found["inductor"]
+
+
+# How it is called.
+
+BY_NAME = """
+import sys, torch
+from torch import nn
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
+
+    def forward(self, x):
+        return (x @ self.up).relu() @ self.down
+
+assert "flashmhf" in torch.compiler.list_backends()
+assert "mhf_compiler" not in sys.modules
+model, x = Heads(), torch.randn(4, 6, 8)
+options = {"fallback": "eager", "rewrite": "always"}
+out = torch.compile(model, backend="flashmhf", options=options)(x)
+torch.testing.assert_close(out, model(x))
+print(torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"])
+"""
+
+
+def test_by_name_alone_in_a_new_process(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", BY_NAME], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1\n"
+
+
+@pytest.mark.parametrize("fallback", ["eager", "aot_eager", "inductor"])
+def test_every_fallback_agrees_with_eager(fallback: str):
+    model, x = Heads(), tokens()
+    compiled = torch.compile(model, backend="flashmhf", options=ALWAYS | {"fallback": fallback})
+    torch.testing.assert_close(compiled(x), model(x))
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert tallied()["sites_rewritten"] == 1
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("fallback", ["eager", "aot_eager"])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("prepare", [nn.Module.eval, _frozen], ids=["parameters", "frozen"])
+def test_inference(fallback: str, context: Any, prepare: Callable[[nn.Module], nn.Module]):
+    with context():
+        run(prepare(Heads()), fallback=fallback, strict=True)
+    assert tallied()["sites_rewritten"] == 1
+
+
+def test_some_parameters_frozen():
+    """What needs gradients gets them, what is frozen gets none."""
+    model, x = Heads(), tokens()
+    model.up.requires_grad_(False)
+    compiled = torch.compile(model, backend="flashmhf", options=ALWAYS)
+    compiled(x).sum().backward()
+    assert model.up.grad is None
+    found = model.gate.grad, model.down.grad
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(found, (model.gate.grad, model.down.grad), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"options": {"mode": "reduce-overhead"}},
+        {"mode": "reduce-overhead"},
+        {"options": {"triton.cudagraphs": True}},
+    ],
+    ids=["option", "argument", "setting"],
+)
+def test_modes_reach_inductor(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    given: list[dict[str, Any]] = []
+
+    def compile_fx(gm: torch.fx.GraphModule, example_inputs: Any, config_patches: Any) -> Any:
+        given.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, x = Heads(), tokens()
+    torch.testing.assert_close(torch.compile(model, backend="flashmhf", **how)(x), model(x))
+    assert given == [{"triton.cudagraphs": True}]
+
+
+def test_reset_drops_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
+    """As ``torch.compiler.reset`` does for Inductor."""
+    calls: list[str] = []
+    monkeypatch.setattr(mhf_compiler.compat, "reset_cuda_graphs", lambda: calls.append("reset"))
+    run(Heads())
+    torch.compiler.reset()
+    assert calls == ["reset"]
+
+
+def test_nothing_is_said_when_all_goes_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MhfCompilerWarning)
+        run(Breaking())
+
+
+# Dumps.
+
+
+def test_dump_dir_receives_graphs_and_reports(tmp_path: Path):
+    folder = tmp_path / "not" / "yet" / "there"
+    run(Breaking(), dump_dir=folder)
+    files = sorted(path.name.split("_", 2)[2] for path in folder.iterdir())
+    assert files == ["after.py"] * 2 + ["before.py"] * 2 + ["report.txt"] * 2
+    for report in folder.glob("*_report.txt"):
+        stem = report.name.removesuffix("report.txt")
+        assert report.read_text().startswith("1 MH-FFN rewritten, 0 declined, in 1 graph\n")
+        before, after = (folder / f"{stem}{when}.py" for when in ("before", "after"))
+        assert "multi_head_ffn" not in before.read_text()
+        assert "silu" in before.read_text()
+        assert "multi_head_ffn" in after.read_text()
+        for code in (before, after):
+            compile(code.read_text(), str(code), "exec")
+
+
+def test_dump_dir_given_as_text(tmp_path: Path):
+    run(WithoutHeads(), dump_dir=str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path):
+    """The graph is compiled all the same."""
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(MhfCompilerWarning, match="file"):
+        run(Heads(), dump_dir=tmp_path / "file")
+    assert tallied()["failures"] == 1
