@@ -1,0 +1,283 @@
+"""``explain``: what is found where, in the words of the model's author.
+
+Golden texts are updated with ``EXPECTTEST_ACCEPT=1 pytest tests/mhf_compiler/test_explain.py``.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import assert_expected_inline
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler import Report
+from mhf_compiler.patterns import Kind, Location
+
+ALWAYS = {"rewrite": "always"}
+
+
+class Heads(nn.Module):
+    """A SwiGLU for each of four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = (4, 8, 5), (4, 8, 5), (4, 5, 8)
+        self.gate, self.up, self.down = (nn.Parameter(torch.randn(s) / 4) for s in shapes)
+
+    def query(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (4, 8)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x)
+        hidden = F.silu(q @ self.gate) * (q @ self.up)
+        out = hidden @ self.down  # of Heads
+        return out.transpose(1, 2).flatten(2)
+
+
+class Routed(nn.Module):
+    """Three ungated sub-networks a head, in a loop; two heads share their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(8, 3)
+        self.up, self.down = (nn.Parameter(torch.randn(3, 2, *s)) for s in ((8, 5), (5, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 2, 8)).movedim(1, 3)
+        r = self.route(q).softmax(-1)
+        total = torch.zeros_like(q)
+        for e in range(3):
+            hidden = F.gelu(q @ self.up[e][:, None])
+            total = total + r[..., e, None] * (hidden @ self.down[e][:, None])  # of Routed
+        return total.movedim(3, 1).flatten(2)
+
+
+class OtherQuery(Heads):
+    """The up projection reads something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.query(x) @ self.gate)
+        hidden = hidden * (self.query(x.cos()) @ self.up)  # of OtherQuery
+        return hidden @ self.down
+
+
+class Clamped(Heads):
+    """An activation that the op does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.silu(self.query(x) @ self.gate).clamp(max=1)
+        return hidden @ self.down
+
+
+class Plain(nn.Module):
+    """A linear model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + x
+
+
+class Breaking(nn.Module):
+    """A graph break between two networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Heads(), Routed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).sin()
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 6, 32)
+
+
+def explain(model: nn.Module, options: dict[str, Any] = ALWAYS) -> Report:
+    return mhf_compiler.explain(model, options=options)(tokens())
+
+
+def line_of(text: str) -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if text in line)
+
+
+def normalised(report: Report) -> str:
+    """A report without line numbers, columns as narrow as can be."""
+    text = re.sub(re.escape(__file__) + r":\d+", "FILE", str(report))
+    return re.sub(r"(?<=\S) {2,}", "  ", text)
+
+
+# What is printed.
+
+
+def test_the_printed_report_of_rewritten_networks():
+    report = explain(nn.Sequential(Heads(), nn.LayerNorm(32), Routed()))
+    assert_expected_inline(
+        normalised(report),
+        """\
+2 MH-FFNs rewritten, 0 declined, in 1 graph
+
+Rewritten
+  source  heads  width  sub-networks  hidden units  router
+  FILE  4  8  1 x 5  silu(gate) * up  no
+  FILE  4 (2 kuv)  8  3 x 5  gelu  yes""",
+    )
+
+
+def test_the_printed_report_of_near_misses():
+    report = explain(OtherQuery())
+    assert_expected_inline(
+        normalised(report),
+        """\
+0 MH-FFNs rewritten, 1 declined, in 1 graph
+
+Declined
+  source  why  what to do
+  FILE  the gate and the up projection read different inputs  feed both projections of a head from the same query""",  # noqa: E501
+    )
+
+
+def test_the_printed_report_of_both():
+    report = explain(nn.Sequential(Heads(), Clamped()))
+    assert_expected_inline(
+        normalised(report),
+        """\
+1 MH-FFN rewritten, 1 declined, in 1 graph
+
+Rewritten
+  source  heads  width  sub-networks  hidden units  router
+  FILE  4  8  1 x 5  silu(gate) * up  no
+
+Declined
+  source  why  what to do
+  FILE  the activation is none of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh (it is clamped)  use one of these, without a clamp, a shift or another slope""",  # noqa: E501
+    )
+
+
+def test_a_model_without_a_network_says_why():
+    assert_expected_inline(
+        str(explain(Plain())),
+        """\
+0 MH-FFNs rewritten, 0 declined, in 1 graph
+
+None of the 9 operations is the down projection of a feed-forward network: a matrix product (or a sum of products) of activated hidden units. An MH-FFN is down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head.""",  # noqa: E501
+    )
+
+
+def test_a_call_without_a_graph_says_so():
+    assert_expected_inline(
+        str(mhf_compiler.explain(lambda x: x)(3)),
+        """\
+0 MH-FFNs rewritten, 0 declined, in 0 graphs
+
+No graph was compiled: nothing in the call was captured by torch.compile.""",
+    )
+
+
+# Where it is.
+
+
+@pytest.mark.parametrize("model", [Heads, Routed])
+def test_a_site_lies_where_its_down_projection_is(model: Callable[[], nn.Module]):
+    (site,) = explain(model()).rewritten
+    assert site.location is not None
+    assert site.location.file == __file__
+    assert site.location.line == line_of(f"# of {model.__name__}")  # type: ignore[attr-defined]
+    assert site.location.function == "forward"
+    assert "self.down" in site.location.code
+
+
+def test_a_near_miss_lies_where_it_is_decided():
+    (miss,) = explain(OtherQuery()).declined
+    assert miss.reason is not None
+    assert miss.reason.kind is Kind.DIFFERENT_QUERIES
+    line = line_of("# of OtherQuery")
+    assert miss.location == Location(__file__, line, "forward", miss.location.code)
+    assert "self.query(x.cos()) @ self.up" in miss.location.code
+
+
+# The graphs.
+
+
+def test_graphs_are_readable_code():
+    report = explain(Heads())
+    for code in (report.graph_before, report.graph_after):
+        compile(code, "graph", "exec")
+        assert f"# File: {__file__}:" in code
+    assert "silu" in report.graph_before
+    assert "multi_head_ffn" not in report.graph_before
+    assert "silu(" not in report.graph_after
+    assert report.graph_after.count("torch.ops.mhf_compiler.multi_head_ffn.default(") == 1
+
+
+def test_graphs_are_equal_when_nothing_is_rewritten():
+    report = explain(Plain())
+    assert report.graph_before == report.graph_after
+    assert "linear" in report.graph_before
+
+
+def test_every_graph_is_reported():
+    report = explain(Breaking())
+    assert [len(graph.rewritten) for graph in report.graphs] == [1, 1]
+    assert [site.activation for site in report.rewritten] == ["silu", "gelu"]
+    assert str(report).startswith("2 MH-FFNs rewritten, 0 declined, in 2 graphs\n")
+    assert report.graph_after.count("class GraphModule") == 2
+
+
+# The call.
+
+
+def test_sizes():
+    (site,) = explain(Routed()).rewritten
+    sizes = (site.heads, site.kuv_heads, site.head_dim, site.experts, site.expert_dim)
+    assert sizes == (4, 2, 8, 3, 5)
+    assert (site.gated, site.has_gate) == (False, True)
+    assert str(site).endswith("4 heads (2 with weights) of width 8, 3 x 5 hidden units, gelu")
+
+
+def test_options_are_honoured():
+    assert explain(Heads(), options={"rewrite": "never"}).rewritten == []
+    assert len(explain(Heads(), options={"rewrite": "always"}).rewritten) == 1
+
+
+def test_arguments_by_name_and_functions():
+    model = Heads()
+
+    def function(x: Tensor, *, scale: float) -> Tensor:
+        return model(x * scale)
+
+    report = mhf_compiler.explain(function, options=ALWAYS)(tokens(), scale=2.0)
+    assert len(report.rewritten) == 1
+
+
+def test_the_model_is_left_as_it_was():
+    """Its code, its parameters and what it computes; and it may be compiled afterwards."""
+    model, x = Heads(), tokens()
+    before = model(x)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mhf_compiler.explain(model, options=ALWAYS)(x)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    compiled = torch.compile(model, backend="flashmhf", options=ALWAYS | {"fallback": "eager"})
+    torch.testing.assert_close(compiled(x), before)
+
+
+def test_explain_twice_says_the_same():
+    model, x = Heads(), tokens()
+    explained = mhf_compiler.explain(model, options=ALWAYS)
+    assert str(explained(x)) == str(explained(x))
+
+
+def test_an_error_in_the_model_comes_through():
+    with pytest.raises(Exception, match="multiply up to the size of dim 2"):
+        mhf_compiler.explain(Heads())(torch.randn(2, 6, 31))
