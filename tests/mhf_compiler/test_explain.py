@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import mhf_compiler
 from mhf_compiler import Report
+from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.patterns import Kind, Location
 
 ALWAYS = {"rewrite": "always"}
@@ -248,6 +249,16 @@ def test_sizes():
 def test_options_are_honoured():
     assert explain(Heads(), options={"rewrite": "never"}).rewritten == []
     assert len(explain(Heads(), options={"rewrite": "always"}).rewritten) == 1
+
+
+def test_what_does_not_pay_is_declined_with_both_estimates(monkeypatch: pytest.MonkeyPatch):
+    verdict = Estimate(rewritten=0.0123, original=0.00456)
+    monkeypatch.setattr("mhf_compiler.lowering.cost.estimate", lambda workload: verdict)
+    (site,) = explain(Heads(), options={}).declined
+    assert site.reason is not None
+    assert site.reason.kind is Kind.DOES_NOT_PAY
+    assert site.reason.detail == "an estimated 12.3 ms rewritten, 4.56 ms as it is"
+    assert (site.heads, site.head_dim, site.activation) == (4, 8, "silu")
 
 
 def test_arguments_by_name_and_functions():

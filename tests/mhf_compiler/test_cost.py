@@ -1,0 +1,160 @@
+"""The cost model: only the relations that it states, none of its numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mhf_compiler.lowering.cost import Estimate, estimate
+from mhf_compiler.lowering.workload import Workload, trial_run
+
+CPU = Workload(
+    batch=4,
+    length=512,
+    heads=4,
+    kuv_heads=4,
+    head_dim=64,
+    experts=4,
+    expert_dim=192,
+    gated=True,
+    routed=True,
+    biased=(False, False, False),
+    activation="silu",
+    dtype=torch.float32,
+    out_dtype=torch.float32,
+    device=torch.device("cpu"),
+    training=True,
+)
+#: on a card with a number of its own, so that nothing is remembered of a real one
+GPU = replace(CPU, dtype=torch.bfloat16, out_dtype=torch.bfloat16, device=torch.device("cuda", 63))
+
+
+@pytest.fixture(autouse=True)
+def _h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver of an H200 reports."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+
+everywhere = pytest.mark.parametrize("workload", [CPU, GPU], ids=["cpu", "gpu"])
+both_ways = pytest.mark.parametrize("way", ["rewritten", "original"])
+
+
+def seconds(workload: Workload, way: str, **changes: Any) -> float:
+    return float(getattr(estimate(replace(workload, **changes)), way))
+
+
+# Relations.
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_estimates_are_times(workload: Workload, training: bool):
+    found = estimate(replace(workload, training=training))
+    assert 0 < found.rewritten < math.inf
+    assert 0 < found.original < math.inf
+
+
+@everywhere
+@both_ways
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("size", "values"),
+    [
+        ("length", [1, 64, 512, 4096, 65536]),
+        ("heads", [4, 8, 16, 64]),
+        ("experts", [1, 2, 4, 16]),
+        ("expert_dim", [64, 128, 1024, 8192]),
+        ("head_dim", [16, 64, 128, 256]),
+    ],
+)
+def test_more_work_never_takes_less_time(
+    workload: Workload, way: str, training: bool, size: str, values: list[int]
+):
+    graph = replace(workload, captured=True)  # where the host is no limit
+    times = [seconds(graph, way, training=training, **{size: value}) for value in values]
+    assert all(less <= more for less, more in pairwise(times))
+    assert times[0] < times[-1]
+
+
+@everywhere
+@both_ways
+def test_training_takes_longer_than_inference(workload: Workload, way: str):
+    assert seconds(workload, way, training=False) < seconds(workload, way, training=True)
+
+
+@everywhere
+@both_ways
+def test_an_up_projection_takes_time(workload: Workload, way: str):
+    graph = replace(workload, captured=True)
+    assert seconds(graph, way, gated=False) < seconds(graph, way, gated=True)
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_stacked_weights_cost_the_op_more(workload: Workload, training: bool):
+    """They are copied together before each call; the original spelling reads them as they lie."""
+    large = replace(workload, training=training, length=65536)
+    times = [seconds(large, "rewritten", stacked_weights=count) for count in range(4)]
+    assert all(less < more for less, more in pairwise(times))
+    originals = {seconds(large, "original", stacked_weights=count) for count in range(4)}
+    assert len(originals) == 1
+
+
+# Verdicts.
+
+
+def test_large_problems_pay_on_a_gpu():
+    """The original writes the hidden units to memory and reads them again."""
+    for training in (False, True):
+        assert estimate(replace(GPU, length=65536, training=training)).pays
+
+
+def test_a_small_training_step_with_wide_heads_does_not_pay():
+    """Few programs, long loops: the latency of the loop is all there is."""
+    small = replace(GPU, batch=1, length=64, heads=2, kuv_heads=2, head_dim=256, expert_dim=4096)
+    assert not estimate(small).pays
+
+
+def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
+    """That is where rewriting matters."""
+    for missing in ({"batch": None}, {"length": None}, {"batch": None, "length": None}):
+        dynamic = replace(GPU, **missing)
+        assert dynamic.tokens is None
+        assert estimate(dynamic) == estimate(replace(GPU, batch=None))
+        for way in ("rewritten", "original"):
+            assert seconds(GPU, way, length=16, captured=True) < seconds(dynamic, way)
+
+
+def test_the_host_is_no_limit_inside_a_cuda_graph():
+    small = replace(GPU, batch=1, length=64)
+    for way in ("rewritten", "original"):
+        assert seconds(small, way, captured=True) < seconds(small, way, captured=False)
+
+
+def test_no_tokens_are_no_error():
+    assert estimate(replace(GPU, batch=0)).original > 0
+
+
+@pytest.mark.parametrize("kind", ["meta", "xpu"])
+def test_where_nothing_is_known_rewriting_is_taken_to_pay(kind: str):
+    assert estimate(replace(CPU, device=torch.device(kind))).pays
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "original", "pays"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, True)]
+)
+def test_what_pays(rewritten: float, original: float, pays: bool):
+    assert Estimate(rewritten, original).pays is pays
+
+
+def test_there_is_nothing_to_try_on_a_cpu():
+    """Nor is the op called, whatever the sizes."""
+    trial_run(replace(CPU, batch=1 << 20, length=1 << 20, heads=1 << 10))
