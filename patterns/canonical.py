@@ -120,6 +120,7 @@ class _Alias:
     chain: tuple[ViewStep, ...]
     value: Value
     version: int
+    made_by: fx.Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,7 +383,8 @@ class _Recorder(TorchDispatchMode):
         base = self._alias(args[0])
         source = self._read(args[0])
         rest = _map_tensors(self._read, args[1:])
-        if func is torch.ops.aten.detach.default and _is_new(source):
+        artefact = base.made_by is self.node and _is_new(source)
+        if func is torch.ops.aten.detach.default and artefact:
             # The factories of a fake mode return a detached view; nobody else sees what it views.
             self._add_alias(result, base.storage, base.chain, source)
             return
@@ -472,7 +474,9 @@ class _Recorder(TorchDispatchMode):
     def _add_alias(
         self, tensor: torch.Tensor, storage: _Storage, chain: tuple[ViewStep, ...], value: Value
     ) -> None:
-        self._aliases[id(tensor)] = _Alias(tensor, storage, chain, value, storage.version)
+        self._aliases[id(tensor)] = _Alias(
+            tensor, storage, chain, value, storage.version, self.node
+        )
 
     def _alias(self, tensor: torch.Tensor) -> _Alias:
         alias = self._aliases.get(id(tensor))

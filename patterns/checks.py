@@ -76,7 +76,9 @@ def one_query(term: Term) -> Term:
         kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
     if not _reads_alike(query, gate.query):
-        raise Declined(Kind.DIFFERENT_QUERIES, "other parts of one tensor", up.value.origin)
+        packed = up.weight.value is gate.weight.value
+        kind = Kind.UNPAIRED_BRANCHES if packed else Kind.DIFFERENT_QUERIES
+        raise Declined(kind, "they read other parts of one tensor", up.value.origin)
     return term.mapped(
         lambda role, operand: renamed(operand, mapping) if role in ("up", "up_query") else operand
     )
@@ -88,7 +90,7 @@ def _same_tensor(a: Value, b: Value) -> bool:
 
 
 def _uncast(value: Value) -> Value:
-    while is_cast(value):
+    while is_cast(value) or is_view(value):
         value = value.source
     return value
 
@@ -129,7 +131,8 @@ def assign_roles(term: Term, root: Index) -> Roles:
 def _check_query(term: Term, width: set[Axis], experts: set[Axis], hidden: set[Axis]) -> None:
     query = term.gate.query
     read = _real(axes_of(query.index))
-    if read & experts:
+    scaled = query.value.op is torch.ops.aten.mul.Tensor and not _real(hidden) <= read
+    if read & experts or (read & hidden and scaled):
         raise Declined(Kind.ROUTER_ON_INPUT, node=query.value.origin)
     if read & hidden or not _real(width) <= read:
         raise Declined(Kind.UNPAIRED_BRANCHES, node=query.value.origin)
@@ -330,6 +333,7 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         output_node=_maker(root, copy),
         output_dims=tuple(form.axes() for form in reading.index),
         location=locate(term.value.origin),
+        replaces=reading.computed,
     )
 
 

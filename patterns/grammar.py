@@ -37,6 +37,10 @@ aten = torch.ops.aten
 DROPOUT = frozenset(
     {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.float}
 )
+#: activations that PyTorch does not tag as pointwise
+_OTHER_ACTIVATIONS = frozenset(
+    {aten.hardswish.default, aten.log_sigmoid_forward.default, aten._prelu_kernel.default}
+)
 _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}
 )
@@ -81,6 +85,12 @@ def is_outside_operation(value: Value) -> bool:
         or value.op in (aten.stack.default, aten.sum.dim_IntList, aten.mean.dim, SCATTER, COPY)
         or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
     )
+
+
+def is_other_pointwise(value: Value) -> bool:
+    """A pointwise operation that ``meaning.py`` does not know."""
+    tagged = torch.Tag.pointwise in getattr(value.op, "tags", ())
+    return value.op not in POINTWISE and (tagged or value.op in _OTHER_ACTIVATIONS)
 
 
 def is_cast(value: Value) -> bool:
@@ -364,8 +374,10 @@ class _Hidden:
                 raise Declined(Kind.DROPOUT_INSIDE, node=value.origin)
             if value.op is aten.detach.default:
                 raise Declined(Kind.GRADIENTS_CUT, "detach", value.origin)
-            if torch.Tag.pointwise in getattr(value.op, "tags", ()):
+            if is_other_pointwise(value):
                 raise Declined(Kind.UNKNOWN_ACTIVATION, _named(value), value.origin)
+            if not isinstance(value.op, str):
+                raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
             return self._leaf(value, index)
         self.computed.add(value)
         if contraction.product is not None:

@@ -23,7 +23,13 @@ from .axes import Axis, axis_form
 from .canonical import CanonicalCopy, UntraceableGraph, Value, trace
 from .checks import build_site
 from .contractions import as_contraction
-from .grammar import DROPOUT, is_cast, is_outside_operation, read_output
+from .grammar import (
+    DROPOUT,
+    is_cast,
+    is_other_pointwise,
+    is_outside_operation,
+    read_output,
+)
 from .meaning import LINEAR, POINTWISE
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site
@@ -45,15 +51,6 @@ _CONTRACTIONS = frozenset(
 _PROJECTED, _ACTIVATED = 1, 2
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {aten.detach.default, aten.native_layer_norm.default}
-#: activations that PyTorch does not tag as pointwise
-_ACTIVATIONS = frozenset(
-    {
-        aten.glu.default,
-        aten.hardswish.default,
-        aten.log_sigmoid_forward.default,
-        aten._prelu_kernel.default,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -97,19 +94,22 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     paths = {anchor: _path(anchor, copy) for anchor in anchors}
     outside = frozenset(value for path in paths.values() for value in path)
     tried: dict[Value, Site | Reason] = {}
-    missed: dict[Value, NearMiss] = {}
+    missed: list[NearMiss] = []
     for anchor in anchors:
-        if any(_feeds(site.output, anchor) for site in findings.sites):
-            continue  # activated only in that the router weights of a site are
         found = _best(paths[anchor], outside, copy, tried)
         if isinstance(found, Site):
             if all(found is not site for site in findings.sites):
                 findings.sites.append(found)
         else:
-            end = paths[anchor][-1]
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
-            missed.setdefault(end, NearMiss(found, where, anchor))
-    findings.near_misses = list(missed.values())
+            missed.append(NearMiss(found, where, anchor))
+    inner = {value for anchor in anchors for value in _projections_of(anchor)}
+    reported: dict[Value, NearMiss] = {}
+    for miss in missed:
+        projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
+        if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
+            reported.setdefault(paths[miss.anchor][-1], miss)
+    findings.near_misses = list(reported.values())
     return findings
 
 
@@ -139,14 +139,15 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = inherited if outer else _PROJECTED
         elif is_view(value) or value.op in LINEAR or value.op in _PASSED_ON:
             flags[value] = inherited
-        elif (
-            value.op in POINTWISE
-            or value.op in _ACTIVATIONS
-            or torch.Tag.pointwise in getattr(value.op, "tags", ())
-        ):
+        elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
         else:
             flags[value] = 0
+
+
+def _is_pointwise(value: Value) -> bool:
+    known = value.op in POINTWISE or value.op is aten.glu.default
+    return known or is_other_pointwise(value)
 
 
 def _sums_a_product(value: Value) -> bool:
@@ -160,12 +161,31 @@ def _is_outer_product(value: Value) -> bool:
     return contraction is not None and contraction.is_product
 
 
-def _feeds(output: Value, anchor: Value) -> bool:
-    """Whether a contraction reads a site's output, through views and casts only."""
+def _projections_of(anchor: Value) -> set[Value]:
+    """The contractions that an anchor reads through views and pointwise operations."""
+    found: set[Value] = set()
+    seen: set[Value] = set()
+    todo = list(anchor.operands())
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.op in _CONTRACTIONS:
+            found.add(value)
+        elif is_view(value) or _is_pointwise(value):
+            todo += value.operands()
+    return found
+
+
+def _belongs_to(site: Site, anchor: Value) -> bool:
+    """Whether an anchor is inside a site, or is activated only by its router weights."""
+    if anchor in site.replaces:
+        return True
     for operand in anchor.operands():
-        while operand is not output and (is_view(operand) or is_cast(operand)):
+        while operand is not site.output and (is_view(operand) or is_cast(operand)):
             operand = operand.source
-        if operand is output:
+        if operand is site.output:
             return True
     return False
 

@@ -84,6 +84,7 @@ class Site:
     output_node: fx.Node  # holds ``output``; the op takes its place
     output_dims: tuple[tuple[Axis, ...], ...]  # the output's dimensions over the op's axes
     location: Location | None
+    replaces: frozenset[Value]  # what the graph computes and the op would compute itself
 
     @property
     def gated(self) -> bool:
