@@ -85,7 +85,10 @@ def views(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[str, View]:
     size = shape[dim]
     kind = draw(
         st.sampled_from(
-            "permute transpose split merge slice select unbind chunk expand flatten other".split()
+            [
+                *("permute", "transpose", "split", "merge", "flatten", "slice", "select"),
+                *("unbind", "chunk", "expand", "unsqueeze"),
+            ]
         )
     )
     if kind == "permute":

@@ -1,0 +1,200 @@
+"""What hidden units compute: every activation in each of its spellings, and what is none."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler import SiteReport
+from mhf_compiler.compat import counters
+from mhf_compiler.patterns import Kind
+
+Function = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+class Ffn(nn.Module):
+    """``hidden`` of the gate and the up projection of four heads."""
+
+    def __init__(self, hidden: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = hidden
+        shapes = (4, 8, 5), (4, 8, 5), (4, 5, 8)
+        self.gate, self.up, self.down = (nn.Parameter(torch.randn(s) / 4) for s in shapes)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.hidden(q @ self.gate, q @ self.up) @ self.down
+
+
+def explained(hidden: Callable[[Tensor, Tensor], Tensor]) -> SiteReport:
+    """The one site or near-miss; a site also computes what the original does."""
+    model, q = Ffn(hidden), torch.randn(4, 6, 8)
+    options = {"rewrite": "always", "fallback": "eager", "strict": True}
+    report = mhf_compiler.explain(model, options=options)(q)
+    (site,) = report.rewritten + report.declined
+    if site.reason is None:
+        compiled = torch.compile(model, backend="flashmhf", options=options)
+        torch.testing.assert_close(compiled(q), model(q), rtol=1e-4, atol=1e-5)
+    return site
+
+
+def reason(hidden: Callable[[Tensor, Tensor], Tensor]) -> Kind | None:
+    site = explained(hidden)
+    return None if site.reason is None else site.reason.kind
+
+
+def softened(x: Tensor) -> Tensor:
+    """GELU as GPT-2 spelled it, its constant shortened."""
+    return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * torch.pow(x, 3))))
+
+
+SPELLINGS: dict[str, tuple[str, Function]] = {
+    "F.silu": ("silu", F.silu),
+    "x * sigmoid(x)": ("silu", lambda x: x * torch.sigmoid(x)),
+    "sigmoid(x) * x": ("silu", lambda x: x.sigmoid() * x),
+    "x / (1 + exp(-x))": ("silu", lambda x: x / (1 + torch.exp(-x))),
+    "x * (1 + exp(-x))^-1": ("silu", lambda x: x * (1 + torch.exp(-x)).reciprocal()),
+    "x / 2 * (1 + tanh(x / 2))": ("silu", lambda x: x / 2 * (1 + torch.tanh(x / 2))),
+    "silu in place": ("silu", lambda x: F.silu(x, inplace=True)),
+    "F.gelu": ("gelu", F.gelu),
+    "x / 2 * (1 + erf(x / sqrt 2))": (
+        "gelu",
+        lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+    ),
+    "erf with a constant": ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x * 0.70710678))),
+    "F.gelu(approximate)": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+    "gelu of GPT-2": ("gelu_tanh", softened),
+    "gelu with x * x * x": (
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))),
+    ),
+    "gelu factored": (
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
+    ),
+    "F.relu": ("relu", F.relu),
+    "clamp(min=0)": ("relu", lambda x: x.clamp(min=0)),
+    "clamp_min(0)": ("relu", lambda x: x.clamp_min(0)),
+    "relu_": ("relu", lambda x: x.relu_()),
+    "relu ** 2": ("relu2", lambda x: F.relu(x) ** 2),
+    "square of relu": ("relu2", lambda x: F.relu(x).square()),
+    "relu * relu": ("relu2", lambda x: F.relu(x) * F.relu(x)),
+    "sigmoid": ("sigmoid", torch.sigmoid),
+    "1 / (1 + exp(-x))": ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
+    "(1 + tanh(x / 2)) / 2": ("sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2),
+    "tanh": ("tanh", torch.tanh),
+}
+spellings = pytest.mark.parametrize(("name", "act"), SPELLINGS.values(), ids=SPELLINGS)
+
+
+@spellings
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_every_spelling_is_recognised(name: str, act: Function, gated: bool):
+    site = explained((lambda gate, up: act(gate) * up) if gated else (lambda gate, up: act(gate)))
+    assert (site.reason, site.activation, site.gated) == (None, name, gated)
+
+
+PRODUCTS = {
+    "up first": lambda gate, up: up * F.silu(gate),
+    "up scaled": lambda gate, up: F.silu(gate) * (3 * up),
+    "gate scaled": lambda gate, up: F.silu(gate * 0.25) * up,
+    "gate divided": lambda gate, up: F.silu(gate / 3) * up,
+    "gate negated": lambda gate, up: F.silu(-gate) * up,
+    "up negated": lambda gate, up: F.silu(gate) * -up,
+    "all scaled": lambda gate, up: 2 * (F.silu(gate) * up) / 5,
+    "halved twice": lambda gate, up: F.silu(gate) * up * 0.5 * 0.5,
+    "the other one": lambda gate, up: gate * F.silu(up),
+}
+
+
+@pytest.mark.parametrize("hidden", PRODUCTS.values(), ids=PRODUCTS)
+def test_numbers_may_stand_anywhere(hidden: Callable[[Tensor, Tensor], Tensor]):
+    site = explained(hidden)
+    assert (site.reason, site.activation, site.gated) == (None, "silu", True)
+
+
+UNKNOWN: dict[str, Function] = {
+    "sigmoid of another slope": lambda x: x * torch.sigmoid(1.702 * x),
+    "nearly silu": lambda x: x * torch.sigmoid(1.001 * x),
+    "slope in the denominator": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    "gelu with another constant": lambda x: 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.044715 * x**3))),
+    "gelu with another cubic": lambda x: (
+        0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.05 * x**3)))
+    ),
+    "erf of another slope": lambda x: 0.5 * x * (1 + torch.erf(0.7 * x)),
+    "shifted": lambda x: F.silu(x + 1),
+    "shifted afterwards": lambda x: F.silu(x) + 1,
+    "shifted factor": lambda x: (x + 1) * torch.sigmoid(x),
+    "clamped": lambda x: F.silu(x).clamp(max=7),
+    "clamped before": lambda x: F.silu(x.clamp(-7, 7)),
+    "relu6": F.relu6,
+    "relu from one on": lambda x: x.clamp(min=1),
+    "relu cubed": lambda x: F.relu(x) ** 3,
+    "leaky relu": lambda x: F.leaky_relu(x, 0.1),
+    "elu": F.elu,
+    "selu": F.selu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "exp": torch.exp,
+    "sin": torch.sin,
+    "square": torch.square,
+    "abs": torch.abs,
+    "tanh of tanh": lambda x: torch.tanh(torch.tanh(x)),
+    "silu of relu": lambda x: F.silu(F.relu(x)),
+    "silu * tanh": lambda x: F.silu(x) * torch.tanh(x),
+    "silu squared": lambda x: F.silu(x) ** 2,
+    "negative relu": lambda x: x.clamp(max=0),
+    "rounded": torch.round,
+}
+
+
+@pytest.mark.parametrize("act", UNKNOWN.values(), ids=UNKNOWN)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+def test_other_activations_are_not_guessed_at(act: Function, gated: bool):
+    found = reason((lambda gate, up: act(gate) * up) if gated else (lambda gate, up: act(gate)))
+    assert found in (Kind.UNKNOWN_ACTIVATION, Kind.NOT_A_PRODUCT)
+
+
+NO_PRODUCTS = {
+    "both activated": lambda gate, up: F.silu(gate) * F.silu(up),
+    "two sorts": lambda gate, up: F.silu(gate) * torch.tanh(up),
+    "a sum": lambda gate, up: F.silu(gate) + up,
+    "activated afterwards": lambda gate, up: F.silu(gate * up),
+    "a sum inside": lambda gate, up: F.silu(gate + up),
+    "up squared": lambda gate, up: F.silu(gate) * up**2,
+    "up shifted": lambda gate, up: F.silu(gate) * (up + 1),
+    "a residual": lambda gate, up: F.silu(gate) * up + gate,
+    "a quotient": lambda gate, up: F.silu(gate) / up,
+    "a part of gate again": lambda gate, up: F.silu(gate) * (gate + up),
+}
+
+
+@pytest.mark.parametrize("hidden", NO_PRODUCTS.values(), ids=NO_PRODUCTS)
+def test_what_is_no_product_of_an_activation_and_a_projection(
+    hidden: Callable[[Tensor, Tensor], Tensor],
+):
+    assert reason(hidden) in (Kind.NOT_A_PRODUCT, Kind.UNKNOWN_ACTIVATION)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [lambda gate, up: gate * up, lambda gate, up: gate * up * 2, lambda gate, up: gate * gate],
+    ids=["bilinear", "scaled", "squared"],
+)
+def test_bilinear_units_are_never_rewritten(hidden: Callable[[Tensor, Tensor], Tensor]):
+    report = mhf_compiler.explain(Ffn(hidden), options={"rewrite": "always"})(torch.randn(4, 6, 8))
+    assert report.rewritten == []
