@@ -219,7 +219,7 @@ class GateIsUp(PerHead):
         return project(F.silu(hidden) * hidden, self.down)
 
 
-@declined(Kind.NOT_A_PRODUCT, shapes=((B, H * d, L),))
+@declined(Kind.UNKNOWN_OPERATION, shapes=((B, H * d, L),))
 class WideConvolution(nn.Module):
     """The gate projection sees the neighbouring tokens."""
 
@@ -792,3 +792,166 @@ class ReluAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         return F.relu(q @ k.mT / math.sqrt(d)) @ v
+
+
+# More traps.
+
+
+@declined(Kind.GRADIENTS_CUT)
+class QueryViewedWithoutGradients(PerHead):
+    """A view that was made under no_grad passes no gradient on, though its values are the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        with torch.no_grad():
+            still = split_heads(x)
+        return project(F.silu(project(q, self.gate)) * project(still, self.up), self.down)
+
+
+@declined(Kind.GRADIENTS_CUT)
+class WeightViewedWithoutGradients(nn.Module):
+    """One weight is transposed under no_grad and so is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(H, f, d), weight(H, d, f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.gate.mT
+        return swiglu(split_heads(x), gate, self.up, self.down)
+
+
+@declined(Kind.GRADIENTS_CUT)
+class AllViewedWithoutGradients(PerHead):
+    """The query is viewed under no_grad: the weights are trained, what is below is not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            q = split_heads(x)
+        return swiglu(q, self.gate, self.up, self.down)
+
+
+@declined(Kind.GRADIENTS_CUT)
+class DetachedGate(PerHead):
+    """The gate is detached from the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = F.silu(project(q, self.gate)).detach()
+        return project(gate * project(q, self.up), self.down)
+
+
+@declined(Kind.UNPAIRED_BRANCHES, shapes=((B, H * d, L),))
+class HalvesOfGroupedConvolution(nn.Module):
+    """The halves of a grouped projection: gates from the first heads, up from the last ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Conv1d(H * d, 2 * H * f, 1, groups=H)
+        self.down = nn.Conv1d(H * f, H * d, 1, groups=H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=1)
+        return self.down(F.silu(gate) * up)
+
+
+@declined(Kind.UNPAIRED_BRANCHES)
+class HalvesAcrossHeads(nn.Module):
+    """A packed projection is flattened before it is cut in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up, self.down = weight(H, d, 2 * f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = project(split_heads(x), self.gate_up).flatten(2).chunk(2, dim=-1)
+        return project(split_heads(F.silu(gate) * up), self.down)
+
+
+@either(shapes=((B, L, 3 * 4 + d),))
+class HeadsOverlapInLoop(PerHead):
+    """The same, by slices in a loop."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h in range(H):
+            q = x[..., h * 4 : h * 4 + d]
+            heads.append((F.silu(q @ self.gate[h]) * (q @ self.up[h])) @ self.down[h])
+        return torch.cat(heads, -1)
+
+
+@declined(Kind.UNKNOWN_OPERATION)
+class NormOfHidden(PerHead):
+    """A layer norm over the hidden units."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(F.layer_norm(hidden, (f,)), self.down)
+
+
+@declined(Kind.DROPOUT_INSIDE, random=True)
+class DropoutOfHidden(PerHead):
+    """Dropout between the hidden units and the down projection, in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(F.dropout(hidden, 0.5), self.down)
+
+
+@declined(Kind.ROUTER_ON_INPUT)
+class RouterOnInput(SubNetworks):
+    """The router scales what the sub-networks read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        scaled = q.unsqueeze(3) * self.router(q).unsqueeze(-1)
+        gate = torch.einsum("blhed,hedf->blhef", scaled, self.gate)
+        up = torch.einsum("blhed,hedf->blhef", scaled, self.up)
+        return torch.einsum("blhef,hefd->blhd", F.silu(gate) * up, self.down)
+
+
+@either()
+class OutputAddedInPlace(PerHead):
+    """The residual is added to the output in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = swiglu(split_heads(x), self.gate, self.up, self.down).flatten(2)
+        out += x
+        return out
+
+
+@either()
+class ReadThroughTwoViews(PerHead):
+    """The output is read by two views, one of which depends on its strides."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, B * L, d)
+        out = ((F.silu(q @ self.gate) * (q @ self.up)) @ self.down).transpose(0, 1)
+        return out.transpose(0, 1).view(H, -1), out.flatten(1).sum(-1)
+
+
+@declined(Kind.MIXED_PRECISION, precision=torch.bfloat16)
+class MixedPrecision(PerHead):
+    """The gate projection is computed in bfloat16, the rest in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = project(q.bfloat16(), self.gate.bfloat16()).to(x.dtype)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.MIXED_PRECISION, precision=torch.bfloat16)
+class AutocastOfGateOnly(PerHead):
+    """Only the gate projection runs under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            gate = project(q, self.gate)
+        return project(F.silu(gate.to(x.dtype)) * project(q, self.up), self.down)
+
+
+declined(Kind.UNKNOWN_ACTIVATION, label="hardswish", arguments={"act": F.hardswish})(Activation)

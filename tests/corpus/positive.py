@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import einops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -736,3 +737,227 @@ class DropoutInTraining(PerHead):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(Einsum.forward(self, F.dropout(x, 0.5)), 0.5)
+
+
+# More spellings.
+
+
+@mhf(experts=E)
+class RouterAfterDown(SubNetworks):
+    """Every sub-network's output, weighted and summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return (y * self.router(q).unsqueeze(-1)).sum(dim=3).flatten(2)
+
+
+@mhf(experts=E)
+class SumOfList(SubNetworks):
+    """Outputs of sub-networks in a list, added up by ``sum``, which begins with a zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        r = self.router(split_heads(x)).transpose(1, 2)
+        parts = []
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            parts.append(r[..., e, None] * (hidden @ self.down[:, e]))
+        return sum(parts).transpose(1, 2).flatten(2)
+
+
+@mhf(experts=E)
+class ListOfSubNetworks(nn.Module):
+    """Each sub-network is a module with parameters of its own, all heads at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(EinsumLettersAndSpaces() for _ in range(E))
+        self.route = weight(H, E, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = torch.softmax(torch.einsum("blhd,hed->blhe", split_heads(x), self.route), -1)
+        out = 0.0
+        for e, network in enumerate(self.networks):
+            out = out + split_heads(network(x)) * r[..., e : e + 1]
+        return out.flatten(2)
+
+
+@mhf(experts=E)
+class SoftmaxRouter(SubNetworks):
+    """A softmax over sub-networks."""
+
+    def router(self, q: Tensor) -> Tensor:
+        return torch.einsum("blhd,hed->blhe", q, self.route).softmax(-1)
+
+    forward = RouterAfterDown.forward
+
+
+@mhf(experts=E)
+class LogSpaceRouter(SubNetworks):
+    """Sigmoids normalised in log space."""
+
+    def router(self, q: Tensor) -> Tensor:
+        log = F.logsigmoid(torch.einsum("blhd,hed->blhe", q, self.route))
+        return (log - log.logsumexp(-1, keepdim=True)).exp()
+
+    forward = RouterAfterDown.forward
+
+
+@mhf(experts=E)
+class TopTwoRouter(SubNetworks):
+    """The two best sub-networks of each token, scattered into zeros."""
+
+    def router(self, q: Tensor) -> Tensor:
+        best = torch.einsum("blhd,hed->blhe", q, self.route).topk(2, dim=-1)
+        zeros = torch.zeros(*q.shape[:-1], E, dtype=q.dtype)
+        return zeros.scatter(-1, best.indices, best.values.softmax(-1))
+
+    forward = RouterAfterDown.forward
+
+
+@mhf(experts=E)
+class StaticRouter(SubNetworks):
+    """A learned weight for each head's sub-networks, the same for all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = weight(H, E)
+
+    def router(self, q: Tensor) -> Tensor:
+        return self.route.sigmoid()
+
+    forward = RouterAfterDown.forward
+
+
+@mhf(experts=E, has_gate=False)
+class MeanOfSubNetworks(SubNetworks):
+    """A mean is a sum with a scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return y.mean(3).flatten(2)
+
+
+@mhf()
+class MultiplyAndSum(PerHead):
+    """No contraction at all: broadcast, multiply, sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = (q.unsqueeze(-1) * self.gate).sum(-2)
+        up = (q.unsqueeze(-1) * self.up).sum(-2)
+        hidden = F.silu(gate) * up
+        return (hidden.unsqueeze(-1) * self.down).sum(-2).flatten(2)
+
+
+@mhf(activation="sigmoid")
+class Glu(nn.Module):
+    """``F.glu``: the classic gated linear unit, value first, sigmoid of the second half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = weight(H, d, 2 * f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.glu(torch.einsum("blhd,hdf->blhf", split_heads(x), self.both), dim=-1)
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2)
+
+
+@mhf()
+class EinopsLayers(nn.Module):
+    """Rearranged and multiplied by einops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(H, d, f), weight(H, d, f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = einops.rearrange(x, "b l (h d) -> b h l d", h=H)
+        gate = einops.einsum(q, self.gate, "b h l d, h d f -> b h l f")
+        up = einops.einsum(q, self.up, "b h l d, h d f -> b h l f")
+        out = einops.einsum(F.silu(gate) * up, self.down, "b h l f, h f d -> b h l d")
+        return einops.rearrange(out, "b h l d -> b l (h d)")
+
+
+@mhf(experts=E, dtype=torch.bfloat16)
+class Float32Router(SubNetworks):
+    """Everything in bfloat16, only the router and the weighted sum in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r = torch.softmax(torch.einsum("blhd,hed->blhe", q.float(), self.route.float()), -1)
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return (y.float() * r.unsqueeze(-1)).sum(3).to(x.dtype).flatten(2)
+
+
+@mhf(experts=E)
+class ResidualInsideHeads(SubNetworks):
+    """A norm before and a residual after the heads, which are not merged in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = split_heads(x)
+        q = F.rms_norm(heads, (d,))
+        gate = torch.einsum("blhd,hedf->blhef", q, self.gate)
+        up = torch.einsum("blhd,hedf->blhef", q, self.up)
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        return (heads + (y * self.router(q).unsqueeze(-1)).sum(3)).flatten(2)
+
+
+@mhf()
+class ActivatedQuery(PerHead):
+    """The query comes out of an activation itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(H * d, H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Einsum.forward(self, F.silu(self.before(x)))
+
+
+@mhf()
+class NormInHeadLoop(nn.Module):
+    """A loop over heads that normalises each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(ListOfHeads.Head(bias=True) for _ in range(H))
+        self.norms = nn.ModuleList(nn.RMSNorm(d) for _ in range(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        triples = zip(self.heads, self.norms, x.chunk(H, -1), strict=True)
+        return torch.cat([head(norm(q)) for head, norm, q in triples], dim=-1)
+
+
+@mhf()
+class ConstantsWritten(PerHead):
+    """Somewhere else in the graph a constant is written in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 0] = 0.0
+        return Einsum.forward(self, x)
+
+
+@mhf()
+class ResidualInPlace(PerHead):
+    """The residual is added to the output in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = Einsum.forward(self, x)
+        out += x
+        return out
+
+
+mhf("per head", precision=torch.bfloat16, arguments={"inner": ListOfHeads})(Autocast)
+
+
+mhf("autocast", count=2, arguments={"autocast": True}, precision=torch.bfloat16)(OneFfnInTwoLayers)
