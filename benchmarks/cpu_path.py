@@ -12,6 +12,7 @@ plain spelling has no figures, and the script ends with status 1.
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from networks import (
+    DTYPES,
+    SHAPE_NAMES,
+    batched,
+    loop,
+    make_inputs,
+    parse_shape,
+    relative_error,
+)
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,36 +39,6 @@ Network = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 Step = Callable[[], list[Tensor]]
 
 SIZES = ["8,256,4,32,4,64", "8,256,4,64,4,128", "8,256,8,32,8,85"]
-SIZE_NAMES = "B,L,H,d,E,f"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def loop(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """One einsum per sub-network and projection, summed as it goes."""
-    out = torch.zeros_like(q)
-    for e in range(k.shape[1]):
-        gate = torch.einsum("blhd,hfd->blhf", q, k[:, e])
-        up = torch.einsum("blhd,hfd->blhf", q, u[:, e])
-        down = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, v[:, e])
-        out = out + r[..., e].unsqueeze(-1) * down
-    return out
-
-
-def batched(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
-    """All sub-networks in one einsum per projection."""
-    gate = torch.einsum("blhd,hefd->blhef", q, k)
-    up = torch.einsum("blhd,hefd->blhef", q, u)
-    hidden = F.silu(gate) * up * r.unsqueeze(-1)
-    return torch.einsum("blhef,hefd->blhd", hidden, v)
-
-
-def make_inputs(size: list[int], dtype: torch.dtype) -> list[Tensor]:
-    b, l, h, d, e, f = size  # noqa: E741
-    q = torch.randn(b, l, h, d)
-    k, u = (torch.randn(h, e, f, d) / d**0.5 for _ in range(2))
-    v = torch.randn(h, e, f, d) / f**0.5
-    r = torch.softmax(torch.randn(b, l, h, e), dim=-1)
-    return [x.to(dtype) for x in (q, k, u, v, r)]
 
 
 def make_step(network: Network, inputs: list[Tensor], training: bool) -> Step:
@@ -82,7 +61,7 @@ def make_step(network: Network, inputs: list[Tensor], training: bool) -> Step:
 
 
 def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
-    return [float((x.double() - y).norm() / y.norm()) for x, y in zip(found, exact, strict=True)]
+    return [relative_error(x, y) for x, y in zip(found, exact, strict=True)]
 
 
 def peak_mebibytes(step: Step) -> float:
@@ -120,7 +99,7 @@ def interleaved_medians(steps: dict[str, Step], repeats: int, warmups: int) -> d
 def compare(size: list[int], dtype: torch.dtype, repeats: int, warmups: int) -> bool:
     """Print one table; false when a contender's numbers are wrong."""
     torch.manual_seed(0)
-    inputs = make_inputs(size, dtype)
+    inputs = make_inputs(size, dtype, "cpu")
     right = True
     for training in (False, True):
         torch._dynamo.reset()
@@ -144,7 +123,9 @@ def compare(size: list[int], dtype: torch.dtype, repeats: int, warmups: int) -> 
                 wrong[name] = ratio
         peaks = {name: peak_mebibytes(step) for name, step in steps.items()}
         times = interleaved_medians(steps, repeats, warmups)
-        sizes = " ".join(f"{name} {n}" for name, n in zip(SIZE_NAMES.split(","), size, strict=True))
+        sizes = " ".join(
+            f"{name} {n}" for name, n in zip(SHAPE_NAMES.split(","), size, strict=True)
+        )
         phase = "forward and backward" if training else "forward"
         print(f"\n{sizes}, {str(dtype).removeprefix('torch.')}, {phase}")
         print(f"  {'':20}{'ms':>9}{'of op':>8}{'peak MiB':>10}{'of op':>8}")
@@ -160,28 +141,22 @@ def compare(size: list[int], dtype: torch.dtype, repeats: int, warmups: int) -> 
     return right
 
 
-def parse_size(text: str) -> list[int]:
-    size = [int(part) for part in text.split(",")]
-    if len(size) != 6 or min(size) < 1:
-        raise argparse.ArgumentTypeError(f"want six positive numbers {SIZE_NAMES}, got {text!r}")
-    return size
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=parse_size, action="append", metavar=SIZE_NAMES)
+    parser.add_argument("--size", type=parse_shape, action="append", metavar=SHAPE_NAMES)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler reports every start and stop
     torch.set_num_threads(options.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     right = [
         compare(size, DTYPES[options.dtype], options.repeats, options.warmups)
-        for size in options.size or map(parse_size, SIZES)
+        for size in options.size or map(parse_shape, SIZES)
     ]
     return 0 if all(right) else 1
 
