@@ -1,0 +1,373 @@
+"""The canonical copy: pure values, equal ones merged, and which node saw which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from mhf_compiler.compat import FakeTensorMode, tracing_shape_env
+from mhf_compiler.patterns.canonical import (
+    COPY,
+    INPUT,
+    OPAQUE,
+    SCATTER,
+    CanonicalCopy,
+    UntraceableGraph,
+    Value,
+    trace,
+)
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+class Copied:
+    """The canonical copy of a function; nodes by name."""
+
+    def __init__(self, function: Callable[..., Any], *examples: Tensor) -> None:
+        self.gm = fx.symbolic_trace(function)
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        mode = FakeTensorMode()
+        for node, example in zip(placeholders, examples, strict=True):
+            node.meta["val"] = mode.from_tensor(example)
+        self.copy: CanonicalCopy = trace(self.gm)
+        self.nodes = {node.name: node for node in self.gm.graph.nodes}
+
+    @property
+    def results(self) -> list[Value]:
+        """What the function returns."""
+        return list(self.copy.reads[self.gm.graph.output_node()].values())
+
+    @property
+    def result(self) -> Value:
+        (value,) = self.results
+        return value
+
+    def operations(self) -> list[Any]:
+        return [value.op for value in self.copy.values if value.op != INPUT]
+
+
+def x() -> Tensor:
+    return torch.randn(4, 6)
+
+
+# Decomposition and merging.
+
+
+def test_composite_operations_arrive_decomposed():
+    copied = Copied(lambda a, b: torch.einsum("ij,jk->ik", a, b), torch.randn(3, 4), x())
+    assert aten.bmm.default in copied.operations()
+    assert not any("einsum" in str(op) for op in copied.operations())
+
+
+def test_vmap_arrives_batched():
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return torch.vmap(torch.mm)(a, b)
+
+    graphs: list[fx.GraphModule] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(function, backend=collect)(torch.randn(3, 4, 5), torch.randn(3, 5, 6))
+    operations = [value.op for value in trace(graphs[0]).values]
+    assert aten.bmm.default in operations
+    assert aten.mm.default not in operations
+
+
+EQUAL = {
+    "the same call": lambda a: (a.sin(), a.sin()),
+    "operators and methods": lambda a: (a + a, torch.add(a, a)),
+    "chains": lambda a: (a.view(24).cos(), a.view(24).cos()),
+    "inputs of an operator": lambda a: (a.t() @ a, a.t() @ a),
+}
+UNEQUAL = {
+    "other numbers": lambda a: (a * 2, a * 3),
+    "int and float": lambda a: (a * 2, a * 2.0),
+    "random numbers": lambda a: (torch.rand_like(a), torch.rand_like(a)),
+    "other halves": lambda a: (a.chunk(2)[0], a.chunk(2)[1]),
+    "other dtypes": lambda a: (a.to(torch.float64), a.to(torch.float16)),
+}
+
+
+@pytest.mark.parametrize("function", EQUAL.values(), ids=EQUAL)
+def test_equal_computations_are_one_value(function: Callable[[Tensor], Any]):
+    copied = Copied(function, x())
+    left, right = (copied.copy.value_of[node] for node in copied.gm.graph.output_node().args[0])
+    assert left is right
+
+
+@pytest.mark.parametrize("function", UNEQUAL.values(), ids=UNEQUAL)
+def test_others_are_not(function: Callable[[Tensor], Any]):
+    copied = Copied(function, x())
+    left, right = (copied.copy.value_of[node] for node in copied.gm.graph.output_node().args[0])
+    assert left is not right
+
+
+def test_values_know_who_reads_them():
+    copied = Copied(lambda a: (a.sin().cos(), a.sin().exp()), x())
+    sine = copied.copy.value_of[copied.nodes["sin"]]
+    assert [reader.op for reader in sine.readers] == [aten.cos.default, aten.exp.default]
+    assert [reader.source for reader in sine.readers] == [sine, sine]
+
+
+def test_values_know_where_they_come_from():
+    copied = Copied(lambda a: a.sin().cos(), x())
+    assert copied.result.origin is copied.nodes["cos"]
+    assert copied.copy.made_by(copied.result) is copied.nodes["cos"]
+    steps = [value.step for value in copied.copy.values]
+    assert steps == sorted(steps)
+
+
+def test_values_know_whether_gradients_were_recorded():
+    with torch.enable_grad():
+        graph = fx.Graph()
+        a = graph.placeholder("a")
+        a.meta["val"] = FakeTensorMode().from_tensor(x())
+        graph.call_function(torch._C._set_grad_enabled, (False,))
+        without = graph.call_function(torch.sin, (a,))
+        graph.call_function(torch._C._set_grad_enabled, (True,))
+        again = graph.call_function(torch.sin, (a,))
+        graph.output((without, again))
+        copy = trace(fx.GraphModule({}, graph))
+        assert torch.is_grad_enabled()
+    assert copy.value_of[without] is not copy.value_of[again]
+    assert not copy.value_of[without].requires_grad_mode
+    assert copy.value_of[again].requires_grad_mode
+
+
+# Mutation.
+
+
+def test_an_update_in_place_is_a_new_value():
+    copied = Copied(lambda a: a.sin().add_(1), x())
+    assert copied.result.op is aten.add.Tensor
+    assert copied.result.source.op is aten.sin.default
+
+
+def test_what_was_read_before_an_update_stays_the_old_value():
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        b = a.sin()
+        before = b.cos()
+        b.mul_(2)
+        return before, b.exp()
+
+    before, after = Copied(function, x()).results
+    assert before.source.op is aten.sin.default
+    assert after.source.op is aten.mul.Tensor
+
+
+def test_a_view_sees_what_is_written_to_its_base():
+    def function(a: Tensor) -> Tensor:
+        b = a.sin()
+        view = b.t()
+        b.add_(1)
+        return view.cos()
+
+    seen = Copied(function, x()).result.source
+    assert seen.op is aten.t.default
+    assert seen.source.op is aten.add.Tensor
+
+
+def test_a_base_sees_what_is_written_through_a_view():
+    def function(a: Tensor) -> Tensor:
+        b = a.sin()
+        b[1].mul_(2)
+        return b.cos()
+
+    scatter = Copied(function, x()).result.source
+    assert scatter.op == SCATTER
+    old, part = scatter.args
+    assert (old.op, part.op) == (aten.sin.default, aten.mul.Tensor)
+    assert [step.op for step in scatter.chain] == [aten.select.int]
+    assert scatter.shape == (4, 6)
+
+
+def test_two_views_of_one_base():
+    def function(a: Tensor) -> Tensor:
+        b = a.sin()
+        left, right = b.view(24), b.t()
+        left.zero_()
+        return right.cos()
+
+    seen = Copied(function, x()).result.source
+    assert seen.op is aten.t.default
+    assert seen.source.op == SCATTER
+
+
+def test_a_copy_is_cast_and_broadcast():
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        buffer = a.new_empty(4, 6, dtype=torch.float64)
+        buffer.copy_(b)
+        return buffer
+
+    value = Copied(function, x(), torch.randn(6)).result
+    assert value.op == COPY
+    assert (value.shape, value.dtype) == ((4, 6), torch.float64)
+    assert (value.source.op, value.source.shape) == (INPUT, (6,))
+
+
+def test_an_operation_that_writes_what_is_not_known_gives_an_opaque_value():
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        out = a.sin()
+        torch.add(a, b, out=out)
+        return out
+
+    assert Copied(function, x(), x()).result.op == OPAQUE
+
+
+# Provenance.
+
+
+def overwritten(a: Tensor) -> Tensor:
+    before = a.sin()
+    view = before.t()
+    first = before.cos()
+    before.add_(1)
+    return first + before + view.t()
+
+
+def test_reads_say_what_each_node_saw_when_it_ran():
+    copied = Copied(overwritten, x())
+    sin, cos, add = (copied.nodes[name] for name in ("sin", "cos", "add"))
+    assert copied.copy.reads[cos][sin].op is aten.sin.default
+    assert copied.copy.reads[add][sin].op is aten.add.Tensor
+
+
+def test_changed_reads_are_those_after_a_write():
+    copied = Copied(overwritten, x())
+    changed = {reader.name for reader, _ in copied.copy.changed_reads()}
+    assert "cos" not in changed
+    assert "t_1" in changed
+
+
+def test_a_node_holds_a_value_until_its_memory_is_written():
+    copied = Copied(overwritten, x())
+    copy, nodes = copied.copy, copied.nodes
+    value = copy.value_of[nodes["sin"]]
+    assert copy.holder_at(value, copy.positions[nodes["cos"]]) is nodes["sin"]
+    assert copy.holder_at(value, copy.positions[nodes["add_"]]) is None
+    assert copy.is_overwritten(value)
+    updated = copy.value_of[nodes["add_"]]
+    assert copy.made_by(updated) is nodes["add_"]
+    assert copy.holder_at(updated, copy.positions[nodes["add_"]]) is not None
+
+
+def test_a_value_is_held_from_its_node_on():
+    copied = Copied(lambda a: a.sin().cos(), x())
+    copy = copied.copy
+    assert copy.holder_at(copied.result, copy.positions[copied.nodes["sin"]]) is None
+    assert copy.holder_at(copied.result, copy.positions[copied.nodes["cos"]]) is copied.nodes["cos"]
+
+
+def test_what_is_returned_or_left_in_an_input_escapes():
+    def function(a: Tensor) -> Tensor:
+        a.mul_(2)
+        dead = a.exp()
+        dead.add_(1)
+        return a.sin()
+
+    copied = Copied(function, x())
+    escaping = {value.op for value in copied.copy.escaping}
+    assert escaping == {aten.mul.Tensor, aten.sin.default}
+    exponential = copied.copy.value_of[copied.nodes["exp"]]
+    assert not copied.copy.is_live(exponential)
+    assert copied.copy.is_live(copied.result)
+
+
+def test_pure_nodes_do_nothing_but_compute():
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        buffer = a.new_zeros(4, 6)
+        buffer.add_(a)
+        return buffer.sin(), torch.rand_like(a)
+
+    copied = Copied(function, x())
+    pure = {node.name for node in copied.copy.pure}
+    assert "sin" in pure
+    assert not {"add_", "rand_like"} & pure
+    assert list(copied.copy.written) == [copied.nodes["add_"]]
+
+
+# What is not looked into.
+
+
+def dynamo_graph(function: Callable[..., Any], *inputs: Tensor, **how: Any) -> Any:
+    """The copy of a Dynamo graph, made inside of the compilation."""
+    found: list[Any] = []
+
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+        env = tracing_shape_env()
+        before = [] if env is None else list(env.guards)
+        found.append((gm, trace(gm, env)))
+        assert env is None or list(env.guards) == before
+        return gm.forward
+
+    torch.compile(function, backend=collect, fullgraph=True, **how)(*inputs)
+    return found[0]
+
+
+def test_higher_order_operations_are_opaque():
+    def function(a: Tensor) -> Tensor:
+        return checkpoint(torch.sin, a.exp(), use_reentrant=False).cos()
+
+    _, copy = dynamo_graph(function, x().requires_grad_())
+    operations = [value.op for value in copy.values]
+    assert aten.sin.default not in operations
+    cosine = next(value for value in copy.values if value.op is aten.cos.default)
+    assert cosine.source.op == OPAQUE
+    exponential = next(value for value in copy.values if value.op is aten.exp.default)
+    assert exponential in copy.escaping
+
+
+def test_tensor_subclasses_are_refused():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    gm = fx.symbolic_trace(lambda a: a.sin())
+    (node,) = gm.graph.find_nodes(op="placeholder")
+    node.meta["val"] = TwoTensor(x(), x())
+    with pytest.raises(UntraceableGraph, match="tensor subclass"):
+        trace(gm)
+
+
+def test_a_graph_that_does_not_run_is_refused():
+    with pytest.raises(UntraceableGraph, match="does not run on fake tensors"):
+        Copied(lambda a: a @ a, x())
+
+
+def test_the_graph_is_not_changed():
+    gm = fx.symbolic_trace(overwritten)
+    (node,) = gm.graph.find_nodes(op="placeholder")
+    node.meta["val"] = FakeTensorMode().from_tensor(x())
+    before = gm.code, [dict(node.meta) for node in gm.graph.nodes]
+    trace(gm)
+    assert (gm.code, [dict(node.meta) for node in gm.graph.nodes]) == before
+
+
+# Dynamic shapes.
+
+
+def test_symbolic_sizes_are_expressions_and_no_guard_is_added():
+    """Even of operations that would specialise on a size."""
+
+    def function(a: Tensor) -> Tensor:
+        return a.view(a.shape[0], 2, 3).transpose(0, 1).reshape(2, -1)
+
+    _, copy = dynamo_graph(function, torch.randn(5, 6), dynamic=True)
+    shapes = [value.shape for value in copy.values]
+    (rows, _) = shapes[0]
+    assert isinstance(rows, sympy.Symbol)
+    assert (rows, 2, 3) in shapes
+    assert (2, 3 * rows) in shapes
