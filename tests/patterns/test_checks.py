@@ -1,0 +1,191 @@
+"""Each check says no once, to a small change of one model that passes them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler import Report
+from mhf_compiler.patterns import Kind
+
+B, L, H, d, f = 2, 6, 4, 8, 5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def project(q: Tensor, w: Tensor) -> Tensor:
+    """Each head by its own matrix."""
+    return torch.einsum("blhi,hio->blho", q, w)
+
+
+class Ffn(nn.Module):
+    """A SwiGLU for each head; ``compute`` says what becomes of its parts."""
+
+    def __init__(self, compute: Callable[[Ffn, Tensor], Any], **sizes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        heads, out = sizes.get("heads", H), sizes.get("out", d)
+        self.compute = compute
+        shapes = (heads, d, f), (heads, d, f), (heads, f, out)
+        self.gate, self.up, self.down = (nn.Parameter(torch.randn(s) / 4) for s in shapes)
+
+    def hidden(self, q: Tensor, other: Tensor | None = None) -> Tensor:
+        return F.silu(project(q, self.gate)) * project(q if other is None else other, self.up)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+def explain(compute: Callable[[Ffn, Tensor], Any], **sizes: int) -> Report:
+    """The report, after the compiled model has been compared with the original."""
+    x = torch.randn(B, L, sizes.get("heads", H), d)
+    model = Ffn(compute, **sizes)
+    options = {"rewrite": "always", "fallback": "eager", "strict": True}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    return mhf_compiler.explain(model, options=options)(x)
+
+
+def test_the_model_itself_passes():
+    report = explain(lambda m, q: project(m.hidden(q), m.down))
+    assert len(report.rewritten) == 1
+    assert report.declined == []
+
+
+def half_without_gradients(m: Ffn, q: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = F.silu(project(q, m.gate))
+    return project(gate * project(q, m.up), m.down)
+
+
+def up_in_another_precision(m: Ffn, q: Tensor) -> Tensor:
+    up = project(q.double(), m.up.double()).float()
+    return project(F.silu(project(q, m.gate)) * up, m.down)
+
+
+def hidden_units_returned(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = m.hidden(q)
+    return project(hidden, m.down), hidden
+
+
+def hidden_units_summed(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = m.hidden(q)
+    return project(hidden, m.down), hidden.square().mean()
+
+
+def query_overwritten(m: Ffn, q: Tensor) -> Tensor:
+    q = q * 1
+    hidden = m.hidden(q.detach())
+    with torch.no_grad():
+        q.zero_()
+    return project(hidden, m.down)
+
+
+def up_of_other_heads(m: Ffn, q: Tensor) -> Tensor:
+    up = project(q, m.up).roll(1, 2)
+    return project(F.silu(project(q, m.gate)) * up, m.down)
+
+
+def dropped_out(m: Ffn, q: Tensor) -> Tensor:
+    return project(F.dropout(m.hidden(q), 0.0001), m.down)
+
+
+def autocast_at_the_end(m: Ffn, q: Tensor) -> Tensor:
+    out = project(m.hidden(q), m.down)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return out * 2
+
+
+def weights_made_of_tokens(m: Ffn, q: Tensor) -> Tensor:
+    fast = m.down + q.mean((0, 1, 2))
+    return project(m.hidden(q), fast)
+
+
+DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] = {
+    "one_query": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(m.hidden(q, q.cos()), m.down),
+        {},
+    ),
+    "one_query, shifted by a head": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(m.hidden(q, q.roll(1, 2)), m.down),
+        {},
+    ),
+    "check_weights": (Kind.TOKEN_DEPENDENT_WEIGHTS, weights_made_of_tokens, {}),
+    "check_router": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(m.hidden(q) * m.gate[:, 0], m.down),
+        {},
+    ),
+    "check_biases": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        lambda m, q: project(F.silu(project(q, m.gate) + q[..., :f]) * project(q, m.up), m.down),
+        {},
+    ),
+    "check_widths": (
+        Kind.UNEQUAL_WIDTHS,
+        lambda m, q: project(m.hidden(q), m.down),
+        {"out": 2 * d},
+    ),
+    "check_multi_head": (
+        Kind.PLAIN_FFN,
+        lambda m, q: project(m.hidden(q), m.down),
+        {"heads": 1},
+    ),
+    "check_dtypes": (Kind.MIXED_PRECISION, up_in_another_precision, {}),
+    "check_gradients": (Kind.GRADIENTS_CUT, half_without_gradients, {}),
+    "check_no_escape": (Kind.ESCAPING_INTERMEDIATE, hidden_units_returned, {}),
+    "check_no_escape, read elsewhere": (Kind.ESCAPING_INTERMEDIATE, hidden_units_summed, {}),
+    "check_memory": (Kind.MUTATION, query_overwritten, {}),
+    "the grammar: dropout": (Kind.DROPOUT_INSIDE, dropped_out, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "compute", "sizes"), DECLINED.values(), ids=DECLINED)
+def test_each_check_says_no(
+    kind: Kind, compute: Callable[[Ffn, Tensor], Any], sizes: dict[str, int]
+):
+    if kind is Kind.DROPOUT_INSIDE:
+        report = mhf_compiler.explain(Ffn(compute), options={"rewrite": "always"})(
+            torch.randn(B, L, H, d)
+        )
+    else:
+        report = explain(compute, **sizes)
+    assert report.rewritten == []
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert miss.reason.kind is kind
+    assert miss.location is not None
+    assert miss.location.file == __file__
+
+
+ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
+    "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
+    "the output read twice": lambda m, q: (lambda y: (y, y.sin()))(project(m.hidden(q), m.down)),
+    "the query read elsewhere": lambda m, q: project(m.hidden(q), m.down) + q,
+    "the weights read elsewhere": lambda m, q: (project(m.hidden(q), m.down), m.gate.sum()),
+    "a router for each head": lambda m, q: project(m.hidden(q), m.down) * q[..., :1].sigmoid(),
+    "biases of heads and units": lambda m, q: project(
+        F.silu(project(q, m.gate) + m.up[:, 0]) * project(q, m.up), m.down
+    ),
+    "autocast begins afterwards": autocast_at_the_end,
+}
+
+
+@pytest.mark.parametrize("compute", ALLOWED.values(), ids=ALLOWED)
+def test_what_the_checks_let_through(compute: Callable[[Ffn, Tensor], Any]):
+    report = explain(compute)
+    assert len(report.rewritten) == 1
+    assert report.declined == []
