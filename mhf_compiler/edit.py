@@ -366,13 +366,14 @@ def _remove_dead(
     graph: fx.Graph, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy, sites: Sequence[Site]
 ) -> None:
     """Remove what computed the sites: nodes without readers, and writes that nobody sees."""
-    needed = copy.needed_without({site.output: list(_read_by(site)) for site in sites})
+    replaced = {site.output: list(_read_by(site)) for site in sites}
+    needed = copy.needed_without(replaced)
     for old in reversed(copy.positions):
         node = nodes[old]
         if node.users or node.op in ("output", "placeholder"):
             continue
         writes = copy.written.get(old)
-        unseen = writes is not None and not any(value in needed for value in writes)
+        unseen = writes is not None and not any(v in needed and v not in replaced for v in writes)
         if old in copy.pure or unseen:
             graph.erase_node(node)
 

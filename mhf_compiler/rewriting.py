@@ -9,16 +9,19 @@ treated in the same way.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from .compat import counters, no_fake_mode, tracing_shape_env
 from .edit import EditError, rewrite
-from .options import Options
+from .options import Options, inductor_config
 from .patterns import Findings, Kind, Location, Reason, Site, find_sites
 from .report import GraphReport, near_miss_report, site_report
+
+if TYPE_CHECKING:
+    from .lowering.workload import Workload
 
 
 class MhfCompilerWarning(UserWarning):
@@ -89,7 +92,7 @@ def _objection(site: Site, options: Options) -> Reason | None:
     from .lowering.cost import estimate
     from .lowering.workload import trial_run, unsupported
 
-    workload = workload_of(site)
+    workload = workload_of(site, options)
     message = unsupported(workload)
     if message is not None:
         return Reason(Kind.UNSUPPORTED_PROBLEM, message, site.output_node)
@@ -112,7 +115,7 @@ def _objection(site: Site, options: Options) -> Reason | None:
     return None
 
 
-def workload_of(site: Site) -> Any:
+def workload_of(site: Site, options: Options) -> Workload:
     """The sizes of a site, for the lowering room, which knows no graphs."""
     from .lowering.workload import Workload
 
@@ -140,6 +143,7 @@ def workload_of(site: Site) -> Any:
         stacked_weights=sum(
             view.value.op == "stack" for view in (site.gate, site.up, site.down) if view
         ),
+        captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
 
 

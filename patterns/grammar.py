@@ -59,18 +59,21 @@ class Reading:
     crossed: frozenset[Value]  # the views on the way to what it would read
 
 
-def read_output(root: Value, outside: AbstractSet[Value]) -> Reading:
+def read_output(
+    root: Value, outside: AbstractSet[Value], outputs: AbstractSet[Value] = frozenset()
+) -> Reading:
     """Read ``root`` as the output of an MH-FFN.
 
     Args:
         root: the candidate.
         outside: the values between down projections and candidates; all others are leaves.
+        outputs: the outputs of sites found before, which are leaves even where they are views.
 
     Raises:
         Declined: the root cannot be read so.
     """
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    reader = _Reader(outside)
+    reader = _Reader(outside, outputs)
     term = reader.output(root, index)
     return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
@@ -107,11 +110,12 @@ class _Reader:
     """One reading. ``computed`` collects the values that the op would compute itself."""
 
     outside: AbstractSet[Value]
+    outputs: AbstractSet[Value]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
 
     def leaf(self, value: Value, index: Index) -> Operand:
-        return Operand(*behind_views(value, index, self.crossed))
+        return Operand(*behind_views(value, index, self.crossed, self.outputs))
 
     def output(self, value: Value, index: Index) -> Term:
         if value not in self.outside:
@@ -301,7 +305,7 @@ class _Reader:
         return _summed(_scaled(term, contraction.scale), contraction.summed)
 
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
-        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed))
+        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.outputs)
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
@@ -337,6 +341,7 @@ class _Hidden:
 
     axes: frozenset[Axis]  # of the hidden units; what lacks one of them is a leaf
     summed: frozenset[Axis]
+    outputs: AbstractSet[Value]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     projections: list[Contraction] = field(default_factory=list)
@@ -409,6 +414,9 @@ class _Hidden:
         self.leaves.append(Operand(value, index))
         return sympy.Symbol(f"l{len(self.leaves) - 1}")
 
+    def operand(self, read: Operand) -> Operand:
+        return Operand(*behind_views(read.value, read.index, self.crossed, self.outputs))
+
     def leaf(self, symbol: sympy.Symbol) -> Operand:
         return self.leaves[int(symbol.name[1:])]
 
@@ -418,8 +426,8 @@ class _Hidden:
         hidden = _leaves_of(self.summed)
         query, weight = (left, right) if _axes(right.index) & hidden else (right, left)
         return Projection(
-            query=Operand(*behind_views(query.value, query.index, self.crossed)),
-            weight=Operand(*behind_views(weight.value, weight.index, self.crossed)),
+            query=self.operand(query),
+            weight=self.operand(weight),
             contracted=contraction.summed,
             scale=line.scale,
             bias=None if line.bias is None else self.leaf(line.bias),

@@ -25,7 +25,6 @@ from .checks import build_site
 from .contractions import as_contraction
 from .grammar import (
     DROPOUT,
-    is_cast,
     is_other_pointwise,
     is_outside_operation,
     read_output,
@@ -96,7 +95,8 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     tried: dict[Value, Site | Reason] = {}
     missed: list[NearMiss] = []
     for anchor in anchors:
-        found = _best(paths[anchor], outside, copy, tried)
+        outputs = frozenset(site.output for site in findings.sites)
+        found = _best(paths[anchor], outside, copy, tried, outputs)
         if isinstance(found, Site):
             if all(found is not site for site in findings.sites):
                 findings.sites.append(found)
@@ -163,31 +163,25 @@ def _is_outer_product(value: Value) -> bool:
 
 def _projections_of(anchor: Value) -> set[Value]:
     """The contractions that an anchor reads through views and pointwise operations."""
-    found: set[Value] = set()
+    return {value for value in _read_pointwise(anchor) if value.op in _CONTRACTIONS}
+
+
+def _belongs_to(site: Site, anchor: Value) -> bool:
+    """Whether an anchor is inside a site, or what is activated in it is a site's output."""
+    return anchor in site.replaces or site.output in _read_pointwise(anchor)
+
+
+def _read_pointwise(anchor: Value) -> set[Value]:
+    """What an anchor reads through views and pointwise operations, all of it on the way."""
     seen: set[Value] = set()
     todo = list(anchor.operands())
     while todo:
         value = todo.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.op in _CONTRACTIONS:
-            found.add(value)
-        elif is_view(value) or _is_pointwise(value):
-            todo += value.operands()
-    return found
-
-
-def _belongs_to(site: Site, anchor: Value) -> bool:
-    """Whether an anchor is inside a site, or is activated only by its router weights."""
-    if anchor in site.replaces:
-        return True
-    for operand in anchor.operands():
-        while operand is not site.output and (is_view(operand) or is_cast(operand)):
-            operand = operand.source
-        if operand is site.output:
-            return True
-    return False
+        if value not in seen:
+            seen.add(value)
+            if is_view(value) or _is_pointwise(value):
+                todo += value.operands()
+    return seen
 
 
 def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
@@ -206,12 +200,13 @@ def _best(
     outside: frozenset[Value],
     copy: CanonicalCopy,
     tried: dict[Value, Site | Reason],
+    outputs: frozenset[Value],
 ) -> Site | Reason:
     """The site of the highest candidate that passes, or the most telling reason why none does."""
     reasons: list[Reason] = []
     for root in reversed(path):
         if root not in tried:
-            tried[root] = _try(root, outside, copy)
+            tried[root] = _try(root, outside, copy, outputs)
         result = tried[root]
         if isinstance(result, Site):
             return result
@@ -219,11 +214,13 @@ def _best(
     return max(reversed(reasons), key=_tells)
 
 
-def _try(root: Value, outside: frozenset[Value], copy: CanonicalCopy) -> Site | Reason:
+def _try(
+    root: Value, outside: frozenset[Value], copy: CanonicalCopy, outputs: frozenset[Value]
+) -> Site | Reason:
     if copy.made_by(root) is None:
         return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
     try:
-        return build_site(read_output(root, outside), root, copy)
+        return build_site(read_output(root, outside, outputs), root, copy)
     except Declined as declined:
         return declined.reason
 

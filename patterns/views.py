@@ -8,6 +8,7 @@ then the view itself is where the walk ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TypeAlias
 
 import torch
@@ -31,13 +32,16 @@ def is_view(value: Value) -> bool:
 
 
 def behind_views(
-    value: Value, index: Index, crossed: set[Value] | None = None
+    value: Value,
+    index: Index,
+    crossed: set[Value] | None = None,
+    stops: AbstractSet[Value] = frozenset(),
 ) -> tuple[Value, Index]:
     """All the steps: the tensor that holds the data, and the index into it.
 
-    The views on the way are added to ``crossed``.
+    The views on the way are added to ``crossed``. The walk goes no further than ``stops``.
     """
-    while (step := through_view(value, index)) is not None:
+    while value not in stops and (step := through_view(value, index)) is not None:
         if crossed is not None:
             crossed.add(value)
         value, index = step

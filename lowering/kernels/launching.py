@@ -44,8 +44,10 @@ class Problem(NamedTuple):
             "U_SCALE": self.u_scale,
             "OUT_SCALE": self.out_scale,
             "APPROXIMATE": allows_approximation(self.q.dtype),
-            "PRECISION": dot_precision(self.q.dtype),
-            "COMPENSATED": self.q.dtype == torch.float32 and dot_precision(self.q.dtype) == "ieee",
+            # Not TF32, even where PyTorch allows it: products of tiles cut their operands where the
+            # library rounds them, and err four times as much.
+            "PRECISION": "ieee",
+            "COMPENSATED": self.q.dtype == torch.float32,
             "BM": tile.tokens,
             "BF": tile.hidden,
             "BD": padded_width(width),
@@ -64,13 +66,6 @@ def capability(device: torch.device) -> tuple[int, int]:
 def allows_approximation(dtype: torch.dtype) -> bool:
     """Whether the kernels may use `tanh.approx`: 16-bit data, on NVIDIA hardware."""
     return dtype.itemsize == 2 and torch.version.hip is None and not triton.knobs.runtime.interpret
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """How the kernels multiply: float32 follows PyTorch's own switch, 16-bit types do not care."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
 
 
 def launch(

@@ -3,7 +3,7 @@
 A sum over thousands of tiles in one accumulator loses digits one addition at a time. Sixteen-bit
 inputs never notice: their own rounding is larger. Float32 inputs do, and a library product, which
 adds in blocks, would be several times more exact. So float32 sums carry what each addition lost
-(Kahan). Inputs that are cut to TF32 do without.
+(Kahan).
 """
 
 import triton
