@@ -17,6 +17,7 @@ endif
 
 # More options for pytest or the demo: make test PYTEST_ARGS="-k router", make demo DEMO_ARGS=...
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -47,7 +48,7 @@ test: lint pytest  ## lint, types and every test that needs no GPU
 
 .PHONY: pytest
 pytest: $(READY)  ## the tests alone
-	$(PYTHON) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none

@@ -410,3 +410,50 @@ def test_all_readers_read_the_op():
     graph = edit(TwoReaders())
     assert {"sin", "cos"} <= set(names(graph))
     assert names(graph).count("multi_head_ffn.default") == 1
+
+
+class Chained(nn.Module):
+    """The second network reads what the first computes, with nothing in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = PerHead(), PerHead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_one_op_feeds_the_other() -> None:
+    graph = edit(Chained())
+    first, second = (node for node in graph.nodes if node.target is OP)
+    assert any(node is first for node in between(second))
+    assert set(names(graph)) <= VIEWS | {"multi_head_ffn.default"}
+
+
+class BufferAccumulated(Accumulated):
+    """The buffer that the sub-networks are added to is the output itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split(x).transpose(1, 2)
+        out = torch.zeros_like(q)
+        for gate, up, down in zip(self.gate, self.up, self.down, strict=True):
+            out += (F.silu(q @ gate) * (q @ up)) @ down
+        return out
+
+
+class BufferFilled(PerHead):
+    """The buffer that the heads are written to is the output itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for h in range(4):
+            part = slice(h * 8, (h + 1) * 8)
+            q = x[..., part]
+            hidden = F.silu(q @ self.gate[h]) * (q @ self.up[h])
+            out[..., part] = hidden @ self.down[h]
+        return out
+
+
+@pytest.mark.parametrize("model", [BufferAccumulated, BufferFilled])
+def test_a_buffer_that_is_the_output_takes_its_loop_along(model: type[nn.Module]) -> None:
+    assert set(names(edit(model()))) <= VIEWS | {"multi_head_ffn.default"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import mhf_compiler
 from mhf_compiler import Report
 from mhf_compiler.lowering.cost import Estimate
+from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind, Location
 
 ALWAYS = {"rewrite": "always"}
@@ -292,3 +293,23 @@ def test_explain_twice_says_the_same():
 def test_an_error_in_the_model_comes_through():
     with pytest.raises(Exception, match="multiply up to the size of dim 2"):
         mhf_compiler.explain(Heads())(torch.randn(2, 6, 31))
+
+
+def test_cuda_graphs_reach_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a CUDA graph the host's time for a launch does not count."""
+    seen: list[Workload] = []
+
+    def estimate(workload: Workload) -> Estimate:
+        seen.append(workload)
+        return Estimate(1.0, 2.0)
+
+    monkeypatch.setattr("mhf_compiler.lowering.cost.estimate", estimate)
+    mhf_compiler.explain(Heads(), options={"mode": "reduce-overhead"})(torch.randn(2, 6, 32))
+    assert [workload.captured for workload in seen] == [True]
+
+
+def test_networks_in_a_row_give_no_near_misses() -> None:
+    model = nn.Sequential(Heads(), nn.Tanh(), Routed())
+    report = mhf_compiler.explain(model, options={"rewrite": "always"})(torch.randn(2, 6, 32))
+    assert len(report.rewritten) == 2
+    assert report.declined == []
