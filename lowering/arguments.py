@@ -91,21 +91,29 @@ def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:
 
     Tensors on the ``meta`` device compute nothing and always pass.
     """
-    device = q.device.type
-    if device == "meta":
+    if q.device.type == "meta":
         return
-    if device not in _DTYPES:
-        raise ArgumentError(f"q is on device {q.device}, supported are {', '.join(_DTYPES)}")
-    allowed = ", ".join(_name(dtype) for dtype in _DTYPES[device])
-    dtype = _effective_dtype(q, device)
-    if dtype not in _DTYPES[device]:
-        raise ArgumentError(f"q has dtype {_name(dtype)}, supported on {device} are {allowed}")
-    if out_dtype is not None and out_dtype not in _DTYPES[device]:
-        raise ArgumentError(f"out_dtype is {_name(out_dtype)}, supported on {device} are {allowed}")
-    if device == "cuda" and q.shape[3] > _MAX_HEAD_WIDTH_CUDA:
-        raise ArgumentError(
-            f"q has head width d={q.shape[3]}, supported on cuda are 1 to {_MAX_HEAD_WIDTH_CUDA}"
-        )
+    dtype = _effective_dtype(q, q.device.type)
+    objection = device_objection(q.device, dtype, q.shape[3], out_dtype)
+    if objection is not None:
+        raise ArgumentError(objection)
+
+
+def device_objection(
+    device: torch.device, dtype: torch.dtype, width: int, out_dtype: torch.dtype | None
+) -> str | None:
+    """Why a device does not run this dtype and head width; None if it does."""
+    kind = device.type
+    if kind not in _DTYPES:
+        return f"q is on device {device}, supported are {', '.join(_DTYPES)}"
+    allowed = ", ".join(_name(dtype) for dtype in _DTYPES[kind])
+    if dtype not in _DTYPES[kind]:
+        return f"q has dtype {_name(dtype)}, supported on {kind} are {allowed}"
+    if out_dtype is not None and out_dtype not in _DTYPES[kind]:
+        return f"out_dtype is {_name(out_dtype)}, supported on {kind} are {allowed}"
+    if kind == "cuda" and width > _MAX_HEAD_WIDTH_CUDA:
+        return f"q has head width d={width}, supported on cuda are 1 to {_MAX_HEAD_WIDTH_CUDA}"
+    return None
 
 
 def check_backward_arguments(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import device_objection
 from .op import multi_head_ffn
 
 _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
@@ -89,4 +90,5 @@ def trial_run(workload: Workload) -> None:
 
 def unsupported(workload: Workload) -> str | None:
     """Why the op does not take this workload on its device; None if it does."""
-    return None
+    w = workload
+    return device_objection(w.device, w.dtype, w.head_dim, w.out_dtype)

@@ -16,16 +16,20 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "HigherOrderOperator",
     "TorchDispatchMode",
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
+    "inductor_modes",
+    "inductor_options",
     "is_traceable_wrapper_subclass",
     "no_fake_mode",
     "no_new_guards",
@@ -89,6 +93,20 @@ def compile_graph(
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, example_inputs)
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Inductor's modes, with the settings that each stands for."""
+    import torch._inductor
+
+    return torch._inductor.list_mode_options()
+
+
+def inductor_options() -> set[str]:
+    """The names of Inductor's settings."""
+    import torch._inductor
+
+    return set(torch._inductor.list_options())
 
 
 def reset_cuda_graphs() -> None:

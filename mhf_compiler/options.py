@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .compat import inductor_modes, inductor_options
+
 _CHOICES = {
     "rewrite": ("auto", "always", "never"),
     "fallback": ("inductor", "aot_eager", "eager"),
@@ -78,9 +80,7 @@ def inductor_config(options: Options) -> dict[str, Any]:
 def _mode_settings(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}
-    import torch._inductor
-
-    modes = torch._inductor.list_mode_options()
+    modes = inductor_modes()
     if mode not in modes:
         raise OptionError(f"unknown mode {mode!r}{_nearest(mode, modes)}")
     return dict(modes[mode])
@@ -89,9 +89,7 @@ def _mode_settings(mode: str | None) -> dict[str, Any]:
 def _inductor_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if not given:
         return {}
-    import torch._inductor
-
-    known = set(torch._inductor.list_options())
+    known = inductor_options()
     settings: dict[str, Any] = {}
     for key, value in given.items():
         name = key.replace("-", "_")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .compat import counters, no_fake_mode, tracing_shape_env
+from .compat import HigherOrderOperator, counters, no_fake_mode, tracing_shape_env
 from .edit import EditError, rewrite
 from .options import Options, inductor_config
 from .patterns import Findings, Kind, Location, Reason, Site, find_sites
@@ -160,7 +160,7 @@ def _inner_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
     used = {
         str(argument.target)
         for node in gm.graph.nodes
-        if isinstance(node.target, torch._ops.HigherOrderOperator)
+        if isinstance(node.target, HigherOrderOperator)
         for argument in node.all_input_nodes
         if argument.op == "get_attr"
     }

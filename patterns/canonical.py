@@ -27,6 +27,7 @@ from torch import fx
 from mhf_compiler.compat import (
     FakeTensor,
     FakeTensorMode,
+    HigherOrderOperator,
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
     no_new_guards,
@@ -254,7 +255,7 @@ class _Runner(fx.Interpreter):
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if isinstance(n.target, torch._ops.HigherOrderOperator):
+        if isinstance(n.target, HigherOrderOperator):
             return self.recorder.opaque_call(_example(n), (args, kwargs))
         with self.recorder:
             return getattr(self, n.op)(n.target, args, kwargs)

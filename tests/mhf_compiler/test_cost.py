@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mhf_compiler.lowering.cost import Estimate, estimate
-from mhf_compiler.lowering.workload import Workload, trial_run
+from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
 
 CPU = Workload(
     batch=4,
@@ -158,3 +158,22 @@ def test_what_pays(rewritten: float, original: float, pays: bool):
 def test_there_is_nothing_to_try_on_a_cpu():
     """Nor is the op called, whatever the sizes."""
     trial_run(replace(CPU, batch=1 << 20, length=1 << 20, heads=1 << 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"head_dim": 257}, "head width d=257"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"out_dtype": torch.float64}, "out_dtype"),
+        ({"device": torch.device("mps")}, "mps"),
+    ],
+)
+def test_what_a_device_does_not_run_is_named(changes: dict[str, Any], named: str):
+    message = unsupported(replace(GPU, **changes))
+    assert message is not None
+    assert named in message
+
+
+def test_what_a_device_runs_meets_no_objection():
+    assert unsupported(GPU) is None
