@@ -37,9 +37,16 @@ aten = torch.ops.aten
 DROPOUT = frozenset(
     {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.float}
 )
-#: activations that PyTorch does not tag as pointwise
+#: activations that not every release of PyTorch tags as pointwise
 _OTHER_ACTIVATIONS = frozenset(
-    {aten.hardswish.default, aten.log_sigmoid_forward.default, aten._prelu_kernel.default}
+    {
+        aten.elu.default,
+        aten.hardswish.default,
+        aten.hardtanh.default,
+        aten.leaky_relu.default,
+        aten.log_sigmoid_forward.default,
+        aten._prelu_kernel.default,
+    }
 )
 _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}

@@ -92,9 +92,10 @@ DYNAMIC = [
     "Einsum",
     "Bmm",
     "Packed-gate first",
-    "VmapOverHeads",
     "ListOfHeads-cat",
 ]
+if torch.__version__ >= (2, 13):  # before, Dynamo itself fails on vmap with symbolic sizes
+    DYNAMIC.append("VmapOverHeads")
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
