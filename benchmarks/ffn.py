@@ -32,11 +32,17 @@ SHAPE_NAMES = "B,L,H,d,E,f"
 GEMM = (32768, 2048, 5504)  # the SwiGLU FFN's product at the default shape
 
 
-class MultiHeadFFN(nn.Module):
-    """FlashMHF's FFN; subclasses spell the sub-networks."""
+Networks = Callable[["MultiHeadFFN", Tensor, Tensor], Tensor]
 
-    def __init__(self, heads: int, width: int, experts: int, hidden: int) -> None:
+
+class MultiHeadFFN(nn.Module):
+    """FlashMHF's FFN; ``networks`` spells the sub-networks."""
+
+    def __init__(
+        self, networks: Networks, heads: int, width: int, experts: int, hidden: int
+    ) -> None:
         super().__init__()
+        self.networks = networks
         model = heads * width
         self.heads, self.width, self.experts = heads, width, experts
         self.in_proj = nn.Linear(model, model, bias=False)
@@ -54,34 +60,27 @@ class MultiHeadFFN(nn.Module):
         scores = torch.sigmoid(self.router(x).float())
         r = scores.view(batch, length, self.heads, self.experts)
         r = r / r.sum(-1, keepdim=True).clamp_min(1e-20)
-        out = self.networks(q, r).to(x.dtype)
+        out = self.networks(self, q, r).to(x.dtype)
         return self.out_proj(out.reshape(batch, length, model))
 
-    def networks(self, q: Tensor, r: Tensor) -> Tensor:
-        raise NotImplementedError
 
-
-class Loop(MultiHeadFFN):
+def loop(ffn: MultiHeadFFN, q: Tensor, r: Tensor) -> Tensor:
     """One pass per sub-network, summed in float32."""
-
-    def networks(self, q: Tensor, r: Tensor) -> Tensor:
-        out = torch.zeros_like(q, dtype=torch.float32)
-        for e in range(self.experts):
-            gate = torch.einsum("blhd,hfd->blhf", q, self.gate[:, e])
-            up = torch.einsum("blhd,hfd->blhf", q, self.up[:, e])
-            down = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down[:, e])
-            out += r[..., e, None] * down
-        return out
+    out = torch.zeros_like(q, dtype=torch.float32)
+    for e in range(ffn.experts):
+        gate = torch.einsum("blhd,hfd->blhf", q, ffn.gate[:, e])
+        up = torch.einsum("blhd,hfd->blhf", q, ffn.up[:, e])
+        down = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, ffn.down[:, e])
+        out += r[..., e, None] * down
+    return out
 
 
-class Batched(MultiHeadFFN):
+def batched(ffn: MultiHeadFFN, q: Tensor, r: Tensor) -> Tensor:
     """All sub-networks in one einsum per projection."""
-
-    def networks(self, q: Tensor, r: Tensor) -> Tensor:
-        gate = torch.einsum("blhd,hefd->blhef", q, self.gate)
-        up = torch.einsum("blhd,hefd->blhef", q, self.up)
-        hidden = F.silu(gate) * up * r.to(q.dtype)[..., None]
-        return torch.einsum("blhef,hefd->blhd", hidden, self.down)
+    gate = torch.einsum("blhd,hefd->blhef", q, ffn.gate)
+    up = torch.einsum("blhd,hefd->blhef", q, ffn.up)
+    hidden = F.silu(gate) * up * r.to(q.dtype)[..., None]
+    return torch.einsum("blhef,hefd->blhd", hidden, ffn.down)
 
 
 class SwiGLU(nn.Module):
@@ -171,9 +170,9 @@ def compare(shape: list[int], phase: str, arguments: argparse.Namespace) -> list
 
 def make_contenders(shape: list[int], arguments: argparse.Namespace) -> list[Contender]:
     _, _, heads, width, experts, hidden = shape
-    loop = Loop(heads, width, experts, hidden).to("cuda", torch.bfloat16)
-    batched = Batched(heads, width, experts, hidden).to("cuda", torch.bfloat16)
-    batched.load_state_dict(loop.state_dict())
+    looped = MultiHeadFFN(loop, heads, width, experts, hidden).to("cuda", torch.bfloat16)
+    einsums = MultiHeadFFN(batched, heads, width, experts, hidden).to("cuda", torch.bfloat16)
+    einsums.load_state_dict(looped.state_dict())
     model = heads * width
     swiglu = SwiGLU(model, 128 * round(experts * hidden / 128)).to("cuda", torch.bfloat16)
     torch.compiler.reset()
@@ -187,11 +186,11 @@ def make_contenders(shape: list[int], arguments: argparse.Namespace) -> list[Con
         return torch.compile(module, backend=backend, options=options, mode=mode)
 
     contenders = [
-        Contender("eager, loop", loop, loop),
-        Contender("Inductor, loop", loop, compiled(loop, "inductor")),
-        Contender("Inductor, batched", batched, compiled(batched, "inductor")),
-        Contender("flashmhf, loop", loop, compiled(loop, "flashmhf")),
-        Contender("flashmhf, batched", batched, compiled(batched, "flashmhf")),
+        Contender("eager, loop", looped, looped),
+        Contender("Inductor, loop", looped, compiled(looped, "inductor")),
+        Contender("Inductor, batched", einsums, compiled(einsums, "inductor")),
+        Contender("flashmhf, loop", looped, compiled(looped, "flashmhf")),
+        Contender("flashmhf, batched", einsums, compiled(einsums, "flashmhf")),
         Contender("SwiGLU, Inductor", swiglu, compiled(swiglu, "inductor"), is_multi_head=False),
     ]
     if arguments.no_loop:
@@ -201,7 +200,7 @@ def make_contenders(shape: list[int], arguments: argparse.Namespace) -> list[Con
 
 def reference(module: nn.Module, x: Tensor) -> Tensor:
     """The last 64 tokens' output in float32."""
-    exact = Loop(module.heads, module.width, module.experts, module.gate.shape[2])  # type: ignore[arg-type, union-attr, index]
+    exact = MultiHeadFFN(loop, module.heads, module.width, module.experts, module.gate.shape[2])  # type: ignore[arg-type, union-attr, index]
     exact.load_state_dict(module.state_dict())
     with torch.no_grad():
         return exact.to("cuda", torch.float32)(x[-1:, -64:].float())

@@ -207,10 +207,15 @@ def _digits(position: Affine, source: Sequence[Size]) -> Index | None:
 
 def _in_bounds(digit: _Digits) -> bool:
     """Whether the digit stays below its size: no carry into the next one."""
-    largest: Size = digit.offset
-    for axis, step in digit.terms:
+    return within(Affine(tuple(digit.terms), digit.offset), digit.size)
+
+
+def within(form: Affine, size: Size) -> bool:
+    """Whether every value of ``form`` is a position in a dimension of ``size``."""
+    largest = form.offset
+    for axis, step in form.terms:
         largest = plus(largest, multiply(step, plus(axis.size, -1)))
-    return at_most(plus(largest, 1), digit.size)
+    return at_most(plus(largest, 1), size)
 
 
 def _tidy(expression: sympy.Expr) -> Size:

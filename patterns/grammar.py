@@ -24,7 +24,7 @@ from typing import Any
 import sympy
 import torch
 
-from .axes import Axis, Index, axis_form, product, through_reshape
+from .axes import Axis, Index, axis_form, product, through_reshape, within
 from .canonical import COPY, SCATTER, Value
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
@@ -127,6 +127,7 @@ class _Reader:
     def output(self, value: Value, index: Index) -> Term:
         if value not in self.outside:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        _check_bounds(value, index)
         step = through_view(value, index)
         if step is not None:
             self.crossed.add(value)
@@ -254,6 +255,7 @@ class _Reader:
     def _written(self, value: Value, index: Index) -> Term:
         """A buffer that is filled part by part: pieces along the written dimension."""
         parts: dict[int, Value] = {}
+        widths: set[int] = set()
         dim: int | None = None
         base = value
         while base.op is SCATTER:
@@ -262,15 +264,17 @@ class _Reader:
             if dim not in (None, written_dim) or start % width:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
             dim = written_dim
+            widths.add(width)
             parts.setdefault(start // width, part)
             self.computed.add(base)
             base = old
         assert dim is not None
         size = value.shape[dim]
         count = len(parts)
-        if not isinstance(size, int) or sorted(parts) != list(range(count)) or size % count:
+        tiled = isinstance(size, int) and len(widths) == 1 and count * max(widths) == size
+        if not tiled or sorted(parts) != list(range(count)):
             raise Declined(Kind.UNEQUAL_HEADS, "the buffer is not filled evenly", value.origin)
-        digits = through_reshape((index[dim],), (size,), (count, size // count))
+        digits = through_reshape((index[dim],), (size,), (count, *widths))
         if digits is None:
             raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
         form, rest = digits
@@ -357,6 +361,7 @@ class _Hidden:
     known: dict[Value, list[tuple[Index, sympy.Expr]]] = field(default_factory=dict)
 
     def expression(self, value: Value, index: Index) -> sympy.Expr:
+        _check_bounds(value, index)
         value, index = behind_views(value, index, self.crossed)
         for known_index, expression in self.known.get(value, ()):
             if _same_index(known_index, index):
@@ -489,6 +494,12 @@ def _written_range(value: Value) -> tuple[int, int, int]:
         if len(written) == 1:
             return written[0]
     raise Declined(Kind.UNKNOWN_OPERATION, "a part of a tensor is written", value.origin)
+
+
+def _check_bounds(value: Value, index: Index) -> None:
+    """Nothing is read beyond a value: that would be some other tensor's element."""
+    if not all(within(form, size) for form, size in zip(index, value.shape, strict=True)):
+        raise Declined(Kind.UNEQUAL_HEADS, "a part is smaller than its place", value.origin)
 
 
 def _is_zero(value: Value) -> bool:

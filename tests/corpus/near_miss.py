@@ -701,6 +701,20 @@ class BufferFilledUnevenly(nn.Module):
         return out
 
 
+@declined(Kind.UNEQUAL_HEADS)
+class BufferFilledInHalves(PerHead):
+    """Of the first head only a half is kept: the buffer has a hole, though every head fits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        q = split_heads(x)
+        for h in range(H):
+            hidden = F.silu(q[:, :, h] @ self.gate[h]) * (q[:, :, h] @ self.up[h])
+            kept = d // 2 if h == 0 else d
+            out[..., h * d : h * d + kept] = (hidden @ self.down[h])[..., :kept]
+        return out
+
+
 @either()
 class BufferPartlyOverwritten(PerHead):
     """One head's output is replaced by zeros afterwards."""
