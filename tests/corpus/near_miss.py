@@ -701,7 +701,7 @@ class BufferFilledUnevenly(nn.Module):
         return out
 
 
-@declined(Kind.UNEQUAL_HEADS)
+@declined(Kind.UNEQUAL_WIDTHS)
 class BufferFilledInHalves(PerHead):
     """Of the first head only a half is kept: the buffer has a hole, though every head fits."""
 
