@@ -106,6 +106,11 @@ class _Editor:
             out_dtype=None if site.out_dtype is site.dtype else site.out_dtype,
         )
         output = self.output(result)
+        if site.residual is not None:
+            residual = self.argument(site.residual)
+            if site.residual.scale != 1.0:
+                residual = self.call(operator.mul, residual, site.residual.scale)
+            output = self.call(operator.add, output, residual)
         return output if order is not None else self._with_strides(output, site.output)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -370,12 +375,13 @@ def _remove_dead(
     needed = copy.needed_without(replaced)
     for old in reversed(copy.positions):
         node = nodes[old]
-        if node.users or node.op in ("output", "placeholder"):
-            continue
         writes = copy.written.get(old)
         unseen = writes is not None and not any(v in needed and v not in replaced for v in writes)
-        if old in copy.pure or unseen:
+        stays = node.users or node.op in ("output", "placeholder")
+        if not stays and (old in copy.pure or unseen):
             graph.erase_node(node)
+        elif old in copy.looked_into:  # what it finds in memory has to be written
+            needed |= copy.needed_without(replaced, copy.looked_into[old])
 
 
 def _read_by(site: Site) -> Sequence[Value]:

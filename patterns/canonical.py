@@ -7,7 +7,8 @@ every ATen operation as a ``Value``:
 
 - composite operations arrive decomposed, ``vmap`` arrives batched;
 - in-place updates become new values: a tensor is a view chain on a storage, a storage has a current
-  value, a write gives it a new one (``SCATTER`` when only a part is written);
+  value, a write gives it a new one (``SCATTER`` when only a part is written, and then a part that
+  is read again is what was written there last);
 - equal computations become one value, so that two readings of one query are one object.
 
 Provenance goes both ways. ``Value.origin`` is the Dynamo node that a value was computed in.
@@ -17,7 +18,7 @@ the only meaning a node has in a graph with mutation. The graph itself is not ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +123,7 @@ class _Alias:
     value: Value
     version: int
     made_by: fx.Node
+    looked_into: Value | None = None  # the SCATTER in which the value was found as a written part
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ class CanonicalCopy:
     positions: dict[fx.Node, int] = field(default_factory=dict)
     #: what each node writes into memory that existed before it
     written: dict[fx.Node, list[Value]] = field(default_factory=dict)
+    #: the states of memory in which a node found what had been written into a part of it
+    looked_into: dict[fx.Node, list[Value]] = field(default_factory=dict)
     #: nodes that do nothing but compute their result
     pure: set[fx.Node] = field(default_factory=set)
     #: for what is inserted after a node: the dtype that autocast casts to, by device type
@@ -172,10 +176,15 @@ class CanonicalCopy:
             if value.op == INPUT:
                 yield value, holdings[0].node
 
-    def needed_without(self, replaced: dict[Value, list[Value]]) -> set[Value]:
-        """What is still needed when each replaced value is computed from these values instead."""
+    def needed_without(
+        self, replaced: dict[Value, list[Value]], wanted: Iterable[Value] | None = None
+    ) -> set[Value]:
+        """What is still needed when each replaced value is computed from these values instead.
+
+        Needed for ``wanted``: if not given, for what outlives the graph.
+        """
         needed: set[Value] = set()
-        todo = list(self.escaping)
+        todo = list(self.escaping if wanted is None else wanted)
         while todo:
             value = todo.pop()
             if value not in needed:
@@ -394,9 +403,12 @@ class _Recorder(TorchDispatchMode):
             if id(tensor) in self._aliases:
                 continue
             which = None if isinstance(result, torch.Tensor) else item
-            value = self._value(func, (source, *rest), kwargs, tensor, item=which)
-            step = ViewStep(func, rest, kwargs, which, value.shape, value.strides)
+            shape, strides = _plain(tuple(tensor.shape)), _plain(tuple(tensor.stride()))
+            step = ViewStep(func, rest, kwargs, which, shape, strides)
+            value = self._view(source, step)
             self._add_alias(tensor, base.storage, (*base.chain, step), value)
+            if not _is_read_from(value, source):
+                self._aliases[id(tensor)].looked_into = source
 
     def _record_write(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place or ``out=`` operation gives the written tensors new values."""
@@ -493,23 +505,60 @@ class _Recorder(TorchDispatchMode):
         alias = self._alias(tensor)
         storage = alias.storage
         if alias.version != storage.version:
-            value = storage.current
+            value, looked_into = storage.current, None
             for step in alias.chain:
-                like = _Like(step.shape, tensor.dtype, tensor.device, step.strides)
-                arguments = (value, *step.args)
-                value = self._value(step.op, arguments, step.kwargs, like, step.item)
+                before, value = value, self._view(value, step)
+                if not _is_read_from(value, before):
+                    looked_into = storage.current
             alias.value, alias.version = value, storage.version
+            alias.looked_into = looked_into
+        if alias.looked_into is not None:
+            self.copy.looked_into.setdefault(self.node, []).append(alias.looked_into)
         return alias.value
+
+    def _view(self, value: Value, step: ViewStep) -> Value:
+        """A view of the value; of a part that was written, what was written."""
+        wanted = _range(step, value.shape)
+        while wanted is not None and value.op is SCATTER:
+            written = written_range(value)
+            if written is None or written.dim != wanted.dim or written.selects != wanted.selects:
+                break
+            if written == wanted:
+                return value.args[1]
+            if written.overlaps(wanted):
+                break
+            value = value.source
+        like = _Like(step.shape, value.dtype, value.device, step.strides)
+        return self._value(step.op, (value, *step.args), step.kwargs, like, step.item)
+
+    def _scatter(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
+        """``base`` with a part of it written. What was written there before is dropped."""
+        written = _range(chain[0], base.shape) if len(chain) == 1 else None
+        later: list[Value] = []  # writes to other parts since
+        old = base
+        while written is not None and old.op is SCATTER:
+            before = written_range(old)
+            if before is None:
+                break
+            if before == written:
+                base = old.source
+                for value in reversed(later):
+                    base = self._scattered(base, value.args[1], value.chain)
+                break
+            later.append(old)
+            old = old.source
+        return self._scattered(base, part, chain)
+
+    def _scattered(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
+        like = _Like(base.shape, base.dtype, base.device, base.strides)
+        return self._value(SCATTER, (base, part), {}, like, chain=chain)
 
     def _write(self, alias: _Alias, value: Value) -> None:
         storage = alias.storage
         chain = tuple(step for step in alias.chain if step.op not in _WHOLE)
         if chain:
-            old = storage.current
-            part = value
-            like = _Like(old.shape, old.dtype, old.device, old.strides)
-            value = self._value(SCATTER, (old, part), {}, like, chain=chain)
-            alias.value = part
+            alias.value = value
+            value = self._scatter(storage.current, value, chain)
         else:
             alias.value = value
         storage.current = value
@@ -519,6 +568,51 @@ class _Recorder(TorchDispatchMode):
         if storage not in self._just_written:
             self._just_written.append(storage)
         alias.version = storage.version
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The part of a tensor from ``start`` on, ``width`` wide, along one dimension."""
+
+    dim: int
+    start: int
+    width: int
+    selects: bool  # whether the dimension is gone in the part
+
+    def overlaps(self, other: Range) -> bool:
+        return self.start < other.start + other.width and other.start < self.start + self.width
+
+
+def written_range(scatter: Value) -> Range | None:
+    """The part that a ``SCATTER`` writes; None where it is no plain range of one dimension."""
+    shape = scatter.source.shape
+    found: Range | None = None
+    for step in scatter.chain:
+        part = _range(step, shape)
+        if part is None or (found is not None and part.width != shape[part.dim]):
+            return None
+        if found is None and (part.selects or part.width != shape[part.dim]):
+            found = part
+        elif part.selects:
+            return None
+        shape = step.shape
+    return found
+
+
+def _range(step: ViewStep, shape: tuple[Size, ...]) -> Range | None:
+    """What a select or a slice of a tensor of ``shape`` shows, where that is known in numbers."""
+    selects = step.op is torch.ops.aten.select.int
+    if not selects and (step.op is not torch.ops.aten.slice.Tensor or len(step.args) > 3):
+        return None
+    dim = (step.args[0] if step.args else 0) % len(shape)
+    start = step.args[1] if len(step.args) > 1 and step.args[1] is not None else 0
+    size, width = shape[dim], 1 if selects else step.shape[dim]
+    if not (isinstance(start, int) and isinstance(size, int) and isinstance(width, int)):
+        return None
+    if step.kwargs or size == 0:
+        return None
+    start = start + size if start < 0 else start
+    return Range(dim, min(max(start, 0), size), width, selects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,6 +626,10 @@ class _Like:
 
     def stride(self) -> tuple[Size, ...]:
         return self.strides
+
+
+def _is_read_from(view: Value, source: Value) -> bool:
+    return bool(view.args) and view.args[0] is source
 
 
 def _is_new(value: Value) -> bool:

@@ -50,6 +50,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_weights(term, roles)
     check_router(term, roles)
     check_biases(term, roles)
+    check_residual(term, reading, root)
     check_widths(roles)
     check_multi_head(roles)
     check_dtypes(term)
@@ -101,6 +102,7 @@ def assign_roles(term: Term, root: Index) -> Roles:
     summed = _leaves(term.hidden) + _leaves(term.experts)
     query = axes_of(gate.query.index)
     weights = axes_of(gate.weight.index) | (set() if up is None else axes_of(up.weight.index))
+    weights |= axes_of(down.index) & query
     routed = set().union(*(axes_of(router.index) for router in term.routers))
     own_experts = set(_leaves(term.experts))
     experts = tuple(a for a in summed if a in own_experts or a in routed)
@@ -211,6 +213,15 @@ def check_biases(term: Term, roles: Roles) -> None:
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a bias", bias.value.origin)
 
 
+def check_residual(term: Term, reading: Reading, root: Value) -> None:
+    """A residual has an element of its own for every element of the output."""
+    if term.residual is None:
+        return
+    operand = term.residual.operand
+    if _real(axes_of(operand.index)) != _real(axes_of(reading.index)):
+        raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added", operand.value.origin)
+
+
 def check_widths(roles: Roles) -> None:
     inner, outer = (product(a.size for a in axes) for axes in (roles.width, roles.out_width))
     if inner != outer:
@@ -302,6 +313,7 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
     batch, length = _two_token_dims(roles.tokens, gate.query.index, reading.index)
     heads = (*roles.groups, *roles.sharers)
     per_unit = (roles.groups, roles.experts, roles.hidden)
+    output_dims = tuple(form.axes() for form in reading.index)
 
     def view(operand: Operand | None, dims: tuple[tuple[Axis, ...], ...], scale: float = 1.0):  # type: ignore[no-untyped-def]
         return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
@@ -316,6 +328,9 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         gate_bias=view(gate.bias, per_unit, gate.bias_scale),
         up_bias=None if up is None else view(up.bias, per_unit, up.bias_scale),
         down_bias=view(term.bias, (roles.groups, roles.experts, roles.out_width), term.bias_scale),
+        residual=None
+        if term.residual is None
+        else view(term.residual.operand, output_dims, term.residual.scale),
         activation=term.activation,
         gate_scale=gate.scale,
         up_scale=1.0 if up is None else up.scale,
@@ -331,7 +346,7 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         device=root.device,
         output=root,
         output_node=_maker(root, copy),
-        output_dims=tuple(form.axes() for form in reading.index),
+        output_dims=output_dims,
         location=locate(term.value.origin),
         replaces=reading.computed,
     )

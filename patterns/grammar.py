@@ -3,7 +3,7 @@
 ``read_output`` takes a value and reads it as
 
     output   = view | cast | number * output | router * output | sum of outputs
-             | pieces of outputs | sum over sub-networks of output | down
+             | pieces of (output [+ residual]) | sum over sub-networks of output | down
     down     = sum over hidden units of hidden * weight  [+ bias]     a contraction
     hidden   = act(gate) [* up] [* router]                            see meaning.py
     gate, up = sum over the head width of query * weight  [+ bias]    a contraction
@@ -25,11 +25,11 @@ import sympy
 import torch
 
 from .axes import Axis, Index, axis_form, product, through_reshape, within
-from .canonical import COPY, SCATTER, Value
+from .canonical import COPY, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
 from .reasons import Declined, Kind
-from .rolling import Projection, Term, join_pieces, join_sum
+from .rolling import Projection, Residual, Term, join_pieces, join_sum
 from .views import behind_views, broadcast, is_view, through_view
 
 aten = torch.ops.aten
@@ -120,6 +120,7 @@ class _Reader:
     outputs: AbstractSet[Value]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
+    in_loop: bool = False  # whether one piece of an unrolled loop is read
 
     def leaf(self, value: Value, index: Index) -> Operand:
         return Operand(*behind_views(value, index, self.crossed, self.outputs))
@@ -134,7 +135,8 @@ class _Reader:
             return self.output(*step)
         self.computed.add(value)
         if is_cast(value):
-            return self.output(value.source, index)
+            term = self.output(value.source, index)
+            return term if value.dtype is value.source.dtype else _without_residual(term, value)
         if value.op in _ADDITIONS:
             return self._sum(value, index)
         if value.op is aten.neg.default:
@@ -159,18 +161,25 @@ class _Reader:
         raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
 
     def _sum(self, value: Value, index: Index) -> Term:
-        """A chain of additions: the terms of an unrolled loop, and at most one bias."""
+        """A chain of additions: the terms of an unrolled loop, a bias, a residual.
+
+        A residual is taken only where no candidate is without it: inside a loop over heads, and in
+        a sum over sub-networks that begins with it.
+        """
         terms: list[Term] = []
         biases: list[tuple[float, Operand]] = []
-        todo: list[tuple[float, Value, Index]] = [(1.0, value, index)]
+        residuals: list[Residual] = []
+        dtypes = {value.dtype}
+        todo: list[tuple[float, Value, Index, Value]] = [(1.0, value, index, value)]
         while todo:
-            sign, current, at = todo.pop()
+            sign, current, at, addition = todo.pop()
             inner, inner_at = current, at
             while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
                 self.crossed.add(inner)
                 inner, inner_at = step
             if inner in self.outside and inner.op in _ADDITIONS:
                 self.computed.add(inner)
+                dtypes.add(inner.dtype)
                 weight = float(inner.argument(2, "alpha", 1)) * _ADDITIONS[inner.op]
                 left, right = inner.args[0], inner.args[1]
                 for factor, operand in ((1.0, left), (weight, right)):
@@ -180,21 +189,33 @@ class _Reader:
                         raise Declined(Kind.UNKNOWN_OPERATION, "a number is added", inner.origin)
                     if not _is_zero(operand):
                         where = broadcast(inner_at, operand.shape)
-                        todo.append((sign * factor, operand, where))
+                        todo.append((sign * factor, operand, where, inner))
             elif inner in self.outside:
+                dtypes.add(inner.dtype)
                 terms.append(_scaled(self.output(inner, inner_at), sign))
             else:
                 leaf = self.leaf(inner, inner_at)
-                if _axes(index) <= _axes(leaf.index):
+                if not _axes(index) <= _axes(leaf.index):
+                    biases.append((sign, leaf))
+                    continue
+                dtypes.add(inner.dtype)
+                residuals.append(Residual(leaf, sign))
+                allowed = self.in_loop or addition is not value
+                if not allowed or len(residuals) > 1 or len(dtypes) > 1:
                     detail = f"{_named(inner)} is added"
                     raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
-                biases.append((sign, leaf))
         if not terms:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        if len(terms) > 1 or biases or residuals:
+            terms = [_without_residual(term, value) for term in terms]
         term = join_sum(terms[::-1])
         for sign, bias in biases:
             term = _with_bias(term, bias, sign, value)
-        return term
+        if not residuals:
+            return term
+        if len(dtypes) > 1:
+            raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
+        return replace(term, residual=residuals[0])
 
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
@@ -214,7 +235,7 @@ class _Reader:
         router = self.leaf(right, broadcast(index, right.shape))
         if _axes(index) <= _axes(router.index):
             raise Declined(Kind.UNKNOWN_OPERATION, "multiplied elementwise", value.origin)
-        term = self.output(left, broadcast(index, left.shape))
+        term = _without_residual(self.output(left, broadcast(index, left.shape)), value)
         return replace(term, routers=(*term.routers, router))
 
     def _pieces(self, value: Value, index: Index) -> Term:
@@ -244,6 +265,7 @@ class _Reader:
         """One piece of an unrolled loop."""
         if value not in self.outside:
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        around, self.in_loop = self.in_loop, True
         try:
             return self.output(value, index)
         except Declined as declined:
@@ -251,6 +273,8 @@ class _Reader:
             if reason.kind is not Kind.UNKNOWN_OPERATION:
                 raise
             raise Declined(Kind.OPERATION_IN_LOOP, reason.detail, reason.node) from None
+        finally:
+            self.in_loop = around
 
     def _written(self, value: Value, index: Index) -> Term:
         """A buffer that is filled part by part: pieces along the written dimension."""
@@ -260,12 +284,14 @@ class _Reader:
         base = value
         while base.op is SCATTER:
             old, part = base.args
-            written_dim, start, width = _written_range(base)
-            if dim not in (None, written_dim) or start % width:
+            written = written_range(base)
+            if written is None:
+                raise Declined(Kind.UNKNOWN_OPERATION, "a part of a tensor is written", base.origin)
+            if dim not in (None, written.dim) or written.start % written.width:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
-            dim = written_dim
-            widths.add(width)
-            parts.setdefault(start // width, part)
+            dim = written.dim
+            widths.add(written.width)
+            parts.setdefault(written.start // written.width, part)
             self.computed.add(base)
             base = old
         assert dim is not None
@@ -312,6 +338,7 @@ class _Reader:
             value = contraction.value
             raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
         term = self.output(output.value, output.index)
+        term = _without_residual(term, contraction.value)
         term = replace(term, routers=(*term.routers, self.leaf(router.value, router.index)))
         return _summed(_scaled(term, contraction.scale), contraction.summed)
 
@@ -449,10 +476,22 @@ class _Hidden:
 
 
 def _scaled(term: Term, factor: float) -> Term:
-    return replace(term, scale=term.scale * factor)
+    residual = term.residual
+    if residual is not None:
+        residual = replace(residual, scale=residual.scale * factor)
+    return replace(term, scale=term.scale * factor, residual=residual)
+
+
+def _without_residual(term: Term, at: Value) -> Term:
+    """A residual is added last: no router scales it, no sum goes over it, no cast follows it."""
+    if term.residual is not None:
+        detail = "a residual is part of what is scaled, summed or cast"
+        raise Declined(Kind.UNKNOWN_OPERATION, detail, at.origin)
+    return term
 
 
 def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
+    term = _without_residual(term, term.value)
     if term.bias is not None and any(
         not _leaves_of({axis}) & _axes(term.bias.index) and axis.size != 1 for axis in axes
     ):
@@ -469,31 +508,6 @@ def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     if term.bias is not None or term.routers or term.experts or not _axes(bias.index) <= weights:
         raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)
-
-
-def _written_range(value: Value) -> tuple[int, int, int]:
-    """Dimension, start and width of the part that a scatter writes."""
-    before = value.shape
-    written: list[tuple[int, int, int]] = []
-    for step in value.chain:
-        dim = (step.args[0] if step.args else step.kwargs.get("dim", 0)) % len(before)
-        start = step.args[1] if len(step.args) > 1 else 0
-        size = before[dim]
-        if step.op is aten.select.int and isinstance(start, int) and isinstance(size, int):
-            written.append((dim, start % size, 1))
-        elif step.op is aten.slice.Tensor and len(step.args) < 4:
-            width = step.shape[dim]
-            if width != size:
-                if not all(isinstance(s, int) for s in (start, size, width)):
-                    break
-                written.append((dim, start % size, width))
-        else:
-            break
-        before = step.shape
-    else:
-        if len(written) == 1:
-            return written[0]
-    raise Declined(Kind.UNKNOWN_OPERATION, "a part of a tensor is written", value.origin)
 
 
 def _check_bounds(value: Value, index: Index) -> None:

@@ -34,8 +34,19 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
+class Residual:
+    """``scale * operand``, added to a finished output inside a loop over heads."""
+
+    operand: Operand
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class Term:
-    """``scale * sum over hidden and experts of routers * (act(gate) * up * down + bias)``."""
+    """``scale * sum over hidden and experts of routers * (act(gate) * up * down + bias)``.
+
+    And at last, outside of all that, ``+ residual``.
+    """
 
     activation: str
     gate: Projection
@@ -48,6 +59,7 @@ class Term:
     experts: tuple[Axis, ...]  # summed outside of it
     scale: float
     value: Value  # the down projection
+    residual: Residual | None = None
 
     def operands(self) -> dict[str, Operand]:
         """Every tensor that the term reads, by role."""
@@ -56,6 +68,8 @@ class Term:
         if self.up is not None:
             roles |= {"up_query": self.up.query, "up": self.up.weight}
             optional["up_bias"] = self.up.bias
+        if self.residual is not None:
+            roles["residual"] = self.residual.operand
         roles |= {role: operand for role, operand in optional.items() if operand is not None}
         return roles | {f"router{i}": router for i, router in enumerate(self.routers)}
 
@@ -70,8 +84,12 @@ class Term:
                 bias=None if p.bias is None else change(f"{role}_bias", p.bias),
             )
 
+        residual = self.residual
+        if residual is not None:
+            residual = replace(residual, operand=change("residual", residual.operand))
         return replace(
             self,
+            residual=residual,
             gate=projection(self.gate, "query", "gate"),
             up=None if self.up is None else projection(self.up, "up_query", "up"),
             down=change("down", self.down),
@@ -118,6 +136,7 @@ def _form(term: Term) -> tuple[Any, ...]:
         (term.gate.scale, term.gate.bias_scale, term.gate.value.dtype),
         None if up is None else (up.scale, up.bias_scale, up.value.dtype),
         (term.scale, term.bias_scale, term.value.dtype),
+        None if term.residual is None else term.residual.scale,
         [[axis.size for axis in axes] for axes in _inner_axes(term)],
     )
 

@@ -53,7 +53,7 @@ class Site:
     Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f
     and head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers
     ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias
-    ``(G, E, d)``.
+    ``(G, E, d)``. The residual has the dimensions of the output; it is added after the op.
     """
 
     query: TensorView
@@ -64,6 +64,7 @@ class Site:
     gate_bias: TensorView | None
     up_bias: TensorView | None
     down_bias: TensorView | None
+    residual: TensorView | None
 
     activation: str
     gate_scale: float
@@ -105,6 +106,7 @@ class Site:
             "gate_bias": self.gate_bias,
             "up_bias": self.up_bias,
             "down_bias": self.down_bias,
+            "residual": self.residual,
         }
         present = {role: view for role, view in named.items() if view is not None}
         return present | {f"router{i}": view for i, view in enumerate(self.routers)}

@@ -969,3 +969,79 @@ class AutocastOfGateOnly(PerHead):
 
 
 declined(Kind.UNKNOWN_ACTIVATION, label="hardswish", arguments={"act": F.hardswish})(Activation)
+
+
+# Residuals inside loops.
+
+
+class _Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_Head() for _ in range(H))
+
+
+@declined(*[Kind.PLAIN_FFN] * (H - 1), Kind.UNEQUAL_HEADS)
+class Cascade(_Heads):
+    """Each head reads the sum of its part and what the head before has made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs: list[Tensor] = []
+        for head, part in zip(self.heads, x.chunk(H, -1), strict=True):
+            q = part + outs[-1] if outs else part
+            outs.append(head(q))
+        return torch.cat(outs, dim=-1)
+
+
+@declined(Kind.UNEQUAL_HEADS)
+class ResidualOfSomeHeads(_Heads):
+    """Only every other head adds its residual."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        outs[::2] = [y + q for y, q in zip(outs[::2], x.chunk(H, -1)[::2], strict=True)]
+        return torch.cat(outs, dim=-1)
+
+
+@declined(*[Kind.PLAIN_FFN] * H)
+class NormAfterResidualInLoop(_Heads):
+    """Each head is normalised after its residual, before the heads are merged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [q + head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        return torch.cat([F.layer_norm(y, (d,)) for y in outs], dim=-1)
+
+
+@declined(Kind.OPERATION_IN_LOOP)
+class RoutedResidualInLoop(_Heads):
+    """The router scales the sum of output and residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(H * d, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed = zip(self.heads, x.chunk(H, -1), self.router(x).split(1, -1), strict=True)
+        return torch.cat([r * (q + head(q)) for head, q, r in routed], dim=-1)
+
+
+@declined(Kind.OPERATION_IN_LOOP, dtype=torch.bfloat16)
+class WideResidualInLoop(_Heads):
+    """The residual is added in float32, and the sum is rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(self.heads, x.chunk(H, -1), strict=True)
+        return torch.cat([(q.float() + head(q)).to(q.dtype) for head, q in parts], dim=-1)
+
+
+@declined(Kind.OPERATION_IN_LOOP)
+class TwoResidualsInLoop(_Heads):
+    """Each head adds the input and the position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = weight(L, H * d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.position.expand_as(x).chunk(H, -1)
+        parts = zip(self.heads, x.chunk(H, -1), positions, strict=True)
+        return torch.cat([q + head(q) + p.sin() for head, q, p in parts], dim=-1)

@@ -502,6 +502,7 @@ class BufferFilledByIndex(PerHead):
 
 
 @mhf("list", experts=E)
+@mhf("in place", experts=E, arguments={"in_place": True})
 class LoopOverHeadsAndSubNetworks(SubNetworks):
     """Two loops, one in the other."""
 
@@ -523,6 +524,87 @@ class LoopOverHeadsAndSubNetworks(SubNetworks):
                     total = total + y
             outs.append(total)
         return out.flatten(2) if self.in_place else torch.cat(outs, dim=-1)
+
+
+@mhf(experts=E)
+class LoopOverSubNetworksAndHeads(SubNetworks):
+    """The loop over heads inside of the other: each part of the buffer is visited many times."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        r, out = self.router(split_heads(x)), torch.zeros_like(x)
+        for e in range(E):
+            for h in range(H):
+                part = slice(h * d, (h + 1) * d)
+                q = x[..., part]
+                hidden = F.silu(q @ self.gate[h, e]) * (q @ self.up[h, e])
+                out[..., part] += r[:, :, h, e, None] * (hidden @ self.down[h, e])
+        return out
+
+
+@mhf("cat")
+@mhf("stack", arguments={"merge": "stack"})
+@mhf("norm", arguments={"norm": True})
+@mhf("scaled", arguments={"scale": 0.5})
+class ResidualInHeadLoop(ListOfHeads):
+    """Each head adds its own residual before the heads are merged."""
+
+    def __init__(self, merge: str = "cat", norm: bool = False, scale: float = 1.0) -> None:
+        super().__init__(merge)
+        self.norm, self.scale = norm, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = []
+        for head, part in zip(self.heads, x.chunk(H, -1), strict=True):
+            q = F.rms_norm(part, (d,)) if self.norm else part
+            outs.append(self.scale * (part + head(q)))
+        if self.merge == "cat":
+            return torch.cat(outs, dim=-1)
+        return torch.stack(outs, dim=2).flatten(2)
+
+
+@mhf()
+class ResidualInBuffer(PerHead):
+    """A buffer starts as a copy of the input, and each head adds to its part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        for h in range(H):
+            part = slice(h * d, (h + 1) * d)
+            hidden = F.silu(x[..., part] @ self.gate[h]) * (x[..., part] @ self.up[h])
+            out[..., part] += hidden @ self.down[h]
+        return out
+
+
+@mhf(experts=E)
+class SumBeginsWithResidual(SubNetworks):
+    """The loop over sub-networks adds to the residual."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r, out = self.router(q), q
+        for e in range(E):
+            gate, up = (torch.einsum("blhd,hdf->blhf", q, w[:, e]) for w in (self.gate, self.up))
+            down = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down[:, e])
+            out = out + r[..., e, None] * down
+        return out.flatten(2)
+
+
+@mhf("down")
+@mhf("gate", arguments={"own": "gate"})
+class HeadsShareSomeWeights(PerHead):
+    """Only one of the three projections differs between the heads."""
+
+    def __init__(self, own: str = "down") -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (
+            getattr(self, name)[:] if name == self.own else getattr(self, name)[:1]
+            for name in ("gate", "up", "down")
+        )
+        q = split_heads(x).transpose(1, 2)
+        return ((F.silu(q @ gate) * (q @ up)) @ down).transpose(1, 2).flatten(2)
 
 
 # Without a gate, and other activations.
@@ -945,6 +1027,18 @@ class ConstantsWritten(PerHead):
         x = x.clone()
         x[:, 0] = 0.0
         return Einsum.forward(self, x)
+
+
+@mhf()
+class BufferReadInBetween(PerHead):
+    """Elsewhere a part of a buffer is written, read and written again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffer = torch.zeros(2, *x.shape, dtype=x.dtype)
+        buffer[0], buffer[1] = x, 2 * x
+        tripled = buffer[0] * 3
+        buffer[0] = 5 * x
+        return Einsum.forward(self, x + tripled) + buffer[0] + buffer[1] * tripled
 
 
 @mhf()
