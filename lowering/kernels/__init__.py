@@ -1,6 +1,8 @@
 """The Triton kernels behind the op: `forward` and `backward` over arbitrary strided views.
 
     forward_pass.py   out: one kernel, the hidden units stay on the chip
+    hopper_forward.py the same for Hopper, in Gluon: loads, products and activations overlap
+    splitting.py      tiles cut along the hidden units, and the sum of their parts
     backward_pass.py  dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
     activations.py    the activations and their slopes
     sums.py           sums of products over a loop
@@ -22,9 +24,9 @@ from torch import Tensor
 
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
-from .launching import Problem, capability
-from .loads import tokens_innermost
-from .tiles import Kernel, Tile, choose
+from .launching import Problem, capability, interpreted
+from .loads import token_axes, tokens_innermost
+from .tiles import Kernel, Tile, choose, choose_pipelined
 
 __all__ = ["backward", "forward"]
 
@@ -51,7 +53,8 @@ def forward(
     problem = Problem(
         q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
     )
-    run_forward(problem, out, _tile("forward", problem))
+    if not _run_pipelined(problem, out):
+        run_forward(problem, out, _tile("forward", problem))
 
 
 def backward(
@@ -85,8 +88,11 @@ def backward(
         return [grad.zero_() for grad in wanted]
     # An output wider than q sends its gradient back through the cast, as autograd would.
     grad_out = grad_out.to(q.dtype)
-    routed = (q, k, u, v, None if r is None else tokens_innermost(r), k_bias, u_bias, v_bias)
-    problem = Problem(*routed, activation, k_scale, u_scale, out_scale)
+    if r is not None:
+        r = tokens_innermost(r, token_axes(q, grad_out).merged)
+    problem = Problem(
+        q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
+    )
     dq, dk, du, dv, dr, dk_bias, du_bias, dv_bias = grads
     if dq is not None or dr is not None:
         run_query(problem, grad_out, dq, dr, _tile("query", problem))
@@ -97,6 +103,28 @@ def backward(
     if dv_bias is not None:
         run_down_bias(problem, grad_out, dv_bias, _tile("down", problem))
     return wanted
+
+
+def _run_pipelined(problem: Problem, out: Tensor) -> bool:
+    """Run Hopper's own forward kernel, if the problem and the device suit it."""
+    batch, length, _, width = problem.q.shape
+    tile = choose_pipelined(
+        tokens=batch * length,
+        hidden=problem.k.shape[2],
+        width=width,
+        itemsize=problem.q.element_size(),
+        capability=capability(problem.q.device),
+    )
+    if tile is None or interpreted():
+        return False
+    # Imported by the first call that may need it: other devices need not have Gluon.
+    from .hopper_forward import plan, run_hopper_forward
+
+    planned = plan(problem, out, tile)
+    if planned is None:
+        return False
+    run_hopper_forward(problem, out, planned)
+    return True
 
 
 def _tile(kernel: Kernel, problem: Problem) -> Tile:

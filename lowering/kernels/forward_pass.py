@@ -6,6 +6,9 @@ leave the chip. R scales the hidden tile rather than its product with V, which l
 share that accumulator.
 
 Hidden units beyond F meet zero rows of V, and tokens beyond L are not stored: neither needs a mask.
+
+Few tokens make few tiles, and then the weights have to be streamed by more programs than that: each
+tile's hidden units are cut in parts, one program each (splitting.py).
 """
 
 import triton
@@ -15,6 +18,7 @@ from torch import Tensor
 from .activations import activate
 from .launching import Problem, launch
 from .loads import (
+    Operand,
     bias_operand,
     load_bias,
     load_router,
@@ -26,6 +30,7 @@ from .loads import (
     token_operand,
     weight_operand,
 )
+from .splitting import Split, add_parts
 from .sums import add_product, no_carry
 from .tiles import Tile
 
@@ -34,6 +39,11 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
     """Fill `out` (B, L, H, d)."""
     axes = token_axes(problem.q, problem.r, out)
     heads = problem.q.shape[2]
+    networks, hidden = problem.k.shape[1:3]
+    tiles = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
+    parts = min(tile.parts, networks * triton.cdiv(hidden, tile.hidden))
+    split = Split(tiles, 1) if parts == 1 else Split(0, parts)
+    partial = split.workspace(tiles, tile.tokens, out)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -43,18 +53,21 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "V_bias": bias_operand(problem.v_bias),
-        "Out": token_operand(out, axes, tile),
+        "Out": token_operand(out if partial is None else None, axes, tile),
+        "Part": Operand(partial, None, None),
     }
-    programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
-    launch(forward_kernel, programs, tile, out.device, operands, problem.scalars(axes, tile))
+    scalars = problem.scalars(axes, tile) | {"PARTS": split.parts}
+    launch(forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
+    if partial is not None:
+        add_parts(partial, out, axes, split, tiles, problem.out_scale)
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, U, V, R, K_bias, U_bias, V_bias, Out,
+    Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
-    K_bias_strides, U_bias_strides, V_bias_strides, Out_strides,
-    B, L,
+    K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,
+    B, L, PARTS,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr,
     K_SCALE: tl.constexpr, U_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
@@ -63,9 +76,19 @@ def forward_kernel(
     V_layout: tl.constexpr, R_layout: tl.constexpr, Out_layout: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    """Out, or with Part the partial sums of every tile's PARTS parts: [.., BM, D] in float32."""
     # Token tiles fastest: programs that run together read the same head's weights from L2.
     token_tiles = tl.cdiv(L, BM)
     program = tl.program_id(0)
+    F_TILES: tl.constexpr = (F + BF - 1) // BF
+    first = 0
+    last = E * F_TILES
+    if Part is not None:
+        part = program % PARTS
+        first = part * (E * F_TILES) // PARTS
+        last = (part + 1) * (E * F_TILES) // PARTS
+        Part += program.to(tl.int64) * (BM * D)
+        program //= PARTS
     l0 = (program % token_tiles) * BM
     b = program // token_tiles % B
     h = program // token_tiles // B
@@ -74,8 +97,7 @@ def forward_kernel(
     q = load_tokens(Q, Q_strides, b, l0, h, L, D, BM, BD, Q_layout)  # [BM, BD]
     acc = tl.zeros((BM, BD), tl.float32)
     carry = no_carry(BM, BD, COMPENSATED)
-    F_TILES: tl.constexpr = (F + BF - 1) // BF
-    for i in tl.range(0, E * F_TILES):
+    for i in tl.range(first, last):
         e = i // F_TILES
         f0 = (i % F_TILES) * BF
         k = load_weights(K, K_strides, g, e, f0, F, D, BF, BD, K_layout)  # [BF, BD]
@@ -101,9 +123,14 @@ def forward_kernel(
         acc, carry = add_product(acc, carry, a.to(v.dtype), v, COMPENSATED, PRECISION)  # [BM, BD]
 
     if V_bias is not None:
-        for e in tl.range(0, E):
+        for e in tl.range(0, E if first == 0 else 0):  # once for each tile
             v_bias = load_bias(V_bias, V_bias_strides, g, e, 0, D, BD)[None, :]  # [1, BD]
             if R is not None:
                 v_bias *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
             acc += v_bias
-    store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)
+    if Part is not None:
+        rows = tl.arange(0, BM)
+        c = tl.arange(0, BD)
+        tl.store(Part + rows[:, None] * D + c[None, :], acc, mask=(c < D)[None, :])
+    else:
+        store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)

@@ -63,9 +63,22 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs of a kernel that takes a whole multiprocessor run at once."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 132  # an H100's
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU; it decides so at its import."""
+    return triton.knobs.runtime.interpret
+
+
+@lru_cache
 def allows_approximation(dtype: torch.dtype) -> bool:
     """Whether the kernels may use `tanh.approx`: 16-bit data, on NVIDIA hardware."""
-    return dtype.itemsize == 2 and torch.version.hip is None and not triton.knobs.runtime.interpret
+    return dtype.itemsize == 2 and torch.version.hip is None and not interpreted()
 
 
 def launch(

@@ -6,7 +6,7 @@ whose accumulators stay in registers and whose pipeline fits the shared memory: 
 on sm_90 and sm_100, 163 on sm_80, 99 on the others. `choose` then shrinks them to the problem.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -25,6 +25,18 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool
+    parts: int = 1  # programs that share a tile's hidden units
+
+
+@dataclass(frozen=True)
+class PipelinedTile:
+    """How Hopper's own forward kernel (hopper_forward.py) cuts its work."""
+
+    consumers: int  # warp groups, of 64 tokens each
+    hidden: int
+    stages: int
+    registers: int  # of each thread of a consumer
+    q_in_registers: bool
 
 
 _Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
@@ -110,6 +122,15 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
     },
 }
 
+# The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
+# goes there too, and how many consumers share the 64 K registers.
+_PIPELINED = {
+    64: PipelinedTile(3, 64, 4, 160, True),
+    128: PipelinedTile(2, 64, 3, 240, True),
+    256: PipelinedTile(2, 32, 3, 240, False),
+}
+_PIPELINED_TOKENS = 128  # fewer leave too many rows of a tile empty
+
 
 @lru_cache
 def choose(
@@ -125,11 +146,18 @@ def choose(
     """The tile for `tokens` tokens of `heads` heads of `width`, over `hidden` hidden units each."""
     bm, bf, warps, stages = _table(itemsize, capability)[max(64, padded_width(width))][kernel]
     bf = _shrink(bf, hidden)
+    parts = 1
     if kernel in ("down", "up"):
         bm = _shrink(bm, tokens)
         # These own hidden units: a padded row costs as much as a real one.
         if bf > 64 and -(-hidden // bf) * bf > 1.2 * hidden:
             bf, warps = bf // 2, max(4, warps // 2)
+    elif kernel == "forward":
+        full, bm = bm, _shrink(bm, tokens)
+        # Not smaller tiles, which would each read all weights again: more programs to a tile.
+        parts = -(-_ENOUGH_PROGRAMS // (-(-tokens // bm) * heads))
+        if itemsize <= 2:
+            warps = max(4, warps * bm // full)
     else:
         full, bm = bm, _shrink(bm, tokens)
         while bm > _SMALLEST and -(-tokens // bm) * heads < _ENOUGH_PROGRAMS:
@@ -138,7 +166,18 @@ def choose(
             warps = max(4, warps * bm // full)
     # Without matrix units the compiler reads products out of the plain layout of a pointer load.
     descriptors = itemsize <= 2 and capability[0] in (9, 10)
-    return Tile(bm, bf, warps, stages, descriptors)
+    return Tile(bm, bf, warps, stages, descriptors, parts)
+
+
+@lru_cache
+def choose_pipelined(
+    *, tokens: int, hidden: int, width: int, itemsize: int, capability: tuple[int, int]
+) -> PipelinedTile | None:
+    """The tile for Hopper's own forward kernel, or None where plain Triton is to run."""
+    if capability[0] != 9 or itemsize != 2 or width <= 32 or tokens < _PIPELINED_TOKENS:
+        return None
+    tile = _PIPELINED[padded_width(width)]
+    return replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
 
 
 def padded_width(width: int) -> int:
