@@ -262,14 +262,10 @@ class _Editor:
 
     def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
         """A copy that lies in memory as the replaced value did: readers may depend on it."""
-        inner_first = sorted(range(len(like.shape)), key=lambda dim: _ascending(like, dim))
-        order = inner_first[::-1]
-        step: Size = 1
-        for dim in inner_first:
-            if like.shape[dim] != 1 and like.strides[dim] != step:
-                raise EditError("the output's place in memory cannot be kept")
-            step = multiply(step, like.shape[dim])
-        node = self._permute(node, order)
+        order = like.memory_order()
+        if order is None:
+            raise EditError("the output's place in memory cannot be kept")
+        node = self._permute(node, list(order))
         node = self.call("contiguous", node)
         return self._permute(node, [order.index(dim) for dim in range(len(order))])
 
@@ -321,14 +317,6 @@ def _descending(step: Size) -> tuple[int, int]:
 def _result_dims(site: Site) -> tuple[tuple[Axis, ...], ...]:
     batch, length, heads, _ = site.query.dims
     return batch, length, heads, site.down.dims[-1]
-
-
-def _ascending(value: Value, dim: int) -> tuple[int, int]:
-    """Sort key: small strides first, symbolic ones last, dimensions of one outside of all."""
-    if value.shape[dim] == 1:
-        return (2, 0)
-    stride = value.strides[dim]
-    return (0, stride) if isinstance(stride, int) else (1, len(sympy.Mul.make_args(stride)))
 
 
 def _order_that_keeps_strides(site: Site) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -35,7 +36,7 @@ from mhf_compiler.compat import (
     symbolic_size,
 )
 
-from .axes import Size
+from .axes import Size, multiply
 
 INPUT = "input"  # a graph input or attribute
 COPY = "copy"  # args: (what was copied into a tensor,); broadcast and cast to its shape and dtype
@@ -81,6 +82,23 @@ class Value:
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
+
+    def memory_order(self) -> tuple[int, ...] | None:
+        """The dimensions from outermost to innermost in memory; None where there are gaps."""
+        inner_first = sorted(range(len(self.shape)), key=self._ascending)
+        step: Size = 1
+        for dim in inner_first:
+            if self.shape[dim] != 1 and self.strides[dim] != step:
+                return None
+            step = multiply(step, self.shape[dim])
+        return tuple(inner_first[::-1])
+
+    def _ascending(self, dim: int) -> tuple[int, int]:
+        """Sort key: small strides first, symbolic ones last, dimensions of one outside of all."""
+        if self.shape[dim] == 1:
+            return (2, 0)
+        stride = self.strides[dim]
+        return (0, stride) if isinstance(stride, int) else (1, len(sympy.Mul.make_args(stride)))
 
     def operands(self) -> Iterator[Value]:
         yield from _values_in(self.args)
@@ -199,11 +217,16 @@ class CanonicalCopy:
                 return holding.node
         return None
 
-    def changed_reads(self) -> Iterator[tuple[fx.Node, Value]]:
-        """Nodes that saw an argument overwritten since it was made, and what they saw."""
+    def changed_reads(self, of: Value) -> Iterator[tuple[fx.Node, Value]]:
+        """Nodes that saw an argument overwritten since it was made, and what they saw.
+
+        Of those arguments that share the memory of a node that holds the value.
+        """
+        memory = {id(self._storage_of[holding.node]) for holding in self._holdings[of]}
         for reader, seen in self.reads.items():
             for argument, value in seen.items():
-                if self.value_of.get(argument) is not value:
+                changed = self.value_of.get(argument) is not value
+                if changed and id(self._storage_of[argument]) in memory:
                     yield reader, value
 
     def is_overwritten(self, value: Value) -> bool:

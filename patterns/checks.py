@@ -57,6 +57,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_gradients(reading)
     check_no_escape(reading, root, copy)
     check_memory(term, root, copy)
+    check_place(root)
     check_autocast(term, root, copy)
     return _site(term, roles, reading, root, copy)
 
@@ -278,11 +279,17 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
-    for reader, seen in copy.changed_reads():
+    for reader, seen in copy.changed_reads(root):
         if seen is not root and root in _ancestors(seen):
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in term.operands().values():
         _check_readable(operand.value, copy, copy.positions[node])
+
+
+def check_place(root: Value) -> None:
+    """The output fills its memory: a part of a larger tensor is made from the whole of it."""
+    if root.memory_order() is None:
+        raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output has gaps in memory", root.origin)
 
 
 def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:

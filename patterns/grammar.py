@@ -97,6 +97,11 @@ def is_outside_operation(value: Value) -> bool:
     )
 
 
+def operation_name(value: Value) -> str:
+    """The operation of a value, as a report names it."""
+    return str(value.op).removeprefix("aten.").removesuffix(".default")
+
+
 def is_other_pointwise(value: Value) -> bool:
     """A pointwise operation that ``meaning.py`` does not know."""
     tagged = torch.Tag.pointwise in getattr(value.op, "tags", ())
@@ -127,7 +132,7 @@ class _Reader:
 
     def output(self, value: Value, index: Index) -> Term:
         if value not in self.outside:
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         _check_bounds(value, index)
         step = through_view(value, index)
         if step is not None:
@@ -158,7 +163,7 @@ class _Reader:
             count = product(axis.size for axis in summed)
             if isinstance(count, int) and count:
                 return _scaled(_summed(self.output(value.source, inner), summed), 1 / count)
-        raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+        raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
 
     def _sum(self, value: Value, index: Index) -> Term:
         """A chain of additions: the terms of an unrolled loop, a bias, a residual.
@@ -202,10 +207,10 @@ class _Reader:
                 residuals.append(Residual(leaf, sign))
                 allowed = self.in_loop or addition is not value
                 if not allowed or len(residuals) > 1 or len(dtypes) > 1:
-                    detail = f"{_named(inner)} is added"
+                    detail = f"{operation_name(inner)} is added"
                     raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
         if not terms:
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if len(terms) > 1 or biases or residuals:
             terms = [_without_residual(term, value) for term in terms]
         term = join_sum(terms[::-1])
@@ -221,7 +226,7 @@ class _Reader:
         """A number or a router times an output."""
         left, right = value.args[:2]
         if value.kwargs.get("rounding_mode") is not None:
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if isinstance(right, (int, float)):
             if right == 0 or not math.isfinite(right):
                 raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
@@ -229,7 +234,7 @@ class _Reader:
             return _scaled(self.output(left, index), 1.0 / right if divides else float(right))
         both = isinstance(left, Value) and isinstance(right, Value)
         if value.op is not aten.mul.Tensor or not both:
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if left not in self.outside or right in self.outside:
             left, right = right, left
         router = self.leaf(right, broadcast(index, right.shape))
@@ -264,7 +269,7 @@ class _Reader:
     def _iteration(self, value: Value, index: Index) -> Term:
         """One piece of an unrolled loop."""
         if value not in self.outside:
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         around, self.in_loop = self.in_loop, True
         try:
             return self.output(value, index)
@@ -336,7 +341,7 @@ class _Reader:
     ) -> Term:
         if not _axes(index) & _axes(router.index) <= _axes(output.index):
             value = contraction.value
-            raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         term = self.output(output.value, output.index)
         term = _without_residual(term, contraction.value)
         term = replace(term, routers=(*term.routers, self.leaf(router.value, router.index)))
@@ -419,9 +424,9 @@ class _Hidden:
             if value.op is aten.detach.default:
                 raise Declined(Kind.GRADIENTS_CUT, "detach", value.origin)
             if is_other_pointwise(value):
-                raise Declined(Kind.UNKNOWN_ACTIVATION, _named(value), value.origin)
+                raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
             if not isinstance(value.op, str):
-                raise Declined(Kind.UNKNOWN_OPERATION, _named(value), value.origin)
+                raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
             return self._leaf(value, index)
         self.computed.add(value)
         if contraction.product is not None:
@@ -542,7 +547,3 @@ def _real(axes: AbstractSet[Axis]) -> frozenset[Axis]:
 
 def _leaves_of(axes: AbstractSet[Axis]) -> frozenset[Axis]:
     return frozenset(leaf for axis in axes for leaf in axis.leaves())
-
-
-def _named(value: Value) -> str:
-    return str(value.op).removeprefix("aten.").removesuffix(".default")

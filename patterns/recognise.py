@@ -27,6 +27,7 @@ from .grammar import (
     DROPOUT,
     is_other_pointwise,
     is_outside_operation,
+    operation_name,
     read_output,
 )
 from .meaning import LINEAR, POINTWISE
@@ -47,6 +48,8 @@ _CONTRACTIONS = frozenset(
         aten.convolution.default,
     }
 )
+_MERGES = frozenset({aten.cat.default, aten.stack.default})
+_SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {aten.detach.default, aten.native_layer_norm.default}
@@ -103,6 +106,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         else:
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
             missed.append(NearMiss(found, where, anchor))
+    missed = _as_loops(missed, paths, copy)
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
     for miss in missed:
@@ -111,6 +115,49 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
             reported.setdefault(paths[miss.anchor][-1], miss)
     findings.near_misses = list(reported.values())
     return findings
+
+
+def _as_loops(
+    missed: list[NearMiss], paths: dict[Value, list[Value]], copy: CanonicalCopy
+) -> list[NearMiss]:
+    """Say of ordinary networks that are merged as the heads of a loop what keeps them apart."""
+    merges: dict[Value, list[tuple[NearMiss, Value]]] = {}
+    for miss in missed:
+        if miss.reason.kind is Kind.PLAIN_FFN:
+            for merge, through in _merges(paths[miss.anchor][-1], copy).items():
+                merges.setdefault(merge, []).append((miss, through))
+    replaced: dict[Value, NearMiss | None] = {}
+    for members in merges.values():
+        ((first, through), *others) = members
+        if others and not any(member.anchor in replaced for member, _ in members):
+            replaced |= {other.anchor: None for other, _ in others}
+            detail = f"{operation_name(through)} before the heads are merged"
+            reason = Reason(Kind.OPERATION_IN_LOOP, detail, through.origin)
+            where = locate(through.origin) or first.location
+            replaced[first.anchor] = NearMiss(reason, where, first.anchor)
+    kept = [replaced.get(miss.anchor, miss) for miss in missed]
+    return [miss for miss in kept if miss is not None]
+
+
+def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
+    """Where an output is merged with others soon, and what stands between: the first reader.
+
+    The search goes no further than a few operations and through no other projection.
+    """
+    found: dict[Value, Value] = {}
+    todo = [(reader, reader) for reader in output.readers]
+    for _ in range(_SOON):
+        if not todo:
+            break
+        value, first = todo.pop(0)
+        if not copy.is_live(value):
+            continue
+        if value.op in _MERGES:
+            if value is not first:
+                found.setdefault(value, first)
+        elif value.op not in _CONTRACTIONS:
+            todo += [(reader, first) for reader in value.readers]
+    return found
 
 
 def _may_contain_site(gm: fx.GraphModule) -> bool:

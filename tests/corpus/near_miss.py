@@ -1002,7 +1002,7 @@ class ResidualOfSomeHeads(_Heads):
         return torch.cat(outs, dim=-1)
 
 
-@declined(*[Kind.PLAIN_FFN] * H)
+@declined(Kind.OPERATION_IN_LOOP)
 class NormAfterResidualInLoop(_Heads):
     """Each head is normalised after its residual, before the heads are merged."""
 

@@ -1055,3 +1055,44 @@ mhf("per head", precision=torch.bfloat16, arguments={"inner": ListOfHeads})(Auto
 
 
 mhf("autocast", count=2, arguments={"autocast": True}, precision=torch.bfloat16)(OneFfnInTwoLayers)
+
+
+@mhf("in place", arguments={"in_place": True})
+@mhf("a part", arguments={"in_place": False})
+class OutputOverwritten(PerHead):
+    """What the network returned is overwritten afterwards, by way of its own name."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = Einsum.forward(self, x)
+        doubled = out * 2
+        if self.in_place:
+            out.relu_()
+        else:
+            out[:, 0] = 0.0
+        return out + doubled
+
+
+@mhf(count=2)
+class AddedIntoBuffer(PerHead):
+    """Two networks add to parts of one buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        buffer = torch.zeros(2, *x.shape, dtype=x.dtype)
+        buffer[0] += Einsum.forward(self, x)
+        buffer[1] += x
+        buffer[0] += Einsum.forward(self, x * 2)
+        return buffer.sum(0) + buffer[0]
+
+
+@mhf()
+class AddedToLaterTokens(PerHead):
+    """Only a part of the output is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.clone()
+        out[:, 1:] += Einsum.forward(self, x)[:, 1:]
+        return out

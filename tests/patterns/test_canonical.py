@@ -249,7 +249,8 @@ def test_reads_say_what_each_node_saw_when_it_ran():
 
 def test_changed_reads_are_those_after_a_write():
     copied = Copied(overwritten, x())
-    changed = {reader.name for reader, _ in copied.copy.changed_reads()}
+    value = copied.copy.value_of[copied.nodes["sin"]]
+    changed = {reader.name for reader, _ in copied.copy.changed_reads(value)}
     assert "cos" not in changed
     assert "t_1" in changed
 
