@@ -20,6 +20,11 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 
+# Random programs: how many, and the first one's seed. FUZZ_ARGS="--write FOLDER" keeps failures.
+N ?= 500
+SEED ?= 0
+FUZZ_ARGS ?=
+
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@suits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
 	for base in $(VENV)/bin/python python3 python3.12 python3.11 none; do \
@@ -49,6 +54,10 @@ test: lint pytest  ## lint, types and every test that needs no GPU
 .PHONY: pytest
 pytest: $(READY)  ## the tests alone
 	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: $(READY)  ## N random programs from SEED on, and mutants of each: none missed, none wrong
+	$(PYTHON) -m tests.fuzz --number $(N) --seed $(SEED) --workers $(WORKERS) $(FUZZ_ARGS)
 
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none

@@ -1,0 +1,1061 @@
+"""The generator: a seed becomes the source of a module that is an MH-FFN, spelled somehow.
+
+``generate`` draws sizes, layout, storage of the weights, loops, contractions, activation, router
+and merge, and writes a module that can be read, printed and pasted. Beside the source stands what
+it means: the tensors of the op in their canonical layout and the expected site, so that the
+module can be compared with ``lowering/reference.py``.
+
+Canonical layouts, with g heads that have weights of their own: gate, up and down are
+``(g, e, f, d)``, their biases ``(g, e, f)``, ``(g, e, f)`` and ``(g, e, d)``, and route is
+``(h, d, e)``. The module receives them in ``__init__`` and stores them in its own way.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import Any
+
+import einops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhf_compiler.lowering.reference import multi_head_ffn_reference
+
+from .spelling import SIZES, TOKENS, Assignment, Dims, Named, Writer, size
+
+#: Activation -> its spellings; those in ``ROUNDED`` shorten a constant.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "silu": (
+        "F.silu({x})",
+        "F.silu({x})",
+        "{x} * torch.sigmoid({x})",
+        "{x}.sigmoid() * {x}",
+        "{x} / (1 + torch.exp(-{x}))",
+        "{x} / 2 * (1 + torch.tanh({x} / 2))",
+        "torch.mul({x}, F.sigmoid({x}))",
+    ),
+    "gelu": (
+        "F.gelu({x})",
+        "0.5 * {x} * (1 + torch.erf({x} / math.sqrt(2)))",
+        "{x} * 0.5 * (1.0 + torch.erf({x} * 0.7071067811865476))",
+    ),
+    "gelu_tanh": (
+        'F.gelu({x}, approximate="tanh")',
+        "0.5 * {x} * (1 + torch.tanh(math.sqrt(2 / math.pi) * ({x} + 0.044715 * {x} ** 3)))",
+        "0.5 * {x} * (1 + torch.tanh(0.7978845608 * {x} * (1 + 0.044715 * {x} * {x})))",
+        "0.5 * {x} * (1 + torch.tanh(0.79788456 * ({x} + 0.044715 * torch.pow({x}, 3))))",
+    ),
+    "relu": ("F.relu({x})", "torch.relu({x})", "{x}.clamp(min=0)", "{x}.clamp_min(0.0)"),
+    "relu2": (
+        "F.relu({x}) ** 2",
+        "F.relu({x}).square()",
+        "torch.relu({x}).pow(2)",
+        "F.relu({x}) * F.relu({x})",
+    ),
+    "sigmoid": ("torch.sigmoid({x})", "{x}.sigmoid()", "1 / (1 + torch.exp(-{x}))"),
+    "tanh": ("torch.tanh({x})", "{x}.tanh()", "F.tanh({x})"),
+}
+ROUNDED = ("0.7978845608 ", "0.79788456 ")
+
+#: How router weights come from logits; the last dimension are the sub-networks.
+ROUTERS: dict[str, str] = {
+    "sigmoid": "torch.sigmoid({r})",
+    "clamped sum": "torch.sigmoid({r}) / torch.sigmoid({r}).sum(-1, True).clamp_min(1e-20)",
+    "shifted sum": "torch.sigmoid({r}) / ({r}.sigmoid().sum(dim=-1, keepdim=True) + 1e-6)",
+    "softmax": "torch.softmax({r}, dim=-1)",
+    "log space": "(F.logsigmoid({r}) - F.logsigmoid({r}).logsumexp(-1, keepdim=True)).exp()",
+    "top 2": "torch.zeros_like({r}).scatter(-1, {r}.topk(min(2, E), -1).indices, "
+    "{r}.topk(min(2, E), -1).values.softmax(-1))",
+    "squared": "{r} ** 2",
+}
+
+#: What is done to the input before it is cut into heads, and to the output after they are merged.
+BEFORE = {
+    "nothing": "{x}",
+    "layer norm": "F.layer_norm({x}, {x}.shape[-1:])",
+    "activation": "F.silu({x})",
+    "scale": "{x} * 0.5",
+    "linear": "self.before({x})",
+}
+AFTER = {
+    "nothing": "{out}",
+    "residual": "x + {out}",
+    "layer norm": "F.layer_norm({out}, {out}.shape[-1:])",
+    "activation": "torch.tanh({out})",
+    "linear": "self.after({out})",
+}
+
+_HEADER = '''\
+"""{title}"""
+
+import math
+
+import einops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+{sizes}
+
+
+{helper}class Model(nn.Module):
+    def __init__(self, {parameters}: Tensor) -> None:
+        super().__init__()
+'''
+
+_LINEAR = '''\
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A Linear module with these parameters; the weight is (out, in)."""
+    module = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=weight.dtype)
+    module.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.clone())
+    return module
+
+
+'''
+
+_MAIN = """
+
+if __name__ == "__main__":
+    import mhf_compiler
+
+    torch.manual_seed({seed})
+    model = Model({tensors}).to(torch.{dtype}).train({training})
+    inputs = [{inputs}]
+    for x in inputs:
+        x.requires_grad_({training})
+    for dim in {dynamic}:
+        torch._dynamo.maybe_mark_dynamic(inputs[0], dim)
+    options = {{"rewrite": "always", "strict": True, "fallback": "eager"}}
+    print(mhf_compiler.explain(model, options=options)(*inputs))
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    results = [run(*inputs) for run in (model, compiled)]
+    plain, rewritten = (r[0] if isinstance(r, tuple) else r for r in results)
+    print("largest difference of the results:", (plain - rewritten).abs().max().item())
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One module as source text, and what is known about it."""
+
+    seed: int
+    source: str
+    sizes: dict[str, int]  # by axis
+    tensors: dict[str, Dims]  # the canonical tensors, in the order of ``Model.__init__``
+    inputs: dict[str, Dims]  # the arguments of ``forward``: x, and weights or a router
+    outputs: Dims
+    site: dict[str, Any]  # the fields of the expected SiteReport
+    routed: str  # how the router works, "" without one
+    templates: tuple[str, str]  # what is done before and after
+    scales: tuple[float, float, float]
+    dtype: torch.dtype = torch.float64
+    precision: torch.dtype = torch.float64  # the lowest one that it computes in
+    dynamic: tuple[str, ...] = ()  # axes of x that are marked as dynamic
+    training: bool = True
+    features: dict[str, str] = field(default_factory=dict)  # what was drawn
+    assignments: tuple[Assignment, ...] = ()
+
+    @property
+    def file(self) -> str:
+        return f"<program {self.seed}>"
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether it is also an ordinary network: all heads share the one that there is."""
+        return bool(self.site["kuv_heads"] == self.site["experts"] == 1)
+
+    def with_source(self, source: str) -> Program:
+        return replace(self, source=source)
+
+    def shape(self, dims: Dims) -> tuple[int, ...]:
+        return tuple(math.prod(self.sizes[axis] for axis in letters) for letters in dims)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The canonical tensors, in float64."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            name: torch.randn(self.shape(dims), dtype=torch.float64, generator=generator) * 0.7
+            for name, dims in self.tensors.items()
+        }
+
+    def arguments(self) -> dict[str, Tensor]:
+        """The arguments of ``forward``, in the program's dtype."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        given = self.weights()
+        arguments = {}
+        for name, dims in self.inputs.items():
+            x = torch.randn(self.shape(dims), dtype=torch.float64, generator=generator)
+            canonical = given.get(name.removesuffix("_weight"))
+            if canonical is not None:
+                known = self.tensors[name.removesuffix("_weight")]
+                source = tuple(a if a in "".join(dims) else "" for a in known)
+                x = rearranged(canonical, source, dims)
+            arguments[name] = x.to(self.dtype)
+        return arguments
+
+    def namespace(self) -> dict[str, Any]:
+        """The module's names. Its source is known to tracebacks and reports."""
+        lines = self.source.splitlines(keepends=True)
+        linecache.cache[self.file] = (len(self.source), None, lines, self.file)
+        names: dict[str, Any] = {"__name__": f"program_{self.seed}"}
+        exec(compile(self.source, self.file, "exec"), names)
+        return names
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.seed)
+        model: nn.Module = self.namespace()["Model"](**self.weights())
+        return model.to(self.dtype).train(self.training)
+
+    def runnable(self) -> str:
+        """The source as a script that shows what becomes of it."""
+        tensors = ", ".join(f"0.7 * torch.randn{self.shape(d)}" for d in self.tensors.values())
+        inputs = ", ".join(
+            f"torch.randn({self.shape(dims)}, dtype=torch.{self._dtype_name})"
+            for dims in self.inputs.values()
+        )
+        main = _MAIN.format(
+            seed=self.seed,
+            tensors=tensors,
+            inputs=inputs,
+            dtype=self._dtype_name,
+            training=self.training,
+            dynamic=[self.inputs["x"].index(axis) for axis in self.dynamic],
+        )
+        return self.source + main
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def reference(self, model: nn.Module, arguments: dict[str, Tensor]) -> Tensor:
+        """What the module computes, by the op's specification. All in float64."""
+        given = self.weights()
+        x = arguments["x"]
+        names = {"F": F, "torch": torch, "self": model, "x": x, "E": self.sizes["e"]}
+        before, after = self.templates
+        tokens = "".join(a for a in self.inputs["x"] if a in TOKENS)
+        heads = "gs" if "g" in "".join(self.inputs["x"]) else "h"
+        q = eval(before.format(x="x"), names)
+        q = rearranged(q, self.inputs["x"], (*tokens, *heads, "d"), self.sizes)
+        lead = q.shape[: len(tokens)]
+        q = q.reshape(*([1] * (2 - len(tokens))), *lead, self.sizes["h"], self.sizes["d"])
+        r = self._router(q, given, arguments, names, (tokens, heads))
+        op = multi_head_ffn_reference(
+            q,
+            given["gate"],
+            given.get("up"),
+            given["down"],
+            r,
+            k_bias=given.get("gate_bias"),
+            u_bias=given.get("up_bias"),
+            v_bias=given.get("down_bias"),
+            activation=self.site["activation"],
+            k_scale=self.scales[0],
+            u_scale=self.scales[1],
+            out_scale=self.scales[2],
+        )
+        out = op.reshape(*lead, *self.shape(tuple(heads)), self.sizes["d"])
+        out = rearranged(out, (*tokens, *heads, "o"), self.outputs, self.sizes)
+        result: Tensor = eval(after.format(out="out"), {**names, "out": out})
+        return result
+
+    def _router(
+        self,
+        q: Tensor,
+        given: dict[str, Tensor],
+        arguments: dict[str, Tensor],
+        names: dict[str, Any],
+        order: tuple[str, str],
+    ) -> Tensor | None:
+        if not self.routed:
+            return None
+        kind = self.features["router"]
+        if kind == "input":
+            canonical = (*"".join(order), "e")
+            r = rearranged(arguments["r"], self.inputs["r"], canonical, self.sizes)
+            return r.reshape(*q.shape[:3], -1)
+        if kind == "static":
+            logits = given["route"].expand(*q.shape[:2], -1, -1)
+        elif kind == "per token":
+            logits = torch.einsum("blhd,hde->ble", q, given["route"])[:, :, None]
+            logits = logits.expand(-1, -1, q.shape[2], -1)
+        else:
+            logits = torch.einsum("blhd,hde->blhe", q, given["route"])
+        result: Tensor = eval(self.routed.format(r="r"), {**names, "r": logits})
+        return result
+
+
+def rearranged(
+    x: Tensor, source: Dims, target: Dims, sizes: dict[str, int] | None = None
+) -> Tensor:
+    """``einops.rearrange`` by dimensions of single-letter axes."""
+
+    def side(dims: Dims) -> str:
+        return " ".join("1" if not letters else f"({' '.join(letters)})" for letters in dims)
+
+    cut = {a for letters in source if len(letters) > 1 for a in letters}
+    known = {a: n for a, n in (sizes or {}).items() if a in cut}
+    result: Tensor = einops.rearrange(x, f"{side(source)} -> {side(target)}", **known)
+    return result
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where ``forward`` finds one of the weights or biases."""
+
+    name: str
+    text: str
+    dims: Dims  # as stored; without the axes of the list
+    listed: str = ""  # the axes of the list that it is spread over, outermost first
+    module: bool = False  # the list holds Linear modules
+
+
+def generate(seed: int) -> Program:
+    """The program of this seed."""
+    return _Generator(seed).program()
+
+
+class _Generator:
+    """Draws a program. Everything random comes from ``self.rng``."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.rng = Random(seed)
+        self.features: dict[str, str] = {}
+        self.sizes = self._sizes()
+        self.numeric = torch.float64
+        self.precision = torch.float64
+        self._dtypes()
+        self.own = self._sharing()  # the head axes of weights: h, g or none
+        self.heads = "gs" if self.own == "g" and self.features["sharing"] == "grouped" else "h"
+        self.experts = "e" if self.sizes["e"] > 1 or self.chance(0.1) else ""
+        self.gated = self.chance(0.65)
+        self.activation = self.draw("activation", *ACTIVATIONS)
+        self.layout = self._layout()
+        self.tokens = "".join(a for a in self.layout if a in TOKENS and a)
+        self.dynamic = tuple(self.tokens) if self.chance(0.2) else ()
+        if self.dynamic and len(self.tokens) == 2 and self.chance(0.4):
+            self.dynamic = (self.rng.choice(self.tokens),)
+        self.loops = self._loops()
+        self.biases = self._biases()
+        self.router = self._router_kind()
+        self.scales = [1.0, 1.0, 1.0]
+        self.writer = Writer(
+            self.rng,
+            self.sizes,
+            dynamic=bool(self.dynamic),
+            detours=self.rng.choice([0.0, 0.0, 0.05, 0.15]),
+        )
+        self.init: list[str] = []
+        self.inputs: dict[str, Dims] = {"x": self.layout}
+        self.needs_linear = False
+        self.mixed = False  # whether the router is in a higher precision than the rest
+
+    # Draws.
+
+    def chance(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+    def draw(self, feature: str, *options: str) -> str:
+        """One of the options, remembered as a feature of the program."""
+        self.features[feature] = self.rng.choice(options)
+        return self.features[feature]
+
+    def _sizes(self) -> dict[str, int]:
+        heads = self.rng.choice([1, 2, 2, 3, 3, 4])
+        experts = self.rng.choice([1, 1, 2, 3] if heads > 1 else [2, 3])
+        groups = self.rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        width = self.rng.choice([3, 4, 5, 6, heads if heads > 1 else 3])
+        hidden = self.rng.choice([2, 4, 5, 6, 7, width])
+        batch, length = self.rng.choice([2, 3]), self.rng.choice([2, 3, 5])
+        return {
+            "b": batch,
+            "l": length,
+            "t": self.rng.choice([3, 5, 6]),
+            "h": heads,
+            "g": groups,
+            "s": heads // groups,
+            "e": experts,
+            "f": hidden,
+            "d": width,
+            "o": width,
+            "p": 2,
+            "u": 2 * hidden,
+        }
+
+    def _dtypes(self) -> None:
+        kind = self.draw("dtype", *["float64"] * 7, "float32", "float32", "bfloat16")
+        self.numeric = self.precision = getattr(torch, kind)
+
+    def _sharing(self) -> str:
+        groups, heads = self.sizes["g"], self.sizes["h"]
+        if heads == 1 or self.chance(0.75):
+            self.features["sharing"] = "none"
+            self.sizes["g"], self.sizes["s"] = heads, 1
+            return "h"
+        if groups == heads:
+            self.sizes["g"], self.sizes["s"] = 1, heads
+            groups = 1
+        if groups == 1:
+            self.features["sharing"] = "all"
+            return ""
+        self.draw("sharing", "grouped", "repeated")
+        return "g"
+
+    def _layout(self) -> Dims:
+        h = self.heads
+        options: list[Dims] = [
+            ("b", "l", h + "d"),
+            ("b", "l", h + "d"),
+            ("t", h + "d"),
+        ]
+        if self.own:  # else heads and tokens are not to be told apart
+            options += [
+                ("b", "l", h, "d"),
+                ("b", h, "l", "d"),
+                ("t", h, "d"),
+                (h, "t", "d"),
+                (h, "b", "l", "d"),
+                ("b", h + "d", "l"),
+                ("b", "l", "d" + h),
+                ("b", "l", "d", h),
+                ("t", "d" + h),
+            ]
+        layout = self.rng.choice(options)
+        self.features["layout"] = " ".join(layout)
+        return layout
+
+    def _loops(self) -> str:
+        options = ["", "", ""]
+        if self.experts:
+            options += ["e", "e"]
+        if self.heads == "h" and self.sizes["h"] > 1:
+            options += ["h"]
+            if self.experts:
+                options += ["he", "eh"]
+        loops = self.rng.choice(options)
+        self.features["loops"] = loops or "none"
+        return loops
+
+    def _biases(self) -> set[str]:
+        if self.chance(0.65):
+            return set()
+        names = ["gate_bias", "down_bias"] + (["up_bias"] if self.gated else [])
+        return {name for name in names if self.chance(0.7)}
+
+    def _router_kind(self) -> str:
+        optional = self.sizes["h"] > 1  # one head and no router is an ordinary network
+        absent = self.chance(0.5 if self.sizes["e"] == 1 else 0.15)
+        if not self.experts or (optional and absent):
+            self.features["router"] = "none"
+            return ""
+        kinds = ["per head"] * 4 + ["per token"] * 2
+        kinds += ["static", "input"]
+        kind = self.draw("router", *kinds)
+        if kind == "input":
+            return "{r}"
+        options = [n for n in ROUTERS if kind != "static" or n != "top 2"]
+        return ROUTERS[self.draw("normalised", *options)]
+
+    # The program.
+
+    def program(self) -> Program:
+        w = self.writer
+        x = self._input()
+        q = self._query(x)
+        self.weights = self._storage()
+        r = self._router(q) if self.router else None
+        out = self._over(self.loops, q, r, {})
+        self._output(out)
+        source, tensors = self._source()
+        return Program(
+            seed=self.seed,
+            source=source,
+            sizes=self.sizes,
+            tensors=tensors,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            site=self._site(),
+            routed=self.router,
+            templates=(BEFORE[self.features["before"]], AFTER[self.features["after"]]),
+            scales=(self.scales[0], self.scales[1], self.scales[2]),
+            dtype=self.numeric,
+            precision=self.precision,
+            dynamic=self.dynamic,
+            training=self.chance(0.8),
+            features=self.features | {"contractions": ", ".join(sorted(w.spellings))},
+            assignments=tuple(w.assignments),
+        )
+
+    def _site(self) -> dict[str, Any]:
+        return {
+            "heads": self.sizes["h"],
+            "kuv_heads": self.sizes["h"] if self.features["sharing"] == "none" else self.sizes["g"],
+            "head_dim": self.sizes["d"],
+            "experts": self.sizes["e"],
+            "expert_dim": self.sizes["f"],
+            "activation": self.activation,
+            "gated": self.gated,
+            "has_gate": bool(self.router),
+        }
+
+    def _canonical(self) -> dict[str, Dims]:
+        """The canonical tensors that the program has."""
+        own = self.own or "g"
+        matrix: Dims = (own, "e", "f", "d")
+        tensors: dict[str, Dims] = {"gate": matrix, "down": matrix}
+        if self.gated:
+            tensors["up"] = matrix
+        for bias in sorted(self.biases):
+            tensors[bias] = (own, "e", "d" if bias == "down_bias" else "f")
+        if self.router and self.features["router"] != "input":
+            static = self.features["router"] == "static"
+            tensors["route"] = ("h", "e") if static else ("h", "d", "e")
+        return tensors
+
+    def _source(self) -> tuple[str, dict[str, Dims]]:
+        tensors = self._canonical()
+        title = f"Program {self.seed}: " + ", ".join(f"{k} {v}" for k, v in self.features.items())
+        letters = "hefd" + ("gs" if self.own == "g" else "")
+        sizes = ", ".join(SIZES[a] for a in letters)
+        numbers = ", ".join(str(self.sizes[a]) for a in letters)
+        text = _HEADER.format(
+            title=title,
+            sizes=f"{sizes} = {numbers}",
+            helper=_LINEAR if self.needs_linear else "",
+            parameters=": Tensor, ".join(tensors),
+        )
+        text += "".join(f"        {line}\n" for line in self.init)
+        text += f"\n    def forward(self, {': Tensor, '.join(self.inputs)}: Tensor) -> Tensor:\n"
+        text += "".join(f"        {line}\n" for line in self.writer.lines)
+        return text, tensors
+
+    # Input, query, router.
+
+    def _input(self) -> Named:
+        w = self.writer
+        names = [SIZES[a] for a in self.tokens]
+        sizes = [f"x.shape[{self.layout.index(a)}]" for a in self.tokens]
+        w.add(f"{', '.join(names)} = {', '.join(sizes)}")
+        w._taken |= {*names, "x", "h", "e", "H", "E", "G", "S", "d", "f"}
+        options = ["nothing", "nothing", "scale", "activation"]
+        merged = self.layout[-1] == self.heads + "d"
+        if self.layout[-1][-1] == "d":
+            options += ["layer norm"]
+        if merged:
+            options += ["linear"]
+        kind = self.draw("before", *options)
+        if kind == "linear":
+            self.init.append("self.before = nn.Linear(H * d, H * d)")
+        if kind == "nothing":
+            return Named("x", self.layout)
+        return w.let("y", Named(BEFORE[kind].format(x="x"), self.layout), "input")
+
+    def _query(self, x: Named) -> Named:
+        """The query in the layout that the program works in."""
+        w = self.writer
+        axes = [*self.tokens, *self.heads]
+        options: list[list[str]] = [[*self.tokens, *self.heads], [*self.heads, *self.tokens]]
+        if len(self.tokens) == 2:
+            options.append([self.tokens[0], *self.heads, self.tokens[1]])
+        order = self.rng.choice(options)
+        if self.chance(0.1):
+            self.rng.shuffle(axes)
+            order = axes
+        target: tuple[str, ...] = (*order, "d")
+        if "h" in self.loops and any(len(letters) > 1 for letters in x.dims) and self.chance(0.5):
+            target = x.dims
+        if target == x.dims and self.chance(0.5):
+            return x if x.text != "x" else w.let("q", x, "query")
+        q = w.rearrange(x, target)
+        if self.chance(0.3):
+            q = q.then(".contiguous()")
+        return w.let("q", q, "query")
+
+    def _router(self, q: Named) -> Named:
+        w = self.writer
+        kind = self.features["router"]
+        if kind == "input":
+            dims = [*self.tokens, *self.heads, "e"]
+            if self.chance(0.3):
+                self.rng.shuffle(dims)
+            self.inputs["r"] = tuple(dims)
+            w._taken.add("r")
+            return Named("r", tuple(dims))
+        heads = self.heads
+        stored = (heads, "e") if kind == "static" else (heads, "d", "e")
+        route = Named("self.route", stored)
+        self.init.append("self.route = nn.Parameter(route)")
+        lower = False
+        if kind == "static":
+            logits = w.rearrange(route, (*heads, "e"))
+        else:
+            lower = self.numeric in (torch.float32, torch.bfloat16) and self.chance(0.5)
+            a, b = (q.then(".float()"), route.then(".float()")) if lower else (q, route)
+            summed = heads + "d" if kind == "per token" else "d"
+            plain = ["einsum", "einsum", "multiply", "matmul"]
+            logits = w.contract(a, b, summed, kind=self.rng.choice(plain))
+            rest = [x for x in logits.dims if x != "e"]
+            logits = w.rearrange(logits, (*rest, "e"))
+        logits = w.let("logits", logits)
+        r = Named(self.router.format(r=logits.text), logits.dims)
+        self.mixed = lower
+        if lower and self.chance(0.5):
+            r, self.mixed = r.then(".to(x.dtype)"), False
+        r = w.let("r", r, "router")
+        if self.chance(0.3):
+            dims = list(r.dims)
+            self.rng.shuffle(dims)
+            r = w.let("r", w.rearrange(r, dims), "router")
+        return r
+
+    # Weights.
+
+    def _storage(self) -> dict[str, Weight]:
+        """Draw how each weight is stored, and write ``__init__``."""
+        self.packed = ""
+        if self.gated and self.chance(0.3):
+            self.packed = self.draw("packed", "apart", "halves", "interleaved")
+            self.first = self.draw("first half", "gate", "gate", "up")
+        kind = self.draw("storage", "parameter", "parameter", "parameter", "buffer", "input")
+        if self.loops and self.chance(0.4):
+            kind = self.features["storage"] = "list"
+        linears = kind == "list" and self._linear_fits() and self.chance(0.6)
+        if linears:
+            self.features["storage"] = "list of Linear"
+        weights: dict[str, Weight] = {}
+        merged = self.chance(0.25)
+        for name in self._stored_names():
+            weights[name] = self._store(name, kind, linears, merged)
+        return weights
+
+    def _linear_fits(self) -> bool:
+        """Whether each weight is one matrix in the innermost loop."""
+        return set(self._weight_axes("gate")) - set(self.loops) <= set("fd") and not self.packed
+
+    def _stored_names(self) -> list[str]:
+        names = ["gate", "down"] + (["up"] if self.gated and not self.packed else [])
+        biases = sorted(self.biases)
+        if self.packed and {"gate_bias", "up_bias"} & self.biases:
+            self.biases |= {"gate_bias", "up_bias"}  # packed like the weights
+            biases = sorted(self.biases - {"up_bias"})
+        return names + biases
+
+    def _weight_axes(self, name: str) -> str:
+        inner = {"gate": "fd", "up": "fd", "down": "fo", "down_bias": "o"}.get(name, "f")
+        return self.own + self.experts + inner
+
+    def _store(self, name: str, kind: str, linears: bool, merged: bool) -> Weight:
+        axes = self._weight_axes(name)
+        value, source = name, self._source_dims(axes)
+        if self.packed and name in ("gate", "gate_bias"):
+            value, source, axes = self._pack(name, source, axes)
+        listed = "".join(a for a in self.loops if a in axes) if kind == "list" else ""
+        stored = [a for a in axes if a not in listed]
+        attribute = {"gate": "gate_up", "gate_bias": "gate_up_bias"}.get(name, name)
+        attribute = attribute if self.packed else name
+        if linears:
+            return self._store_linears(name, listed)
+        self.rng.shuffle(stored)
+        if "bias" in name:
+            stored = [a for a in axes if a not in listed]
+        dims = self._some_merged(stored) if merged else tuple(stored)
+        if listed:
+            return self._store_list(attribute, value, source, listed, dims)
+        text = self._rearranged_text(value, source, dims)
+        if kind == "buffer":
+            self.init.append(f'self.register_buffer("{attribute}", {text}.clone())')
+        elif kind == "input" and name in ("gate", "up", "down") and not self.packed:
+            argument = f"{name}_weight"
+            self.inputs[argument] = tuple(letters.replace("o", "d") for letters in dims)
+            self.writer._taken.add(argument)
+            return Weight(name, argument, dims)
+        else:
+            self.init.append(f"self.{attribute} = nn.Parameter({text}.clone())")
+        return Weight(name, f"self.{attribute}", dims)
+
+    def _source_dims(self, axes: str) -> Dims:
+        """The canonical dimensions of these axes: "" stands for a dimension of one."""
+        own, inner = self.own, axes.removeprefix(self.own + self.experts)
+        return (own, self.experts, *inner)
+
+    def _pack(self, name: str, source: Dims, axes: str) -> tuple[str, Dims, str]:
+        up = name.replace("gate", "up")
+        pair = f"{name}, {up}" if self.first == "gate" else f"{up}, {name}"
+        at = source.index("f")
+        if self.packed == "apart":
+            return f"torch.stack(({pair}))", ("p", *source), "p" + axes
+        inner = tuple("u" if a == "f" else a for a in source)
+        axes = axes.replace("f", "u")
+        if self.packed == "halves":
+            return f"torch.cat(({pair}), {at})", inner, axes
+        return f"torch.stack(({pair}), {at + 1}).flatten({at}, {at + 1})", inner, axes
+
+    def _some_merged(self, axes: Sequence[str]) -> Dims:
+        """Axes side by side, merged into one or two dimensions: flat weights."""
+        cut = self.rng.randrange(len(axes))
+        parts = ("".join(axes[:cut]), "".join(axes[cut:]))
+        return tuple(part for part in parts if part)
+
+    def _rearranged_text(self, value: str, source: Dims, target: Dims) -> str:
+        def side(dims: Dims) -> str:
+            return " ".join(
+                "1" if not a else a if len(a) == 1 else f"({' '.join(a)})" for a in dims
+            )
+
+        return f'einops.rearrange({value}, "{side(source)} -> {side(target)}")'
+
+    def _list_index(self, listed: str) -> str:
+        """The position in a flat list, by the indices of the loops."""
+        return listed if len(listed) == 1 else f"{listed[0]} * {SIZES[listed[1]]} + {listed[1]}"
+
+    def _store_list(
+        self, attribute: str, value: str, source: Dims, listed: str, dims: Dims
+    ) -> Weight:
+        flat = self._rearranged_text(value, source, (listed, *dims))
+        self.init.append(f"parts = {flat}")
+        self.init.append(
+            f"self.{attribute} = nn.ParameterList(nn.Parameter(w.clone()) for w in parts)"
+        )
+        return Weight(attribute, f"self.{attribute}", dims, listed)
+
+    def _store_linears(self, name: str, listed: str) -> Weight:
+        self.needs_linear = True
+        if "bias" in name:  # stored with its weight
+            return Weight(
+                name,
+                f"self.{name.removesuffix('_bias')}",
+                ("o" if name == "down_bias" else "f",),
+                listed,
+                True,
+            )
+        out, inner = ("o", "f") if name == "down" else ("f", "d")
+        source = self._source_dims(self._weight_axes(name))
+        flat = (
+            self._rearranged_text(name, source, (listed, out, inner))
+            if listed
+            else (self._rearranged_text(name, source, (out, inner)) + "[None]")
+        )
+        bias = f"{name}_bias"
+        if bias in self.biases:
+            target: Dims = (listed, out) if listed else (out,)
+            added = self._rearranged_text(bias, self._source_dims(self._weight_axes(bias)), target)
+            added += "" if listed else "[None]"
+            self.init.append(f"pairs = zip({flat}, {added}, strict=True)")
+            made = "linear(w, b) for w, b in pairs"
+        else:
+            self.init.append(f"parts = {flat}")
+            made = "linear(w) for w in parts"
+        self.init.append(f"self.{name} = nn.ModuleList({made})")
+        return Weight(name, f"self.{name}", (out, inner), listed, True)
+
+    def _weight(self, name: str, at: dict[str, str]) -> Named:
+        """A weight or bias as it is read inside the loops, ``at`` their indices."""
+        w, stored = self.writer, self.weights[name]
+        if stored.listed or stored.module:
+            index = self._list_index(stored.listed) if stored.listed else "0"
+            member = (".bias" if "bias" in name else ".weight") if stored.module else ""
+            value = Named(f"{stored.text}[{index}]{member}", stored.dims)
+        else:
+            value = Named(stored.text, stored.dims)
+        for axis, index in at.items():
+            if axis in value.letters:
+                value = w.select(value, axis, index)
+            elif axis == "h" and "g" in value.letters:
+                value = w.select(value, "g", "(h // S)")
+        if self.features["sharing"] == "repeated" and "g" in value.letters:
+            value = self._repeated(value)
+        if self.chance(0.15) and "bias" not in name:
+            value = w.let(f"{name}_matrix", value, "weight")
+        return value
+
+    def _repeated(self, value: Named) -> Named:
+        """The weights of each group, once for each of its heads."""
+        w = self.writer
+        value = w.singles(value)
+        at = value.dim("g")
+        dims = tuple("h" if a == "g" else a for a in value.dims)
+        if self.chance(0.6):
+            return Named(f"{value.atom}.repeat_interleave(S, {at})", dims)
+        sizes = ["-1"] * (len(dims) + 1)
+        sizes[at + 1] = "S"
+        text = f"{value.atom}.unsqueeze({at + 1}).expand({', '.join(sizes)})"
+        return Named(f"{text}.flatten({at}, {at + 1})", dims)
+
+    # Loops.
+
+    def _over(self, loops: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+        """The output of the network, by loops over heads and sub-networks."""
+        if not loops:
+            return self._network(q, r, at)
+        axis, rest = loops[0], loops[1:]
+        return (self._heads if axis == "h" else self._experts)(rest, q, r, at)
+
+    def _heads(self, rest: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+        w = self.writer
+        merge = self.draw("merge", "cat", "stack", "slices", "index")
+        others = [a for a in self._result_axes(q) if a != "h"]
+        if self.chance(0.2):
+            self.rng.shuffle(others)
+        where = self.rng.randrange(len(others) + (merge != "cat"))
+        if self.chance(0.6):
+            where = others.index("o")
+        whole = list(others)
+        if merge in ("cat", "slices"):
+            where = min(where, len(others) - 1)
+            whole[where] = "h" + whole[where]
+        else:
+            whole.insert(where, "h")
+        name = w.name("out" if not at else "outs")
+        if merge in ("slices", "index"):
+            w.add(f"{name} = {self._buffer(whole)}")
+        else:
+            w.add(f"{name} = []")
+        with w.block("for h in range(H):"):
+            inner = w.let("q_h", w.select(q, "h", "h"), "query")
+            routed = None if r is None else w.select(r, "h", "h") if "h" in r.letters else r
+            y = self._over(rest, inner, routed, {**at, "h": "h"})
+            y = w.rearrange(y, others)
+            if merge in ("slices", "index"):
+                w.add(f"{self._place(name, whole)} = {y.text}")
+            else:
+                w.add(f"{name}.append({y.text})")
+        if merge in ("slices", "index"):
+            return Named(name, tuple(whole))
+        glue = "cat" if merge == "cat" else self.rng.choice(["stack", "stack"])
+        dim = where if self.chance(0.5) else where - len(whole)
+        return w.let("out", Named(f"torch.{glue}({name}, dim={dim})", tuple(whole)), "output")
+
+    def _place(self, name: str, whole: Sequence[str]) -> str:
+        """The part of a buffer that belongs to head h."""
+        at = next(i for i, letters in enumerate(whole) if "h" in letters)
+        items = [":"] * at
+        rest = whole[at][1:]
+        step = size(rest) if len(rest) < 2 else f"({size(rest)})"
+        items.append(f"h * {step} : (h + 1) * {step}" if rest else "h")
+        if at == len(whole) - 1 and self.chance(0.5):
+            items = ["...", items[-1]]
+        return f"{name}[{', '.join(items)}]"
+
+    def _buffer(self, dims: Sequence[str]) -> str:
+        shape = self.writer.shape(dims)
+        shape = ", ".join(size(letters) for letters in dims)
+        options = [f"x.new_zeros({shape})", f"torch.zeros({shape}, dtype=x.dtype)"]
+        options += [f"torch.zeros(({shape}), dtype=x.dtype, device=x.device)"]
+        return self.rng.choice(options)
+
+    def _result_axes(self, q: Named) -> list[str]:
+        return ["o" if a == "d" else a for a in q.letters]
+
+    def _experts(self, rest: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+        w = self.writer
+        how = self.draw("sum", "in place", "out of place", "list", "stack", "first")
+        dims = self._result_axes(q)
+        if self.chance(0.2):
+            self.rng.shuffle(dims)
+        name = w.name({"list": "parts", "stack": "parts"}.get(how, "total"))
+        if how in ("list", "stack"):
+            w.add(f"{name} = []")
+        elif how != "first":
+            zeros = self._buffer(dims)
+            if self.numeric is torch.bfloat16 and self.chance(0.5):
+                zeros = zeros.replace("x.new_zeros(", "torch.zeros(").replace(
+                    "dtype=x.dtype", "dtype=torch.float32"
+                )
+            w.add(f"{name} = {zeros}")
+        with w.block("for e in range(E):"):
+            routed = None if r is None else w.select(r, "e", "e")
+            y = self._over(rest, q, routed, {**at, "e": "e"})
+            y = w.rearrange(y, dims)
+            statement = {
+                "in place": f"{name} += {y.text}",
+                "out of place": f"{name} = {name} + {y.text}",
+                "first": f"{name} = {y.text} if e == 0 else {name} + {y.text}",
+            }.get(how, f"{name}.append({y.text})")
+            w.add(statement)
+        if how == "list":
+            return w.let("out", Named(f"sum({name})", tuple(dims)), "output")
+        if how == "stack":
+            dim = self.rng.randrange(len(dims) + 1)
+            text = f"torch.stack({name}, {dim}).sum({dim})"
+            return w.let("out", Named(text, tuple(dims)), "output")
+        return Named(name, tuple(dims))
+
+    # The network itself.
+
+    def _network(self, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+        """act(gate) * up, down, weighted: what is left when the loops are gone."""
+        w = self.writer
+        q = w.singles(q)
+        if self.packed:
+            gate, up = self._packed_projections(q, at)
+        else:
+            gate = w.let("gate", self._projection("gate", q, at))
+            gate = self._rescaled(gate, 0, "gate", at)
+            up = None
+            if self.gated:
+                up = w.let("up", self._projection("up", q, at))
+                up = self._rescaled(up, 1, "up", at)
+        return self._down(self._hidden(gate, up), r, at)
+
+    def _projection(self, name: str, q: Named, at: dict[str, str]) -> Named:
+        """A projection with its bias, but for one that is added after a scale."""
+        w, stored = self.writer, self.weights[name]
+        summed = "f" if name == "down" else "d"
+        bias = f"{name}_bias" in self.biases
+        later = name != "down" and self._scale(("gate", "up").index(name)) != 1.0
+        if stored.module and not (bias and later) and self.chance(0.7):
+            rest = [a for a in q.dims if a != summed]
+            q = w.rearrange(q, (*rest, summed))
+            index = self._list_index(stored.listed) if stored.listed else "0"
+            return Named(f"{stored.text}[{index}]({q.text})", (*rest, stored.dims[0]))
+        added = self._weight(f"{name}_bias", at) if bias and not later else None
+        return w.contract(q, self._weight(name, at), summed, added)
+
+    def _scale(self, which: int) -> float:
+        if self.scales[which] == 1.0 and which not in self.__dict__.setdefault("_drawn", set()):
+            self._drawn.add(which)
+            if self.chance(0.12):
+                self.scales[which] = self.rng.choice([0.5, 1.5, 0.25, 2.0, -1.0])
+        return self.scales[which]
+
+    def _rescaled(self, value: Named, which: int, name: str, at: dict[str, str]) -> Named:
+        w, scale = self.writer, self._scale(which)
+        if scale == 1.0:
+            return value
+        text = w.pick(f"{value.atom} * {scale}", f"{scale} * {value.atom}")
+        if scale in (0.5, 0.25) and self.chance(0.3):
+            text = f"{value.atom} / {1 / scale}"
+        value = w.let(name, Named(text, value.dims))
+        if f"{name}_bias" in self.biases:
+            value = w.let(name, w.plus(value, self._weight(f"{name}_bias", at)))
+        return value
+
+    def _packed_projections(self, q: Named, at: dict[str, str]) -> tuple[Named, Named | None]:
+        w = self.writer
+        bias = self._weight("gate_bias", at) if "gate_bias" in self.biases else None
+        both = w.let("both", w.contract(q, self._weight("gate", at), "d", bias))
+        glu = self.packed == "halves" and self.first == "up" and self.activation == "sigmoid"
+        if glu and self.chance(0.5):
+            dims = tuple("f" if a == "u" else a for a in both.dims)
+            return Named(f"F.glu({both.text}, {both.dim('u')})", dims), None
+        first, second = w.halves(both, self.packed)
+        if self.first == "up":
+            first, second = second, first
+        gate, up = w.let("gate", first), w.let("up", second)
+        return gate, up
+
+    def _hidden(self, gate: Named, up: Named | None) -> Named:
+        w = self.writer
+        if gate.text.startswith("F.glu"):
+            return w.let("hidden", gate)
+        spelling = self.rng.choice(ACTIVATIONS[self.activation])
+        if any(constant in spelling for constant in ROUNDED):
+            eps = {t: torch.finfo(t).eps for t in (self.precision, torch.float32)}
+            self.precision = max(eps, key=lambda t: eps[t])
+        hidden = Named(spelling.format(x=gate.text), gate.dims)
+        if up is None:
+            return w.let("hidden", hidden)
+        hidden = w.let("act", hidden) if self.chance(0.4) else hidden
+        if up.dims != gate.dims:
+            up = w.rearrange(up, gate.dims)
+        return w.let("hidden", w.times(hidden, up))
+
+    def _down(self, hidden: Named, r: Named | None, at: dict[str, str]) -> Named:
+        w = self.writer
+        many = "e" in hidden.letters
+        biased = "down_bias" in self.biases
+        options = ["after", "after"]
+        if self.mixed:
+            biased = True
+        elif many and r is not None:
+            options += ["weighted sum"]
+        if not biased and r is not None:
+            options += ["hidden", "einsum"]
+        if not biased and r is None and many:
+            options = ["after", "hidden"]
+        how = self.draw("applied", *options)
+        if how == "einsum":
+            assert r is not None
+            out = [a for a in hidden.letters if a not in "ef"]
+            y = w.einsum([hidden, self._weight("down", at), r], "".join([*out, "o"]))
+            w.spellings.add("einsum of three")
+            return self._final(w.let("y", y))
+        if how == "hidden":
+            if r is not None:
+                hidden = w.let("hidden", w.times(hidden, r))
+            if many and self.chance(0.7):
+                y = w.contract(hidden, self._weight("down", at), w.pick("ef", "fe"))
+                return self._final(w.let("y", y))
+            y = w.let("y", self._projection("down", hidden, at))
+            return self._final(self._summed(y) if many else y)
+        y = w.let("y", self._projection("down", hidden, at))
+        if how == "weighted sum":
+            assert r is not None
+            y = w.contract(y, r, "e", kind=w.pick("einsum", "einsum", "matmul", "multiply"))
+            return self._final(w.let("y", y))
+        if r is not None:
+            y = w.let("y", w.times(y, r))
+        return self._final(self._summed(y) if many else y)
+
+    def _summed(self, y: Named) -> Named:
+        """The sum over sub-networks; a mean is a sum with a scale."""
+        w = self.writer
+        at = y.dim("e")
+        rest = tuple(a for a in y.dims if a != "e")
+        dim = at if self.chance(0.5) else at - len(y.dims)
+        if not self.router and self.chance(0.3):
+            self.scales[2] /= self.sizes["e"]
+            return w.let("y", Named(f"{y.atom}.mean({dim})", rest))
+        text = w.pick(
+            f"{y.atom}.sum({dim})", f"{y.atom}.sum(dim={dim})", f"torch.sum({y.text}, {dim})"
+        )
+        return w.let("y", Named(text, rest))
+
+    def _final(self, y: Named) -> Named:
+        if self.chance(0.1):
+            scale = self.rng.choice([0.5, 2.0, 0.7, -1.0])
+            self.scales[2] *= scale
+            return self.writer.let("y", y.then(f" * {scale}"))
+        return y
+
+    # Output.
+
+    def _output(self, out: Named) -> None:
+        w = self.writer
+        heads = self.heads
+        options: list[Dims] = [
+            tuple(letters.replace("d", "o") for letters in self.layout),
+            tuple(letters.replace("d", "o") for letters in self.layout),
+            (*self.tokens, heads + "o"),
+            tuple(out.letters),
+            out.dims,
+        ]
+        if self.chance(0.1):
+            options = [(*self.tokens, "o" + heads), (heads + "o", *self.tokens)]
+            options += [(self.tokens, heads + "o"), (heads, self.tokens + "o")]
+        target = self.rng.choice(options)
+        if self.numeric is torch.bfloat16:
+            out = out.then(".to(x.dtype)")
+        out = w.let("out", w.rearrange(out, target), "output")
+        self.outputs = target
+        after = ["nothing", "nothing", "activation"]
+        if tuple(letters.replace("o", "d") for letters in target) == self.layout:
+            after += ["residual"]
+        if target[-1][-1] == "o":
+            after += ["layer norm"]
+        if target[-1] == heads + "o":
+            after += ["linear"]
+            kind = self.draw("after", *after)
+        else:
+            kind = self.draw("after", *after)
+        if kind == "linear":
+            self.init.append("self.after = nn.Linear(H * d, H * d)")
+        w.add(f"return {AFTER[kind].format(out=out.text)}")
