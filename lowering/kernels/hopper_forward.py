@@ -4,21 +4,26 @@ Plain Triton (forward_pass.py) levels off because its warps do everything togeth
 activations, then products. Here one producer warp streams K, U and V tiles through a ring of shared
 memory by TMA, and each consumer, a group of four warps, owns 64 tokens:
 
-    producer   Q   K U V   K U V   K U V  ...          ring of `stages` slots, a barrier each
-    consumer   K0 U0 | K1 U1 V0 | K2 U2 V1 | ... | Vn   products, issued to the matrix unit
-                   act0      act1       act2            activations, while V's product runs
+    producer   Q   KU V   KU V   KU V  ...            ring of slots, with a barrier for each part
+    consumer   KU0 | KU1 V0 | KU2 V1 | ... | Vn       products, issued to the matrix unit
+               act0    act1     act2                  activations, while V's product runs
 
-The product with V trails by one tile. It is issued behind the next tile's products with K and U, so
-that the matrix unit has work while this consumer activates, and the other consumers fill the rest.
-All products of one turn are issued and awaited within it: one that were still running at the end of
-a loop's body would be serialised by the assembler.
+A K and a U tile lie one behind the other, so that one wide product makes both halves of the hidden
+tile: it reads Q from the registers half as often. The product with V trails by one tile. It is
+issued behind the next tile's product with K and U, so that the matrix unit has work while this
+consumer activates, and the other consumers fill the rest. All products of one turn are issued and
+awaited within it: one that were still running at the end of a loop's body would be serialised by
+the assembler. Narrow heads have room for a third consumer, and then trailing gains nothing.
 
 The kernel is persistent, one program to a multiprocessor, so that the producer loads the next
 tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
 the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
 
 Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
-there. `plan` says which problems fit; forward_pass.py takes all others.
+there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
+product with V and the output are padded to a power of two.
+
+`plan` says which problems fit; forward_pass.py takes all others.
 """
 
 import dataclasses
@@ -51,9 +56,10 @@ from .loads import (
     weight_operand,
 )
 from .splitting import add_parts, split_last_round
-from .tiles import PipelinedTile, Tile
+from .tiles import PipelinedTile, Tile, padded_width
 
 _TOKENS = 64  # of one consumer: the rows of a warp-group's matrix instruction
+_COLUMNS = 64  # of a block of Q, K and U: what one swizzled row of shared memory holds
 _WARPS = 4  # of one consumer
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -79,13 +85,19 @@ def plan(problem: Problem, out: Tensor, tile: PipelinedTile) -> Plan | None:
         "V": weight_operand(problem.v, block),
         "Out": token_operand(out, axes, block),
     }
+    if problem.u is not None and operands["K"].layout != operands["U"].layout:
+        return None  # one product takes both
     for name, operand in operands.items():
         if operand.argument is None:
+            operands[name] = operand._replace(layout=None)
             continue
         if operand.layout == "pointer":
             return None
-        layout = None if name in ("Q", "Out") else operand.layout
-        operands[name] = Operand(_with_layout(operand.argument), None, layout)
+        layout = None if name in ("Q", "Out", "U") else operand.layout
+        descriptor = operand.argument
+        if name in "QKU":
+            descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
+        operands[name] = Operand(_with_layout(descriptor), None, layout)
     # Through pointers whatever its strides: a value serves several tiles of hidden units.
     block = dataclasses.replace(block, descriptors=False)
     operands["R"] = router_operand(problem.r, axes, block)._replace(layout=None)
@@ -104,8 +116,9 @@ def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
     programs = multiprocessors(out.device)
     split = split_last_round(tiles, networks * triton.cdiv(hidden, tile.hidden), programs)
     partial = split.workspace(tiles, rows, out)
-    halved = tile.q_in_registers and _halves_exactly(problem)
+    halved = _halves_exactly(problem)
     out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
+    last = problem.q.shape[3] % _COLUMNS or _COLUMNS
     scalars = problem.scalars(axes, Tile(rows, tile.hidden, _WARPS, tile.stages, True))
     for name in ("PRECISION", "COMPENSATED", "BM"):
         del scalars[name]
@@ -115,10 +128,12 @@ def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
         "WHOLE": split.whole,
         "PARTS": split.parts,
         "HALVED": halved,
+        "LAST": padded_width(last),
         "CONSUMERS": tile.consumers,
         "STAGES": tile.stages,
         "REGISTERS": tile.registers,
         "Q_IN_REGISTERS": tile.q_in_registers,
+        "TRAILING": tile.trailing,
     }
     operands = operands | {"Part": Operand(partial, None, None)}
     programs = min(programs, split.pieces(tiles))
@@ -139,6 +154,13 @@ def _halves_exactly(problem: Problem) -> bool:
     return (
         problem.activation == "silu" and problem.q.dtype == torch.bfloat16 and plain and not biased
     )
+
+
+def _in_blocks(descriptor: Any, axis: int) -> TensorDescriptor:
+    """The descriptor, with the head width in blocks of 64."""
+    block = list(descriptor.block_shape)
+    block[axis] = _COLUMNS
+    return dataclasses.replace(descriptor, block_shape=block)
 
 
 def _with_layout(descriptor: Any) -> TensorDescriptor:
@@ -164,39 +186,40 @@ def hopper_forward_kernel(
     ACTIVATION: gl.constexpr,
     K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
     APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
+    K_layout: gl.constexpr, V_layout: gl.constexpr,
+    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype
-    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Q.layout)
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 1 if U is None else 2
+    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS * (BD // 64), 1, 1, 64, 64], Q.layout)
     if Q_IN_REGISTERS:
-        out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Q.layout)
+        out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
     else:
-        out_tiles = q_tiles
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES] + K.block_type.shape, K.layout)
-    if U is None:
-        u_ring = k_ring
-    else:
-        u_ring = gl.allocate_shared_memory(dtype, [STAGES] + U.block_type.shape, U.layout)
+        # A consumer that keeps Q in shared memory leaves no room for its output elsewhere.
+        out_tiles = q_tiles._reinterpret(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
+    ku_ring = gl.allocate_shared_memory(
+        dtype, [STAGES * BLOCKS * PAIR] + K.block_type.shape, K.layout
+    )
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + V.block_type.shape, V.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    u_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    ku_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=CONSUMERS)
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(u_full.index(i), count=1)
+        mbarrier.init(ku_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
 
-    barriers = (q_full, q_empty, k_full, u_full, v_full, empty)
+    memory = (q_tiles, out_tiles, ku_ring, v_ring)
+    barriers = (q_full, q_empty, ku_full, v_full, empty)
     work = (B, L, TILES, WHOLE, PARTS)
-    memory = (q_tiles, out_tiles, k_ring, u_ring, v_ring)
     operands = (R, K_bias, U_bias, V_bias, Out, Part)
     strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides)
     # Constants stay constants only where they are written out.
@@ -206,14 +229,14 @@ def hopper_forward_kernel(
                 (_consume, (
                     0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES, Q_IN_REGISTERS)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
                 (_consume, (
                     1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES, Q_IN_REGISTERS)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
                 (_produce, (
-                    Q, K, U, V, memory, barriers, work, E, F, HEADS_PER_GROUP,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
+                    Q, K, U, V, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
@@ -224,18 +247,18 @@ def hopper_forward_kernel(
                 (_consume, (
                     0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES, Q_IN_REGISTERS)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
                 (_consume, (
                     1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES, Q_IN_REGISTERS)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
                 (_consume, (
                     2, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES, Q_IN_REGISTERS)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
                 (_produce, (
-                    Q, K, U, V, memory, barriers, work, E, F, HEADS_PER_GROUP,
-                    K_layout, U_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
+                    Q, K, U, V, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
@@ -270,33 +293,44 @@ def _pieces(work):
 @gluon.jit
 def _produce(
     Q, K, U, V, memory, barriers, work,
-    E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
+    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
+    K_layout: gl.constexpr, V_layout: gl.constexpr,
     BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: keeps the ring full, and loads the next tile's Q as soon as its place is free."""
-    q_tiles, _, k_ring, u_ring, v_ring = memory
-    q_full, q_empty, k_full, u_full, v_full, empty = barriers
+    q_tiles, _, ku_ring, v_ring = memory
+    q_full, q_empty, ku_full, v_full, empty = barriers
     F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 1 if U is None else 2
     slot = 0
     lap = 1  # parity of the ring's passes: the slots of the first one are empty
     turn = 1
     for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
         l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, E * F_TILES)
         g = h // HEADS_PER_GROUP
-        mbarrier.wait(q_empty, turn)
-        turn ^= 1
-        mbarrier.expect(q_full, CONSUMERS * 64 * BD * 2)
         for c in gl.static_range(CONSUMERS):
-            tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, 0], q_full, q_tiles.index(c))
+            full = q_full.index(c)
+            mbarrier.wait(q_empty.index(c), turn)
+            mbarrier.expect(full, BLOCKS * 64 * 64 * 2)
+            for j in gl.static_range(BLOCKS):
+                q_tile = q_tiles.index(c * (BD // 64) + j)
+                tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
+        turn ^= 1
         for i in range(first, last):
             e = i // F_TILES
             f0 = i % F_TILES * BF
             mbarrier.wait(empty.index(slot), lap)
-            _load(K, g, e, f0, k_full.index(slot), k_ring.index(slot), BF * BD * 2, K_layout)
-            if U is not None:
-                _load(U, g, e, f0, u_full.index(slot), u_ring.index(slot), BF * BD * 2, U_layout)
-            _load(V, g, e, f0, v_full.index(slot), v_ring.index(slot), BF * BD * 2, V_layout)
+            full = ku_full.index(slot)
+            mbarrier.expect(full, BLOCKS * PAIR * BF * 64 * 2)
+            for j in gl.static_range(BLOCKS):
+                place = (slot * BLOCKS + j) * PAIR
+                _load(K, g, e, f0, j * 64, full, ku_ring.index(place), K_layout)
+                if U is not None:
+                    _load(U, g, e, f0, j * 64, full, ku_ring.index(place + 1), K_layout)
+            full = v_full.index(slot)
+            mbarrier.expect(full, BF * BD * 2)
+            _load(V, g, e, f0, 0, full, v_ring.index(slot), V_layout)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -304,21 +338,86 @@ def _produce(
 
 
 @gluon.jit
-def _load(W, g, e, f0, full, tile, BYTES: gl.constexpr, LAYOUT: gl.constexpr):
-    mbarrier.expect(full, BYTES)
+def _load(W, g, e, f0, c0, full, tile, LAYOUT: gl.constexpr):
     if LAYOUT == "rows":
-        tma.async_copy_global_to_shared(W, [g, e, f0, 0], full, tile)
+        tma.async_copy_global_to_shared(W, [g, e, f0, c0], full, tile)
     else:
-        tma.async_copy_global_to_shared(W, [g, e, 0, f0], full, tile)
+        tma.async_copy_global_to_shared(W, [g, e, c0, f0], full, tile)
 
 
 @gluon.jit
-def _weights(ring, slot, BF: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
-    """A tile of the ring, however it is stored: [BF, BD]."""
-    if LAYOUT == "rows":
-        return ring.index(slot).reshape([BF, BD])
+def _query(tile, HALVED: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDTH: gl.constexpr,
+           LAYOUT: gl.constexpr):  # fmt: skip
+    """A block of Q, halved if told so: [64, WIDTH], in registers or where it is."""
+    tile = tile.reshape([64, 64])
+    if WIDTH < 64:
+        tile = tile.slice(0, WIDTH, dim=1)
+    if IN_REGISTERS:
+        q = tile.load(LAYOUT)
+        if HALVED:
+            q = (q.to(gl.float32) * 0.5).to(q.dtype)
+        return q
     else:
-        return ring.index(slot).reshape([BD, BF]).permute((1, 0))
+        if HALVED:
+            ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            tile.store((tile.load(ROWS).to(gl.float32) * 0.5).to(tile.dtype))
+        return tile
+
+
+@gluon.jit
+def _queries(tiles, first: gl.constexpr, BLOCKS: gl.constexpr, HALVED: gl.constexpr,
+             IN_REGISTERS: gl.constexpr, LAST: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """A consumer's Q, block by block."""
+    q = _query(tiles.index(first + BLOCKS - 1), HALVED, IN_REGISTERS, LAST, LAYOUT)
+    if BLOCKS == 1:
+        return (q,)
+    elif BLOCKS == 2:
+        return (_query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT), q)
+    elif BLOCKS == 3:
+        return (
+            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
+            q,
+        )
+    else:
+        return (
+            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 2), HALVED, IN_REGISTERS, 64, LAYOUT),
+            q,
+        )
+
+
+@gluon.jit
+def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, LAYOUT: gl.constexpr,
+             BF: gl.constexpr, PAIR: gl.constexpr, BLOCKS: gl.constexpr, LAST: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
+    """Issue Q's product with a slot's K and U tiles, side by side: [64, PAIR * BF]."""
+    if LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
+        BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, PAIR * BF, 64], BY_ROWS)
+    else:  # of each block of 64 rows, K's columns and then U's
+        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(BF * 2, 16, 2)
+        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, 64, PAIR * BF], BY_COLUMNS)
+    mbarrier.wait(full.index(slot), lap)
+    mn = nothing
+    for j in gl.static_range(BLOCKS):
+        ku = ring.index(slot * BLOCKS + j)
+        if LAYOUT == "rows":
+            ku = ku.permute((1, 0))
+        if j == BLOCKS - 1 and LAST < 64:
+            ku = ku.slice(0, LAST, dim=0)
+        mn = warpgroup_mma(q[j], ku, mn, use_acc=j > 0, is_async=True)
+    return mn
+
+
+@gluon.jit
+def _value(v_ring, slot, BF: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+    """A slot's V tile, however it is stored: [BF, BD]."""
+    if LAYOUT == "rows":
+        return v_ring.index(slot).reshape([BF, BD])
+    else:
+        return v_ring.index(slot).reshape([BD, BF]).permute((1, 0))
 
 
 @gluon.jit
@@ -330,33 +429,40 @@ def _bias(X, strides, g, e, f0, F: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.co
 
 
 @gluon.jit
-def _gate(m, R, e, g, f0, inside, K_bias, R_strides, K_bias_strides, F: gl.constexpr,
-          ACTIVATION: gl.constexpr, K_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
-          HALVED: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """r act(m) for a tile of pre-activations: [64, BF]. R points at each token's first weight."""
+def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
+              F: gl.constexpr, F_TILES: gl.constexpr, ACTIVATION: gl.constexpr,
+              K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
+              HALVED: gl.constexpr, GATED: gl.constexpr, BF: gl.constexpr,
+              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr):  # fmt: skip
+    """R act(m) n for hidden tile i, ready to be multiplied by V: [64, BF]."""
+    R, K_bias, U_bias, _, _, _ = operands
+    R_strides, K_bias_strides, U_bias_strides, _ = strides
+    e = i // F_TILES
+    f0 = i % F_TILES * BF
+    if GATED:
+        m, n = mn.reshape([64, 2, BF]).permute((0, 2, 1)).split()
+        m = gl.convert_layout(m, HIDDEN)
+    else:
+        m = mn
     if K_SCALE != 1.0:
         m *= K_SCALE
     if K_bias is not None:
-        m += _bias(K_bias, K_bias_strides, g, e, f0, F, BF, LAYOUT)
+        m += _bias(K_bias, K_bias_strides, g, e, f0, F, BF, HIDDEN)
     if HALVED:
         a = m * activate(m, "tanh", APPROXIMATE) + m
     else:
         a = activate(m, ACTIVATION, APPROXIMATE)
     if R is not None:
-        r = gl.load(R + e.to(gl.int64) * R_strides[3], mask=inside, other=0.0)
+        r = gl.load(r_row + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0)
         a *= r.to(gl.float32).expand_dims(1)
-    return a
-
-
-@gluon.jit
-def _up(n, e, g, f0, U_bias, U_bias_strides, F: gl.constexpr, U_SCALE: gl.constexpr,
-        BF: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """The up projection, scaled and biased: [64, BF]."""
-    if U_SCALE != 1.0:
-        n *= U_SCALE
-    if U_bias is not None:
-        n += _bias(U_bias, U_bias_strides, g, e, f0, F, BF, LAYOUT)
-    return n
+    if GATED:
+        n = gl.convert_layout(n, HIDDEN)
+        if U_SCALE != 1.0:
+            n *= U_SCALE
+        if U_bias is not None:
+            n += _bias(U_bias, U_bias_strides, g, e, f0, F, BF, HIDDEN)
+        a *= n
+    return gl.convert_layout(a.to(dtype), A_OPERAND)
 
 
 @gluon.jit
@@ -365,24 +471,27 @@ def _consume(
     E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
     ACTIVATION: gl.constexpr, K_SCALE: gl.constexpr, U_SCALE: gl.constexpr,
     OUT_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
-    GATED: gl.constexpr, K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr,
+    GATED: gl.constexpr, K_layout: gl.constexpr, V_layout: gl.constexpr,
+    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 tokens of each of the program's tiles."""
-    R, K_bias, U_bias, V_bias, Out, Part = operands
-    R_strides, K_bias_strides, U_bias_strides, V_bias_strides = strides
-    q_tiles, out_tiles, k_ring, u_ring, v_ring = memory
-    q_full, q_empty, k_full, u_full, v_full, empty = barriers
+    R, _, _, V_bias, Out, Part = operands
+    R_strides, _, _, V_bias_strides = strides
+    q_tiles, out_tiles, ku_ring, v_ring = memory
+    q_full, q_empty, ku_full, v_full, empty = barriers
     _, L, _, WHOLE, _ = work
     dtype: gl.constexpr = q_tiles.dtype
     F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 2 if GATED else 1
+    PROJECTED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR * BF, 16])
     HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    # With both operands in shared memory a matrix instruction of 64 rows waits for its memory.
-    Q_OPERAND: gl.constexpr = gl.DotOperandLayout(0, HIDDEN, 2)
+    Q_OPERAND: gl.constexpr = gl.DotOperandLayout(0, PROJECTED, 2)
     A_OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    nothing = gl.zeros([64, BF], gl.float32, HIDDEN)
+    nothing = gl.zeros([64, PAIR * BF], gl.float32, PROJECTED)
     rows = CONSUMER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HIDDEN))
     slot = 0
     lap = 0
@@ -396,77 +505,64 @@ def _consume(
             r_row += (l0 + rows).to(gl.int64) * R_strides[1]
         else:
             r_row = None
-        mbarrier.wait(q_full, turn)
+        mbarrier.wait(q_full.index(CONSUMER), turn)
         turn ^= 1
-        q = q_tiles.index(CONSUMER).reshape([64, BD])
+        q = _queries(
+            q_tiles, CONSUMER * (BD // 64), BLOCKS, HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND
+        )
         if Q_IN_REGISTERS:
-            q = q.load(Q_OPERAND)
-            mbarrier.arrive(q_empty, count=1)
-            if HALVED:
-                q = (q.to(gl.float32) * 0.5).to(dtype)
-
-        # The first tile, whose product with V is left to the loop.
-        e = first // F_TILES
-        f0 = first % F_TILES * BF
-        mbarrier.wait(k_full.index(slot), lap)
-        k = _weights(k_ring, slot, BF, BD, K_layout).permute((1, 0))
-        m = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-        if GATED:
-            mbarrier.wait(u_full.index(slot), lap)
-            u = _weights(u_ring, slot, BF, BD, U_layout).permute((1, 0))
-            n = warpgroup_mma(q, u, nothing, use_acc=False, is_async=True)
-            m = warpgroup_mma_wait(1, [m])
-        else:
-            m = warpgroup_mma_wait(0, [m])
-        a = _gate(m, r_row, e, g, f0, inside, K_bias, R_strides, K_bias_strides, F,
-                  ACTIVATION, K_SCALE, APPROXIMATE, HALVED, BF, HIDDEN)  # fmt: skip
-        if GATED:
-            n = warpgroup_mma_wait(0, [n])
-            a *= _up(n, e, g, f0, U_bias, U_bias_strides, F, U_SCALE, BF, HIDDEN)
-        a_operand = gl.convert_layout(a.to(dtype), A_OPERAND)
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+        elif HALVED:
+            fence_async_shared()
 
         acc = gl.zeros([64, BD], gl.float32, OUTPUT)
-        for i in range(first + 1, last):
-            e = i // F_TILES
-            f0 = i % F_TILES * BF
-            trailing = slot
-            trailing_lap = lap
+        if TRAILING:
+            mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                          BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+            mn = warpgroup_mma_wait(0, [mn])
+            a = _activate(mn, first, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+                          ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                          BF, HIDDEN, A_OPERAND)  # fmt: skip
+            for i in range(first + 1, last):
+                trailing = slot
+                trailing_lap = lap
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    lap ^= 1
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                mbarrier.wait(v_full.index(trailing), trailing_lap)
+                v = _value(v_ring, trailing, BF, BD, V_layout)
+                acc = warpgroup_mma(a, v, acc, is_async=True)
+                mn = warpgroup_mma_wait(1, [mn])
+                a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                              BF, HIDDEN, A_OPERAND)  # fmt: skip
+                acc = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(empty.index(trailing), count=1)
+            mbarrier.wait(v_full.index(slot), lap)
+            acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+            mbarrier.arrive(empty.index(slot), count=1)
             slot += 1
             if slot == STAGES:
                 slot = 0
                 lap ^= 1
-            mbarrier.wait(k_full.index(slot), lap)
-            k = _weights(k_ring, slot, BF, BD, K_layout).permute((1, 0))
-            m = warpgroup_mma(q, k, nothing, use_acc=False, is_async=True)
-            if GATED:
-                mbarrier.wait(u_full.index(slot), lap)
-                u = _weights(u_ring, slot, BF, BD, U_layout).permute((1, 0))
-                n = warpgroup_mma(q, u, nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(trailing), trailing_lap)
-            v = _weights(v_ring, trailing, BF, BD, V_layout)
-            acc = warpgroup_mma(a_operand, v, acc, is_async=True)
-            if GATED:
-                m = warpgroup_mma_wait(2, [m])
-            else:
-                m = warpgroup_mma_wait(1, [m])
-            a = _gate(m, r_row, e, g, f0, inside, K_bias, R_strides, K_bias_strides, F,
-                      ACTIVATION, K_SCALE, APPROXIMATE, HALVED, BF, HIDDEN)  # fmt: skip
-            if GATED:
-                n, acc = warpgroup_mma_wait(0, [n, acc])
-                a *= _up(n, e, g, f0, U_bias, U_bias_strides, F, U_SCALE, BF, HIDDEN)
-            else:
-                acc = warpgroup_mma_wait(0, [acc])
-            mbarrier.arrive(empty.index(trailing), count=1)
-            a_operand = gl.convert_layout(a.to(dtype), A_OPERAND)
-
-        mbarrier.wait(v_full.index(slot), lap)
-        v = _weights(v_ring, slot, BF, BD, V_layout)
-        acc = warpgroup_mma(a_operand, v, acc, is_async=False)
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot += 1
-        if slot == STAGES:
-            slot = 0
-            lap ^= 1
+        else:
+            for i in range(first, last):
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                mn = warpgroup_mma_wait(0, [mn])
+                a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                              BF, HIDDEN, A_OPERAND)  # fmt: skip
+                mbarrier.wait(v_full.index(slot), lap)
+                acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    lap ^= 1
 
         if V_bias is not None:
             for e in range(0, gl.where(first == 0, E, 0)):  # once for each tile
@@ -491,5 +587,5 @@ def _consume(
             gl.store(Part + start + (row * D + column), acc, mask=column < D)
         if not Q_IN_REGISTERS:
             tma.store_wait(0)  # Q and Out share their place
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
     tma.store_wait(0)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch
+from .launching import capability, interpreted, launch
 from .loads import Operand, TokenAxes, store_tokens
 from .tiles import Tile, padded_width
 
@@ -61,6 +61,8 @@ def add_parts(
         "Part": Operand(partial, None, None),
         "Out": Operand(out, axes.strides(out), None),
     }
+    # Started while the first kernel still runs, it waits for that one's results only.
+    early = not interpreted() and capability(out.device)[0] >= 9
     scalars = {
         "FIRST_TILE": split.whole,
         "PARTS": split.parts,
@@ -72,7 +74,10 @@ def add_parts(
         "BM": tokens,
         "ROWS": rows,
         "BD": bd,
+        "EARLY": early,
     }
+    if early:
+        scalars["launch_pdl"] = True
     programs = (tiles - split.whole) * (tokens // rows)
     launch(add_parts_kernel, programs, Tile(rows, 1, 4, 1, False), out.device, operands, scalars)
 
@@ -82,9 +87,11 @@ def add_parts_kernel(
     Part, Out, Part_strides, Out_strides,
     FIRST_TILE, PARTS, B, L,
     D: tl.constexpr, SCALE: tl.constexpr, TOGETHER: tl.constexpr,
-    BM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Part holds, for each cut tile, the sums of its parts one after the other: [BM, D] each."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     cut = program // (BM // ROWS)
     row = program % (BM // ROWS) * ROWS

@@ -37,6 +37,7 @@ class PipelinedTile:
     stages: int
     registers: int  # of each thread of a consumer
     q_in_registers: bool
+    trailing: bool  # V's product runs during the next tile's activation
 
 
 _Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
@@ -125,11 +126,11 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
 # The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
 # goes there too, and how many consumers share the 64 K registers.
 _PIPELINED = {
-    64: PipelinedTile(3, 64, 4, 160, True),
-    128: PipelinedTile(2, 64, 3, 240, True),
-    256: PipelinedTile(2, 32, 3, 240, False),
+    64: PipelinedTile(3, 64, 6, 160, False, False),
+    128: PipelinedTile(2, 64, 3, 240, True, True),
+    256: PipelinedTile(2, 32, 3, 240, False, True),
 }
-_PIPELINED_TOKENS = 128  # fewer leave too many rows of a tile empty
+_PIPELINED_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 
 @lru_cache
@@ -156,6 +157,8 @@ def choose(
         full, bm = bm, _shrink(bm, tokens)
         # Not smaller tiles, which would each read all weights again: more programs to a tile.
         parts = -(-_ENOUGH_PROGRAMS // (-(-tokens // bm) * heads))
+        if parts > 1:
+            stages = min(stages, 3)  # a fourth only delays the first product
         if itemsize <= 2:
             warps = max(4, warps * bm // full)
     else:

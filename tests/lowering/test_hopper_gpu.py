@@ -150,7 +150,7 @@ def test_hidden_sizes(f: int, E: int, d: int, pipelined: None) -> None:
     check(make(f=f, E=E, d=d))
 
 
-@pytest.mark.parametrize("L", [128, 129, 1000, 4096])
+@pytest.mark.parametrize("L", [256, 257, 1000, 4096])
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_lengths(L: int, d: int, pipelined: None) -> None:
     """From one tile to several rounds of tiles, of which the last is cut."""

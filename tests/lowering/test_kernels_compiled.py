@@ -53,7 +53,10 @@ class Binary:
         return sum(int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
 
     def count(self, directory: Path, instruction: str) -> int:
-        return len(re.findall(instruction, self._disassemble(directory, "nvdisasm", "-c")))
+        return len(re.findall(instruction, self.code(directory)))
+
+    def code(self, directory: Path) -> str:
+        return self._disassemble(directory, "nvdisasm", "-c")
 
     def _disassemble(self, directory: Path, tool: str, option: str) -> str:
         path = directory / "kernel.cubin"
@@ -127,6 +130,7 @@ def launch_all(
     routed: bool = True,
     biased: bool = False,
     by_columns: bool = False,
+    backward: bool = True,
 ) -> None:
     """The forward and the whole backward of 16 heads with 22 sub-networks, on memory never read."""
 
@@ -150,6 +154,8 @@ def launch_all(
         bias(d),
     )
     kernels.forward(*inputs, torch.empty_like(q), activation=activation)
+    if not backward:
+        return
     needs = [x is not None for x in inputs]
     kernels.backward(torch.empty_like(q), *inputs, activation=activation, needs=needs)
 
@@ -177,6 +183,66 @@ def test_weights_stored_by_columns(compile_all: Compile, tmp_path: Path) -> None
         assert binary.spilled(tmp_path) == 0, name
         for instruction in INSTRUCTIONS[90]:
             assert binary.count(tmp_path, instruction), f"{name}: {instruction}"
+
+
+@dataclass
+class Product:
+    """One matrix instruction of a warp group."""
+
+    left: range  # the registers of its left operand
+    transposed: bool  # whether its right operand is stored along the sum's columns
+
+
+def products(code: str) -> list[Product]:
+    pattern = r"HGMMA\.64x\d+x16\S* R\d+, (?:R(\d+)|gdesc\S+), gdesc\[UR\d+\](\.tnspB)?"
+    return [
+        Product(range(int(left or 0), int(left or 0) + (4 if left else 0)), bool(transposed))
+        for left, transposed in re.findall(pattern, code)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "consumers"),
+    [
+        ({}, 2),
+        ({"d": 96}, 2),
+        ({"dtype": torch.float16, "activation": "gelu_tanh"}, 2),
+        ({"gated": False}, 2),
+        ({"biased": True, "groups": 4}, 2),
+        ({"by_columns": True}, 2),
+        ({"d": 96, "f": 171, "biased": True}, 2),
+        ({"gated": False, "biased": True, "routed": False}, 2),
+    ],
+    ids=str,
+)
+def test_nothing_overwrites_the_query(
+    options: dict[str, object], consumers: int, compile_all: Compile, tmp_path: Path
+) -> None:
+    """Hopper's forward keeps Q in registers over a loop that multiplies other registers by V.
+
+    An assembler was seen to put both into the same ones, for a loop only slightly different.
+    """
+    binary = compile_all(90, backward=False, **options)["hopper_forward_kernel"]
+    found = products(binary.code(tmp_path))
+    assert found
+    share = len(found) // consumers
+    for consumer in range(consumers):
+        own = found[consumer * share : (consumer + 1) * share]
+        by_columns = bool(options.get("by_columns"))
+        query = {r for product in own if product.transposed == by_columns for r in product.left}
+        hidden = {r for product in own if product.transposed != by_columns for r in product.left}
+        assert query
+        assert hidden
+        assert not query & hidden
+
+
+@pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
+def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: Path) -> None:
+    binary = compile_all(90, d=d, backward=False)["hopper_forward_kernel"]
+    assert binary.spilled(tmp_path) == 0
+    assert binary.count(tmp_path, "HGMMA")
+    # One wait each for the projections and for the rest of a turn; more were serialised products.
+    assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
 
 
 # Triton refuses to load what needs more shared memory than the driver says there is.
