@@ -1,7 +1,17 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device, unless one is required."""
+"""Tests marked `gpu` are skipped where there is no CUDA device, unless one is required.
+
+The folders of models are made importable, as the packages `corpus` and `models`. Not through
+`sys.path`: beside them lies a folder that has the name of the product.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+TESTS = Path(__file__).parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,3 +31,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def make_importable(name: str) -> None:
+    folder = TESTS / name
+    if name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+make_importable("corpus")
+make_importable("models")

@@ -1,0 +1,143 @@
+"""Inside activation checkpointing: the function, the module wrapper, and what is saved."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import mhf_compiler
+from models.harness import OPTIONS, Tally, assert_same_steps, flashmhf, tally
+from models.networks import Tower, tokens
+
+layers = pytest.mark.parametrize("layers", [1, 2, 3])
+NAMES = ("loop", "packed")
+
+
+class Checkpointed(Tower):
+    """Each block is computed again in the backward pass."""
+
+    def __init__(self, *args: Any, **others: Any) -> None:
+        super().__init__(*args)
+        self.how = {"use_reentrant": False} | others
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, **self.how)
+
+
+@layers
+def test_the_function(layers: int):
+    assert_same_steps(Checkpointed(layers, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+@layers
+def test_the_function_in_inference(layers: int):
+    assert_same_steps(Checkpointed(layers, NAMES).double().eval(), tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+def test_without_keeping_the_random_state():
+    assert_same_steps(Checkpointed(2, NAMES, preserve_rng_state=False).double(), tokens())
+    assert tally() == Tally(sites=4)
+
+
+class CheckpointedNetworks(Tower):
+    """Only some of the blocks, and a function instead of a module."""
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if block is self.blocks[0]:
+            return block(x)
+        return checkpoint(lambda y: block(y) * 0.5, x, use_reentrant=False)
+
+
+@layers
+def test_some_of_the_layers(layers: int):
+    assert_same_steps(CheckpointedNetworks(layers, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+@layers
+def test_the_module_wrapper(layers: int):
+    model = Tower(layers, NAMES).double()
+    for position, block in enumerate(model.blocks):
+        model.blocks[position] = checkpoint_wrapper(
+            block, checkpoint_impl=CheckpointImpl.NO_REENTRANT
+        )
+    assert_same_steps(model, tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+@layers
+def test_the_wrapper_applied_to_networks(layers: int):
+    """As training frameworks do it: wrapped wherever a module suits a function."""
+    model = Tower(layers, NAMES).double()
+    networks = {id(part) for block in model.blocks for part in block.parts[1:]}
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=checkpoint_wrapper,
+        check_fn=lambda module: id(module) in networks,
+    )
+    assert_same_steps(model, tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+def _keep_results_of_the_op(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op is torch.ops.mhf_compiler.multi_head_ffn.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_selective_checkpointing_by_the_name_of_the_op():
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_results_of_the_op)
+    assert_same_steps(Checkpointed(2, NAMES, context_fn=contexts).double(), tokens())
+    assert tally() == Tally(sites=4)
+
+
+class Nested(Checkpointed):
+    """Checkpoints inside of checkpoints."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@layers
+def test_one_checkpoint_inside_another(layers: int):
+    assert_same_steps(Nested(layers, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * layers)
+
+
+def test_the_backward_pass_computes_the_op_again():
+    """The wrapped network's hidden units are not kept: its input is."""
+    model, x = Checkpointed(1).double(), tokens().requires_grad_()
+    saved: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = flashmhf(model)(x)
+    activations = [shape for shape in saved if shape[:2] == x.shape[:2]]
+    assert activations == [tuple(x.shape)]
+    out.sum().backward()
+    assert tally() == Tally(sites=1)
+
+
+def test_explain_looks_inside():
+    report = mhf_compiler.explain(Checkpointed(2, NAMES).double(), options=OPTIONS)(tokens())
+    assert len(report.rewritten) == 4
+    assert report.graph_after.count("multi_head_ffn.default(") == 4

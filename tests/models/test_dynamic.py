@@ -1,0 +1,142 @@
+"""Batch and length that change: no lost match, no recompilation beyond that without the back end.
+
+Which sizes become symbols is Dynamo's decision, and so is the number of graphs. The yardstick is
+the number that another back end gets for the same calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.harness import (
+    Model,
+    Tally,
+    assert_close,
+    flashmhf,
+    forget,
+    graphs_compiled,
+    step,
+    tally,
+)
+from models.networks import BATCH, FFNS, LENGTH, Tower, ffn, tokens
+
+NAMES = [name for name in FFNS if name != "vmap"]
+if torch.__version__ >= (2, 13):  # before, Dynamo itself fails on vmap with symbolic sizes
+    NAMES.append("vmap")
+
+LONGER = [(BATCH, LENGTH), (BATCH, LENGTH + 4), (BATCH, LENGTH + 9)]
+LARGER = [(BATCH, LENGTH), (BATCH + 1, LENGTH), (BATCH + 4, LENGTH)]
+BOTH = [(BATCH, LENGTH), (BATCH + 1, LENGTH + 2), (BATCH + 3, LENGTH), (BATCH, LENGTH + 8)]
+ONES = [(BATCH, LENGTH), (1, LENGTH), (BATCH, 1), (1, 1)]
+
+
+class Checkpointed(Tower):
+    """Each block is computed again in the backward pass."""
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+
+def aot_eager(model: nn.Module, **how: Any) -> Model:
+    return torch.compile(model, backend="aot_eager", **how)
+
+
+def graphs_for(
+    model: nn.Module,
+    compiler: Callable[..., Model],
+    sizes: Sequence[tuple[int, int]],
+    mark: Sequence[int] = (),
+    **how: Any,
+) -> int:
+    """How many graphs are compiled for inputs of these sizes; each call is compared with eager.
+
+    ``mark`` names the dimensions that are marked as dynamic.
+    """
+    forget()
+    compiled = compiler(model, **how)
+
+    def call(x: Tensor) -> Tensor:
+        for dim in mark:
+            torch._dynamo.mark_dynamic(x, dim)
+        return compiled(x)
+
+    for batch, length in sizes:
+        x = tokens(batch, length)
+        assert_close(step(call, model, [x]), step(model, model, [x]))
+    return graphs_compiled()
+
+
+def assert_no_more_graphs(model: nn.Module, networks: int, *args: Any, **how: Any) -> int:
+    """As many graphs as another back end compiles, with all networks replaced in each."""
+    alone = graphs_for(model, aot_eager, *args, **how)
+    assert graphs_for(model, flashmhf, *args, **how) == alone
+    assert tally() == Tally(sites=alone * networks)
+    return alone
+
+
+# Sizes that Dynamo finds to be dynamic when they change.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_spelling(name: str):
+    assert_no_more_graphs(Tower(1, [name]).double(), 1, BOTH)
+
+
+@pytest.mark.parametrize("sizes", [LONGER, LARGER, ONES], ids=["length", "batch", "sizes of one"])
+def test_every_size(sizes: Sequence[tuple[int, int]]):
+    assert_no_more_graphs(Tower(1, ["packed", "bmm"]).double(), 2, sizes)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_every_depth(layers: int):
+    assert_no_more_graphs(Tower(layers, ["einsum"]).double(), layers, LONGER)
+
+
+@pytest.mark.parametrize("mode", ["eval", "checkpointed"])
+def test_every_mode(mode: str):
+    make = Checkpointed if mode == "checkpointed" else Tower
+    model = make(2, ["einsum"]).double().train(mode != "eval")
+    assert_no_more_graphs(model, 2, BOTH)
+
+
+# Sizes that are said to be dynamic.
+
+
+@pytest.mark.parametrize("mark", [(0,), (1,), (0, 1)], ids=["batch", "length", "both"])
+def test_marked_sizes_need_one_graph(mark: tuple[int, ...]):
+    """A marked size that something fixes is an error in Dynamo, so nothing here fixes one."""
+    names = ["einsum", "packed", "module list", "grouped conv"]
+    model = Tower(1, names).double()
+    sizes = {(0,): LARGER, (1,): LONGER, (0, 1): BOTH}[mark]
+    assert assert_no_more_graphs(model, len(names), sizes, mark=mark) == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_all_sizes_dynamic(layers: int):
+    model = Tower(layers, ["packed", "bmm"]).double()
+    assert assert_no_more_graphs(model, 2 * layers, BOTH, dynamic=True) == 1
+
+
+def test_no_sizes_dynamic():
+    model = Tower(1, ["einsum"]).double()
+    assert assert_no_more_graphs(model, 1, LONGER, dynamic=False) == len(LONGER)
+
+
+# With Inductor behind.
+
+
+def test_inductor_compiles_no_more_graphs():
+    model = ffn("einsum").double()
+    alone = graphs_for(model, inductor, BOTH)
+    assert graphs_for(model, flashmhf, BOTH, options={"fallback": "inductor"}) == alone
+    assert tally() == Tally(sites=alone)
+
+
+def inductor(model: nn.Module, **how: Any) -> Model:
+    return torch.compile(model, backend="inductor", **how)

@@ -1,0 +1,203 @@
+"""Inside Hugging Face transformers: a causal LM made from a config, its MLPs replaced by MH-FFNs.
+
+Nothing is downloaded: weights are random, tokens are numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mhf_compiler
+from models.harness import (
+    OPTIONS,
+    Tally,
+    assert_same_steps,
+    flashmhf,
+    graphs_compiled,
+    tally,
+)
+from models.networks import WIDTH, ffn
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 61
+layers = pytest.mark.parametrize("layers", [1, 2, 3])
+
+
+def language_model(layers: int, name: str = "loop", **config: Any) -> Any:
+    """A Llama whose feed-forward networks are MH-FFNs."""
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=0,
+            **config,
+        )
+    )
+    for layer in model.model.layers:
+        layer.mlp = ffn(name)
+    return model.double()
+
+
+def prompt(batch: int = 2, length: int = 7) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length))
+
+
+def logits_of(model: Any) -> Any:
+    """The model as a function of tokens, without its cache."""
+    return lambda tokens: model(tokens, use_cache=False).logits
+
+
+@layers
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", ["loop", "packed"])
+def test_forward_and_training_step(layers: int, training: bool, name: str):
+    model = language_model(layers, name).train(training)
+    assert_same_steps(
+        _Logits(model), prompt(), compiler=lambda twin: logits_of(flashmhf(twin.model))
+    )
+    assert tally() == Tally(sites=layers)
+
+
+class _Logits(torch.nn.Module):
+    """The logits alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return logits_of(self.model)(tokens)
+
+
+def test_the_models_own_loss():
+    """With labels and padding, as a trainer calls it."""
+    model, tokens = language_model(2), prompt()
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    twin = copy.deepcopy(model)
+    losses = [call(**batch).loss for call in (flashmhf(twin), model)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    assert tally() == Tally(sites=2)
+
+
+def test_a_few_steps_of_an_optimizer():
+    model = language_model(2)
+    twin = copy.deepcopy(model)
+    batches = [prompt() for _ in range(3)]
+    losses = [_train(call, of, batches) for call, of in ((flashmhf(twin), twin), (model, model))]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=1e-6, atol=1e-9)
+    assert tally() == Tally(sites=2)
+
+
+def _train(call: Any, model: Any, batches: list[Tensor]) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for tokens in batches:
+        loss = call(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_its_gradient_checkpointing(reentrant: bool):
+    model = language_model(2)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same_steps(
+        _Logits(model), prompt(), compiler=lambda twin: logits_of(flashmhf(twin.model))
+    )
+    assert tally() == Tally(sites=2)
+
+
+def test_each_layer_compiled_by_itself():
+    """As transformers' users compile large models: one graph serves all layers."""
+    model = language_model(3).eval()
+    tokens = prompt()
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        for layer in model.model.layers:
+            layer.compile(backend="flashmhf", options=OPTIONS)
+        torch.testing.assert_close(model(tokens, use_cache=False).logits, expected)
+    assert tally() == Tally(sites=graphs_compiled())
+
+
+# generate().
+
+
+@layers
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+def test_generate_with_a_compiled_forward(layers: int, cache: str):
+    model, tokens = language_model(layers).eval(), prompt()
+    how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    how |= {"use_cache": False} if cache == "none" else {"cache_implementation": cache}
+    if cache == "static":
+        how["disable_compile"] = True  # of its own, with another back end
+    expected = model.generate(tokens, **how)
+    model.forward = flashmhf(model.forward)
+    found = model.generate(tokens, **how)
+    assert found.tolist() == expected.tolist()
+    counted = tally()
+    assert counted.sites >= layers
+    assert counted == Tally(sites=layers * graphs_compiled())
+
+
+def test_generate_that_compiles_by_itself():
+    """``CompileConfig`` names the back end that generate uses for decoding with a static cache."""
+    model, tokens = language_model(2).eval(), prompt()
+    how: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "cache_implementation": "static",
+    }
+    expected = model.generate(tokens, **how, disable_compile=True)
+    config = transformers.CompileConfig(
+        backend="flashmhf", mode=None, options=OPTIONS, fullgraph=False
+    )
+    config._compile_all_devices = True
+    found = model.generate(tokens, **how, compile_config=config)
+    assert found.tolist() == expected.tolist()
+    assert tally().sites >= 2
+    assert tally().declined == 0
+
+
+def test_explain():
+    report = mhf_compiler.explain(language_model(2), options=OPTIONS)(prompt(), use_cache=False)
+    assert len(report.rewritten) == 2
+    assert report.declined == []
+
+
+def test_its_own_mlp_is_an_ordinary_network():
+    """Without an MH-FFN nothing is rewritten, and each MLP is reported as what it is."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).double()
+    assert_same_steps(
+        _Logits(model), prompt(), compiler=lambda twin: logits_of(flashmhf(twin.model))
+    )
+    assert tally() == Tally(declined=2)
