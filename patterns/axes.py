@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import sympy
@@ -82,6 +83,30 @@ class Affine:
 
 
 Index: TypeAlias = tuple[Affine, ...]
+
+
+def along(indices: Sequence[Index], position: Affine) -> Index | None:
+    """The index that is ``indices[i]`` where ``position`` is ``i``.
+
+    None unless all of them move along the same axes, at offsets in arithmetic progression.
+    """
+    index: list[Affine] = []
+    for forms in zip(*(index for index in indices), strict=True):
+        first, offsets = forms[0].resolved(), [form.offset for form in forms]
+        terms = frozenset(first.terms)
+        if any(frozenset(form.resolved().terms) != terms for form in forms[1:]):
+            return None
+        steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
+        if len(steps) > 1:
+            return None
+        step = steps.pop() if steps else 0
+        moved = position.scaled(step)
+        index.append(
+            first
+            if step == 0
+            else Affine(first.terms + moved.terms, plus(first.offset, moved.offset))
+        )
+    return tuple(index)
 
 
 @dataclass(slots=True)

@@ -36,7 +36,7 @@ from mhf_compiler.compat import (
     symbolic_size,
 )
 
-from .axes import Size, multiply
+from .axes import Size, at_most, multiply, plus, quotient
 
 INPUT = "input"  # a graph input or attribute
 COPY = "copy"  # args: (what was copied into a tensor,); broadcast and cast to its shape and dtype
@@ -93,12 +93,15 @@ class Value:
             step = multiply(step, self.shape[dim])
         return tuple(inner_first[::-1])
 
-    def _ascending(self, dim: int) -> tuple[int, int]:
+    def _ascending(self, dim: int) -> tuple[int, int, int]:
         """Sort key: small strides first, symbolic ones last, dimensions of one outside of all."""
         if self.shape[dim] == 1:
-            return (2, 0)
+            return (2, 0, 0)
         stride = self.strides[dim]
-        return (0, stride) if isinstance(stride, int) else (1, len(sympy.Mul.make_args(stride)))
+        if isinstance(stride, int):
+            return (0, 0, stride)
+        coefficient, symbols = stride.as_coeff_Mul()
+        return (1, len(sympy.Mul.make_args(symbols)), int(coefficient))
 
     def operands(self) -> Iterator[Value]:
         yield from _values_in(self.args)
@@ -544,11 +547,11 @@ class _Recorder(TorchDispatchMode):
         wanted = _range(step, value.shape)
         while wanted is not None and value.op is SCATTER:
             written = written_range(value)
-            if written is None or written.dim != wanted.dim or written.selects != wanted.selects:
-                break
             if written == wanted:
-                return value.args[1]
-            if written.overlaps(wanted):
+                part = value.args[1]
+                assert isinstance(part, Value)
+                return part
+            if written is None or not written.is_beside(wanted):
                 break
             value = value.source
         like = _Like(step.shape, value.dtype, value.device, step.strides)
@@ -556,7 +559,7 @@ class _Recorder(TorchDispatchMode):
 
     def _scatter(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
         """``base`` with a part of it written. What was written there before is dropped."""
-        written = _range(chain[0], base.shape) if len(chain) == 1 else None
+        written = _written_range(chain, base.shape)
         later: list[Value] = []  # writes to other parts since
         old = base
         while written is not None and old.op is SCATTER:
@@ -598,44 +601,59 @@ class Range:
     """The part of a tensor from ``start`` on, ``width`` wide, along one dimension."""
 
     dim: int
-    start: int
-    width: int
+    start: Size
+    width: Size
     selects: bool  # whether the dimension is gone in the part
 
-    def overlaps(self, other: Range) -> bool:
-        return self.start < other.start + other.width and other.start < self.start + self.width
+    @property
+    def place(self) -> int | None:
+        """Which one it is of the pieces of this width, if it is one of them."""
+        place = quotient(self.start, self.width)
+        return place if isinstance(place, int) else None
+
+    def is_beside(self, other: Range) -> bool:
+        """Whether the two are known to be different pieces of one partition."""
+        same = (self.dim, self.width, self.selects) == (other.dim, other.width, other.selects)
+        known = same and self.place is not None and other.place is not None
+        return known and self.place != other.place
 
 
 def written_range(scatter: Value) -> Range | None:
-    """The part that a ``SCATTER`` writes; None where it is no plain range of one dimension."""
-    shape = scatter.source.shape
+    """The part that a ``SCATTER`` writes; None where it is no part of one dimension."""
+    return _written_range(scatter.chain, scatter.source.shape)
+
+
+def _written_range(chain: Iterable[ViewStep], shape: tuple[Size, ...]) -> Range | None:
     found: Range | None = None
-    for step in scatter.chain:
-        part = _range(step, shape)
-        if part is None or (found is not None and part.width != shape[part.dim]):
-            return None
-        if found is None and (part.selects or part.width != shape[part.dim]):
-            found = part
-        elif part.selects:
-            return None
+    for step in chain:
+        if not _shows_all(step, shape):
+            if found is not None:
+                return None
+            found = _range(step, shape)
+            if found is None:
+                return None
         shape = step.shape
     return found
 
 
+def _shows_all(step: ViewStep, shape: tuple[Size, ...]) -> bool:
+    return step.op is torch.ops.aten.slice.Tensor and step.shape == shape
+
+
 def _range(step: ViewStep, shape: tuple[Size, ...]) -> Range | None:
-    """What a select or a slice of a tensor of ``shape`` shows, where that is known in numbers."""
+    """What a select or a slice of a tensor of ``shape`` shows, where that is known."""
     selects = step.op is torch.ops.aten.select.int
     if not selects and (step.op is not torch.ops.aten.slice.Tensor or len(step.args) > 3):
         return None
-    dim = (step.args[0] if step.args else 0) % len(shape)
-    start = step.args[1] if len(step.args) > 1 and step.args[1] is not None else 0
+    if step.kwargs:
+        return None
+    dim, start, *_ = (*_plain(step.args), 0, 0)[: max(2, len(step.args))]
+    dim, start = dim % len(shape), start or 0
     size, width = shape[dim], 1 if selects else step.shape[dim]
-    if not (isinstance(start, int) and isinstance(size, int) and isinstance(width, int)):
-        return None
-    if step.kwargs or size == 0:
-        return None
-    start = start + size if start < 0 else start
-    return Range(dim, min(max(start, 0), size), width, selects)
+    if isinstance(start, int) and start < 0:
+        start = plus(size, start)
+    known = width != 0 and at_most(0, start) and at_most(plus(start, width), size)
+    return Range(dim, start, width, selects) if known else None
 
 
 @dataclass(frozen=True, slots=True)

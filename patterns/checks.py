@@ -18,7 +18,7 @@ from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand
 from .grammar import Reading, is_cast
 from .reasons import Declined, Kind
-from .rolling import STACK, Term, in_reading_order, renamed
+from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
 from .views import is_view
@@ -73,7 +73,7 @@ def one_query(term: Term) -> Term:
         raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
     mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
-    if not _same_tensor(query.value, gate.query.value):
+    if not same_tensor(query.value, gate.query.value):
         sources = {_uncast(query.value), _uncast(gate.query.value)}
         kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
@@ -84,11 +84,6 @@ def one_query(term: Term) -> Term:
     return term.mapped(
         lambda role, operand: renamed(operand, mapping) if role in ("up", "up_query") else operand
     )
-
-
-def _same_tensor(a: Value, b: Value) -> bool:
-    """One value, or stacks of the same values."""
-    return a is b or (a.op == b.op == STACK and a.args == b.args)
 
 
 def _uncast(value: Value) -> Value:
@@ -267,7 +262,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
             for reader in current.readers:
                 if reader in reading.computed or reader is root or not copy.is_live(reader):
                     continue
-                if is_view(reader) or is_cast(reader):
+                if reader in reading.crossed or is_view(reader) or is_cast(reader):
                     todo.append(reader)
                 else:
                     detail = f"read by {_shown(reader)}"

@@ -40,6 +40,7 @@ class Contraction:
     scale: float = 1.0
     bias_scale: float = 1.0
     product: Value | None = None  # the elementwise product that is summed, where there is one
+    crossed: frozenset[Value] = frozenset()  # the views between the product and the sum
 
     @property
     def is_product(self) -> bool:
@@ -124,7 +125,8 @@ def _convolution(value: Value, index: Index) -> Contraction | None:
 def _sum_of_product(value: Value, index: Index) -> Contraction | None:
     """``(left * right).sum(dims)``."""
     inner, summed = summed_index(value, index)
-    product, at = behind_views(value.source, inner)
+    crossed: set[Value] = set()
+    product, at = behind_views(value.source, inner, crossed)
     if product.op is not aten.mul.Tensor or len(list(product.operands())) != 2:
         return None
     left, right = product.args
@@ -134,6 +136,7 @@ def _sum_of_product(value: Value, index: Index) -> Contraction | None:
         Operand(right, broadcast(at, right.shape)),
         summed,
         product=product,
+        crossed=frozenset(crossed),
     )
 
 

@@ -24,13 +24,13 @@ from typing import Any
 import sympy
 import torch
 
-from .axes import Axis, Index, axis_form, product, through_reshape, within
+from .axes import Axis, Index, Size, axis_form, multiply, product, through_reshape, within
 from .canonical import COPY, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
 from .reasons import Declined, Kind
 from .rolling import Projection, Residual, Term, join_pieces, join_sum
-from .views import behind_views, broadcast, is_view, through_view
+from .views import MERGES, behind_views, broadcast, is_view, piece_index, through_view
 
 aten = torch.ops.aten
 
@@ -91,8 +91,9 @@ def is_outside_operation(value: Value) -> bool:
         is_view(value)
         or value.op in _ADDITIONS
         or value.op in _PRODUCTS
-        or value.op in (aten.neg.default, aten._to_copy.default, aten.cat.default)
-        or value.op in (aten.stack.default, aten.sum.dim_IntList, aten.mean.dim, SCATTER, COPY)
+        or value.op in MERGES
+        or value.op in (aten.neg.default, aten._to_copy.default, SCATTER, COPY)
+        or value.op in (aten.sum.dim_IntList, aten.mean.dim)
         or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
     )
 
@@ -148,7 +149,7 @@ class _Reader:
             return _scaled(self.output(value.source, index), -1.0)
         if value.op in _PRODUCTS:
             return self._product(value, index)
-        if value.op in (aten.cat.default, aten.stack.default):
+        if value.op in MERGES:
             return self._pieces(value, index)
         if value.op is SCATTER:
             return self._written(value, index)
@@ -247,24 +248,16 @@ class _Reader:
         """Outputs that are concatenated or stacked: an unrolled loop over heads."""
         pieces: Sequence[Value] = value.args[0]
         dim = value.argument(1, "dim", 0) % len(value.shape)
-        if value.op is aten.stack.default:
-            position, rest = index[dim], None
-        else:
-            width = pieces[0].shape[dim]
-            if any(piece.shape[dim] != width for piece in pieces):
-                raise Declined(Kind.UNEQUAL_HEADS, "their outputs differ in width", value.origin)
-            digits = through_reshape((index[dim],), (value.shape[dim],), (len(pieces), width))
-            if digits is None:
-                raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
-            position, rest = digits
-        middle = () if rest is None else (rest,)
-
-        def at(piece: Value) -> Term:
-            return self._iteration(piece, (*index[:dim], *middle, *index[dim + 1 :]))
-
+        widths = {piece.shape[dim] for piece in pieces} if value.op is aten.cat.default else {1}
+        if len(widths) > 1:
+            raise Declined(Kind.UNEQUAL_HEADS, "their outputs differ in width", value.origin)
+        read = piece_index(value, index, dim)
+        if read is None:
+            raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
+        position, inner = read
         if not position.resolved().terms and isinstance(position.offset, int):
-            return at(pieces[position.offset])
-        return join_pieces([at(piece) for piece in pieces], position)
+            return self._iteration(pieces[position.offset], inner)
+        return join_pieces([self._iteration(piece, inner) for piece in pieces], position)
 
     def _iteration(self, value: Value, index: Index) -> Term:
         """One piece of an unrolled loop."""
@@ -284,7 +277,7 @@ class _Reader:
     def _written(self, value: Value, index: Index) -> Term:
         """A buffer that is filled part by part: pieces along the written dimension."""
         parts: dict[int, Value] = {}
-        widths: set[int] = set()
+        widths: set[Size] = set()
         dim: int | None = None
         base = value
         while base.op is SCATTER:
@@ -292,17 +285,19 @@ class _Reader:
             written = written_range(base)
             if written is None:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part of a tensor is written", base.origin)
-            if dim not in (None, written.dim) or written.start % written.width:
-                raise Declined(Kind.UNKNOWN_OPERATION, "a part is written", base.origin)
+            if dim not in (None, written.dim):
+                raise Declined(Kind.UNKNOWN_OPERATION, "parts of two dimensions", base.origin)
             dim = written.dim
             widths.add(written.width)
-            parts.setdefault(written.start // written.width, part)
+            if written.place is None:
+                raise Declined(Kind.UNKNOWN_OPERATION, "an uneven part is written", base.origin)
+            parts.setdefault(written.place, part)
             self.computed.add(base)
             base = old
         assert dim is not None
         size = value.shape[dim]
         count = len(parts)
-        tiled = isinstance(size, int) and len(widths) == 1 and count * max(widths) == size
+        tiled = len(widths) == 1 and multiply(count, *widths) == size
         if not tiled or sorted(parts) != list(range(count)):
             raise Declined(Kind.UNEQUAL_HEADS, "the buffer is not filled evenly", value.origin)
         digits = through_reshape((index[dim],), (size,), (count, *widths))
@@ -322,6 +317,7 @@ class _Reader:
         """The down projection, or a router that is applied and summed by a matmul."""
         if contraction.product is not None:
             self.computed.add(contraction.product)
+            self.crossed |= contraction.crossed
         sides = (contraction.left, contraction.right), (contraction.right, contraction.left)
         reasons: list[Declined] = []
         for hidden, weight in sides:
@@ -348,6 +344,7 @@ class _Reader:
         return _summed(_scaled(term, contraction.scale), contraction.summed)
 
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
+        weight, factors = self._without_factors(weight, _axes(hidden.index))
         units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.outputs)
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
@@ -364,7 +361,7 @@ class _Reader:
             down=self.leaf(weight.value, weight.index),
             bias=None,
             bias_scale=1.0,
-            routers=tuple(units.leaf(symbol) for symbol in meaning.factors),
+            routers=(*(units.leaf(symbol) for symbol in meaning.factors), *factors),
             hidden=contraction.summed,
             experts=(),
             scale=meaning.scale * contraction.scale,
@@ -376,6 +373,32 @@ class _Reader:
         self.computed |= units.computed
         self.crossed |= units.crossed
         return term
+
+    def _without_factors(
+        self, weight: Operand, hidden: frozenset[Axis]
+    ) -> tuple[Operand, list[Operand]]:
+        """The weight without the factors that depend on the token: they are routers.
+
+        An einsum of router, weight and hidden units multiplies the first two of them first.
+        """
+        factors: list[Operand] = []
+        while True:
+            value, index = behind_views(weight.value, weight.index, self.crossed, self.outputs)
+            outer = as_contraction(value, index)
+            if value.op is aten.mul.Tensor and len(list(value.operands())) == 2:
+                left, right = (Operand(v, broadcast(index, v.shape)) for v in value.args)
+            elif outer is not None and outer.is_product and outer.bias is None and outer.scale == 1:
+                left, right = outer.left, outer.right
+            else:
+                return weight, factors
+            if _axes(left.index) <= hidden:
+                left, right = right, left
+            router, rest = _axes(right.index), _axes(left.index)
+            if not router <= hidden or rest <= hidden or router <= rest:
+                return weight, factors
+            self.computed.add(value)
+            weight = left
+            factors.append(self.leaf(right.value, right.index))
 
 
 @dataclass(slots=True)
@@ -431,6 +454,7 @@ class _Hidden:
         self.computed.add(value)
         if contraction.product is not None:
             self.computed.add(contraction.product)
+            self.crossed |= contraction.crossed
         if contraction.is_product:
             left, right = contraction.left, contraction.right
             factor = self.expression(left.value, left.index)

@@ -233,18 +233,31 @@ def _monic(expression: Expression) -> tuple[Expression, Expression]:
 
 
 def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterator[Expression]:
-    """What the pre-activation may be: each sub-expression that is linear in the projection."""
+    """What the pre-activation may be: each sub-expression that is linear in the projection.
+
+    It may be a multiple of one: forms contain exp(-y) and tanh(y / 2), and a polynomial in a scaled
+    pre-activation is expanded, so that its linear coefficient is all that is left of the scale.
+    """
+    lines = [part for part in sympy.preorder_traversal(group) if part.has(projection)]
+    lines = [part for part in dict.fromkeys(lines) if _as_line(part, projection) is not None]
     seen: set[Expression] = set()
-    for part in sympy.preorder_traversal(group):
-        if not part.has(projection) or _as_line(part, projection) is None:
-            continue
-        for candidate in (part, -part, 2 * part):  # exp(-y), tanh(y / 2)
+    for part in lines:
+        for candidate in (part, -part, 2 * part):
             if candidate not in seen:
                 seen.add(candidate)
                 yield candidate
+    for inner in group.atoms(sympy.tanh):
+        linear = sympy.expand(inner.args[0]).coeff(projection, 1)
+        if linear.is_number and linear != 0:
+            scale = linear / number(math.sqrt(2 / math.pi))
+            short = _shortened(scale)  # what was written, unless it has more digits
+            yield (short if abs(float(short / scale) - 1) < 1e-7 else scale) * projection
 
 
 def _rounded(expression: Expression) -> Expression:
     expanded = sympy.expand(expression)
-    shortened = {f: sympy.Float(f"{float(f):.{_DIGITS}g}") for f in expanded.atoms(sympy.Float)}
-    return expanded.xreplace(shortened)
+    return expanded.xreplace({f: _shortened(f) for f in expanded.atoms(sympy.Float)})
+
+
+def _shortened(coefficient: Expression) -> Expression:
+    return sympy.Float(f"{float(coefficient):.{_DIGITS}g}")

@@ -34,7 +34,7 @@ from .meaning import LINEAR, POINTWISE
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site
 from .source import locate
-from .views import is_view
+from .views import MERGES, is_view
 
 aten = torch.ops.aten
 
@@ -48,7 +48,6 @@ _CONTRACTIONS = frozenset(
         aten.convolution.default,
     }
 )
-_MERGES = frozenset({aten.cat.default, aten.stack.default})
 _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -152,7 +151,7 @@ def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
         value, first = todo.pop(0)
         if not copy.is_live(value):
             continue
-        if value.op in _MERGES:
+        if value.op in MERGES:
             if value is not first:
                 found.setdefault(value, first)
         elif value.op not in _CONTRACTIONS:
@@ -184,7 +183,7 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
                 yield value
             outer = value.op in _CONTRACTIONS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
-        elif is_view(value) or value.op in LINEAR or value.op in _PASSED_ON:
+        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
             flags[value] = inherited
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
@@ -235,11 +234,21 @@ def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
     """The candidates for the output above an anchor: up while there is exactly one reader."""
     path = [anchor]
     while path[-1] not in copy.escaping:
-        readers = [reader for reader in path[-1].readers if copy.is_live(reader)]
-        if len(readers) != 1 or not is_outside_operation(readers[0]):
+        reader = _only_reader(path[-1], copy)
+        if reader is None or not is_outside_operation(reader):
             break
-        path.append(readers[0])
+        path.append(reader)
     return path
+
+
+def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
+    """Who alone reads a value; what takes it apart and puts it together again counts as one."""
+    readers = {reader for reader in value.readers if copy.is_live(reader)}
+    if len(readers) > 1 and all(is_view(reader) for reader in readers):
+        readers = {second for first in readers for second in first.readers if copy.is_live(second)}
+        if not all(reader.op in MERGES for reader in readers):
+            return None
+    return readers.pop() if len(readers) == 1 else None
 
 
 def _best(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .axes import Affine, Axis, Index, Size, axis_form, contiguous_strides
+from .axes import Affine, Axis, Index, Size, along, at_most, axis_form, contiguous_strides
 from .canonical import Value
 from .contractions import Operand
 from .reasons import Declined, Kind
@@ -202,22 +202,17 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
     for other in copies[1:]:
         if not _same_terms(first.index, other.index):
             raise Declined(Kind.UNEQUAL_HEADS, "they read differently", other.value.origin)
-    if any(copy.value is not first.value for copy in copies):
+    if not all(same_tensor(copy.value, first.value) for copy in copies):
         return _stacked(copies, position)
-    index = []
-    for dim, form in enumerate(first.index):
-        offsets = [copy.index[dim].offset for copy in copies]
-        if all(offset == offsets[0] for offset in offsets):
-            index.append(form.resolved())
-            continue
-        if not all(isinstance(offset, int) for offset in offsets):
-            raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
-        start, step = offsets[0], offsets[1] - offsets[0]
-        if step <= 0 or offsets != [start + step * i for i in range(len(offsets))]:
-            raise Declined(Kind.IRREGULAR_WEIGHTS, f"offsets {offsets}", first.value.origin)
-        moved, along = form.resolved(), position.scaled(step)
-        index.append(Affine(moved.terms + along.terms, moved.offset + along.offset))
-    return Operand(first.value, tuple(index))
+    index = along([copy.index for copy in copies], position)
+    if index is None or any(not at_most(0, step) for form in index for _, step in form.terms):
+        raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
+    return Operand(first.value, index)
+
+
+def same_tensor(a: Value, b: Value) -> bool:
+    """One value, or stacks of the same values."""
+    return a is b or (a.op == b.op == STACK and a.args == b.args)
 
 
 def _same_terms(a: Index, b: Index) -> bool:

@@ -1,8 +1,9 @@
 """Views: which element of its input each element of a view reads.
 
-One table, operator to rule. A rule takes the view and the index that somebody reads it at, and
-returns the tensor behind it and the index there; None where the step is no affine index map, and
-then the view itself is where the walk ends.
+One table, operator to rule, and one rule for pieces of a tensor that are put together again. A rule
+takes the view and the index that somebody reads it at, and returns the tensor behind it and the
+index there; None where the step is no affine index map, and then the view itself is where the walk
+ends.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import TypeAlias
 
 import torch
 
-from .axes import Affine, Index, Size, multiply, through_reshape
+from .axes import Affine, Index, Size, along, at_most, multiply, through_reshape
 from .canonical import COPY, Value
 
 aten = torch.ops.aten
+
+MERGES = frozenset({aten.cat.default, aten.stack.default})
 
 Rule: TypeAlias = Callable[[Value, Index], "tuple[Value, Index] | None"]
 
@@ -24,7 +27,9 @@ Rule: TypeAlias = Callable[[Value, Index], "tuple[Value, Index] | None"]
 def through_view(value: Value, index: Index) -> tuple[Value, Index] | None:
     """One step from a view to what it shows, or None if ``value`` is no (affine) view."""
     rule = _RULES.get(value.op)
-    return None if rule is None else rule(value, index)
+    if rule is not None:
+        return rule(value, index)
+    return _together_again(value, index) if value.op in MERGES else None
 
 
 def is_view(value: Value) -> bool:
@@ -52,6 +57,39 @@ def broadcast(index: Index, shape: Sequence[Size]) -> Index:
     """The index into an operand of ``shape`` that takes part in a broadcast read at ``index``."""
     aligned = index[len(index) - len(shape) :]
     return tuple(Affine() if size == 1 else form for form, size in zip(aligned, shape, strict=True))
+
+
+def _together_again(value: Value, index: Index) -> tuple[Value, Index] | None:
+    """What ``unbind``, ``chunk`` or slices took apart and ``stack`` or ``cat`` merge as it was."""
+    pieces: Sequence[Value] = value.args[0]
+    source = pieces[0].source if is_view(pieces[0]) else None
+    for piece in pieces:
+        one = is_view(piece) and piece.source is source
+        if not one or piece.requires_grad_mode is not value.requires_grad_mode:
+            return None
+    dim = value.argument(1, "dim", 0) % len(value.shape)
+    read = piece_index(value, index, dim)
+    if source is None or read is None:
+        return None
+    position, inner = read
+    reads = [through_view(piece, inner) for piece in pieces]
+    whole = along([step[1] for step in reads if step is not None], position)
+    return None if whole is None or None in reads else (source, whole)
+
+
+def piece_index(value: Value, index: Index, dim: int) -> tuple[Affine, Index] | None:
+    """Which piece of a ``cat`` or ``stack`` an index reads, and where in it.
+
+    None where the pieces differ in width or the index reads across their borders.
+    """
+    pieces: Sequence[Value] = value.args[0]
+    if value.op is aten.stack.default:
+        return index[dim], (*index[:dim], *index[dim + 1 :])
+    width = pieces[0].shape[dim]
+    if any(piece.shape[dim] != width for piece in pieces):
+        return None
+    digits = through_reshape((index[dim],), (value.shape[dim],), (len(pieces), width))
+    return None if digits is None else (digits[0], (*index[:dim], digits[1], *index[dim + 1 :]))
 
 
 def _reshape(value: Value, index: Index) -> tuple[Value, Index] | None:
@@ -112,9 +150,9 @@ def _slice(value: Value, index: Index) -> tuple[Value, Index] | None:
     dim = value.argument(1, "dim", 0) % len(value.shape)
     start = value.argument(2, "start", None) or 0
     step = value.argument(4, "step", 1)
-    if not isinstance(start, int) or not isinstance(step, int):
+    if not isinstance(step, int) or not (isinstance(start, int) or at_most(0, start)):
         return None
-    if start < 0:
+    if isinstance(start, int) and start < 0:
         size = value.source.shape[dim]
         if not isinstance(size, int):
             return None
