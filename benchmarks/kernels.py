@@ -3,13 +3,17 @@
     python benchmarks/kernels.py                                  # the tiles that `choose` gives
     python benchmarks/kernels.py --sweep                          # and their alternatives
     python benchmarks/kernels.py --sweep --only up,down --shape 8,4096,16,64,8,171
+    python benchmarks/kernels.py --few 1,16,64,256                # the forward of few tokens
 
 Every contender runs once per repeat, in turn, so that a drift of the clocks slows all of them
 alike; the table shows medians. A rate counts the products that a kernel executes: three in the
 forward and in dV, five in dQ and in dK with dU. `host` is the time until a launch returns. A
 contender whose error exceeds twice that of plain PyTorch in the same dtype shows RED instead of
 figures, and the script ends with status 1; one that does not compile or launch is reported and
-skipped.
+skipped. On Hopper the forward is Gluon's (warps x 64 tokens); plain Triton's is shown beside it.
+
+`--few` measures a decoding step instead: CUDA graphs over several sets of weights, more than the
+cache holds, and the rate at which these are read, against that of a large copy.
 """
 
 import argparse
@@ -24,10 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mhf_compiler.lowering import kernels
 from mhf_compiler.lowering.kernels.backward_pass import run_down, run_query, run_up
 from mhf_compiler.lowering.kernels.forward_pass import run_forward
 from mhf_compiler.lowering.kernels.launching import Problem, capability
-from mhf_compiler.lowering.kernels.tiles import Kernel, Tile, choose
+from mhf_compiler.lowering.kernels.tiles import (
+    Kernel,
+    PipelinedTile,
+    Tile,
+    choose,
+    choose_pipelined,
+)
 
 SHAPE_NAMES = "B,L,H,d,E,f"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,7 +77,7 @@ class Contender:
     """One kernel with one tile and one layout of R."""
 
     kernel: Kernel
-    tile: Tile
+    tile: Tile | PipelinedTile
     router: str
     chosen: bool
     call: Callable[[], None]
@@ -79,6 +90,8 @@ class Contender:
 def main() -> int:
     arguments = parse_arguments()
     torch.manual_seed(0)
+    if arguments.few:
+        return measure_few_tokens(arguments)
     problem, grad_out = make_problem(arguments.shape, DTYPES[arguments.dtype])
     contenders = [
         contender
@@ -102,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="also time alternative tiles")
     parser.add_argument("--only", default=",".join(KERNELS), help="kernels, comma-separated")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--few", help="numbers of tokens, comma-separated: measure those instead")
     arguments = parser.parse_args()
     arguments.shape = [int(size) for size in arguments.shape.split(",")]
     if len(arguments.shape) != 6:
@@ -149,7 +163,16 @@ def make_contenders(
         capability=capability(problem.q.device),
     )
     usual = "networks" if kernel == "forward" else "tokens"  # what the entry points hand over
-    entries = [(chosen, usual)]
+    entries: list[tuple[Tile | PipelinedTile, str]] = [(chosen, usual)]
+    pipelined = choose_pipelined(
+        tokens=batch * length,
+        hidden=problem.k.shape[2],
+        width=width,
+        itemsize=problem.q.element_size(),
+        capability=capability(problem.q.device),
+    )
+    if kernel == "forward" and pipelined is not None:
+        entries.insert(0, (pipelined, usual))
     if sweep:
         entries += [(chosen, router) for router in ROUTERS if router != usual]
         entries += [(dataclasses.replace(chosen, descriptors=False), usual)]
@@ -177,12 +200,14 @@ def make_contender(
     problem: Problem,
     grad_out: Tensor,
     outputs: list[Tensor],
-    tile: Tile,
+    tile: Tile | PipelinedTile,
     router: str,
     chosen: bool,
 ) -> Contender:
     def call() -> None:
-        if kernel == "forward":
+        if isinstance(tile, PipelinedTile):
+            run_pipelined(problem, outputs[0], tile)
+        elif kernel == "forward":
             run_forward(problem, outputs[0], tile)
         elif kernel == "query":
             run_query(problem, grad_out, outputs[0], outputs[1], tile)
@@ -192,6 +217,15 @@ def make_contender(
             run_up(problem, grad_out, outputs[0], outputs[1], None, None, tile)
 
     return Contender(kernel, tile, router, chosen, call, outputs)
+
+
+def run_pipelined(problem: Problem, out: Tensor, tile: PipelinedTile) -> None:
+    from mhf_compiler.lowering.kernels.hopper_forward import plan, run_hopper_forward
+
+    planned = plan(problem, out, tile)
+    if planned is None:
+        raise ValueError("the kernel does not take these tensors")
+    run_hopper_forward(problem, out, planned)
 
 
 def plain(q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
@@ -313,8 +347,12 @@ def report(contenders: list[Contender], problem: Problem, gemm: float) -> None:
     print(f"{header} {'ms':>8} {'TFLOP/s':>8} {'cuBLAS':>6} {'host us':>8}")
     for c in contenders:
         tile = c.tile
-        access = "tma" if tile.descriptors else "pointer"
-        row = f"{c.kernel:8} {tile.tokens:7} x {tile.hidden:5} {tile.warps:5} {tile.stages:6}"
+        if isinstance(tile, PipelinedTile):
+            tokens, warps, access = 64 * tile.consumers, 4 * tile.consumers + 1, "gluon"
+        else:
+            tokens, warps = tile.tokens, tile.warps
+            access = "tma" if tile.descriptors else "pointer"
+        row = f"{c.kernel:8} {tokens:7} x {tile.hidden:5} {warps:5} {tile.stages:6}"
         row = f"{row} {c.router:8} {access:7}"
         if c.fault is not None:
             print(f"{row} {c.fault}")
@@ -324,6 +362,58 @@ def report(contenders: list[Contender], problem: Problem, gemm: float) -> None:
         host = statistics.median(c.host_microseconds)
         mark = " *" if c.chosen else ""
         print(f"{row} {elapsed:8.3f} {rate:8.0f} {rate / gemm:6.0%} {host:8.0f}{mark}")
+
+
+def copy_rate() -> float:
+    """GB/s read and written by a large copy."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    times = [time_once(lambda: target.copy_(source))[0] for _ in range(7)]
+    return 2 * source.numel() * source.element_size() / statistics.median(times[2:]) / 1e6
+
+
+def measure_few_tokens(arguments: argparse.Namespace) -> int:
+    """A layer's forward by the number of tokens: microseconds, and the rate of reading weights."""
+    _, _, heads, width, networks, hidden = arguments.shape
+    dtype = DTYPES[arguments.dtype]
+    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+    weights: list[list[Tensor]] = []
+    size = 3 * heads * networks * hidden * width * dtype.itemsize
+    for _ in range(2 + 2 * cache // size):
+        problem, _ = make_problem([1, 1, heads, width, networks, hidden], dtype)
+        assert problem.u is not None
+        weights.append([problem.k, problem.u, problem.v])
+    copy = copy_rate()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copying at {copy:.0f} GB/s")
+    print(
+        f"{size / 1e6:.1f} MB of weights, {arguments.dtype}\n\n{'tokens':>6} {'us':>8} {'GB/s':>6}"
+    )
+    red = 0
+    for tokens in map(int, arguments.few.split(",")):
+        q = torch.randn(tokens, 1, heads, width, device="cuda", dtype=dtype)
+        r = torch.rand(tokens, 1, heads, networks, device="cuda")
+        out = torch.full_like(q, float("nan"))
+
+        def step(q: Tensor = q, r: Tensor = r, out: Tensor = out) -> None:
+            for k, u, v in weights:
+                kernels.forward(q, k, u, v, r, None, None, None, out, activation="silu")
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        exact = plain(*(x.float() for x in (q, *weights[-1], r)))
+        rounded = plain(q, *weights[-1], r)
+        error, allowed = relative_error(out, exact), 2 * relative_error(rounded, exact)
+        if not error <= max(allowed, 1e-6):
+            print(f"{tokens:6} RED: errs by {error:.1e}, plain PyTorch by {allowed / 2:.1e}")
+            red = 1
+            continue
+        times = [time_once(graph.replay)[0] for _ in range(arguments.repeats + 2)][2:]
+        elapsed = statistics.median(times) / len(weights)
+        rate = size / elapsed / 1e6
+        print(f"{tokens:6} {elapsed * 1e3:8.1f} {rate:6.0f} {rate / copy:6.0%}")
+    return red
 
 
 if __name__ == "__main__":

@@ -276,6 +276,47 @@ class TestKernels:
         assert all(x.eq(0).all() for x in results[1:])
 
 
+class TestParts:
+    """Tiles whose hidden units are cut among several programs."""
+
+    __test__ = INTERPRETING
+
+    @pytest.mark.parametrize("parts", [2, 3, 100])
+    @pytest.mark.parametrize("absent", [(), ("u", "u_bias", "r")], ids=["complete", "without u, r"])
+    def test_forward(
+        self, parts: int, absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels.tiles import Tile
+
+        tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
+        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        tensors = make(Shape(), absent=absent)
+        inputs = [tensors[name] for name in NAMES]
+        out = torch.full((2, 19, 2, 24), float("nan"))
+        kernels.forward(*inputs, out, activation="silu", **SCALES)
+        grad_out = torch.zeros_like(out)
+        assert relative_error(out, expected(tensors, grad_out, "silu")[0]) < 1e-6
+
+    @pytest.mark.parametrize("whole", [0, 1, 3])
+    def test_only_cut_tiles_are_written(self, whole: int) -> None:
+        """Eleven parts, more than are loaded at once, of the tiles of two heads of 40 tokens."""
+        from mhf_compiler.lowering.kernels.loads import token_axes
+        from mhf_compiler.lowering.kernels.splitting import Split, add_parts
+
+        out = torch.full((1, 40, 2, 24), float("nan"))
+        split, tiles = Split(whole, 11), 6
+        partial = split.workspace(tiles, 16, out)
+        assert partial is not None
+        partial.normal_()
+        add_parts(partial, out, token_axes(out), split, tiles, 0.5)
+        sums = 0.5 * partial.view(tiles - whole, 11, 16, 24).sum(1)
+        exact = torch.full((tiles, 16, 24), float("nan"))
+        exact[whole:] = sums
+        exact = exact.view(2, 48, 24)[:, :40].transpose(0, 1)
+        torch.testing.assert_close(out[0], exact, equal_nan=True)
+
+
 class TestChosenTiles:
     __test__ = INTERPRETING
 

@@ -1,0 +1,68 @@
+"""How work is cut: pure functions of sizes, which need no GPU."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from mhf_compiler.lowering.kernels.splitting import Split, split_last_round
+from mhf_compiler.lowering.kernels.tiles import choose, choose_pipelined
+
+PROGRAMS = 132
+
+
+@pytest.mark.parametrize("tiles", [1, 4, 65, 66, 67, 131, 132, 133, 264, 300, 4096])
+@pytest.mark.parametrize("iterations", [1, 3, 88])
+def test_the_last_round(tiles: int, iterations: int) -> None:
+    """Whole rounds stay whole; the rest is cut into parts with work, at most one to a program."""
+    split = split_last_round(tiles, iterations, PROGRAMS)
+    assert split.parts <= iterations
+    cut = split.pieces(tiles) - split.whole
+    if split.parts == 1:
+        assert cut == 0
+        assert split == Split(tiles, 1)
+        rest = tiles % PROGRAMS
+        assert iterations == 1 or rest == 0 or 2 * rest > PROGRAMS
+    else:
+        assert split.whole % PROGRAMS == 0
+        assert 0 < cut <= PROGRAMS
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 200, 4096, 32768])
+@pytest.mark.parametrize("heads", [1, 16])
+def test_programs_for_every_multiprocessor(
+    capability: tuple[int, int], itemsize: int, tokens: int, heads: int
+) -> None:
+    tile = choose(
+        "forward",
+        tokens=tokens,
+        heads=heads,
+        hidden=256,
+        width=128,
+        itemsize=itemsize,
+        capability=capability,
+    )
+    tiles = -(-tokens // tile.tokens) * heads
+    assert tiles * tile.parts >= 128
+    assert tile.parts == 1 or tiles * (tile.parts - 1) < 128
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "itemsize", "capability"),
+    [
+        (16, 128, 2, (9, 0)),
+        (4096, 32, 2, (9, 0)),
+        (4096, 128, 4, (9, 0)),
+        (4096, 128, 2, (8, 0)),
+        (4096, 128, 2, (10, 0)),
+    ],
+    ids=["few tokens", "narrow", "float32", "sm_80", "sm_100"],
+)
+def test_what_plain_triton_keeps(
+    tokens: int, width: int, itemsize: int, capability: tuple[int, int]
+) -> None:
+    sizes = {"tokens": tokens, "hidden": 256, "width": width, "itemsize": itemsize}
+    assert choose_pipelined(**sizes, capability=capability) is None
+    ours = {"tokens": 4096, "hidden": 256, "width": 128, "itemsize": 2}
+    assert choose_pipelined(**ours, capability=(9, 0)) is not None
