@@ -115,10 +115,11 @@ def _raised(error: BaseException) -> str:
 def _outcome(program: Program, verdict: Verdict, detail: str, report: Report) -> Outcome:
     declined = [site for site in report.declined if site.reason is not None]
     kinds = [site.reason.kind.name for site in declined if site.reason is not None]
-    explained = "\n".join(
+    lines = [
         f"{site.reason} | {site.location.code if site.location else 'unknown line'}"
         for site in declined
-    )
+    ]
+    explained = "\n".join(dict.fromkeys(lines))
     reasons = tuple(dict.fromkeys(kinds))
     return Outcome(program, verdict, detail, reasons, explained, len(report.rewritten))
 

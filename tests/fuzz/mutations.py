@@ -142,6 +142,14 @@ DIRECTED = (
         "hidden = hidden.detach(); hidden.zero_()",
     ),
     Directed("a unit is missing", "hidden", "{v} = F.pad({v}[..., 1:], (1, 0))"),
+    Directed("the halves are rolled", "both", "{v} = {v}.roll(1, {u})"),
+    Directed("the halves are reversed", "both", "{v} = {v}.flip({u})"),
+    Directed(
+        "the halves go across heads",
+        "both",
+        "{v} = {v}.transpose({h}, {u}).reshape({v}.shape)",
+    ),
+    Directed("the halves are of other heads", "both", "{v} = {v}.flip({h})"),
     # Router.
     Directed("the router is reversed along sub-networks", "router", "{v} = {v}.flip({e})"),
     Directed("the router is of other heads", "router", "{v} = {v}.flip({h})"),
@@ -182,6 +190,10 @@ def mutants(program: Program, rng: Random) -> Iterator[Mutant]:
     """Mutants of a program, without end; some of them do not run."""
     while True:
         mutant = directed(program, rng) if rng.random() < 0.4 else blind(program, rng)
+        if mutant is not None and rng.random() < 0.2:
+            second = blind(mutant.program, rng)
+            if second is not None:
+                mutant = Mutant(f"{mutant.name}; {second.name}", second.program)
         if mutant is not None and mutant.program.source != program.source:
             yield mutant
 
@@ -442,13 +454,97 @@ def _overwritten(forward: ast.FunctionDef, rng: Random) -> bool:
 
 
 def _repeated(forward: ast.FunctionDef, rng: Random) -> bool:
-    """A statement is executed twice."""
+    """A statement that has an effect is executed twice."""
     block = rng.choice(list(_blocks(forward)))
-    at = rng.randrange(len(block))
-    if isinstance(block[at], (ast.Return, ast.For)):
+    effects = [
+        at
+        for at, statement in enumerate(block)
+        if isinstance(statement, (ast.AugAssign, ast.Expr)) or _updates(statement)
+    ]
+    if not effects:
         return False
+    at = rng.choice(effects)
     block.insert(at, block[at])
     return True
+
+
+def _updates(statement: ast.stmt) -> bool:
+    """Whether it assigns a variable that it reads."""
+    if not isinstance(statement, ast.Assign):
+        return False
+    target = ast.unparse(statement.targets[0])
+    return any(isinstance(x, ast.Name) and x.id == target for x in ast.walk(statement.value))
+
+
+def _another_size(forward: ast.FunctionDef, rng: Random) -> bool:
+    """A slice or a view uses another size: off by one, a half, another dimension's."""
+    sizes = set("defHESGBLT") - {"e"}
+    reads = [
+        node
+        for statement in forward.body[1:]
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in sizes
+    ]
+    if not reads:
+        return False
+    node = rng.choice(reads)
+    other = rng.choice(["({0} - 1)", "({0} + 1)", "({0} // 2)", "(2 * {0})", "H", "d", "f", "E"])
+    replacement = ast.parse(other.format(node.id), mode="eval").body
+    _Replace(node, replacement).visit(forward)
+    return True
+
+
+def _reversed_list(forward: ast.FunctionDef, rng: Random) -> bool:
+    """The outputs of a loop are merged in another order."""
+    lists = {
+        node.targets[0].id
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+        if isinstance(node.targets[0], ast.Name)
+    }
+    calls = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Call)
+        if node.args and isinstance(node.args[0], ast.Name) and node.args[0].id in lists
+    ]
+    if not calls:
+        return False
+    call = rng.choice(calls)
+    order = rng.choice(["{}[::-1]", "{0}[1:] + {0}[:1]", "{0}[:1] * len({0})", "{0}[:-1]"])
+    call.args[0] = ast.parse(order.format(ast.unparse(call.args[0])), mode="eval").body
+    return True
+
+
+def _router_on_input(forward: ast.FunctionDef, rng: Random) -> bool:
+    """The factor of an output scales the query instead."""
+    for block in _blocks(forward):
+        for at, statement in enumerate(block):
+            value = statement.value if isinstance(statement, ast.Assign) else None
+            if not isinstance(value, ast.BinOp) or not isinstance(value.op, ast.Mult):
+                continue
+            sides = (value.left, value.right), (value.right, value.left)
+            for output, router in sides:
+                if isinstance(output, ast.Name) and output.id.startswith("y"):
+                    statement.value = output
+                    return _scale_query(block[:at], router, rng)
+    return False
+
+
+def _scale_query(block: list[ast.stmt], factor: ast.expr, rng: Random) -> bool:
+    """Multiply the query by ``factor`` wherever a projection reads it."""
+    reads = [
+        node
+        for statement in block
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and re.fullmatch(r"q(_h)?\d*", node.id)
+        if isinstance(node.ctx, ast.Load)
+    ]
+    for node in reads:
+        scaled = ast.BinOp(ast.Name(node.id, ast.Load()), ast.Mult(), factor)
+        for statement in block:
+            _Replace(node, scaled).visit(statement)
+    return bool(reads)
 
 
 def _other_index(forward: ast.FunctionDef, rng: Random) -> bool:
@@ -485,7 +581,17 @@ def _unlike(forward: ast.FunctionDef, rng: Random) -> bool:
         return False
     at, name = rng.choice(places)
     change = rng.choice(
-        ["{} * 2.0", "torch.tanh({})", "F.relu({})", "{}.flip(-1)", "{} * 0.0", "-{}"]
+        [
+            "{} * 2.0",
+            "torch.tanh({})",
+            "F.relu({})",
+            "{}.flip(-1)",
+            "{} * 0.0",
+            "-{}",
+            "{}[..., :-1]",
+            "F.pad({}[..., :-1], (0, 1))",
+            "{}.detach()",
+        ]
     )
     test = f"{ast.unparse(loop.target)} == 0"
     text = f"{name} = {change.format(name)} if {test} else {name}"
@@ -534,6 +640,7 @@ _BLIND: dict[str, Callable[[ast.FunctionDef, Random], bool]] = {
     "another number": _another_number,
     "another variable": _another_variable,
     "another weight": _another_weight,
+    "another size": _another_size,
     "another operator": _another_operator,
     "another function": _another_function,
     "other letters": _other_letters,
@@ -543,5 +650,7 @@ _BLIND: dict[str, Callable[[ast.FunctionDef, Random], bool]] = {
     "executed twice": _repeated,
     "another index in a loop": _other_index,
     "an iteration differs": _unlike,
+    "merged in another order": _reversed_list,
+    "the router scales the query": _router_on_input,
     "an intermediate result is returned": _returned,
 }

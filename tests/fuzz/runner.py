@@ -44,14 +44,15 @@ class Finding:
     def group(self) -> str:
         """What it is counted under in the summary."""
         reasons = " + ".join(self.outcome.reasons)
-        return f"{self.outcome.verdict.value}{': ' if reasons else ''}{reasons}"
+        kind = "mutant " if self.mutation else ""
+        return f"{kind}{self.outcome.verdict.value}{': ' if reasons else ''}{reasons}"
 
     @property
     def failed(self) -> bool:
         """Whether it belongs into a report of failures."""
         verdict = self.outcome.verdict
         if self.mutation:
-            return verdict in (Verdict.WRONG, Verdict.CRASHED)
+            return verdict in (Verdict.WRONG, Verdict.CRASHED, Verdict.UNSEEN)
         return verdict not in (Verdict.FOUND, Verdict.UNCAPTURED, Verdict.ORDINARY)
 
 
