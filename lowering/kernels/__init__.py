@@ -4,6 +4,7 @@
     hopper_forward.py the same for Hopper, in Gluon: loads, products and activations overlap
     splitting.py      tiles cut along the hidden units, and the sum of their parts
     backward_pass.py  dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
+    hopper_backward.py the same for Hopper, in Gluon
     activations.py    the activations and their slopes
     sums.py           sums of products over a loop
     loads.py          tensor descriptors, pointers and masks
@@ -18,17 +19,20 @@ and no order of addition depends on scheduling: equal inputs give equal bits.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
-from .launching import Problem, capability, interpreted
+from .launching import Problem, capability, interpreted, repeat
 from .loads import token_axes, tokens_innermost
-from .tiles import Kernel, Tile, choose, choose_pipelined
+from .tiles import Kernel, Tile, choose, choose_pipelined, padded_width
 
 __all__ = ["backward", "forward"]
+
+_FEWEST_TOKENS = 1024  # for Hopper's own backward kernels; fewer leave most of a card idle anyway
 
 
 def forward(
@@ -53,8 +57,12 @@ def forward(
     problem = Problem(
         q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
     )
-    if not _run_pipelined(problem, out):
-        run_forward(problem, out, _tile("forward", problem))
+
+    def run() -> None:
+        if not _run_pipelined(problem, out):
+            run_forward(problem, out, _tile("forward", problem))
+
+    repeat(("forward", *problem[8:]), (*problem[:8], out), run)
 
 
 def backward(
@@ -93,16 +101,58 @@ def backward(
     problem = Problem(
         q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
     )
-    dq, dk, du, dv, dr, dk_bias, du_bias, dv_bias = grads
-    if dq is not None or dr is not None:
+    repeat(
+        ("backward", *problem[8:]),
+        (*problem[:8], grad_out, *grads),
+        lambda: _run_backward(problem, grad_out, *grads),
+    )
+    return wanted
+
+
+def _run_backward(
+    problem: Problem,
+    grad_out: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    du: Tensor | None,
+    dv: Tensor | None,
+    dr: Tensor | None,
+    dk_bias: Tensor | None,
+    du_bias: Tensor | None,
+    dv_bias: Tensor | None,
+) -> None:
+    """Fill the gradients that are not None, each kernel in the fastest form that takes it."""
+    hopper: Any = None
+    if _suits_hopper_backward(problem):
+        # Imported by the first call that may need it: other devices need not have Gluon.
+        from . import hopper_backward as hopper
+    if (dq is not None or dr is not None) and not (
+        hopper and hopper.run_query(problem, grad_out, dq, dr)
+    ):
         run_query(problem, grad_out, dq, dr, _tile("query", problem))
-    if dv is not None:
+    if dv is not None and not (hopper and hopper.run_down(problem, grad_out, dv)):
         run_down(problem, grad_out, dv, _tile("down", problem))
-    if any(grad is not None for grad in (dk, du, dk_bias, du_bias)):
+    if any(grad is not None for grad in (dk, du, dk_bias, du_bias)) and not (
+        hopper and hopper.run_up(problem, grad_out, dk, du)
+    ):
         run_up(problem, grad_out, dk, du, dk_bias, du_bias, _tile("up", problem))
     if dv_bias is not None:
         run_down_bias(problem, grad_out, dv_bias, _tile("down", problem))
-    return wanted
+
+
+def _suits_hopper_backward(problem: Problem) -> bool:
+    """Whether Hopper's own backward kernels know the problem; they look at the layouts later."""
+    batch, length, _, width = problem.q.shape
+    return (
+        capability(problem.q.device) == (9, 0)
+        and not interpreted()
+        and problem.q.element_size() == 2
+        and padded_width(width) in (64, 128)
+        and batch * length >= _FEWEST_TOKENS
+        and problem.u is not None
+        and problem.k_bias is None
+        and problem.u_bias is None
+    )
 
 
 def _run_pipelined(problem: Problem, out: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """From tensors to a launch: the problem, its constants, and the call that every kernel shares."""
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .loads import Operand, TokenAxes
+from .loads import DESCRIPTOR_ALIGNMENT, Operand, TokenAxes
 from .tiles import Tile, padded_width
 
 
@@ -99,6 +100,129 @@ def launch(
         arguments[f"{name}_strides"] = operand.strides
         if operand.layout is not None:
             arguments[f"{name}_layout"] = operand.layout
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+    start(kernel, programs, tile, device, arguments)
+
+
+def start(
+    kernel: Any, programs: int, tile: Tile, device: torch.device, arguments: Mapping[str, Any]
+) -> None:
+    """`launch`, with every parameter of the kernel already under its name."""
+    with _on(device):
+        compiled = kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+    record = getattr(_thread, "record", None)
+    if record is not None:
+        record.append((compiled, programs, [arguments.get(name) for name in kernel.arg_names]))
+
+
+class _Step(NamedTuple):
+    """A launch to be repeated: a compiled kernel, and where its parameters come from."""
+
+    compiled: Any
+    programs: int
+    arguments: list[Any]  # in the kernel's order, without what the slots fill
+    slots: list[tuple[int, int, Any]]  # position, number of the tensor, descriptor to copy if any
+
+
+class _Steps(NamedTuple):
+    launches: list[_Step]
+    workspaces: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+
+
+_MOST_REPEATS = 1024
+_repeats: dict[Hashable, _Steps] = {}
+_thread = threading.local()  # its record: what `start` has launched since `repeat` began
+
+
+def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:
+    """Call `run`, or repeat what it launched when it was last called for `what` and such tensors.
+
+    Describing the tensors, choosing tiles and specialising the kernels takes the host several
+    hundred microseconds a call, and depends on nothing but `what` and the tensors' shapes, strides,
+    dtypes and alignments. So the launches are written down the first time; later calls only put
+    their own addresses in. `run` may do two things with tensors: launch kernels on `tensors`, and
+    allocate workspaces, which are allocated again each time.
+    """
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    # One tensor in two places is not written down: other calls may have two there.
+    if device.type != "cuda" or len({id(x) for x in present}) < len(present):
+        run()
+        return
+    key = (what, device, *map(_likeness, tensors))
+    steps = _repeats.get(key)
+    if steps is None:
+        _thread.record = []
+        try:
+            run()
+            steps = _steps(_thread.record, tensors)
+        finally:
+            _thread.record = None
+        if steps is not None:
+            if len(_repeats) >= _MOST_REPEATS:
+                _repeats.clear()
+            _repeats[key] = steps
+        return
+    memory = [*tensors]
+    for shape, strides, dtype in steps.workspaces:
+        memory.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+    with _on(device):
+        for step in steps.launches:
+            arguments = step.arguments.copy()
+            for position, number, prototype in step.slots:
+                x = memory[number]
+                arguments[position] = x if prototype is None else _described(prototype, x)
+            step.compiled[(step.programs, 1, 1)](*arguments)
+
+
+def forget_repeats() -> None:
+    """Make the next calls choose their kernels anew."""
+    _repeats.clear()
+
+
+def _likeness(x: Tensor | None) -> Hashable:
+    """All of a tensor that a choice of kernels may depend on."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+
+
+def _steps(
+    record: list[tuple[Any, int, list[Any]]], tensors: Sequence[Tensor | None]
+) -> _Steps | None:
+    """What was launched, with slots for the tensors and workspaces; None where memory is shared."""
+    numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    taken = {x.untyped_storage().data_ptr() for x in tensors if x is not None}
+    workspaces: list[Tensor] = []
+    launches = []
+    for compiled, programs, values in record:
+        arguments, slots = values.copy(), []
+        for position, value in enumerate(values):
+            x = value if isinstance(value, Tensor) else getattr(value, "base", None)
+            if x is None:
+                continue
+            if id(x) not in numbers:
+                storage = x.untyped_storage().data_ptr()
+                if storage in taken:
+                    return None
+                taken.add(storage)
+                numbers[id(x)] = len(tensors) + len(workspaces)
+                workspaces.append(x)
+            prototype = None if x is value else _described(value, None)
+            arguments[position] = None  # keeps no tensor alive
+            slots.append((position, numbers[id(x)], prototype))
+        launches.append(_Step(compiled, programs, arguments, slots))
+    return _Steps(launches, [(x.shape, x.stride(), x.dtype) for x in workspaces])
+
+
+def _described(prototype: Any, x: Tensor | None) -> Any:
+    """A descriptor like `prototype` for another tensor, which has been found to suit it."""
+    descriptor = object.__new__(type(prototype))
+    descriptor.__dict__.update(prototype.__dict__)
+    descriptor.base = x
+    return descriptor
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()

@@ -114,20 +114,27 @@ def router_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     return Operand(x, (b, l, h, e), "pointer")
 
 
-def tokens_innermost(x: Tensor) -> Tensor:
+def tokens_innermost(x: Tensor, merged: bool) -> Tensor:
     """R (B, L, H, E) with its tokens side by side and aligned, so that a descriptor can read them.
 
     Three backward kernels read R column by column; the copy, small beside q, pays for itself when
-    there are enough tokens. Fewer are left as they are.
+    there are enough tokens. Fewer are left as they are. `merged` tells whether the other token
+    tensors let all sequences be one; if not, each sequence is aligned on its own.
     """
     batch, length, heads, networks = x.shape
-    tokens = batch * length
-    if tokens < _WORTH_A_COPY or networks == 1 or x.stride(1) == 1:
+    if batch * length < _WORTH_A_COPY or x.stride(1) == 1:
         return x
+    if merged:
+        columns = _aligned_rows(x, (heads, networks), batch * length).unflatten(2, (batch, length))
+    else:
+        columns = _aligned_rows(x, (heads, networks, batch), length)
+    return columns.permute(2, 3, 0, 1).copy_(x)  # (B, L, H, E)
+
+
+def _aligned_rows(x: Tensor, shape: tuple[int, ...], length: int) -> Tensor:
+    """Fresh memory like that of `x`, in rows that start at aligned addresses."""
     step = DESCRIPTOR_ALIGNMENT // x.element_size()
-    columns = x.new_empty((heads, networks, -(-tokens // step) * step))[..., :tokens]
-    copy = columns.unflatten(2, (batch, length)).permute(2, 3, 0, 1)  # (B, L, H, E)
-    return copy.copy_(x)
+    return x.new_empty((*shape, -(-length // step) * step))[..., :length]
 
 
 def router_gradient(x: Tensor | None, axes: TokenAxes) -> Operand:

@@ -57,6 +57,14 @@ _HOPPER: _Table = {
     },
     256: {
         "forward": (128, 32, 8, 3),
+        "query": (128, 32, 8, 2),
+        "down": (32, 64, 4, 3),
+        "up": (32, 64, 4, 3),
+    },
+}
+_BLACKWELL: _Table = _HOPPER | {
+    256: {
+        "forward": (128, 32, 8, 3),
         "query": (64, 32, 4, 2),
         "down": (32, 128, 8, 2),
         "up": (32, 64, 8, 2),
@@ -192,7 +200,7 @@ def _table(itemsize: int, capability: tuple[int, int]) -> _Table:
     if itemsize > 2:
         return _FLOAT32
     if capability[0] in (9, 10):
-        return _HOPPER
+        return _HOPPER if capability[0] == 9 else _BLACKWELL
     return _AMPERE if capability == (8, 0) else _SMALL_AMPERE
 
 

@@ -1,0 +1,261 @@
+"""The Gluon backward kernels on a Hopper GPU, where the plain kernels would hide their faults.
+
+Every gradient is checked against float64: its error may be twice that of the plain spelling in the
+same dtype. Each test also checks which kernels ran.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhf_compiler.lowering.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("dq", "dk", "du", "dv", "dr")
+Runs = dict[str, bool]
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN: what a kernel does not write is noticed."""
+    empty_like, new_empty = torch.empty_like, Tensor.new_empty
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **options: empty_like(x, **options).fill_(float("nan"))
+    )
+    monkeypatch.setattr(
+        Tensor,
+        "new_empty",
+        lambda x, *size, **options: new_empty(x, *size, **options).fill_(float("nan")),
+    )
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """For each of the three kernels that was offered its work: whether it took it."""
+    from mhf_compiler.lowering.kernels import hopper_backward, launching
+
+    launching.forget_repeats()
+    taken: Runs = {}
+
+    def watch(name: str) -> None:
+        run = getattr(hopper_backward, name)
+
+        def watched(*args: Any) -> bool:
+            taken[name] = run(*args)
+            return taken[name]
+
+        monkeypatch.setattr(hopper_backward, name, watched)
+
+    for name in ("run_query", "run_down", "run_up"):
+        watch(name)
+    return iter([taken])
+
+
+ALL = {"run_query": True, "run_down": True, "run_up": True}
+
+
+def make(
+    B: int = 2,
+    L: int = 640,
+    H: int = 4,
+    d: int = 128,
+    E: int = 3,
+    f: int = 256,
+    G: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    routed: bool = True,
+    router_dtype: torch.dtype = torch.float32,
+) -> tuple[list[Tensor | None], Tensor]:
+    torch.manual_seed(0)
+    random = lambda *shape: torch.randn(shape, device="cuda")  # noqa: E731
+    q, grad_out = (random(B, L, H, d).to(dtype) for _ in range(2))
+    k, u = ((random(G, E, f, d) / d**0.5).to(dtype) for _ in range(2))
+    v = (random(G, E, f, d) / f**0.5).to(dtype)
+    r = random(B, L, H, E).sigmoid().to(router_dtype) if routed else None
+    return [q, k, u, v, r], grad_out
+
+
+def spell(
+    q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, activation: str, scales: Any
+) -> Tensor:
+    share = q.shape[2] // k.shape[0]
+    k, u, v = (x.repeat_interleave(share, 0) for x in (k, u, v))
+    gate = scales["k_scale"] * torch.einsum("blhd,hefd->blhef", q, k)
+    up = scales["u_scale"] * torch.einsum("blhd,hefd->blhef", q, u)
+    down = torch.einsum("blhef,hefd->blhed", ACTIVATIONS[activation].function(gate) * up, v)
+    if r is not None:
+        down = (down * r.unsqueeze(-1)).to(q.dtype)
+    return scales["out_scale"] * down.sum(3)
+
+
+def by_autograd(inputs: Any, grad_out: Tensor, dtype: Any, *options: Any) -> list[Tensor]:
+    leaves = [
+        None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs
+    ]
+    out = spell(*leaves, *options)
+    present = [x for x in leaves if x is not None]
+    return list(torch.autograd.grad(out, present, grad_out.to(out.dtype)))
+
+
+def fused(
+    inputs: Any, grad_out: Tensor, activation: str = "silu", scales: Any = None
+) -> list[Tensor]:
+    from mhf_compiler.lowering import kernels
+
+    needs = [*(x is not None for x in inputs), False, False, False]
+    return kernels.backward(
+        grad_out, *inputs, None, None, None, activation=activation, needs=needs, **(scales or {})
+    )
+
+
+def check(inputs: Any, grad_out: Tensor, activation: str = "silu", **given: float) -> None:
+    scales = {"k_scale": 1.0, "u_scale": 1.0, "out_scale": 1.0} | given
+    options = (activation, scales)
+    exact = by_autograd(inputs, grad_out, torch.float64, *options)
+    plain = by_autograd(inputs, grad_out, None, *options)
+    values = fused(inputs, grad_out, activation, scales)
+    faults = []
+    for name, value, rounded, right in zip(NAMES, values, plain, exact, strict=False):
+        error, allowed = ((x.double() - right).norm() / right.norm() for x in (value, rounded))
+        if not error <= 2 * allowed:
+            faults.append(f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}")
+    assert not faults, faults
+
+
+def stored_as(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Equal to `x`, with its axes lying in memory in this order."""
+    inverse = [order.index(axis) for axis in range(4)]
+    return x.permute(order).contiguous().permute(inverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [64, 96, 128])
+def test_widths(d: int, dtype: torch.dtype, runs: Iterator[Runs]) -> None:
+    check(*make(d=d, dtype=dtype))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("f", "E"), [(16, 3), (64, 1), (171, 3), (341, 5), (2752, 1)])
+def test_ragged_hidden_units(f: int, E: int, d: int, runs: Iterator[Runs]) -> None:
+    check(*make(H=2, G=2, f=f, E=E, d=d))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize(("B", "L"), [(1, 1024), (1, 1031), (3, 1000), (1100, 1)])
+def test_ragged_tokens(B: int, L: int, runs: Iterator[Runs]) -> None:
+    check(*make(B=B, L=L, H=2, G=2))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, runs: Iterator[Runs]) -> None:
+    check(*make(H=2, G=2, f=171), activation)
+    assert next(runs) == ALL
+
+
+def test_scales(runs: Iterator[Runs]) -> None:
+    check(*make(), k_scale=1.3, u_scale=0.7, out_scale=0.9)
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("L", [640, 700])
+def test_shared_weights(groups: int, L: int, runs: Iterator[Runs]) -> None:
+    """Odd numbers of tiles as well: a pair of tiles never mixes two groups."""
+    check(*make(G=groups, f=171, L=L))
+    assert next(runs) == ALL
+
+
+def test_without_router(runs: Iterator[Runs]) -> None:
+    check(*make(routed=False))
+    assert next(runs) == ALL
+
+
+def test_router_in_the_working_precision(runs: Iterator[Runs]) -> None:
+    check(*make(router_dtype=torch.bfloat16))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("which", ["k", "u", "v", "kuv"])
+def test_weights_stored_by_columns(which: str, runs: Iterator[Runs]) -> None:
+    inputs, grad_out = make()
+    for i, name in enumerate("kuv", 1):
+        if name in which:
+            inputs[i] = stored_as(inputs[i], (0, 1, 3, 2))
+    check(inputs, grad_out)
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("L", [600, 601])
+def test_token_layouts(order: tuple[int, ...], L: int, runs: Iterator[Runs]) -> None:
+    """Sequences that cannot be one, and heads outside of tokens."""
+    (q, *others, r), grad_out = make(L=L)
+    check([stored_as(q, order), *others, r], stored_as(grad_out, order))
+    assert next(runs) == ALL
+
+
+def test_layouts_for_the_plain_kernels(runs: Iterator[Runs]) -> None:
+    (q, *others), grad_out = make()
+    check([stored_as(q, (0, 2, 3, 1)), *others], grad_out)
+    assert not any(next(runs).values())
+
+
+def test_parts_of_tokens(runs: Iterator[Runs]) -> None:
+    """More tiles than multiprocessors: the last wave is cut into parts."""
+    check(*make(B=1, L=2048, H=16, G=16, E=22, f=64, d=64))
+    assert next(runs) == ALL
+
+
+def test_same_bits_each_time() -> None:
+    inputs, grad_out = make(B=4, L=1000, G=2, E=22)
+    first = fused(inputs, grad_out)
+    for _ in range(4):
+        for x, y in zip(first, fused(inputs, grad_out), strict=True):
+            assert x.isfinite().all()
+            assert x.equal(y)
+
+
+def test_repeated_launches() -> None:
+    """A second call repeats the launches of the first, on tensors of its own."""
+    from mhf_compiler.lowering.kernels import launching
+
+    inputs, grad_out = make(L=1000)
+    others = [x if x is None else x.clone() for x in inputs]
+    others[0] = torch.randn_like(inputs[0])
+    launching.forget_repeats()
+    first = fused(inputs, grad_out)
+    repeated = fused(others, grad_out)
+    launching.forget_repeats()
+    for x, y in zip(repeated, fused(others, grad_out), strict=True):
+        assert x.equal(y)
+    for x, y in zip(first, fused(inputs, grad_out), strict=True):
+        assert x.equal(y)
+    # Two arguments that are one tensor, where before there were two.
+    inputs[2] = inputs[1]
+    check(inputs, grad_out)
+
+
+def test_only_some_gradients() -> None:
+    from mhf_compiler.lowering import kernels
+
+    inputs, grad_out = make()
+    every = fused(inputs, grad_out)
+    for i in range(5):
+        needs = [i == j for j in range(8)]
+        (grad,) = kernels.backward(
+            grad_out, *inputs, None, None, None, activation="silu", needs=needs
+        )
+        error = (grad.double() - every[i].double()).norm() / every[i].double().norm()
+        assert error < 5e-3, NAMES[i]
