@@ -346,7 +346,7 @@ class _Generator:
         self.loops = self._loops()
         self.biases = self._biases()
         self.router = self._router_kind()
-        self.scales = [1.0, 1.0, 1.0]
+        self.scales = [self._scale(), self._scale() if self.gated else 1.0, 1.0]
         self.writer = Writer(
             self.rng,
             self.sizes,
@@ -463,6 +463,10 @@ class _Generator:
             return "{r}"
         options = [n for n in ROUTERS if kind != "static" or n != "top 2"]
         return ROUTERS[self.draw("normalised", *options)]
+
+    def _scale(self) -> float:
+        """A constant factor of a projection."""
+        return self.rng.choice([0.5, 1.5, 0.25, 2.0, -1.0]) if self.chance(0.12) else 1.0
 
     # The program.
 
@@ -624,6 +628,7 @@ class _Generator:
         if self.gated and self.chance(0.3):
             self.packed = self.draw("packed", "apart", "halves", "interleaved")
             self.first = self.draw("first half", "gate", "gate", "up")
+            self.scales[:2] = [1.0, 1.0]
         kind = self.draw("storage", "parameter", "parameter", "parameter", "buffer", "input")
         if self.loops and self.chance(0.4):
             kind = self.features["storage"] = "list"
@@ -845,7 +850,6 @@ class _Generator:
         return f"{name}[{', '.join(items)}]"
 
     def _buffer(self, dims: Sequence[str]) -> str:
-        shape = self.writer.shape(dims)
         shape = ", ".join(size(letters) for letters in dims)
         options = [f"x.new_zeros({shape})", f"torch.zeros({shape}, dtype=x.dtype)"]
         options += [f"torch.zeros(({shape}), dtype=x.dtype, device=x.device)"]
@@ -910,7 +914,7 @@ class _Generator:
         w, stored = self.writer, self.weights[name]
         summed = "f" if name == "down" else "d"
         bias = f"{name}_bias" in self.biases
-        later = name != "down" and self._scale(("gate", "up").index(name)) != 1.0
+        later = name != "down" and self.scales[("gate", "up").index(name)] != 1.0
         if stored.module and not (bias and later) and self.chance(0.7):
             rest = [a for a in q.dims if a != summed]
             q = w.rearrange(q, (*rest, summed))
@@ -919,15 +923,8 @@ class _Generator:
         added = self._weight(f"{name}_bias", at) if bias and not later else None
         return w.contract(q, self._weight(name, at), summed, added)
 
-    def _scale(self, which: int) -> float:
-        if self.scales[which] == 1.0 and which not in self.__dict__.setdefault("_drawn", set()):
-            self._drawn.add(which)
-            if self.chance(0.12):
-                self.scales[which] = self.rng.choice([0.5, 1.5, 0.25, 2.0, -1.0])
-        return self.scales[which]
-
     def _rescaled(self, value: Named, which: int, name: str, at: dict[str, str]) -> Named:
-        w, scale = self.writer, self._scale(which)
+        w, scale = self.writer, self.scales[which]
         if scale == 1.0:
             return value
         text = w.pick(f"{value.atom} * {scale}", f"{scale} * {value.atom}")
@@ -1053,9 +1050,7 @@ class _Generator:
             after += ["layer norm"]
         if target[-1] == heads + "o":
             after += ["linear"]
-            kind = self.draw("after", *after)
-        else:
-            kind = self.draw("after", *after)
+        kind = self.draw("after", *after)
         if kind == "linear":
             self.init.append("self.after = nn.Linear(H * d, H * d)")
         w.add(f"return {AFTER[kind].format(out=out.text)}")
