@@ -17,8 +17,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
+
+import torch
 
 from .programs import Program
 from .spelling import Assignment
@@ -256,8 +258,11 @@ def blind(program: Program, rng: Random) -> Mutant | None:
     name, edit = rng.choice(list(_BLIND.items()))
     if not edit(forward, rng):
         return None
-    source = ast.unparse(ast.fix_missing_locations(tree))
-    return Mutant(name, program.with_source(source + "\n"))
+    source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    mutated = program.with_source(source)
+    if ".float()" in source and program.precision is torch.float64:
+        mutated = replace(mutated, precision=torch.float32)  # a rounding may be left out
+    return Mutant(name, mutated)
 
 
 def _another_number(forward: ast.FunctionDef, rng: Random) -> bool:
