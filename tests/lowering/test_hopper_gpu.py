@@ -31,8 +31,9 @@ def hopper() -> None:
 @pytest.fixture
 def pipelined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails if a test that asks for it does not reach Hopper's own kernel."""
-    from mhf_compiler.lowering.kernels import hopper_forward
+    from mhf_compiler.lowering.kernels import hopper_forward, launching
 
+    launching.forget_repeats()  # what an earlier test launched would come back without a choice
     run, runs = hopper_forward.run_hopper_forward, []
 
     def counted(*arguments: Any) -> None:
