@@ -50,7 +50,6 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_weights(term, roles)
     check_router(term, roles)
     check_biases(term, roles)
-    check_residual(term, reading, root)
     check_widths(roles)
     check_multi_head(roles)
     check_dtypes(term)
@@ -151,7 +150,7 @@ def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis
         elif axes & groups:
             outer = max((c for a, c in terms if a in groups), key=_as_number)
             found |= {a for a, c in terms if a not in groups and _as_number(c) < _as_number(outer)}
-    return found
+    return {axis for axis in found if isinstance(axis.size, int)}  # the number of heads is fixed
 
 
 def check_weights(term: Term, roles: Roles) -> None:
@@ -207,15 +206,6 @@ def check_biases(term: Term, roles: Roles) -> None:
             continue
         if not _real(axes_of(bias.index)) <= shared | _real(features):
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a bias", bias.value.origin)
-
-
-def check_residual(term: Term, reading: Reading, root: Value) -> None:
-    """A residual has an element of its own for every element of the output."""
-    if term.residual is None:
-        return
-    operand = term.residual.operand
-    if _real(axes_of(operand.index)) != _real(axes_of(reading.index)):
-        raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added", operand.value.origin)
 
 
 def check_widths(roles: Roles) -> None:

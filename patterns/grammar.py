@@ -183,7 +183,8 @@ class _Reader:
             while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
                 self.crossed.add(inner)
                 inner, inner_at = step
-            if inner in self.outside and inner.op in _ADDITIONS:
+            biased = inner is not value and self._adds_bias(inner, inner_at)
+            if inner in self.outside and inner.op in _ADDITIONS and not biased:
                 self.computed.add(inner)
                 dtypes.add(inner.dtype)
                 weight = float(inner.argument(2, "alpha", 1)) * _ADDITIONS[inner.op]
@@ -222,6 +223,16 @@ class _Reader:
         if len(dtypes) > 1:
             raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
         return replace(term, residual=residuals[0])
+
+    def _adds_bias(self, value: Value, index: Index) -> bool:
+        """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
+        if value not in self.outside or value.op not in _ADDITIONS:
+            return False
+        for operand in value.operands():
+            if operand not in self.outside and not _is_zero(operand):
+                leaf = self.leaf(operand, broadcast(index, operand.shape))
+                return not _axes(index) <= _axes(leaf.index)
+        return False
 
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
@@ -448,6 +459,8 @@ class _Hidden:
                 raise Declined(Kind.GRADIENTS_CUT, "detach", value.origin)
             if is_other_pointwise(value):
                 raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
+            if value.op is SCATTER:
+                raise Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
             if not isinstance(value.op, str):
                 raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
             return self._leaf(value, index)

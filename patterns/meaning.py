@@ -79,6 +79,10 @@ ACTIVATIONS: dict[str, tuple[Callable[[Expression], Expression], ...]] = {
 }
 
 
+#: what stands before the pre-activation inside each form of gelu
+_GELU_SLOPES = {sympy.erf: number(math.sqrt(0.5)), sympy.tanh: number(math.sqrt(2 / math.pi))}
+
+
 def _gelu(value: Value, x: Expression) -> Expression:
     name = "gelu_tanh" if value.argument(1, "approximate", "none") == "tanh" else "gelu"
     return ACTIVATIONS[name][0](x)
@@ -235,8 +239,8 @@ def _monic(expression: Expression) -> tuple[Expression, Expression]:
 def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterator[Expression]:
     """What the pre-activation may be: each sub-expression that is linear in the projection.
 
-    It may be a multiple of one: forms contain exp(-y) and tanh(y / 2), and a polynomial in a scaled
-    pre-activation is expanded, so that its linear coefficient is all that is left of the scale.
+    It may be a multiple of one: forms contain exp(-y) and tanh(y / 2), and in a form of gelu only
+    the linear coefficient inside the erf or tanh says how the pre-activation was scaled.
     """
     lines = [part for part in sympy.preorder_traversal(group) if part.has(projection)]
     lines = [part for part in dict.fromkeys(lines) if _as_line(part, projection) is not None]
@@ -246,12 +250,13 @@ def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterato
             if candidate not in seen:
                 seen.add(candidate)
                 yield candidate
-    for inner in group.atoms(sympy.tanh):
-        linear = sympy.expand(inner.args[0]).coeff(projection, 1)
-        if linear.is_number and linear != 0:
-            scale = linear / number(math.sqrt(2 / math.pi))
-            short = _shortened(scale)  # what was written, unless it has more digits
-            yield (short if abs(float(short / scale) - 1) < 1e-7 else scale) * projection
+    for function, unit in _GELU_SLOPES.items():
+        for inner in group.atoms(function):
+            linear = sympy.expand(inner.args[0]).coeff(projection, 1)
+            if linear.is_number and linear != 0:
+                scale = linear / unit
+                short = _shortened(scale)  # what was written, unless it has more digits
+                yield (short if abs(float(short / scale) - 1) < 1e-7 else scale) * projection
 
 
 def _rounded(expression: Expression) -> Expression:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import CanonicalCopy, UntraceableGraph, Value, trace
+from .canonical import SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
 from .checks import build_site
 from .contractions import as_contraction
 from .grammar import (
@@ -51,7 +51,23 @@ _CONTRACTIONS = frozenset(
 _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
-_PASSED_ON = DROPOUT | {aten.detach.default, aten.native_layer_norm.default}
+_PASSED_ON = DROPOUT | {
+    SCATTER,
+    aten._softmax.default,
+    aten.amax.default,
+    aten.constant_pad_nd.default,
+    aten.cumsum.default,
+    aten.detach.default,
+    aten.flip.default,
+    aten.gather.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.mean.dim,
+    aten.native_group_norm.default,
+    aten.native_layer_norm.default,
+    aten.roll.default,
+    aten.sum.dim_IntList,
+}
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,23 @@ def weights_made_of_tokens(m: Ffn, q: Tensor) -> Tensor:
     return project(m.hidden(q), fast)
 
 
+def per_head(m: Ffn, q: Tensor, finish: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """A loop over heads; ``finish`` makes what is merged of output and query."""
+    outs = []
+    for h in range(H):
+        part = q[:, :, h]
+        hidden = F.silu(part @ m.gate[h]) * (part @ m.up[h])
+        outs.append(finish(hidden @ m.down[h], part))
+    return torch.stack(outs, 2)
+
+
+def output_under_autocast(m: Ffn, q: Tensor) -> Tensor:
+    """The down projection is a sum of products, which autocast leaves in float32."""
+    hidden = m.hidden(q)
+    with torch.autocast("cpu", torch.bfloat16):
+        return (hidden.unsqueeze(-1) * m.down).sum(-2)
+
+
 DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] = {
     "one_query": (
         Kind.DIFFERENT_QUERIES,
@@ -149,6 +166,17 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     "check_no_escape": (Kind.ESCAPING_INTERMEDIATE, hidden_units_returned, {}),
     "check_no_escape, read elsewhere": (Kind.ESCAPING_INTERMEDIATE, hidden_units_summed, {}),
     "check_memory": (Kind.MUTATION, query_overwritten, {}),
+    "check_autocast": (Kind.AUTOCAST_BOUNDARY, output_under_autocast, {}),
+    "the grammar: a residual that is scaled": (
+        Kind.OPERATION_IN_LOOP,
+        lambda m, q: per_head(m, q, lambda y, part: (y + part) * part[..., :1]),
+        {},
+    ),
+    "the grammar: a residual of another dtype": (
+        Kind.OPERATION_IN_LOOP,
+        lambda m, q: per_head(m, q, lambda y, part: (y + part.double()).float()),
+        {},
+    ),
     "the grammar: dropout": (Kind.DROPOUT_INSIDE, dropped_out, {}),
 }
 
@@ -173,6 +201,9 @@ def test_each_check_says_no(
 
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
+    "a part of the output": lambda m, q: project(m.hidden(q), m.down)[:, 1:],
+    "a residual of each head": lambda m, q: per_head(m, q, lambda y, part: y + part),
+    "one residual for all heads": lambda m, q: per_head(m, q, lambda y, _: y + q[:, :, 0]),
     "the output read twice": lambda m, q: (lambda y: (y, y.sin()))(project(m.hidden(q), m.down)),
     "the query read elsewhere": lambda m, q: project(m.hidden(q), m.down) + q,
     "the weights read elsewhere": lambda m, q: (project(m.hidden(q), m.down), m.gate.sum()),
