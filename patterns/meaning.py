@@ -224,7 +224,8 @@ def _as_activation(
                 unit, shape = _monic(form(argument))
                 if shape == target:
                     left_over = scale * coefficient / unit
-                    if line.scale != 1 and abs(float(left_over) * line.scale - 1) < 1e-6:
+                    slope = line.scale != 1 and abs(float(left_over) * line.scale - 1) < 1e-6
+                    if slope and name == "silu":
                         continue  # x * sigmoid(1.702 x): another slope, not a scaled silu
                     return name, line, left_over
     raise Declined(Kind.UNKNOWN_ACTIVATION, f"it computes {group.subs(projection, 'x')}")

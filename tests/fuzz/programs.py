@@ -75,9 +75,10 @@ ROUTERS: dict[str, str] = {
 }
 
 #: What is done to the input before it is cut into heads, and to the output after they are merged.
+#: A norm of two elements is little more than their signs; eps keeps it, and its gradient, smooth.
 BEFORE = {
     "nothing": "{x}",
-    "layer norm": "F.layer_norm({x}, {x}.shape[-1:])",
+    "layer norm": "F.layer_norm({x}, {x}.shape[-1:], eps=1.0)",
     "activation": "F.silu({x})",
     "scale": "{x} * 0.5",
     "linear": "self.before({x})",
@@ -85,7 +86,7 @@ BEFORE = {
 AFTER = {
     "nothing": "{out}",
     "residual": "x + {out}",
-    "layer norm": "F.layer_norm({out}, {out}.shape[-1:])",
+    "layer norm": "F.layer_norm({out}, {out}.shape[-1:], eps=1.0)",
     "activation": "torch.tanh({out})",
     "linear": "self.after({out})",
 }
