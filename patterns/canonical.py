@@ -36,7 +36,8 @@ from mhf_compiler.compat import (
     symbolic_size,
 )
 
-from .axes import Size, at_most, multiply, plus, quotient
+from .axes import Size, multiply
+from .parts import Range, ViewStep, plain, shown_range
 
 INPUT = "input"  # a graph input or attribute
 COPY = "copy"  # args: (what was copied into a tensor,); broadcast and cast to its shape and dtype
@@ -109,18 +110,6 @@ class Value:
 
     def __repr__(self) -> str:
         return f"%{self.step}: {self.op}{list(self.shape)}"
-
-
-@dataclass(frozen=True, slots=True)
-class ViewStep:
-    """One view operation, to be applied again to a newer value of the same storage."""
-
-    op: Any
-    args: tuple[Any, ...]  # without the viewed tensor
-    kwargs: dict[str, Any]
-    item: int | None
-    shape: tuple[Size, ...]  # of the view
-    strides: tuple[Size, ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -429,7 +418,7 @@ class _Recorder(TorchDispatchMode):
             if id(tensor) in self._aliases:
                 continue
             which = None if isinstance(result, torch.Tensor) else item
-            shape, strides = _plain(tuple(tensor.shape)), _plain(tuple(tensor.stride()))
+            shape, strides = plain(tuple(tensor.shape)), plain(tuple(tensor.stride()))
             step = ViewStep(func, rest, kwargs, which, shape, strides)
             value = self._view(source, step)
             self._add_alias(tensor, base.storage, (*base.chain, step), value)
@@ -466,7 +455,7 @@ class _Recorder(TorchDispatchMode):
         self, op: Any, args: Any, kwargs: Any, like: Any, item: int | None = None, chain: Any = ()
     ) -> Value:
         """The value of this computation: a known one if it was computed before."""
-        shape = _plain(tuple(like.shape))
+        shape = plain(tuple(like.shape))
         grad_mode = torch.is_grad_enabled()
         key = None
         if not isinstance(op, str) and torch.Tag.nondeterministic_seeded not in op.tags:
@@ -475,8 +464,8 @@ class _Recorder(TorchDispatchMode):
                 return self._known[key]
         value = Value(
             op=op,
-            args=_plain(args),
-            kwargs=_plain(kwargs),
+            args=plain(args),
+            kwargs=plain(kwargs),
             shape=shape,
             dtype=like.dtype,
             device=like.device,
@@ -485,7 +474,7 @@ class _Recorder(TorchDispatchMode):
             requires_grad_mode=grad_mode,
             item=item,
             chain=chain,
-            strides=_plain(tuple(like.stride())),
+            strides=plain(tuple(like.stride())),
         )
         self.copy.values.append(value)
         for operand in dict.fromkeys(value.operands()):
@@ -544,7 +533,7 @@ class _Recorder(TorchDispatchMode):
 
     def _view(self, value: Value, step: ViewStep) -> Value:
         """A view of the value; of a part that was written, what was written."""
-        wanted = _range(step, value.shape)
+        wanted = shown_range((step,), value.shape)
         while wanted is not None and value.op is SCATTER:
             written = written_range(value)
             if written == wanted:
@@ -559,7 +548,7 @@ class _Recorder(TorchDispatchMode):
 
     def _scatter(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
         """``base`` with a part of it written. What was written there before is dropped."""
-        written = _written_range(chain, base.shape)
+        written = shown_range(chain, base.shape)
         later: list[Value] = []  # writes to other parts since
         old = base
         while written is not None and old.op is SCATTER:
@@ -596,64 +585,9 @@ class _Recorder(TorchDispatchMode):
         alias.version = storage.version
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The part of a tensor from ``start`` on, ``width`` wide, along one dimension."""
-
-    dim: int
-    start: Size
-    width: Size
-    selects: bool  # whether the dimension is gone in the part
-
-    @property
-    def place(self) -> int | None:
-        """Which one it is of the pieces of this width, if it is one of them."""
-        place = quotient(self.start, self.width)
-        return place if isinstance(place, int) else None
-
-    def is_beside(self, other: Range) -> bool:
-        """Whether the two are known to be different pieces of one partition."""
-        same = (self.dim, self.width, self.selects) == (other.dim, other.width, other.selects)
-        known = same and self.place is not None and other.place is not None
-        return known and self.place != other.place
-
-
 def written_range(scatter: Value) -> Range | None:
     """The part that a ``SCATTER`` writes; None where it is no part of one dimension."""
-    return _written_range(scatter.chain, scatter.source.shape)
-
-
-def _written_range(chain: Iterable[ViewStep], shape: tuple[Size, ...]) -> Range | None:
-    found: Range | None = None
-    for step in chain:
-        if not _shows_all(step, shape):
-            if found is not None:
-                return None
-            found = _range(step, shape)
-            if found is None:
-                return None
-        shape = step.shape
-    return found
-
-
-def _shows_all(step: ViewStep, shape: tuple[Size, ...]) -> bool:
-    return step.op is torch.ops.aten.slice.Tensor and step.shape == shape
-
-
-def _range(step: ViewStep, shape: tuple[Size, ...]) -> Range | None:
-    """What a select or a slice of a tensor of ``shape`` shows, where that is known."""
-    selects = step.op is torch.ops.aten.select.int
-    if not selects and (step.op is not torch.ops.aten.slice.Tensor or len(step.args) > 3):
-        return None
-    if step.kwargs:
-        return None
-    dim, start, *_ = (*_plain(step.args), 0, 0)[: max(2, len(step.args))]
-    dim, start = dim % len(shape), start or 0
-    size, width = shape[dim], 1 if selects else step.shape[dim]
-    if isinstance(start, int) and start < 0:
-        start = plus(size, start)
-    known = width != 0 and at_most(0, start) and at_most(plus(start, width), size)
-    return Range(dim, start, width, selects) if known else None
+    return shown_range(scatter.chain, scatter.source.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -729,17 +663,6 @@ def _map_tensors(function: Any, tree: Any) -> Any:
         return {key: _map_tensors(function, part) for key, part in tree.items()}
     if isinstance(tree, (list, tuple)):
         return type(tree)(_map_tensors(function, part) for part in tree)
-    return tree
-
-
-def _plain(tree: Any) -> Any:
-    """Arguments with symbolic sizes as ints or sympy expressions."""
-    if isinstance(tree, (torch.SymInt, torch.SymFloat)):
-        return symbolic_size(tree)
-    if isinstance(tree, dict):
-        return {key: _plain(part) for key, part in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_plain(part) for part in tree)
     return tree
 
 
