@@ -302,6 +302,7 @@ class _Recorder(TorchDispatchMode):
         self._just_written: list[_Storage] = []  # by the node at work
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
+        self._writers: dict[Value, fx.Node] = {}
 
     # The Dynamo side.
 
@@ -557,12 +558,17 @@ class _Recorder(TorchDispatchMode):
                 break
             if before == written:
                 base = old.source
-                for value in reversed(later):
+                for value in reversed(later):  # written anew, but by the nodes that wrote them
                     base = self._scattered(base, value.args[1], value.chain)
+                    self._note_write(self._writers[value], base)
                 break
             later.append(old)
             old = old.source
         return self._scattered(base, part, chain)
+
+    def _note_write(self, node: fx.Node, value: Value) -> None:
+        self.copy.written.setdefault(node, []).append(value)
+        self._writers[value] = node
 
     def _scattered(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
         like = _Like(base.shape, base.dtype, base.device, base.strides)
@@ -573,13 +579,13 @@ class _Recorder(TorchDispatchMode):
         chain = tuple(step for step in alias.chain if step.op not in _WHOLE)
         if chain:
             alias.value = value
-            value = self._scatter(storage.current, value, chain)
+            value = alias.looked_into = self._scatter(storage.current, value, chain)
         else:
             alias.value = value
         storage.current = value
         storage.version += 1
         storage.writes.append(self.position)
-        self.copy.written.setdefault(self.node, []).append(value)
+        self._note_write(self.node, value)
         if storage not in self._just_written:
             self._just_written.append(storage)
         alias.version = storage.version
