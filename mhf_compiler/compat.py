@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from traceback import FrameSummary
 from typing import Any
 
 import sympy
@@ -33,7 +34,9 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "no_fake_mode",
     "no_new_guards",
+    "reason_of_graph_break",
     "reset_cuda_graphs",
+    "source_name",
     "symbolic_size",
     "tracing_shape_env",
 ]
@@ -76,6 +79,24 @@ def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:
     for name, value in vars(old).items():
         if name not in vars(new):
             setattr(new, name, value)
+
+
+def source_name(node: torch.fx.Node) -> str | None:
+    """Where Dynamo found an input, such as ``L['self']._parameters['gate']``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return None
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary | None] | None:
+    """Why Dynamo ended a graph before the end of the code, and in which frame."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    return reason.reason, reason.user_stack[-1] if reason.user_stack else None
 
 
 def compile_graph(

@@ -1,16 +1,96 @@
-"""Reports: what was rewritten, what was not and why, in a form to print and to test against."""
+"""Reports: what was rewritten, what was not and why, as plain values.
+
+    Report                 all graphs of one call of the model
+      GraphReport          one graph: its code before and after, its sites
+        SiteReport         one MH-FFN that was rewritten, or one near-miss
+          Argument         a tensor of the formula, by the model's own name for it
+          Operation        the operation that decided a near-miss
+          Work             arithmetic, bytes and estimated times
+        GraphBreak         why Dynamo ended the graph
+
+``describing.py`` makes these values from a graph, ``printing.py`` shows them as text. No value here
+refers to a graph, so a report may be kept, compared and written to a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
-from .patterns import Location, NearMiss, Reason, Site
+from .patterns import Location, Reason
+
+SCHEMA = 1  # of to_dict: raised when a key goes or changes its meaning
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One tensor of a formula.
+
+    Attributes:
+        role: its letter in the formula: Q, K, U, V, R, a bias or the residual.
+        name: what the model calls it; a computed value by the name of its variable.
+        shape: of the op's argument; dynamic sizes by the names of their symbols.
+        dtype: of the tensor in the model, such as ``"float32"``.
+        location: where it is computed; None for parameters and inputs.
+    """
+
+    role: str
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    location: Location | None = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a graph, its source line, and the module that it belongs to."""
+
+    name: str
+    call: str
+    location: Location | None = None
+    module: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call costs.
+
+    Attributes:
+        tokens: the number that the figures are for.
+        dynamic: whether the model leaves that number open; then ``tokens`` is a large one.
+        flops: of the products of the forward pass, padding not counted.
+        bytes: of the op's arguments and result, each counted once.
+        hidden_bytes: of the hidden units, which the op does not keep in memory.
+        rewritten: estimated seconds as one op, with the backward pass if gradients are recorded;
+            None where the device is unknown.
+        original: estimated seconds in the original spelling.
+    """
+
+    tokens: int
+    dynamic: bool
+    flops: float
+    bytes: float
+    hidden_bytes: float
+    rewritten: float | None = None
+    original: float | None = None
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph before the end of the model."""
+
+    reason: str
+    location: Location | None = None
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One MH-FFN, or one near-miss. Sizes of a near-miss are None where they are not known.
+    """One MH-FFN, or one near-miss. What is not known of a near-miss is None, or empty.
 
     Attributes:
         heads: H.
@@ -23,6 +103,13 @@ class SiteReport:
         has_gate: whether sub-networks are weighted per token.
         location: the line of the model's source that it comes from.
         reason: why it was declined; None when it was rewritten.
+        module: path of the innermost module that holds all of it, such as ``"layers.0.ffn"``.
+        module_class: the name of that module's class.
+        formula: what was matched, over the roles of ``arguments``.
+        arguments: the tensors of the formula.
+        lowered: what runs instead, a sentence each.
+        work: arithmetic, bytes and estimated times.
+        operation: what decided that it was declined.
     """
 
     heads: int | None = None
@@ -35,6 +122,13 @@ class SiteReport:
     has_gate: bool | None = None
     location: Location | None = None
     reason: Reason | None = None
+    module: str | None = None
+    module_class: str | None = None
+    formula: str | None = None
+    arguments: tuple[Argument, ...] = ()
+    lowered: tuple[str, ...] = ()
+    work: Work | None = None
+    operation: Operation | None = None
 
     def __str__(self) -> str:
         sizes = "sizes unknown"
@@ -49,15 +143,26 @@ class SiteReport:
 
 @dataclass
 class GraphReport:
-    """What happened to one graph."""
+    """What happened to one graph.
+
+    Attributes:
+        before: the graph as Dynamo gave it, as readable code.
+        after: the graph as it goes on to the compiler.
+        operations: how many nodes it had.
+        looked_at: possible down projections: matrix products of something activated.
+        products: all its matrix products, if none of them belongs to a site or a near-miss.
+        graph_break: why it ended, unless it ends with the model.
+    """
 
     before: str
     after: str
     operations: int = 0
-    looked_at: int = 0  # contractions of something activated
+    looked_at: int = 0
     rewritten: list[SiteReport] = field(default_factory=list)
     declined: list[SiteReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    products: list[Operation] = field(default_factory=list)
+    graph_break: GraphBreak | None = None
 
 
 @dataclass
@@ -75,6 +180,10 @@ class Report:
         return [site for graph in self.graphs for site in graph.declined]
 
     @property
+    def graph_breaks(self) -> list[GraphBreak]:
+        return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+
+    @property
     def graph_before(self) -> str:
         """The graphs as Dynamo gave them, as readable code."""
         return "\n\n".join(graph.before for graph in self.graphs)
@@ -84,76 +193,43 @@ class Report:
         """The graphs as they go on to the compiler, as readable code."""
         return "\n\n".join(graph.after for graph in self.graphs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, numbers and strings; docs/report.md lists the keys."""
+        return {"schema": SCHEMA, **_plain(self)}
+
+    def to_json(self, path: str | PathLike[str] | None = None, *, indent: int | None = 2) -> str:
+        """``to_dict`` as JSON; also written to ``path`` if that is given."""
+        text = json.dumps(self.to_dict(), indent=indent)
+        if path is not None:
+            Path(path).write_text(f"{text}\n")
+        return text
+
     def __str__(self) -> str:
-        counts = (
-            f"{_count(self.rewritten, 'MH-FFN')} rewritten, {len(self.declined)} declined, "
-            f"in {_count(self.graphs, 'graph')}"
-        )
-        parts = [counts]
-        if self.rewritten:
-            parts.append("Rewritten\n" + _table(self.rewritten, _SITE_COLUMNS))
-        if self.declined:
-            parts.append("Declined\n" + _table(self.declined, _DECLINED_COLUMNS))
-        notes = [note for graph in self.graphs for note in graph.notes]
-        if not self.rewritten and not self.declined:
-            notes.append(self._why_nothing())
-        return "\n\n".join([*parts, *notes])
+        from .printing import printed
 
-    def _why_nothing(self) -> str:
-        if not self.graphs:
-            return "No graph was compiled: nothing in the call was captured by torch.compile."
-        operations = sum(graph.operations for graph in self.graphs)
-        return (
-            f"None of the {operations} operations is the down projection of a feed-forward "
-            "network: a matrix product (or a sum of products) of activated hidden units. An MH-FFN "
-            "is down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head."
-        )
+        return printed(self)
+
+    def __repr__(self) -> str:
+        from .printing import headline
+
+        return f"<Report: {headline(self)}>"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(str(self))}</pre>"
 
 
-def site_report(site: Site, reason: Reason | None = None) -> SiteReport:
-    return SiteReport(
-        heads=site.heads,
-        kuv_heads=site.kuv_heads,
-        head_dim=site.head_dim,
-        experts=site.experts,
-        expert_dim=site.expert_dim,
-        activation=site.activation,
-        gated=site.gated,
-        has_gate=site.has_gate,
-        location=site.location,
-        reason=reason,
-    )
-
-
-def near_miss_report(miss: NearMiss) -> SiteReport:
-    return SiteReport(location=miss.location, reason=miss.reason)
-
-
-_Columns = dict[str, Callable[[SiteReport], object]]
-
-_SITE_COLUMNS: _Columns = {
-    "source": lambda site: site.location or "unknown",
-    "heads": lambda site: (
-        site.heads if site.heads == site.kuv_heads else f"{site.heads} ({site.kuv_heads} kuv)"
-    ),
-    "width": lambda site: site.head_dim,
-    "sub-networks": lambda site: f"{site.experts} x {site.expert_dim}",
-    "hidden units": lambda site: f"{site.activation}(gate) * up" if site.gated else site.activation,
-    "router": lambda site: "yes" if site.has_gate else "no",
-}
-_DECLINED_COLUMNS: _Columns = {
-    "source": lambda site: site.location or "unknown",
-    "why": lambda site: site.reason,
-    "what to do": lambda site: "" if site.reason is None else site.reason.kind.remedy,
-}
-
-
-def _table(sites: Sequence[SiteReport], columns: _Columns) -> str:
-    rows = [list(columns), *([str(cell(site)) for cell in columns.values()] for site in sites)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: dataclasses by field, reasons in words."""
+    if isinstance(value, Reason):
+        kind = value.kind
+        words = {"sentence": kind.sentence, "detail": value.detail, "remedy": kind.remedy}
+        return {"kind": kind.name, **words}
+    if is_dataclass(value):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(part) for part in value]
+    return value.name if isinstance(value, Enum) else value

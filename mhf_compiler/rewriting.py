@@ -9,23 +9,38 @@ treated in the same way.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from .compat import HigherOrderOperator, counters, no_fake_mode, tracing_shape_env
+from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
 from .options import Options, inductor_config
 from .patterns import Findings, Kind, Location, Reason, Site, find_sites
-from .report import GraphReport, near_miss_report, site_report
+from .report import GraphReport, SiteReport
 
 if TYPE_CHECKING:
+    from .lowering.cost import Estimate
     from .lowering.workload import Workload
 
 
 class MhfCompilerWarning(UserWarning):
     """Something was left in its original spelling."""
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A proved site, its sizes, and what was estimated from them."""
+
+    site: Site
+    workload: Workload
+    estimate: Estimate
+
+    def report(self, reason: Reason | None = None) -> SiteReport:
+        return site_report(self.site, self.workload, self.estimate, reason)
 
 
 def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
@@ -35,6 +50,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
     """
     before = gm.print_readable(print_output=False)
     report = GraphReport(before=before, after=before, operations=len(gm.graph.nodes))
+    report.graph_break = graph_break(gm)
     if options.rewrite != "never":
         _rewrite_module(gm, options, report)
         if report.rewritten:
@@ -54,55 +70,62 @@ def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -
     if findings.untraceable is not None:
         report.notes.append(f"a graph could not be analysed: {findings.untraceable}")
     report.declined += [near_miss_report(miss) for miss in findings.near_misses]
-    accepted: list[Site] = []
+    if not findings.sites and not findings.near_misses:
+        report.products += matrix_products(gm)
+    accepted: list[_Judged] = []
     for site in findings.sites:
-        reason = _objection(site, options)
+        judged = _judge(site, options)
+        reason = _objection(judged, options)
         if reason is None:
-            accepted.append(site)
+            accepted.append(judged)
         else:
-            report.declined.append(site_report(site, reason))
-    for site in _write(gm, accepted, findings, report):
-        report.rewritten.append(site_report(site))
+            report.declined.append(judged.report(reason))
+    report.rewritten += [judged.report() for judged in _write(gm, accepted, findings, report)]
 
 
 def _write(
-    gm: fx.GraphModule, sites: list[Site], findings: Findings, report: GraphReport
-) -> list[Site]:
+    gm: fx.GraphModule, accepted: list[_Judged], findings: Findings, report: GraphReport
+) -> list[_Judged]:
     """Edit the graph; a site that cannot be expressed is declined and the rest tried again."""
-    if not sites:
+    if not accepted:
         return []
     assert findings.copy is not None
     import mhf_compiler.lowering  # noqa: F401  (defines the op)
 
     try:
-        gm.graph = rewrite(gm.graph, sites, findings.copy)
+        gm.graph = rewrite(gm.graph, [judged.site for judged in accepted], findings.copy)
     except EditError as error:
-        if error.site is None or error.site not in sites:
+        rest = [judged for judged in accepted if judged.site is not error.site]
+        if error.site is None or len(rest) == len(accepted):
             raise
+        (inexpressible,) = (judged for judged in accepted if judged.site is error.site)
         reason = Reason(Kind.UNSUPPORTED_LAYOUT, str(error), error.site.output_node)
-        report.declined.append(site_report(error.site, reason))
-        rest = [site for site in sites if site is not error.site]
+        report.declined.append(inexpressible.report(reason))
         return _write(gm, rest, findings, report)
     gm.recompile()
-    return sites
+    return accepted
 
 
-def _objection(site: Site, options: Options) -> Reason | None:
-    """Why a proved site is not rewritten here, if there is a reason."""
+def _judge(site: Site, options: Options) -> _Judged:
     from .lowering.cost import estimate
-    from .lowering.workload import trial_run, unsupported
 
     workload = workload_of(site, options)
-    message = unsupported(workload)
+    return _Judged(site, workload, estimate(workload))
+
+
+def _objection(judged: _Judged, options: Options) -> Reason | None:
+    """Why a proved site is not rewritten here, if there is a reason."""
+    from .lowering.workload import trial_run, unsupported
+
+    site = judged.site
+    message = unsupported(judged.workload)
     if message is not None:
         return Reason(Kind.UNSUPPORTED_PROBLEM, message, site.output_node)
-    if options.rewrite == "auto":
-        verdict = estimate(workload)
-        if not verdict.pays:
-            return Reason(Kind.DOES_NOT_PAY, str(verdict), site.output_node)
+    if options.rewrite == "auto" and not judged.estimate.pays:
+        return Reason(Kind.DOES_NOT_PAY, str(judged.estimate), site.output_node)
     try:
         with no_fake_mode():
-            trial_run(workload)
+            trial_run(judged.workload)
     except Exception as error:
         warnings.warn(
             f"the kernel for the MH-FFN at {_place(site.location)} failed; "

@@ -47,8 +47,9 @@ def _readable(line: str) -> str:
 
 
 def report(model: Case) -> str:
-    """The printed report; lines without numbers, columns as narrow as can be."""
+    """The printed report; lines without numbers, no estimates, columns as narrow as can be."""
     text = re.sub(r"/\S+/(\w+\.py):\d+", r"\1", str(explained(model)))
+    text = re.sub(r"\n +estimate .*", "", text)  # depends on the machine
     return re.sub(r"(?<=\S) {2,}", "  ", text)
 
 
@@ -184,8 +185,22 @@ def test_the_report_of_a_rewritten_model():
 1 MH-FFN rewritten, 0 declined, in 1 graph
 
 Rewritten
-  source  heads  width  sub-networks  hidden units  router
-  positive.py  4  8  3 x 5  silu(gate) * up  yes""",
+  source  module  heads  width  sub-networks  hidden units  router
+  positive.py  4  8  3 x 5  silu(gate) * up  yes
+
+  positive.py
+      out += hidden @ v[:, e] * s_out * r[..., e : e + 1]
+    formula  sum over e of R[e] * (silu(Q K[e]^T) * (Q U[e]^T)) V[e]
+    Q  rms_norm  (2, 6, 4, 8) float32
+    K  k  (4, 3, 5, 8) float32
+    U  u  (4, 3, 5, 8) float32
+    V  v  (4, 3, 5, 8) float32
+    R  r_1  (2, 6, 4, 3) float32
+    lowered to  torch.ops.mhf_compiler.multi_head_ffn; CPU path: blocks of tokens whose hidden
+                units stay in the cache; the backward pass recomputes the hidden units: only the
+                arguments are saved
+    work  34.6 kFLOP and 9.41 kB forward for 12 tokens; 2.88 kB of hidden units are not kept
+                in memory""",
     )
 
 
@@ -202,24 +217,36 @@ def test_the_reports_of_near_misses():
 0 MH-FFNs rewritten, 1 declined, in 1 graph
 
 Declined
-  source  why  what to do
-  near_miss.py  the gate and the up projection read different inputs  feed both projections of a head from the same query
+  near_miss.py
+      return torch.einsum("blhi,hio->blho", q, w)
+    why  the gate and the up projection read different inputs
+    operation  near_miss.py: einsum_1 = einsum(blhi,hio->blho, normalised, up)
+    what to do  feed both projections of a head from the same query
 
 0 MH-FFNs rewritten, 1 declined, in 1 graph
 
 Declined
-  source  why  what to do
-  near_miss.py  gradients are switched off for a part of the network only  put the whole network, or none of it, under no_grad
+  near_miss.py
+      return torch.einsum("blhi,hio->blho", q, w)
+    why  gradients are switched off for a part of the network only
+    operation  near_miss.py: einsum_2 = einsum(blhi,hio->blho, mul, down)
+    what to do  put the whole network, or none of it, under no_grad
 
 0 MH-FFNs rewritten, 1 declined, in 1 graph
 
 Declined
-  source  why  what to do
-  near_miss.py  the activation is none of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh (it is clamped)  use one of these, without a clamp, a shift or another slope
+  near_miss.py
+      "clamped silu": lambda x: F.silu(x).clamp(max=1.0),
+    why  the activation is none of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh (it is clamped)
+    operation  near_miss.py: clamp = silu.clamp(max=1.0)
+    what to do  use one of these, without a clamp, a shift or another slope
 
 0 MH-FFNs rewritten, 1 declined, in 1 graph
 
 Declined
-  source  why  what to do
-  near_miss.py  there is dropout between the hidden units and the down projection  apply dropout after the down projection, or compile in eval mode""",  # noqa: E501
+  near_miss.py
+      return project(F.dropout(hidden, 0.5), self.down)
+    why  there is dropout between the hidden units and the down projection
+    operation  near_miss.py: dropout = dropout(hidden, 0.5)
+    what to do  apply dropout after the down projection, or compile in eval mode""",
     )

@@ -1,0 +1,230 @@
+"""Reports as text: a headline, a table of what was rewritten, and a paragraph for each site.
+
+Sites that come from one line and differ in their modules only, as the layers of a tower do, share a
+row and a paragraph.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from .report import Operation, Report, SiteReport, Work
+
+_WIDTH = 100
+_MOST_PRODUCTS = 12
+_WHOLE = ("why", "operation", "what to do")  # never wrapped, to be searched for
+_ACTIVATIONS = ("Q", "R", "X")  # their names are numbered by the graph
+
+
+def printed(report: Report) -> str:
+    """The whole report."""
+    parts = [headline(report)]
+    if report.rewritten:
+        groups = grouped(report.rewritten)
+        parts.append("Rewritten\n" + _table(groups))
+        parts += [_details(group) for group in groups]
+    if report.declined:
+        declined = "\n\n".join(_details(group) for group in grouped(report.declined))
+        parts.append(f"Declined\n{declined}")
+    if not report.rewritten and not report.declined:
+        parts.append(why_nothing(report))
+    if report.graph_breaks:
+        parts.append("Graph breaks\n" + "\n".join(_graph_breaks(report)))
+    parts += [note for graph in report.graphs for note in graph.notes]
+    return "\n\n".join(parts)
+
+
+def headline(report: Report) -> str:
+    return (
+        f"{_count(report.rewritten, 'MH-FFN')} rewritten, {len(report.declined)} declined, "
+        f"in {_count(report.graphs, 'graph')}"
+    )
+
+
+def why_nothing(report: Report) -> str:
+    """What was looked at, where there is neither a site nor a near-miss."""
+    if not report.graphs:
+        return "No graph was compiled: nothing in the call was captured by torch.compile."
+    operations = sum(graph.operations for graph in report.graphs)
+    text = (
+        f"None of the {operations} operations is the down projection of a feed-forward "
+        "network: a matrix product (or a sum of products) of activated hidden units. An MH-FFN "
+        "is down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head."
+    )
+    products = [product for graph in report.graphs for product in graph.products]
+    if not products:
+        return text
+    lines = [_operation(product) for product in products[:_MOST_PRODUCTS]]
+    if len(products) > _MOST_PRODUCTS:
+        lines.append(f"and {len(products) - _MOST_PRODUCTS} more")
+    listed = "\n".join(f"  {line}" for line in lines)
+    return f"{text}\n\nLooked at, as the matrix products that there are\n{listed}"
+
+
+def line_for(site: SiteReport) -> str:
+    """A site in one line, for logs."""
+    where = f"{site.location or 'unknown source'}{f' in {site.module}' if site.module else ''}"
+    if site.reason is None:
+        return f"rewritten: {where}: {str(site).split(': ', 1)[1]}"
+    return f"declined: {where}: {site.reason.kind.name}: {site.reason}"
+
+
+def details(site: SiteReport) -> str:
+    """A site's paragraph."""
+    return _details(Group(site, (site.module,)))
+
+
+# Groups of sites.
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that are equal but for the module that they belong to."""
+
+    first: SiteReport
+    modules: tuple[str | None, ...]
+
+    @property
+    def where(self) -> str:
+        """The modules, as many as are worth reading."""
+        first = self.first.module or ""
+        others = len(self.modules) - 1
+        return f"{first} and {others} more" if others else first
+
+
+def grouped(sites: Sequence[SiteReport]) -> list[Group]:
+    """Equal sites together, in the order in which they were found."""
+    found: dict[object, list[SiteReport]] = {}
+    for site in sites:
+        found.setdefault(_without_module(site), []).append(site)
+    return [Group(same[0], tuple(site.module for site in same)) for same in found.values()]
+
+
+def _without_module(site: SiteReport) -> SiteReport:
+    """The site as all instances of its class see it."""
+    prefix = f"{site.module}."
+    arguments = tuple(
+        replace(argument, name=argument.name.replace(prefix, ""))
+        for argument in site.arguments
+        if argument.role not in _ACTIVATIONS
+    )
+    module = None if site.reason is None else site.module
+    return replace(site, module=module, arguments=arguments)
+
+
+# Paragraphs.
+
+
+def _details(group: Group) -> str:
+    site = group.first
+    where = site.location
+    lines = [f"  {where or 'unknown source'}"]
+    if where is not None and where.code:
+        lines.append(f"      {where.code}")
+    rows = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
+    if group.where:
+        named = f"{group.where} ({site.module_class})" if site.module_class else group.where
+        rows = [("module", named), *rows]
+    wide = max((len(name) for name, _ in rows), default=0)
+    for name, text in rows:
+        whole = name in _WHOLE
+        first, *others = [text] if whole else textwrap.wrap(text, _WIDTH - wide - 8)
+        lines.append(f"    {name.ljust(wide)}  {first}".rstrip())
+        lines += [f"    {' ' * wide}  {other}" for other in others]
+    return "\n".join(lines)
+
+
+def _why(site: SiteReport) -> list[tuple[str, str]]:
+    assert site.reason is not None
+    rows = [("why", str(site.reason))]
+    if site.operation is not None:
+        rows.append(("operation", _operation(site.operation)))
+    return [*rows, ("what to do", site.reason.kind.remedy)]
+
+
+def _rows(site: SiteReport) -> list[tuple[str, str]]:
+    rows = [] if site.formula is None else [("formula", site.formula)]
+    for argument in site.arguments:
+        shape = ", ".join(map(str, argument.shape))
+        rows.append((argument.role, f"{argument.name}  ({shape}) {argument.dtype}"))
+    if site.lowered:
+        rows.append(("lowered to", "; ".join(site.lowered)))
+    if site.work is not None:
+        rows.append(("work", _work(site.work)))
+        if site.work.original is not None and site.work.rewritten is not None:
+            rows.append(("estimate", _estimate(site.work.rewritten, site.work.original)))
+    return rows
+
+
+def _operation(operation: Operation) -> str:
+    where = f"{operation.location}: " if operation.location is not None else ""
+    return f"{where}{operation.call}"
+
+
+def _work(work: Work) -> str:
+    tokens = f"for {work.tokens} tokens (dynamic)" if work.dynamic else f"for {work.tokens} tokens"
+    return (
+        f"{scaled(work.flops, 'FLOP')} and {scaled(work.bytes, 'B')} forward {tokens}; "
+        f"{scaled(work.hidden_bytes, 'B')} of hidden units are not kept in memory"
+    )
+
+
+def _estimate(rewritten: float, original: float) -> str:
+    saving = 1 - rewritten / original
+    change = f"{saving:.0%} less" if saving >= 0 else f"{-saving:.0%} more"
+    return f"{rewritten * 1e3:.3g} ms instead of {original * 1e3:.3g} ms ({change})"
+
+
+def scaled(number: float, unit: str) -> str:
+    """A number with a prefix: ``scaled(1.5e9, "FLOP")`` is ``"1.5 GFLOP"``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g} P{unit}"
+
+
+def _graph_breaks(report: Report) -> Iterator[str]:
+    for position, graph in enumerate(report.graphs):
+        if graph.graph_break is not None:
+            where = graph.graph_break.location or "unknown source"
+            reason = graph.graph_break.reason.splitlines()
+            yield f"  after graph {position}, at {where}: {reason[0]}"
+            yield from (f"      {line.strip()}" for line in reason[1:])
+
+
+# The table.
+
+_COLUMNS: dict[str, Callable[[Group], object]] = {
+    "source": lambda group: group.first.location or "unknown",
+    "module": lambda group: group.where,
+    "heads": lambda group: _heads(group.first),
+    "width": lambda group: group.first.head_dim,
+    "sub-networks": lambda group: f"{group.first.experts} x {group.first.expert_dim}",
+    "hidden units": lambda group: _hidden_units(group.first),
+    "router": lambda group: "yes" if group.first.has_gate else "no",
+}
+
+
+def _heads(site: SiteReport) -> str:
+    return (
+        str(site.heads) if site.heads == site.kuv_heads else f"{site.heads} ({site.kuv_heads} kuv)"
+    )
+
+
+def _hidden_units(site: SiteReport) -> str:
+    return f"{site.activation}(gate) * up" if site.gated else str(site.activation)
+
+
+def _table(groups: Sequence[Group]) -> str:
+    columns = _COLUMNS
+    rows = [list(columns), *([str(cell(group)) for cell in columns.values()] for group in groups)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
