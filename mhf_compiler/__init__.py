@@ -2,6 +2,7 @@
 
     torch.compile(model, backend="flashmhf")     every MH-FFN of the model as one fused op
     mhf_compiler.explain(model)(*args)           what is rewritten, and why the rest is not
+    mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
 
 The package has three rooms: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .options import OptionError, Options
     from .report import Report, SiteReport
     from .rewriting import MhfCompilerWarning
+    from .testing import assert_rewritten
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "Report",
     "SiteReport",
     "__version__",
+    "assert_rewritten",
     "explain",
     "flashmhf",
     "multi_head_ffn",
@@ -43,6 +46,7 @@ _HOMES = {
     "Options": "options",
     "Report": "report",
     "SiteReport": "report",
+    "assert_rewritten": "testing",
     "explain": "explanation",
     "flashmhf": "backend",
     "multi_head_ffn": "lowering",

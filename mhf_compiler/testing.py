@@ -1,0 +1,58 @@
+"""For the test suites of models: an assertion that their MH-FFNs are rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .explanation import explain
+from .report import Report
+
+
+def assert_rewritten(
+    model: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    sites: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Raise ``AssertionError`` unless the MH-FFNs of a model are found and rewritten.
+
+    For a test that a refactoring does not silently lose the op::
+
+        def test_every_layer_is_fused():
+            mhf_compiler.assert_rewritten(model, (tokens,), sites=12)
+
+    As :func:`mhf_compiler.explain` does, it runs the model once and resets Dynamo.
+
+    Args:
+        model: a module or function.
+        args: its arguments.
+        kwargs: its named arguments.
+        sites: how many MH-FFNs are to be rewritten; at least one if it is None.
+        options: the options that ``torch.compile`` would be given. Unlike there, ``rewrite`` is
+            ``"always"`` by default: whether it pays depends on the machine that runs the test.
+
+    Returns:
+        The report, for further assertions.
+
+    Raises:
+        AssertionError: another number was rewritten; the message is the report with its reasons.
+        TypeError: ``args`` is a tensor instead of a sequence of arguments.
+        ValueError: ``sites`` is negative.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(
+            f"args is a {type(args).__name__}, must be a tuple or a list of the model's arguments"
+        )
+    if sites is not None and sites < 0:
+        raise ValueError(f"sites is {sites}, must be None or at least 0")
+    report = explain(model, options={"rewrite": "always", **(options or {})})(
+        *args, **(kwargs or {})
+    )
+    found = len(report.rewritten)
+    if found == 0 if sites is None else found != sites:
+        expected = "at least 1 MH-FFN" if sites is None else f"{sites} MH-FFNs"
+        raise AssertionError(f"expected {expected} to be rewritten, got {found}\n\n{report}")
+    return report
