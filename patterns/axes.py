@@ -88,7 +88,7 @@ Index: TypeAlias = tuple[Affine, ...]
 def along(indices: Sequence[Index], position: Affine) -> Index | None:
     """The index that is ``indices[i]`` where ``position`` is ``i``.
 
-    None unless all of them move along the same axes, at offsets in arithmetic progression.
+    None unless all of them move along the same axes, at offsets in ascending progression.
     """
     index: list[Affine] = []
     for forms in zip(*(index for index in indices), strict=True):
@@ -97,9 +97,9 @@ def along(indices: Sequence[Index], position: Affine) -> Index | None:
         if any(frozenset(form.resolved().terms) != terms for form in forms[1:]):
             return None
         steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
-        if len(steps) > 1:
-            return None
         step = steps.pop() if steps else 0
+        if steps or not at_most(0, step):
+            return None
         moved = position.scaled(step)
         index.append(
             first

@@ -297,7 +297,8 @@ def _try(
         return declined.reason
 
 
-def _tells(reason: Reason) -> int:
+def _tells(reason: Reason) -> tuple[int, bool]:
     """How much a reason says. What a too high candidate runs into says least."""
     weak = {Kind.UNKNOWN_OPERATION: 0, Kind.PLAIN_FFN: 1, Kind.NOT_A_PRODUCT: 2}
-    return weak.get(reason.kind, 3)
+    rank = weak.get(reason.kind, 3)
+    return rank, rank == 0 and reason.detail != ""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .axes import Affine, Axis, Index, Size, along, at_most, axis_form, contiguous_strides
+from .axes import Affine, Axis, Index, Size, along, axis_form, contiguous_strides
 from .canonical import Value
 from .contractions import Operand
 from .reasons import Declined, Kind
@@ -205,7 +205,7 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
     if not all(same_tensor(copy.value, first.value) for copy in copies):
         return _stacked(copies, position)
     index = along([copy.index for copy in copies], position)
-    if index is None or any(not at_most(0, step) for form in index for _, step in form.terms):
+    if index is None:
         raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
     return Operand(first.value, index)
 

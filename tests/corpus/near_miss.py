@@ -253,7 +253,6 @@ OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "shifted silu": lambda x: F.silu(x + 1),
     "clamped silu": lambda x: F.silu(x).clamp(max=1.0),
     "silu of clamped": lambda x: F.silu(x.clamp(-7.0, 7.0)),
-    "gelu with a short constant": lambda x: 0.5 * x * (1 + torch.erf(x * 0.707)),
     "sigmoid with another base": lambda x: x / (1 + torch.exp2(-x)),
     "relu cubed": lambda x: F.relu(x) ** 3,
     "signed square": lambda x: x * x.abs(),
@@ -268,6 +267,7 @@ for name, function in OTHER_ACTIVATIONS.items():
     declined(Kind.UNKNOWN_ACTIVATION, label=name, arguments={"act": function})(Activation)
 
 EQUAL_TO_SCALED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu with a short constant": lambda x: 0.5 * x * (1 + torch.erf(x * 0.707)),
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "twice relu of half": lambda x: 2 * F.relu(x / 2),
     "twice gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))),
