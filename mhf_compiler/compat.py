@@ -17,6 +17,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
+from torch._logging import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -36,8 +37,10 @@ __all__ = [
     "no_new_guards",
     "reason_of_graph_break",
     "reset_cuda_graphs",
+    "run_pass",
     "source_name",
     "symbolic_size",
+    "trace_artifact",
     "tracing_shape_env",
 ]
 
@@ -97,6 +100,33 @@ def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary |
     if reason is None or not reason.graph_break:
         return None
     return reason.reason, reason.user_stack[-1] if reason.user_stack else None
+
+
+def run_pass(
+    gm: torch.fx.GraphModule, name: str, run: Callable[[torch.fx.GraphModule], None]
+) -> bool:
+    """Run a pass as Inductor runs its own before autograd; whether it was run.
+
+    It is timed, and left out if it is disabled by name or by a bisection. The import is late, as
+    it brings Inductor's settings.
+    """
+    from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+    def ran(gm: torch.fx.GraphModule) -> bool:
+        run(gm)
+        return True
+
+    return bool(GraphTransformObserver(gm, name, "pre_grad_passes").apply_gm_pass(ran))
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """Write an artifact to ``TORCH_TRACE``, if it is on; tlparse shows it beside Dynamo's."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )
 
 
 def compile_graph(

@@ -28,12 +28,12 @@ def printed(report: Report) -> str:
     if report.declined:
         declined = "\n\n".join(_details(group) for group in grouped(report.declined))
         parts.append(f"Declined\n{declined}")
-    if not report.rewritten and not report.declined:
+    notes = [note for graph in report.graphs for note in graph.notes]
+    if not report.rewritten and not report.declined and not notes:
         parts.append(why_nothing(report))
     if report.graph_breaks:
         parts.append("Graph breaks\n" + "\n".join(_graph_breaks(report)))
-    parts += [note for graph in report.graphs for note in graph.notes]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *notes])
 
 
 def headline(report: Report) -> str:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .compat import HigherOrderOperator, counters, no_fake_mode, tracing_shape_env
+from .announcing import announce
+from .compat import HigherOrderOperator, counters, no_fake_mode, run_pass, tracing_shape_env
 from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
 from .options import Options, inductor_config
@@ -25,6 +26,9 @@ from .report import GraphReport, SiteReport
 if TYPE_CHECKING:
     from .lowering.cost import Estimate
     from .lowering.workload import Workload
+
+
+PASS = "flashmhf"  # its name among Inductor's passes, to disable it by
 
 
 class MhfCompilerWarning(UserWarning):
@@ -51,14 +55,14 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
     before = gm.print_readable(print_output=False)
     report = GraphReport(before=before, after=before, operations=len(gm.graph.nodes))
     report.graph_break = graph_break(gm)
-    if options.rewrite != "never":
-        _rewrite_module(gm, options, report)
+    if options.rewrite == "never":
+        report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
+    else:
+        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report)):
+            report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
         if report.rewritten:
             report.after = gm.print_readable(print_output=False)
-    tally = counters["flashmhf"]
-    tally["graphs"] += 1
-    tally["sites_rewritten"] += len(report.rewritten)
-    tally["sites_declined"] += len(report.declined)
+    announce(report)
     return report
 
 

@@ -1,0 +1,65 @@
+"""What is said of a rewritten graph while it is compiled: counters, log lines, trace artifacts.
+
+counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
+TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all that is known
+TORCH_TRACE=folder              the graph before and after and the report, for tlparse
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from .compat import counters, trace_artifact
+from .printing import details, line_for
+
+if TYPE_CHECKING:
+    from .report import GraphReport
+
+log = logging.getLogger("mhf_compiler")
+
+
+def announce(report: GraphReport) -> None:
+    """Tell everyone who listens what happened to one graph."""
+    _count(report)
+    _log(report)
+    trace_artifact("flashmhf_before", "string", lambda: report.before)
+    trace_artifact("flashmhf_after", "string", lambda: report.after)
+    trace_artifact("flashmhf_report", "json", lambda: json.dumps(_whole(report)))
+
+
+def _count(report: GraphReport) -> None:
+    tally = counters["flashmhf"]
+    tally["graphs"] += 1
+    tally["sites_rewritten"] += len(report.rewritten)
+    tally["sites_declined"] += len(report.declined)
+    for site in report.declined:
+        if site.reason is not None:
+            tally[f"declined.{site.reason.kind.name}"] += 1
+
+
+def _log(report: GraphReport) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    for site in [*report.rewritten, *report.declined]:
+        log.info("%s", line_for(site))
+        log.debug("%s", details(site))
+    for note in report.notes:
+        log.info("%s", note)
+    if not report.rewritten and not report.declined and not report.notes:
+        log.info("nothing to rewrite among %d operations", report.operations)
+        for product in report.products:
+            log.debug("looked at %s: %s", product.location or "unknown source", product.call)
+    if report.graph_break is not None:
+        where = report.graph_break.location or "unknown source"
+        log.info("graph break at %s: %s", where, report.graph_break.reason.splitlines()[0])
+    if report.rewritten:
+        log.debug("before:\n%s", report.before)
+        log.debug("after:\n%s", report.after)
+
+
+def _whole(report: GraphReport) -> object:
+    from .report import Report
+
+    return Report([report]).to_dict()
