@@ -17,7 +17,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -30,6 +30,7 @@ __all__ = [
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
+    "has_symbols",
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
@@ -53,6 +54,16 @@ def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr
         return size
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def has_symbols(example: Any) -> bool:
+    """Whether a node's example is, or has among its sizes, a number that is not known."""
+    if isinstance(example, torch.Tensor):
+        numbers = (*example.shape, *example.stride(), example.storage_offset())
+        return any(isinstance(number, torch.SymInt) for number in numbers)
+    if isinstance(example, (list, tuple)):
+        return any(has_symbols(part) for part in example)
+    return isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def tracing_shape_env() -> Any | None:

@@ -16,7 +16,14 @@ import torch
 from torch import fx
 
 from .announcing import announce
-from .compat import HigherOrderOperator, counters, no_fake_mode, run_pass, tracing_shape_env
+from .compat import (
+    HigherOrderOperator,
+    counters,
+    has_symbols,
+    no_fake_mode,
+    run_pass,
+    tracing_shape_env,
+)
 from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
 from .options import Options, inductor_config
@@ -57,11 +64,10 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
     report.graph_break = graph_break(gm)
     if options.rewrite == "never":
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
-    else:
-        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report)):
-            report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
-        if report.rewritten:
-            report.after = gm.print_readable(print_output=False)
+    elif not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report)):
+        report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
+    if report.rewritten:
+        report.after = gm.print_readable(print_output=False)
     announce(report)
     return report
 
@@ -69,7 +75,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
 def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -> None:
     for inner in _inner_graphs(gm):
         _rewrite_module(inner, options, report)
-    findings = find_sites(gm, tracing_shape_env())
+    findings = find_sites(gm, _shape_env(gm))
     report.looked_at += findings.looked_at
     if findings.untraceable is not None:
         report.notes.append(f"a graph could not be analysed: {findings.untraceable}")
@@ -85,6 +91,15 @@ def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -
         else:
             report.declined.append(judged.report(reason))
     report.rewritten += [judged.report() for judged in _write(gm, accepted, findings, report)]
+
+
+def _shape_env(gm: fx.GraphModule) -> Any | None:
+    """The shape environment under way, if a size in this graph is symbolic.
+
+    Fake tensors with an environment cost a third more, and most graphs have no use for one.
+    """
+    symbolic = any(has_symbols(node.meta.get("example_value")) for node in gm.graph.nodes)
+    return tracing_shape_env() if symbolic else None
 
 
 def _write(

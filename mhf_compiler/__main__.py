@@ -1,0 +1,23 @@
+"""``python -m mhf_compiler`` and the console script ``mhf-compiler``: see ``command.py``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; one clear line where its library is missing."""
+    try:
+        from .command import commands
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        print(
+            "Error: the command line needs click: pip install 'mhf-compiler[cli]'", file=sys.stderr
+        )
+        sys.exit(2)
+    commands(prog_name="mhf-compiler")
+
+
+if __name__ == "__main__":
+    main()
