@@ -55,6 +55,7 @@ def _model(command: Callable[..., None]) -> Callable[..., None]:
 @commands.command()
 @_model
 @click.option("--rewrite", type=click.Choice(["auto", "always"]), default="auto", show_default=True)
+@click.option("--html", "html_path", type=_FILE, help="Also write the report as an HTML page.")
 @click.option("--json", "json_path", type=_FILE, help="Also write the report to a JSON file.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if nothing was rewritten.")
 def explain(
@@ -63,6 +64,7 @@ def explain(
     device: str,
     no_grad: bool,
     rewrite: str,
+    html_path: str | None,
     json_path: str | None,
     strict: bool,
 ) -> None:
@@ -72,8 +74,10 @@ def explain(
     """
     report = _explained(model, inputs, device, no_grad, rewrite)
     click.echo(str(report))
-    if json_path is not None:
-        with _problems():
+    with _problems():
+        if html_path is not None:
+            report.to_html(html_path)
+        if json_path is not None:
             report.to_json(json_path)
     if strict and not report.rewritten:
         click.get_current_context().exit(1)

@@ -17,7 +17,7 @@ from torch import fx
 
 from .compat import reason_of_graph_break, source_name
 from .patterns import STACK, Location, NearMiss, Reason, Site, TensorView, Value, locate
-from .report import Argument, GraphBreak, Operation, SiteReport, Work
+from .report import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
 
 if TYPE_CHECKING:
     from .lowering.cost import Estimate
@@ -38,6 +38,7 @@ _MANY_TOKENS = 8192  # what the cost model takes a dynamic number for
 _PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|tensordot|mv)\b")
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
+_MOST_NODES = 160  # of a region; a larger one is no picture to be read
 
 
 def site_report(
@@ -64,6 +65,7 @@ def site_report(
         arguments=tuple(_arguments(site)),
         lowered=() if reason is not None else kernels_of(workload),
         work=_work(workload, estimate),
+        region=_region(site),
     )
 
 
@@ -209,6 +211,40 @@ def _common(
         if entry != same:
             return
         yield entry
+
+
+def _region(site: Site) -> tuple[RegionNode, ...]:
+    """The nodes from the arguments to the output, in the order of the graph."""
+    roles = {site.output_node: "out"}
+    for role, view in site.views().items():
+        for value in _parts(_before_views(view.value)):
+            roles.setdefault(value.origin, _letter(role))
+    found: set[fx.Node] = set()
+    todo = [site.output_node, *(value.origin for value in site.replaces)]
+    while todo and len(found) <= _MOST_NODES:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [] if roles.get(node, "out") != "out" else node.all_input_nodes
+    if len(found) > _MOST_NODES:
+        return ()
+    return tuple(
+        RegionNode(
+            name=node.name,
+            call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
+            role=roles.get(node),
+            inputs=()
+            if roles.get(node, "out") != "out"
+            else tuple(n.name for n in node.all_input_nodes),
+        )
+        for node in site.output_node.graph.nodes
+        if node in found
+    )
+
+
+def _parts(value: Value) -> list[Value]:
+    """A tensor of the graph, or those that are stacked."""
+    return [_before_views(part) for part in value.args] if value.op == STACK else [value]
 
 
 def _target(node: fx.Node) -> str:

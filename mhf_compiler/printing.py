@@ -111,7 +111,7 @@ def _without_module(site: SiteReport) -> SiteReport:
         if argument.role not in _ACTIVATIONS
     )
     module = None if site.reason is None else site.module
-    return replace(site, module=module, arguments=arguments)
+    return replace(site, module=module, arguments=arguments, region=())
 
 
 # Paragraphs.
@@ -123,17 +123,24 @@ def _details(group: Group) -> str:
     lines = [f"  {where or 'unknown source'}"]
     if where is not None and where.code:
         lines.append(f"      {where.code}")
-    rows = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
-    if group.where:
-        named = f"{group.where} ({site.module_class})" if site.module_class else group.where
-        rows = [("module", named), *rows]
-    wide = max((len(name) for name, _ in rows), default=0)
-    for name, text in rows:
+    listed = rows(group)
+    wide = max((len(name) for name, _ in listed), default=0)
+    for name, text in listed:
         whole = name in _WHOLE
         first, *others = [text] if whole else textwrap.wrap(text, _WIDTH - wide - 8)
         lines.append(f"    {name.ljust(wide)}  {first}".rstrip())
         lines += [f"    {' ' * wide}  {other}" for other in others]
     return "\n".join(lines)
+
+
+def rows(group: Group) -> list[tuple[str, str]]:
+    """All that is known of the sites of a group, a name and a text each."""
+    site = group.first
+    found = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
+    if group.where:
+        named = f"{group.where} ({site.module_class})" if site.module_class else group.where
+        found = [("module", named), *found]
+    return found
 
 
 def _why(site: SiteReport) -> list[tuple[str, str]]:

@@ -5,11 +5,13 @@
         SiteReport         one MH-FFN that was rewritten, or one near-miss
           Argument         a tensor of the formula, by the model's own name for it
           Operation        the operation that decided a near-miss
+          RegionNode       one operation of what the op takes the place of
           Work             arithmetic, bytes and estimated times
         GraphBreak         why Dynamo ended the graph
 
-``describing.py`` makes these values from a graph, ``printing.py`` shows them as text. No value here
-refers to a graph, so a report may be kept, compared and written to a file.
+``describing.py`` makes these values from a graph, ``printing.py`` shows them as text, ``page.py``
+as HTML, ``drawing.py`` as pictures. No value here refers to a graph, so a report may be kept,
+compared and written to a file.
 """
 
 from __future__ import annotations
@@ -54,6 +56,23 @@ class Operation:
     call: str
     location: Location | None = None
     module: str | None = None
+
+
+@dataclass(frozen=True)
+class RegionNode:
+    """One operation, or one argument, of what the op takes the place of.
+
+    Attributes:
+        name: of the node.
+        call: the operation; of an argument, what the model calls it.
+        role: its letter in the formula, ``"out"``, or None for what lies between.
+        inputs: names of the nodes that it reads.
+    """
+
+    name: str
+    call: str
+    role: str | None
+    inputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -110,6 +129,7 @@ class SiteReport:
         lowered: what runs instead, a sentence each.
         work: arithmetic, bytes and estimated times.
         operation: what decided that it was declined.
+        region: the graph that the op takes the place of; empty where it is too large to be read.
     """
 
     heads: int | None = None
@@ -129,6 +149,7 @@ class SiteReport:
     lowered: tuple[str, ...] = ()
     work: Work | None = None
     operation: Operation | None = None
+    region: tuple[RegionNode, ...] = ()
 
     def __str__(self) -> str:
         sizes = "sizes unknown"
@@ -203,6 +224,22 @@ class Report:
         if path is not None:
             Path(path).write_text(f"{text}\n")
         return text
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one page that needs neither network nor server."""
+        from .page import page
+
+        Path(path).write_text(page(self))
+
+    def draw(self, path: str | PathLike[str]) -> None:
+        """Draw what was matched, by Graphviz, as ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
+
+        Raises:
+            DrawingError: another format, nothing to draw, or no ``dot`` program.
+        """
+        from .drawing import draw
+
+        draw(self, Path(path))
 
     def __str__(self) -> str:
         from .printing import printed

@@ -92,10 +92,11 @@ def test_no_grad_is_honoured():
     assert "backward" not in explain("Heads", "--rewrite", "always", "--no-grad").stdout
 
 
-def test_explain_writes_json(tmp_path: Path):
-    path = tmp_path / "report.json"
-    explain("Heads", "--rewrite", "always", "--json", str(path))
+def test_explain_writes_files(tmp_path: Path):
+    path, page = tmp_path / "report.json", tmp_path / "report.html"
+    explain("Heads", "--rewrite", "always", "--json", str(path), "--html", str(page))
     assert len(json.loads(path.read_text())["graphs"][0]["rewritten"]) == 1
+    assert "<title>1 MH-FFN rewritten" in page.read_text()
 
 
 @pytest.mark.parametrize(

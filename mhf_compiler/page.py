@@ -1,0 +1,184 @@
+"""A report as one HTML file: without network or server, in dark and light, by keyboard alone.
+
+Sections fold (``details``), so that the page works without its script, which only searches. The
+pictures come from Graphviz where it is installed; elsewhere the operations are listed. Code is
+coloured where pygments is installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from .drawing import COLOURS, DrawingError, dot_source, render
+from .printing import Group, grouped, headline, rows, why_nothing
+from .report import GraphReport, Report, SiteReport
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8886; --add: #2da44e2e; --del: #cf222e26; --soft: #8881 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+code, pre, td.value { font-family: ui-monospace, monospace; font-size: 13px }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .4rem .8rem }
+summary { cursor: pointer; overflow-wrap: anywhere }
+summary:focus-visible, input:focus-visible { outline: 2px solid Highlight; outline-offset: 2px }
+table { border-collapse: collapse; margin: .5rem 0 }
+th { white-space: nowrap }
+th { text-align: left; font-weight: 600; vertical-align: top; padding: .15rem 1rem .15rem 0 }
+td { padding: .15rem 0; overflow-wrap: anywhere }
+pre { overflow-x: auto; background: var(--soft); border-radius: 6px; padding: .6rem }
+pre span.add, pre span.del { display: block } .add { background: var(--add) }
+.del { background: var(--del) } .picture { overflow: auto; max-height: 40rem }
+.role { display: inline-block; min-width: 2em; text-align: center; border-radius: 4px; color: #000 }
+input { font: inherit; width: 100%; box-sizing: border-box; padding: .4rem }
+[hidden] { display: none }
+"""
+_SCRIPT = """
+const box = document.querySelector("input"), count = document.querySelector("output");
+const sections = [...document.querySelectorAll("[data-entry]")];
+function search() {
+  const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let shown = 0;
+  for (const section of sections) {
+    const text = section.textContent.toLowerCase();
+    section.hidden = !words.every(word => text.includes(word));
+    shown += !section.hidden;
+  }
+  count.textContent = words.length ? `${shown} of ${sections.length} shown` : "";
+}
+box.addEventListener("input", search);
+document.addEventListener("keydown", event => {
+  if (event.key === "/" && document.activeElement !== box) { event.preventDefault(); box.focus(); }
+  if (event.key === "Escape") { box.value = ""; search(); }
+});
+"""
+
+
+def page(report: Report) -> str:
+    """The whole page."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(headline(report))}</title><style>{_STYLE}{_colours_of_code()}</style>"
+        f"</head>\n<body>\n<h1>{escape(headline(report))}</h1>\n"
+        '<label>Search (press /): <input type="search"></label> <output></output>\n'
+        + "\n".join(_sections(report))
+        + f"\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def _sections(report: Report) -> Iterator[str]:
+    if report.rewritten:
+        yield "<h2>Rewritten</h2>"
+        yield from (_site(group) for group in grouped(report.rewritten))
+    if report.declined:
+        yield "<h2>Declined</h2>"
+        yield from (_site(group) for group in grouped(report.declined))
+    notes = [note for graph in report.graphs for note in graph.notes]
+    if not report.rewritten and not report.declined and not notes:
+        yield f"<pre>{escape(why_nothing(report))}</pre>"
+    yield from (f"<p>{escape(note)}</p>" for note in notes)
+    if report.graphs:
+        yield "<h2>Graphs</h2>"
+        yield from (_graph(number, graph) for number, graph in enumerate(report.graphs))
+
+
+def _site(group: Group) -> str:
+    site = group.first
+    where = f"{site.location or 'unknown source'}"
+    code = f"<pre>{escape(site.location.code)}</pre>" if site.location else ""
+    table = "".join(
+        f'<tr><th>{_role(name)}</th><td class="value">{escape(text)}</td></tr>'
+        for name, text in rows(group)
+    )
+    module = f" in {escape(group.where)}" if group.where else ""
+    return (
+        f"<details data-entry open><summary><code>{escape(where)}</code>{module}</summary>"
+        f"{code}<table>{table}</table>{_picture(site)}</details>"
+    )
+
+
+def _role(name: str) -> str:
+    colour = COLOURS.get(name.rstrip("0123456789"))
+    text = escape(name)
+    return (
+        text if colour is None else f'<span class="role" style="background:{colour}">{text}</span>'
+    )
+
+
+def _picture(site: SiteReport) -> str:
+    if not site.region:
+        return ""
+    try:
+        drawn = render(dot_source([site]), "svg").decode()
+        drawn = re.sub(r' id="[^"]*"', "", drawn[drawn.index("<svg") :])  # each page has them once
+        shown = f'<div class="picture">{drawn}</div>'
+    except DrawingError:
+        calls = [f"{node.role or '':>3}  {node.call}" for node in site.region]
+        shown = f"<pre>{escape(chr(10).join(calls))}</pre>"
+    before = f"{len(site.region)} nodes, arguments coloured by their roles"
+    after = "" if site.reason is not None else f"<p>After: <code>{escape(_after(site))}</code></p>"
+    return f"<details><summary>What was matched: {before}</summary>{shown}{after}</details>"
+
+
+def _after(site: SiteReport) -> str:
+    arguments = ", ".join(f"{argument.role}={argument.name}" for argument in site.arguments)
+    return f"multi_head_ffn({arguments})"
+
+
+def _graph(number: int, graph: GraphReport) -> str:
+    ends = ""
+    if graph.graph_break is not None:
+        where = graph.graph_break.location or "unknown source"
+        ends = f"<p>Ends with a graph break at <code>{escape(str(where))}</code></p>"
+        ends += f"<pre>{escape(graph.graph_break.reason)}</pre>"
+    counts = f"{len(graph.rewritten)} rewritten, {len(graph.declined)} declined"
+    changed = graph.before != graph.after
+    title = "code before and after" if changed else "code, unchanged"
+    return (
+        f"<details data-entry><summary>Graph {number}: {graph.operations} nodes, {counts}</summary>"
+        f"{ends}<details><summary>{title}</summary><pre class=code>"
+        f"{difference(graph.before, graph.after)}</pre></details></details>"
+    )
+
+
+def difference(before: str, after: str) -> str:
+    """Two texts as one, with what went and what came marked."""
+    old, new = before.splitlines(), after.splitlines()
+    old_shown, new_shown = _coloured(before, len(old)), _coloured(after, len(new))
+    lines: list[str] = []
+    # Lines that repeat, such as releases of variables, are no good anchors: autojunk is right.
+    for what, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        if what == "equal":
+            lines += [f"  {line}\n" for line in new_shown[c:d]]
+        else:
+            lines += [f'<span class="del">- {line}</span>' for line in old_shown[a:b]]
+            lines += [f'<span class="add">+ {line}</span>' for line in new_shown[c:d]]
+    return "".join(lines)
+
+
+def _coloured(code: str, count: int) -> Sequence[str]:
+    """The lines of a code as HTML."""
+    try:
+        from pygments import highlight
+        from pygments.formatters import HtmlFormatter
+        from pygments.lexers import PythonLexer
+    except ModuleNotFoundError:
+        return [escape(line) for line in code.splitlines()]
+    shown = highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).splitlines()
+    # A token over several lines would be cut: then without colours.
+    return shown if len(shown) == count else [escape(line) for line in code.splitlines()]
+
+
+def _colours_of_code() -> str:
+    try:
+        from pygments.formatters import HtmlFormatter
+    except ModuleNotFoundError:
+        return ""
+    light, dark = (
+        re.sub(r"background: #\w+;?|/\*.*?\*/", "", HtmlFormatter(style=s).get_style_defs(".code"))
+        for s in ("default", "github-dark")
+    )
+    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"

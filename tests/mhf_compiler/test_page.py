@@ -1,0 +1,215 @@
+"""The page and the pictures: what is on them, that they need nothing else, and how they behave."""
+
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from corpus.near_miss import NEAR_MISSES
+from corpus.positive import POSITIVE
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler import Report
+from mhf_compiler.drawing import DrawingError, dot_source
+from mhf_compiler.page import difference, page
+from mhf_compiler.report import GraphReport
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+
+
+class Model(nn.Module):
+    """A site, a graph break, a near-miss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.missed = (
+            POSITIVE["RouterOnHidden"].build(),
+            NEAR_MISSES["DifferentQueries"].build(),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.found(x)
+        torch._dynamo.graph_break()
+        return found, self.missed(x)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    inputs = POSITIVE["RouterOnHidden"].inputs()
+    return mhf_compiler.explain(Model(), options={"rewrite": "always"})(*inputs)
+
+
+class Links(HTMLParser):
+    """What a page asks for, and whether its elements are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.wanted: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.wanted += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        if tag not in ("meta", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_holds_everything_and_asks_for_nothing(report: Report, tmp_path: Path):
+    path = tmp_path / "report.html"
+    report.to_html(path)
+    text = path.read_text()
+    links = Links(text)
+    assert links.wanted == []
+    assert links.open == []
+    assert "url(" not in text
+    assert "@import" not in text
+    for expected in (
+        "1 MH-FFN rewritten, 1 declined, in 2 graphs",
+        "positive.py:",
+        "found.gate",
+        "the gate and the up projection read different inputs",
+        "feed both projections of a head from the same query",
+        "Ends with a graph break",
+        "prefers-color-scheme: dark",
+    ):
+        assert expected in text, expected
+
+
+def test_what_a_model_says_is_no_markup():
+    note = "<script>alert(1)</script>"
+    assert note not in page(Report([GraphReport(note, "&amp;", notes=[note])]))
+
+
+def test_differences_are_marked_line_by_line():
+    text = re.sub(
+        r"</?span(?! class=\"(add|del)).*?>", "", difference("a = 1\nb = 2", "a = 1\nc = 3")
+    )
+    plain = re.sub(
+        r"<.*?>", "", text.replace('<span class="del">', "DEL").replace("<span class", "ADD")
+    )
+    assert "  a = 1\n" in plain
+    assert "DEL- b = 2" in plain
+    assert "+ c = 3" in plain
+
+
+def test_code_is_shown_where_pygments_is_missing(report: Report, monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "pygments"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pygments", None)
+    monkeypatch.setitem(sys.modules, "pygments.formatters", None)
+    assert "torch.ops.mhf_compiler.multi_head_ffn.default(" in page(report)
+
+
+# Pictures.
+
+
+def test_the_region_leads_from_the_arguments_to_the_output(report: Report):
+    (site,) = report.rewritten
+    names = {node.name for node in site.region}
+    assert {node.role for node in site.region} >= {"Q", "K", "U", "V", "R", "out"}
+    assert all(source in names for node in site.region for source in node.inputs)
+    assert all(not node.inputs for node in site.region if node.role in ("Q", "K", "U", "V", "R"))
+    assert any("einsum" in node.call for node in site.region)
+    assert not any("sigmoid" in node.call for node in site.region)  # that makes R
+
+
+def test_a_region_in_graphvizs_language(report: Report):
+    (site,) = report.rewritten
+    source = dot_source([site])
+    assert source.startswith("digraph sites {")
+    assert 'label="K: found.gate" fillcolor="#ffb703"' in source
+    assert source.count(" -> ") == sum(len(node.inputs) for node in site.region)
+
+
+@needs_dot
+@pytest.mark.parametrize(("name", "start"), [("p.svg", b"<?xml"), ("p.png", b"\x89PNG")])
+def test_pictures_are_drawn(report: Report, name: str, start: bytes, tmp_path: Path):
+    report.draw(tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@needs_dot
+def test_the_page_has_a_picture_of_each_site(report: Report):
+    assert page(report).count("<svg") == 1
+
+
+def test_without_graphviz_drawing_says_so_and_the_page_lists(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(DrawingError, match="needs Graphviz's program dot"):
+        report.draw(tmp_path / "p.svg")
+    text = page(report)
+    assert "<svg" not in text
+    assert "  K  found.gate" in text
+
+
+def test_what_cannot_be_drawn_is_said(report: Report, tmp_path: Path):
+    with pytest.raises(DrawingError, match=r"must end in \.svg, \.png"):
+        report.draw(tmp_path / "p.jpeg")
+    with pytest.raises(DrawingError, match="nothing to draw"):
+        Report().draw(tmp_path / "p.svg")
+
+
+# In a browser.
+
+
+def browse(path: Path, *options: str) -> str:
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800"]
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    done = subprocess.run(
+        [*command, offline, *options, path.as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout
+
+
+@needs_chromium
+def test_search_hides_what_does_not_match(report: Report, tmp_path: Path):
+    """By keyboard: a slash goes to the field, Escape empties it."""
+    path = tmp_path / "report.html"
+    driver = """<script>
+      const press = key => document.dispatchEvent(new KeyboardEvent("keydown", {key}));
+      press("/");
+      const log = [document.activeElement === box];
+      box.value = "Different Inputs";
+      box.dispatchEvent(new Event("input"));
+      log.push(sections.filter(section => !section.hidden).length, count.textContent);
+      press("Escape");
+      log.push(sections.filter(section => section.hidden).length);
+      log.push([...document.querySelectorAll("summary")].every(found => found.tabIndex === 0));
+      document.title = JSON.stringify(log);
+    </script></body>"""
+    path.write_text(page(report).replace("</body>", driver))
+    found = re.search(r"<title>(.*?)</title>", browse(path, "--dump-dom"))
+    assert found is not None
+    assert found[1] == '[true,1,"1 of 4 shown",0,true]'
+
+
+@needs_chromium
+def test_dark_and_light_are_readable(report: Report, tmp_path: Path):
+    """The background follows the reader's setting."""
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "report.html"
+    report.to_html(path)
+    corners = []
+    for number in (0, 1):  # dark, light
+        shot = tmp_path / f"{number}.png"
+        browse(path, f"--blink-settings=preferredColorScheme={number}", f"--screenshot={shot}")
+        corners.append(image.open(shot).convert("L").getpixel((3, 3)))
+    assert corners[0] < 60
+    assert corners[1] > 240
