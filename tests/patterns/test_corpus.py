@@ -1,7 +1,7 @@
 """The corpus: what is found in each model, and that the compiled model computes the same."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,11 @@ def assert_points_into(file: str, sites: list[SiteReport]) -> None:
 @positive
 def test_every_site_is_found(case: Case):
     report = explain(case.build(), *case.inputs())
-    assert [replace(s, location=None) for s in report.rewritten] == [
-        SiteReport(**site) for site in case.sites
-    ]
+    found = [asdict(site) for site in report.rewritten]
+    assert [
+        {name: site[name] for name in expected}
+        for site, expected in zip(found, case.sites, strict=True)
+    ] == list(case.sites)
     assert report.declined == []
     assert_points_into("positive.py", report.rewritten)
 

@@ -74,6 +74,8 @@ SPELLINGS: dict[str, tuple[str, Function]] = {
         lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
     ),
     "erf with a constant": ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x * 0.70710678))),
+    # 0.5 x (1 + erf(0.7 x)) is gelu of a scaled x, divided by the scale: the op has both factors
+    "erf of another slope": ("gelu", lambda x: 0.5 * x * (1 + torch.erf(0.7 * x))),
     "F.gelu(approximate)": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
     "gelu of GPT-2": ("gelu_tanh", softened),
     "gelu with x * x * x": (
@@ -133,7 +135,6 @@ UNKNOWN: dict[str, Function] = {
     "gelu with another cubic": lambda x: (
         0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.05 * x**3)))
     ),
-    "erf of another slope": lambda x: 0.5 * x * (1 + torch.erf(0.7 * x)),
     "shifted": lambda x: F.silu(x + 1),
     "shifted afterwards": lambda x: F.silu(x) + 1,
     "shifted factor": lambda x: (x + 1) * torch.sigmoid(x),
