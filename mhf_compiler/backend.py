@@ -6,18 +6,12 @@ and its kernels are loaded when the first graph arrives.
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import fx
-
-    from .options import Options
-    from .report import GraphReport
-
-_dumped = itertools.count()
 
 
 def flashmhf(
@@ -49,7 +43,9 @@ def flashmhf(
     try:
         report = rewrite_graph(gm, parsed)
         if parsed.dump_dir is not None:
-            _dump(report, parsed)
+            from .dumping import dump
+
+            dump(report, gm, parsed.dump_dir)
     except Exception as error:
         counters["flashmhf"]["failures"] += 1
         if parsed.strict:
@@ -70,15 +66,3 @@ def _reset() -> None:
 
 
 flashmhf.reset = _reset  # type: ignore[attr-defined]
-
-
-def _dump(report: GraphReport, options: Options) -> None:
-    """The graph before and after and its report, in a numbered set of files."""
-    from .report import Report
-
-    assert options.dump_dir is not None
-    options.dump_dir.mkdir(parents=True, exist_ok=True)
-    stem = options.dump_dir / f"graph_{next(_dumped)}"
-    stem.with_name(f"{stem.name}_before.py").write_text(report.before)
-    stem.with_name(f"{stem.name}_after.py").write_text(report.after)
-    stem.with_name(f"{stem.name}_report.txt").write_text(f"{Report([report])}\n")

@@ -39,6 +39,7 @@ __all__ = [
     "reason_of_graph_break",
     "reset_cuda_graphs",
     "run_pass",
+    "size_hint",
     "source_name",
     "symbolic_size",
     "trace_artifact",
@@ -64,6 +65,13 @@ def has_symbols(example: Any) -> bool:
     if isinstance(example, (list, tuple)):
         return any(has_symbols(part) for part in example)
     return isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def size_hint(size: Any) -> Any:
+    """A number, and of a symbolic one the value that it had in the example."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
+        return size.node.hint
+    return size
 
 
 def tracing_shape_env() -> Any | None:

@@ -66,6 +66,8 @@ def site_report(
         lowered=() if reason is not None else kernels_of(workload),
         work=_work(workload, estimate),
         region=_region(site),
+        scales=(site.gate_scale, site.up_scale, site.out_scale),
+        device=str(site.device),
     )
 
 

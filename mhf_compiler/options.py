@@ -30,7 +30,7 @@ class Options:
         strict: raise when the rewriting itself fails. By default the untouched graph is compiled,
             with a warning.
         fallback: what compiles the graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
-        dump_dir: a folder that receives each graph before and after, and the report.
+        dump_dir: a folder that receives each graph before and after as programs, and the report.
         mode: one of Inductor's modes. ``torch.compile`` takes no ``mode`` beside ``options``.
         inductor: settings for Inductor, by their names in ``torch._inductor.config``.
     """

@@ -130,6 +130,8 @@ class SiteReport:
         work: arithmetic, bytes and estimated times.
         operation: what decided that it was declined.
         region: the graph that the op takes the place of; empty where it is too large to be read.
+        scales: of the gate, the up projection and the output.
+        device: that it runs on.
     """
 
     heads: int | None = None
@@ -150,6 +152,8 @@ class SiteReport:
     work: Work | None = None
     operation: Operation | None = None
     region: tuple[RegionNode, ...] = ()
+    scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    device: str | None = None
 
     def __str__(self) -> str:
         sizes = "sizes unknown"

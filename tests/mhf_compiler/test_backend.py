@@ -406,24 +406,17 @@ def test_nothing_is_said_when_all_goes_well():
 
 
 def test_dump_dir_receives_graphs_and_reports(tmp_path: Path):
+    """In a folder for each graph; what is in it, test_dumping.py tells."""
     folder = tmp_path / "not" / "yet" / "there"
     run(Breaking(), dump_dir=folder)
-    files = sorted(path.name.split("_", 2)[2] for path in folder.iterdir())
-    assert files == ["after.py"] * 2 + ["before.py"] * 2 + ["report.txt"] * 2
-    for report in folder.glob("*_report.txt"):
-        stem = report.name.removesuffix("report.txt")
+    assert sorted(path.name for path in folder.iterdir()) == ["graph_0", "graph_1", "index.md"]
+    for report in folder.glob("*/report.txt"):
         assert report.read_text().startswith("1 MH-FFN rewritten, 0 declined, in 1 graph\n")
-        before, after = (folder / f"{stem}{when}.py" for when in ("before", "after"))
-        assert "multi_head_ffn" not in before.read_text()
-        assert "silu" in before.read_text()
-        assert "multi_head_ffn" in after.read_text()
-        for code in (before, after):
-            compile(code.read_text(), str(code), "exec")
 
 
 def test_dump_dir_given_as_text(tmp_path: Path):
     run(WithoutHeads(), dump_dir=str(tmp_path))
-    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "graph_0" / "report.txt").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path):
