@@ -89,9 +89,10 @@ class Group:
     @property
     def where(self) -> str:
         """The modules, as many as are worth reading."""
-        first = self.first.module or ""
         others = len(self.modules) - 1
-        return f"{first} and {others} more" if others else first
+        if self.first.module is None:
+            return f"{others + 1} times" if others else ""
+        return f"{self.first.module} and {others} more" if others else self.first.module
 
 
 def grouped(sites: Sequence[SiteReport]) -> list[Group]:
@@ -110,8 +111,7 @@ def _without_module(site: SiteReport) -> SiteReport:
         for argument in site.arguments
         if argument.role not in _ACTIVATIONS
     )
-    module = None if site.reason is None else site.module
-    return replace(site, module=module, arguments=arguments, region=())
+    return replace(site, module=None, arguments=arguments, operation=None, region=())
 
 
 # Paragraphs.

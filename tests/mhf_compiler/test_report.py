@@ -149,6 +149,31 @@ def test_layers_of_one_kind_are_printed_once():
     assert "module      layers.0 and 2 more (Heads)" in text
 
 
+@pytest.mark.parametrize(
+    ("modules", "where"),
+    [
+        (("layers.0", "layers.1"), "layers.0 and 1 more"),
+        ((None, None, None), "3 times"),
+    ],
+)
+def test_near_misses_of_one_kind_are_printed_once(modules: tuple[str | None, ...], where: str):
+    """Their operations differ only in the numbers that the graph gives them."""
+    misses = [
+        replace(MISS, module=module, operation=Operation(f"mul_{n}", f"mul_{n} = a * b", HERE))
+        for n, module in enumerate(modules)
+    ]
+    text = str(Report([GraphReport("", "", declined=misses)]))
+    assert f"{len(modules)} declined" in text
+    assert text.count("what to do") == 1
+    assert f"module      {where}\n" in text
+
+
+def test_near_misses_of_different_lines_are_printed_each():
+    other = replace(MISS, location=replace(HERE, line=13))
+    text = str(Report([GraphReport("", "", declined=[MISS, other])]))
+    assert text.count("what to do") == 2
+
+
 def test_layers_that_differ_are_printed_each():
     assert printed(in_layer(0), replace(in_layer(1), activation="gelu")).count("formula") == 2
 
