@@ -234,14 +234,14 @@ def _belongs_to(site: Site, anchor: Value) -> bool:
 
 
 def _read_pointwise(anchor: Value) -> set[Value]:
-    """What an anchor reads through views and pointwise operations, all of it on the way."""
+    """What an anchor reads through views, pointwise operations and norms, all of it on the way."""
     seen: set[Value] = set()
     todo = list(anchor.operands())
     while todo:
         value = todo.pop()
         if value not in seen:
             seen.add(value)
-            if is_view(value) or _is_pointwise(value):
+            if is_view(value) or value.op in _PASSED_ON or _is_pointwise(value):
                 todo += value.operands()
     return seen
 

@@ -1096,3 +1096,17 @@ class AddedToLaterTokens(PerHead):
         out = x.clone()
         out[:, 1:] += Einsum.forward(self, x)[:, 1:]
         return out
+
+
+@mhf(experts=E, count=2)
+class Tower(SubNetworks):
+    """Layers whose routers read, behind a norm, what the layer before has returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q = split_heads(F.layer_norm(x, (H * d,)))
+            r = torch.einsum("blhd,hed->blhe", q, self.route).softmax(-1)
+            gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
+            y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+            x = x + (y * r.unsqueeze(-1)).sum(3).flatten(2)
+        return x
