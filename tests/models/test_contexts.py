@@ -109,7 +109,7 @@ def test_the_whole_model_as_one_graph(layers: int):
 def test_one_layer_compiled():
     model, x = Tower(3, NAMES).double(), tokens()
     twin = copy.deepcopy(model)
-    twin.blocks[1].compile(backend="flashmhf", options={"rewrite": "always", "strict": True})
+    twin.blocks[1].compile(backend="flashmhf", options=OPTIONS)
     assert_close(step(twin, twin, [x]), step(model, model, [x]))
     assert tally() == Tally(sites=2)
 
