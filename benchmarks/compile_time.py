@@ -1,0 +1,301 @@
+"""What recognition costs, and what it saves: compile times, each in a process of its own.
+
+    python benchmarks/compile_time.py                         # everything, on a CPU
+    python benchmarks/compile_time.py --part overhead --device cuda --json times.json
+
+``overhead``: models without an MH-FFN. The time that the back end spends on its own part, against
+the time that Inductor takes for the same graphs: with the C++ compiler that it starts, and without.
+Dynamo's time counts for neither.
+``saving``: the paper's model of 20 layers with 22 sub-networks in a loop. The whole first call
+under ``flashmhf`` against that under ``inductor``, in turn.
+``growth``: the time to recognise and rewrite the same model at several depths, and the exponent of
+a power law through these times; 1 is linear.
+
+Times are CPU seconds, of the process and of the compilers that it starts one after the other, so
+that other work on the machine counts as little as can be; figures are the least of the repeats.
+Every process starts with empty compiler caches and has compiled a trivial model before, so imports
+do not count. The exit status is 1 when a bar is missed.
+"""
+
+import argparse
+import datetime
+import gc
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from whole_models import flashmhf_like, llama_like, resnet_like
+
+import mhf_compiler.backend
+import mhf_compiler.compat
+import mhf_compiler.rewriting
+from mhf_compiler.compat import counters
+
+MODELS = {"llama": llama_like, "resnet": resnet_like, "flashmhf": flashmhf_like}
+TIMES = ("rewriting", "fallback", "fallback_python", "whole", "elapsed")
+DEPTHS = (1, 2, 4, 8, 16, 20)
+PHASES = ("inference", "training")
+OVERHEAD_BAR, SAVING_BAR, GROWTH_BAR = 0.05, 1 / 3, 1.15
+
+
+# One measurement: what a process of its own does.
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """CPU seconds of this process, and of those that it has started and that have ended."""
+
+    own: float
+    started: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        started = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cls(time.process_time(), started.ru_utime + started.ru_stime)
+
+    def since(self, start: "Seconds") -> "Seconds":
+        return Seconds(self.own - start.own, self.started - start.started)
+
+    @property
+    def all(self) -> float:
+        return self.own + self.started
+
+
+def compile_once(model: str, backend: str, phase: str, device: str) -> dict[str, float]:
+    """Seconds of a first call, and of the parts of it that are the back end's."""
+    first_call(nn.Linear(4, 4), torch.randn(2, 4), backend, phase, device)
+    torch.compiler.reset()  # or else the sizes of the next input count as dynamic
+    network, x = MODELS[model]()
+    rewriting: list[Seconds] = []
+    fallback: list[Seconds] = []
+    begin, start = time.perf_counter(), Seconds.now()
+    with (
+        timed(mhf_compiler.rewriting, "rewrite_graph", rewriting),
+        timed(mhf_compiler.compat, "compile_graph", fallback),
+    ):
+        loss = first_call(network, x, backend, phase, device)
+        if phase == "training":  # the backward graph is compiled when it is first needed
+            before = Seconds.now()
+            loss.backward()
+            fallback.append(Seconds.now().since(before))
+    counted = counters["flashmhf"]
+    return {
+        "rewriting": sum(seconds.all for seconds in rewriting),
+        "fallback": sum(seconds.all for seconds in fallback),
+        "fallback_python": sum(seconds.own for seconds in fallback),
+        "whole": Seconds.now().since(start).all,
+        "elapsed": time.perf_counter() - begin,
+        "sites_rewritten": counted["sites_rewritten"],
+        "failures": counted["failures"],
+    }
+
+
+def first_call(model: nn.Module, x: Tensor, backend: str, phase: str, device: str) -> Tensor:
+    """A scalar of the model's first results."""
+    model, x = model.to(device).train(phase == "training"), x.to(device)
+    # The subject is the time to rewrite, whatever the widths are said to pay for.
+    options = {"rewrite": "always"} if backend == "flashmhf" else None
+    compiled = torch.compile(model, backend=backend, options=options)
+    with torch.set_grad_enabled(model.training):
+        return compiled(x).square().mean()
+
+
+@contextmanager
+def timed(module: ModuleType, name: str, spent: list[Seconds]) -> Iterator[None]:
+    """Writes down how long each call of a module's function takes."""
+    original = getattr(module, name)
+
+    def call(*args: Any) -> Any:
+        start = Seconds.now()
+        try:
+            return original(*args)
+        finally:
+            spent.append(Seconds.now().since(start))
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def recognise_once(layers: int, device: str) -> dict[str, float]:
+    """Seconds to recognise and rewrite the paper's model, least of three."""
+    options = mhf_compiler.Options(rewrite="always")
+    model, x = flashmhf_like(layers)
+    model, x = model.to(device), x.to(device)
+    seconds, reports = [], []
+
+    def rewrite_only(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        gc.collect()
+        start = Seconds.now()
+        reports.append(mhf_compiler.rewriting.rewrite_graph(gm, options))
+        seconds.append(Seconds.now().since(start).own)
+        return gm.forward
+
+    for _ in range(4):  # the first one imports
+        torch.compiler.reset()
+        torch.compile(model, backend=rewrite_only)(x)
+    return {
+        "seconds": min(seconds[1:]),
+        "operations": reports[-1].operations,
+        "sites_rewritten": len(reports[-1].rewritten),
+    }
+
+
+def in_process(*arguments: object) -> dict[str, float]:
+    """This script again with ``--measure``, with compiler caches of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
+            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # workers that live on are in no one's account
+        }
+        command = [sys.executable, __file__, "--json", str(result), "--measure"]
+        subprocess.run([*command, *map(str, arguments)], env=environment, check=True)
+        return json.loads(result.read_text())
+
+
+# The parts.
+
+
+def overhead(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
+    rows = []
+    for model, phase in itertools.product(("llama", "resnet"), PHASES):
+        runs = []
+        for _ in range(repeats):
+            runs.append(in_process("compile", model, "flashmhf", phase, device))
+            bar.update()
+        least = {part: min(run[part] for run in runs) for part in TIMES}
+        shares = {
+            "share": least["rewriting"] / least["fallback"],
+            "share_of_python": least["rewriting"] / least["fallback_python"],
+        }
+        right = all(run["failures"] == run["sites_rewritten"] == 0 for run in runs)
+        met = right and shares["share"] <= OVERHEAD_BAR
+        rows.append({"model": model, "phase": phase} | least | shares | {"met": met})
+    return rows
+
+
+def saving(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
+    rows = []
+    for phase in PHASES:
+        runs: dict[str, list[dict[str, float]]] = {"inductor": [], "flashmhf": []}
+        for _, backend in itertools.product(range(repeats), runs):
+            runs[backend].append(in_process("compile", "flashmhf", backend, phase, device))
+            bar.update()
+        least = {
+            f"{name}_{time}": min(run[time] for run in found)
+            for name, found in runs.items()
+            for time in ("whole", "elapsed")
+        }
+        least["rewriting"] = min(run["rewriting"] for run in runs["flashmhf"])
+        ratio = least["flashmhf_whole"] / least["inductor_whole"]
+        right = all(run["sites_rewritten"] == 20 for run in runs["flashmhf"])
+        met = right and ratio <= SAVING_BAR
+        rows.append({"phase": phase} | least | {"ratio": ratio, "met": met})
+    return rows
+
+
+def growth(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
+    rows = []
+    for layers in DEPTHS:
+        runs = []
+        for _ in range(repeats):
+            runs.append(in_process("recognise", layers, device))
+            bar.update()
+        row = {"layers": layers} | min(runs, key=lambda run: run["seconds"])
+        rows.append(row | {"met": row["sites_rewritten"] == layers})
+    fit = exponent(rows)
+    rows.append({"exponent": fit, "met": fit <= GROWTH_BAR})
+    return rows
+
+
+def exponent(rows: list[dict[str, Any]]) -> float:
+    """The slope of log(seconds) over log(operations), by least squares."""
+    points = [(math.log(row["operations"]), math.log(row["seconds"])) for row in rows]
+    mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in points)
+    return covariance / sum((x - mean_x) ** 2 for x, _ in points)
+
+
+PARTS: dict[str, tuple[Callable[..., list[dict[str, Any]]], int]] = {
+    "overhead": (overhead, 2 * len(PHASES)),
+    "saving": (saving, 2 * len(PHASES)),
+    "growth": (growth, len(DEPTHS)),
+}
+
+
+def print_rows(part: str, rows: list[dict[str, Any]]) -> None:
+    print(f"\n{part}")
+    for row in rows:
+        cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        print("  " + ", ".join(cells))
+
+
+def about(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
+    return {
+        "device": name,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        what, *arguments = options.measure
+        if what == "compile":
+            result = compile_once(*arguments)
+        else:
+            result = recognise_once(int(arguments[0]), arguments[1])
+        options.json.write_text(json.dumps(result))
+        return 0
+    parts = options.part or list(PARTS)
+    found: dict[str, Any] = {"about": about(options.device) | {"repeats": options.repeats}}
+    with tqdm(total=sum(PARTS[part][1] for part in parts) * options.repeats) as bar:
+        for part in parts:
+            bar.set_description(part)
+            found[part] = PARTS[part][0](options.repeats, options.device, bar)
+    found["about"]["load at the end"] = os.getloadavg()[0]
+    for part in parts:
+        print_rows(part, found[part])
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    missed = [row for part in parts for row in found[part] if not row["met"]]
+    print(f"\n{len(missed)} bars missed")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
