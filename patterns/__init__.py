@@ -2,7 +2,8 @@
 
 The files in the order of thought:
 
-    canonical      the graph as pure values, with provenance
+    canonical      the graph as pure values, with provenance; parts: of buffers;
+                   repeats: nodes that do the same
     axes, views    which element of which tensor a value reads
     contractions   sums of products, whatever spells them
     meaning        what a tree of pointwise operations computes

@@ -18,7 +18,7 @@ the only meaning a node has in a graph with mutation. The graph itself is not ch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,21 @@ from mhf_compiler.compat import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
     no_new_guards,
-    symbolic_size,
 )
 
 from .axes import Size, multiply
 from .parts import Range, ViewStep, plain, shown_range
+from .repeats import (
+    Call,
+    Like,
+    Program,
+    autocast_dtype,
+    frozen,
+    key_of,
+    map_tensors,
+    program,
+    tensors_in,
+)
 
 INPUT = "input"  # a graph input or attribute
 COPY = "copy"  # args: (what was copied into a tensor,); broadcast and cast to its shape and dtype
@@ -127,7 +137,7 @@ class _Storage:
 class _Alias:
     """One tensor: a chain of views on a storage, and its value as of ``version``."""
 
-    tensor: torch.Tensor  # kept alive, so that its id stays its own
+    tensor: torch.Tensor | Like  # kept alive, so that its id stays its own
     storage: _Storage
     chain: tuple[ViewStep, ...]
     value: Value
@@ -266,6 +276,7 @@ class _Runner(fx.Interpreter):
         self.nodes = gm.graph.nodes
         self.recorder = recorder
         self.attributes: dict[str, Any] = {}
+        self.programs: dict[Hashable, Program] = {}
 
     def trace(self) -> None:
         for position, node in enumerate(self.nodes):
@@ -281,8 +292,16 @@ class _Runner(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if isinstance(n.target, HigherOrderOperator):
             return self.recorder.opaque_call(_example(n), (args, kwargs))
+        key = key_of(n, args, kwargs)
+        if key in self.programs:
+            return self.recorder.repeat(self.programs[key], (args, kwargs))
         with self.recorder:
-            return getattr(self, n.op)(n.target, args, kwargs)
+            result = getattr(self, n.op)(n.target, args, kwargs)
+        if key is not None:
+            done = program(self.recorder.calls, (args, kwargs), result)
+            if done is not None:
+                self.programs[key] = done
+        return result
 
     def _attribute(self, target: str) -> Any:
         if target not in self.attributes:
@@ -298,6 +317,7 @@ class _Recorder(TorchDispatchMode):
         self.copy = CanonicalCopy()
         self.node: fx.Node
         self.position = 0
+        self.calls: list[Call] = []  # of the node at work
         self._effects = False  # of the node at work
         self._just_written: list[_Storage] = []  # by the node at work
         self._aliases: dict[int, _Alias] = {}
@@ -308,6 +328,7 @@ class _Recorder(TorchDispatchMode):
 
     def begin(self, node: fx.Node, position: int, env: dict[fx.Node, Any]) -> None:
         self.node, self.position = node, position
+        self.calls.clear()
         self._effects = node.op == "placeholder"
         self.copy.positions[node] = position
         seen: dict[fx.Node, Value] = {}
@@ -316,22 +337,20 @@ class _Recorder(TorchDispatchMode):
             if isinstance(result, FakeTensor):
                 seen[argument] = self._read(result)
             if node.op == "output":
-                self.copy.escaping.update(self._read(t) for t in _tensors_in(result))
+                self.copy.escaping.update(self._read(t) for t in tensors_in(result))
         self.copy.reads[node] = seen
 
     def end(self, node: fx.Node, result: Any) -> None:
         if node.op == "output":
             return
         self.copy.autocast[node] = {
-            kind: torch.get_autocast_dtype(kind)
-            for kind in ("cpu", "cuda")
-            if torch.is_autocast_enabled(kind)
+            kind: dtype for kind in ("cpu", "cuda") if (dtype := autocast_dtype(kind)) is not None
         }
         for storage in self._just_written:
             for holder in storage.nodes:
                 self._hold(storage.current, holder)
         self._just_written.clear()
-        if not self._effects and (_tensors_in(result) or _asks_for_sizes(node)):
+        if not self._effects and (tensors_in(result) or _asks_for_sizes(node)):
             self.copy.pure.add(node)
         if isinstance(result, FakeTensor):
             alias = self._alias(result)
@@ -362,10 +381,20 @@ class _Recorder(TorchDispatchMode):
     def opaque_call(self, example: Any, arguments: Any) -> Any:
         """A higher-order operation: not looked into, and taken to overwrite what it is given."""
         self._effects = True
-        for tensor in _tensors_in(arguments):
+        for tensor in tensors_in(arguments):
             self.copy.escaping.add(self._read(tensor))
             self._write(self._alias(tensor), self._opaque(tensor))
-        return _map_tensors(self._fresh, example)
+        return map_tensors(self._fresh, example)
+
+    def repeat(self, done: Program, arguments: Any) -> torch.Tensor:
+        """What an equal node has done, over other arguments."""
+        like = done.result
+        result = torch.empty_strided(
+            like.shape, like.stride(), dtype=like.dtype, device=like.device
+        )
+        for call in done.over(tensors_in(arguments), result):
+            self._record(call)
+        return result
 
     def finish(self) -> CanonicalCopy:
         for alias in self._aliases.values():
@@ -380,45 +409,51 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # asked for more often than anything is computed
+            return args[0].device
         result = func(*args, **kwargs)
-        if func.namespace == "prim":  # questions about a tensor, such as its device
-            return result
-        schema = func._schema
-        if schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
-            self._effects = True
-        if schema.is_mutable:
-            self._record_write(func, args, kwargs)
-        elif any(r.alias_info is not None for r in schema.returns):
-            self._record_view(func, args, kwargs, result)
-        else:
-            self._record_pure(func, args, kwargs, result)
+        if func.namespace != "prim":  # other questions about a tensor
+            call = Call(func, args, kwargs, result)
+            self.calls.append(call)
+            self._record(call)
         return result
 
+    def _record(self, call: Call) -> None:
+        schema = call.func._schema
+        if schema.is_mutable or torch.Tag.nondeterministic_seeded in call.func.tags:
+            self._effects = True
+        if schema.is_mutable:
+            self._record_write(call.func, call.args, call.kwargs)
+        elif any(r.alias_info is not None for r in schema.returns):
+            self._record_view(call.func, call.args, call.kwargs, call.result)
+        else:
+            self._record_pure(call.func, call.args, call.kwargs, call.result)
+
     def _record_pure(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        args, kwargs = _map_tensors(self._read, args), _map_tensors(self._read, kwargs)
-        results = [result] if isinstance(result, torch.Tensor) else result
+        args, kwargs = map_tensors(self._read, args), map_tensors(self._read, kwargs)
+        results = [result] if isinstance(result, (torch.Tensor, Like)) else result
         if not isinstance(results, (list, tuple)):
             return
         for item, tensor in enumerate(results):
-            if isinstance(tensor, torch.Tensor) and id(tensor) not in self._aliases:
-                which = None if isinstance(result, torch.Tensor) else item
+            if isinstance(tensor, (torch.Tensor, Like)) and id(tensor) not in self._aliases:
+                which = None if tensor is result else item
                 value = self._value(func, args, kwargs, tensor, item=which)
                 self._add_alias(tensor, _Storage(value), (), value)
 
     def _record_view(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         base = self._alias(args[0])
         source = self._read(args[0])
-        rest = _map_tensors(self._read, args[1:])
+        rest = map_tensors(self._read, args[1:])
         artefact = base.made_by is self.node and _is_new(source)
         if func is torch.ops.aten.detach.default and artefact:
             # The factories of a fake mode return a detached view; nobody else sees what it views.
             self._add_alias(result, base.storage, base.chain, source)
             return
-        results = [result] if isinstance(result, torch.Tensor) else result
+        results = [result] if isinstance(result, (torch.Tensor, Like)) else result
         for item, tensor in enumerate(results):
             if id(tensor) in self._aliases:
                 continue
-            which = None if isinstance(result, torch.Tensor) else item
+            which = None if tensor is result else item
             shape, strides = plain(tuple(tensor.shape)), plain(tuple(tensor.stride()))
             step = ViewStep(func, rest, kwargs, which, shape, strides)
             value = self._view(source, step)
@@ -431,10 +466,10 @@ class _Recorder(TorchDispatchMode):
         written: list[torch.Tensor] = []
         for argument, given in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                written += _tensors_in(given)
+                written += tensors_in(given)
         for argument in func._schema.arguments:
             if argument.name in kwargs and argument.alias_info is not None:
-                written += _tensors_in(kwargs[argument.name])
+                written += tensors_in(kwargs[argument.name])
         functional = _functional_form(func)
         if torch.Tag.nondeterministic_seeded in func.tags and len(written) == 1:
             value = self._value(func, (), {}, written[0])  # dropout: never equal to another
@@ -444,7 +479,7 @@ class _Recorder(TorchDispatchMode):
             self._write(self._alias(args[0]), value)
         elif functional is not None and len(written) == 1 and args and written[0] is args[0]:
             target = written[0]
-            inputs = _map_tensors(self._read, args), _map_tensors(self._read, kwargs)
+            inputs = map_tensors(self._read, args), map_tensors(self._read, kwargs)
             self._write(self._alias(target), self._value(functional, *inputs, target))
         else:
             for target in written:
@@ -460,7 +495,7 @@ class _Recorder(TorchDispatchMode):
         grad_mode = torch.is_grad_enabled()
         key = None
         if not isinstance(op, str) and torch.Tag.nondeterministic_seeded not in op.tags:
-            key = (op, _frozen(args), _frozen(kwargs), item, shape, like.dtype, grad_mode)
+            key = (op, frozen(args), frozen(kwargs), item, shape, like.dtype, grad_mode)
             if key in self._known:
                 return self._known[key]
         value = Value(
@@ -501,7 +536,11 @@ class _Recorder(TorchDispatchMode):
         return storage
 
     def _add_alias(
-        self, tensor: torch.Tensor, storage: _Storage, chain: tuple[ViewStep, ...], value: Value
+        self,
+        tensor: torch.Tensor | Like,
+        storage: _Storage,
+        chain: tuple[ViewStep, ...],
+        value: Value,
     ) -> None:
         self._aliases[id(tensor)] = _Alias(
             tensor, storage, chain, value, storage.version, self.node
@@ -544,7 +583,7 @@ class _Recorder(TorchDispatchMode):
             if written is None or not written.is_beside(wanted):
                 break
             value = value.source
-        like = _Like(step.shape, value.dtype, value.device, step.strides)
+        like = Like(step.shape, value.dtype, value.device, step.strides)
         return self._value(step.op, (value, *step.args), step.kwargs, like, step.item)
 
     def _scatter(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
@@ -571,7 +610,7 @@ class _Recorder(TorchDispatchMode):
         self._writers[value] = node
 
     def _scattered(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:
-        like = _Like(base.shape, base.dtype, base.device, base.strides)
+        like = Like(base.shape, base.dtype, base.device, base.strides)
         return self._value(SCATTER, (base, part), {}, like, chain=chain)
 
     def _write(self, alias: _Alias, value: Value) -> None:
@@ -594,19 +633,6 @@ class _Recorder(TorchDispatchMode):
 def written_range(scatter: Value) -> Range | None:
     """The part that a ``SCATTER`` writes; None where it is no part of one dimension."""
     return shown_range(scatter.chain, scatter.source.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Like:
-    """Shape, dtype and device of a value that no tensor stands for."""
-
-    shape: tuple[Size, ...]
-    dtype: torch.dtype
-    device: torch.device
-    strides: tuple[Size, ...]
-
-    def stride(self) -> tuple[Size, ...]:
-        return self.strides
 
 
 def _is_read_from(view: Value, source: Value) -> bool:
@@ -644,42 +670,9 @@ def _example(node: fx.Node) -> Any:
     return example
 
 
-def _tensors_in(tree: Any) -> list[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (list, tuple)):
-        return []
-    return [tensor for part in tree for tensor in _tensors_in(part)]
-
-
 def _values_in(tree: Any) -> Iterator[Value]:
     for part in tree:
         if isinstance(part, Value):
             yield part
         elif isinstance(part, (list, tuple)):
             yield from _values_in(part)
-
-
-def _map_tensors(function: Any, tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map_tensors(function, part) for key, part in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_map_tensors(function, part) for part in tree)
-    return tree
-
-
-def _frozen(tree: Any) -> Any:
-    """A hashable form of an operator's arguments. Distinguishes 1 from 1.0 and True."""
-    if isinstance(tree, dict):
-        return tuple((key, _frozen(part)) for key, part in tree.items())
-    if isinstance(tree, (list, tuple)):
-        return tuple(_frozen(part) for part in tree)
-    if isinstance(tree, (torch.SymInt, torch.SymFloat)):
-        return symbolic_size(tree)
-    if isinstance(tree, (Value, torch.dtype, torch.device, str)) or tree is None:
-        return tree
-    return (type(tree), repr(tree))

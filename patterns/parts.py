@@ -87,10 +87,12 @@ def _range(step: ViewStep, shape: tuple[Size, ...]) -> Range | None:
 
 def plain(tree: Any) -> Any:
     """Arguments with symbolic sizes as ints or sympy expressions."""
+    if type(tree) is int:  # nearly all of them
+        return tree
     if isinstance(tree, (torch.SymInt, torch.SymFloat)):
         return symbolic_size(tree)
     if isinstance(tree, dict):
         return {key: plain(part) for key, part in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(plain(part) for part in tree)
+        return type(tree)([plain(part) for part in tree])
     return tree

@@ -1,0 +1,171 @@
+"""Computations that repeat: what one node did is written down again for its like, not run again.
+
+A tower computes the same for every layer, and a loop for every sub-network: ``einsum`` of the same
+equation over tensors of the same shapes decomposes into the same ATen operations each time. Running
+a decomposition on fake tensors is most of what a canonical copy costs, so it is run for the first
+of such nodes; for the others the copy takes the operations from there, over what they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
+
+#: operations below which a node is as quickly run as repeated
+_FEWEST = 1
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Like:
+    """What is known of a tensor that does not exist; stands in for it, by its identity."""
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    strides: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Like:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
+
+    def stride(self) -> tuple[Any, ...]:
+        return self.strides
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One ATen operation with its arguments and its result, or its results."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The operations of one node, which nodes of the same key can take over."""
+
+    calls: tuple[Call, ...]
+    inputs: tuple[torch.Tensor, ...]
+    result: torch.Tensor
+
+    def over(self, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Iterator[Call]:
+        """The calls on other inputs; the last tensor is ``result``, the others are stand-ins."""
+        known: dict[int, Any] = {id(old): new for old, new in zip(self.inputs, inputs, strict=True)}
+        known[id(self.result)] = result
+
+        def other(tensor: torch.Tensor) -> Any:
+            if id(tensor) not in known:
+                known[id(tensor)] = Like.of(tensor)
+            return known[id(tensor)]
+
+        for call in self.calls:
+            args, kwargs = map_tensors(other, call.args), map_tensors(other, call.kwargs)
+            yield Call(call.func, args, kwargs, map_tensors(other, call.result))
+
+
+def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
+    """Equal for nodes that do the same; None for those of which that cannot be said.
+
+    An operation of PyTorch decomposes by its constants, by what its tensors look like and which of
+    them are one tensor, and by the modes it runs under; never by the numbers in them.
+    """
+    if node.op != "call_method" and not (node.op == "call_function" and _is_torch(node.target)):
+        return None
+    tensors = tensors_in((args, kwargs))
+    if not tensors or not all(isinstance(x, FakeTensor) for x in tensors):
+        return None
+    if has_symbols([*args, *kwargs.values()]):
+        return None
+    first = {id(x): place for place, x in reversed(list(enumerate(tensors)))}
+
+    def look(x: torch.Tensor) -> tuple[Any, ...]:
+        flags = x.is_conj(), x.is_neg(), x.requires_grad
+        place = x.storage_offset(), x.device, first[id(x)]
+        return (tuple(x.shape), x.stride(), x.dtype, *place, *flags)
+
+    modes = torch.is_grad_enabled(), *map(autocast_dtype, ("cpu", "cuda"))
+    return (node.target, frozen(map_tensors(look, args)), frozen(map_tensors(look, kwargs)), modes)
+
+
+def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | None:
+    """What a node did, if it can be taken over: pure operations and views, in memory of its own."""
+    if not isinstance(result, FakeTensor):
+        return None
+    inputs = tensors_in(arguments)
+    known = {id(x) for x in inputs}
+    own = id(result) not in known and _fills_its_memory(result)
+    foreign = {x.untyped_storage()._cdata for x in inputs}
+    if not own or result.untyped_storage()._cdata in foreign:
+        return None
+    for call in calls:
+        seeded = torch.Tag.nondeterministic_seeded in call.func.tags
+        if seeded or call.func._schema.is_mutable:
+            return None
+        if any(id(x) not in known for x in tensors_in((call.args, call.kwargs))):
+            return None  # a constant, whose number matters
+        known.update(id(x) for x in tensors_in(call.result))
+    return Program(tuple(calls), tuple(inputs), result) if id(result) in known else None
+
+
+def _is_torch(function: Any) -> bool:
+    """Not one of the model's author, which may do something else each time."""
+    module = getattr(function, "__module__", None) or "torch"  # builtins may have none
+    return module.partition(".")[0] in ("torch", "_operator")
+
+
+def _fills_its_memory(x: torch.Tensor) -> bool:
+    """Whether a new tensor of these strides has memory of the same size."""
+    if x.storage_offset() != 0 or x.numel() == 0:
+        return False
+    last = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.untyped_storage().nbytes() == (last + 1) * x.element_size()
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to for a type of device, where it is on."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+# Trees of arguments.
+
+
+def tensors_in(tree: Any) -> list[Any]:
+    if isinstance(tree, (torch.Tensor, Like)):
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for part in tree for tensor in tensors_in(part)]
+
+
+def map_tensors(function: Any, tree: Any) -> Any:
+    if isinstance(tree, (torch.Tensor, Like)):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, part) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([map_tensors(function, part) for part in tree])
+    return tree
+
+
+def frozen(tree: Any) -> Any:
+    """A hashable form of an operator's arguments. Distinguishes 1 from 1.0 and True."""
+    if type(tree) is int or tree is None:  # nearly all of them
+        return tree
+    if isinstance(tree, dict):
+        return tuple((key, frozen(part)) for key, part in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return tuple([frozen(part) for part in tree])
+    if isinstance(tree, (torch.SymInt, torch.SymFloat)):
+        return symbolic_size(tree)
+    plain_number = isinstance(tree, (int, float, complex))
+    return (type(tree), repr(tree)) if plain_number or not isinstance(tree, Hashable) else tree

@@ -1,0 +1,204 @@
+"""Nodes that do the same are run once; the copy is what it is when each of them is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from mhf_compiler.patterns import canonical
+from mhf_compiler.patterns.canonical import CanonicalCopy, Value, trace
+from mhf_compiler.patterns.repeats import Program
+
+
+def graph_of(function: Callable[..., Any], *examples: Tensor) -> fx.GraphModule:
+    """What Dynamo captures."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compiler.reset()
+    torch.compile(function, backend=keep, fullgraph=True)(*examples)
+    (gm,) = graphs
+    return gm
+
+
+class Runs:
+    """How often nodes were run, and how often what they did was taken over."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken_over = 0
+        over = Program.over
+
+        def counting(program: Program, *arguments: Any) -> Any:
+            self.taken_over += 1
+            return over(program, *arguments)
+
+        monkeypatch.setattr(Program, "over", counting)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    return Runs(monkeypatch)
+
+
+def described(copy: CanonicalCopy) -> list[Any]:
+    """All of a copy that is not an object of its own."""
+    place = {value: number for number, value in enumerate(copy.values)}
+
+    def plain(tree: Any) -> Any:
+        if isinstance(tree, Value):
+            return f"%{place[tree]}"
+        if isinstance(tree, (list, tuple)):
+            return [plain(part) for part in tree]
+        return str(tree)
+
+    def names(found: Any) -> list[Any]:
+        return [(node.name, plain(value)) for node, value in found.items()]
+
+    values = [
+        {
+            "op": value.op,
+            "arguments": plain([value.args, *value.kwargs.items()]),
+            "look": (value.shape, value.strides, value.dtype, value.item),
+            "made": (value.origin.name, value.requires_grad_mode),
+            "readers": plain(value.readers),
+        }
+        for value in copy.values
+    ]
+    reads = [(reader.name, names(seen)) for reader, seen in copy.reads.items()]
+    pure = sorted(node.name for node in copy.pure)
+    written = [(node.name, plain(found)) for node, found in copy.written.items()]
+    return [values, reads, pure, written, names(copy.value_of), sorted(plain([*copy.escaping]))]
+
+
+def tower(x: Tensor, w: Tensor) -> Tensor:
+    for _ in range(3):
+        x = torch.einsum("bi,ij->bj", x, w).relu() + x
+    return x
+
+
+def one_and_two(x: Tensor, y: Tensor) -> Tensor:
+    return torch.einsum("bi,bi->b", x, x) + torch.einsum("bi,bi->b", x, y)
+
+
+def transposed(x: Tensor, w: Tensor) -> Tensor:
+    left, right = torch.einsum("bi,ij->jb", x, w).T, torch.einsum("bi,ij->jb", x.cos(), w).T
+    return left.reshape(-1) * right.sum()
+
+
+def filled(x: Tensor, w: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    for row in range(4):
+        out[row] = torch.einsum("i,ij->j", x[row], w)
+    return out * torch.einsum("i,ij->j", out[0], w)
+
+
+def updated(x: Tensor, w: Tensor) -> Tensor:
+    y = torch.einsum("bi,ij->bj", x, w)
+    x.mul_(2)
+    z = torch.einsum("bi,ij->bj", x, w)
+    y += z
+    return y, torch.einsum("bi,ij->bj", y, w)
+
+
+def sliced(x: Tensor, w: Tensor) -> Tensor:
+    for _ in range(2):
+        left, right = x[:, :3], x[:, 3:]
+        x = torch.matmul(left, w[:3].unsqueeze(0)) + torch.matmul(right, w[3:].unsqueeze(0))
+        x = x[0]
+    return x
+
+
+PROGRAMS = [tower, one_and_two, transposed, filled, updated, sliced]
+
+
+@pytest.mark.parametrize("function", PROGRAMS, ids=lambda function: function.__name__)
+def test_the_copy_is_the_same(
+    function: Callable[..., Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gm = graph_of(function, torch.randn(6, 6), torch.randn(6, 6))
+    repeated = described(trace(gm))
+    taken_over = runs.taken_over
+    monkeypatch.setattr(canonical, "key_of", lambda *arguments: None)
+    assert repeated == described(trace(gm))
+    assert runs.taken_over == taken_over  # the second copy has run every node
+    assert taken_over > 0 or function is one_and_two
+
+
+def test_a_layer_is_run_once(runs: Runs) -> None:
+    trace(graph_of(tower, torch.randn(6, 6), torch.randn(6, 6)))
+    assert runs.taken_over == 3 * 3 - 3
+
+
+# What is not the same.
+
+
+def taken_over(runs: Runs, function: Callable[..., Any], *examples: Tensor) -> int:
+    trace(graph_of(function, *examples))
+    return runs.taken_over
+
+
+def test_one_tensor_twice_is_not_two_tensors(runs: Runs) -> None:
+    assert taken_over(runs, one_and_two, torch.randn(6, 6), torch.randn(6, 6)) == 0
+
+
+def test_other_strides(runs: Runs) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.T
+        return x @ x, y @ y
+
+    assert taken_over(runs, function, torch.randn(6, 6)) == 0
+
+
+def test_other_constants(runs: Runs) -> None:
+    assert taken_over(runs, lambda x: (x.clamp(min=1), x.clamp(min=1.0)), torch.randn(6)) == 0
+
+
+def test_other_modes(runs: Runs) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x.relu()
+        with torch.no_grad():
+            z = x.relu()
+        with torch.autocast("cpu", torch.bfloat16):
+            return y, z, x.relu()
+
+    assert taken_over(runs, function, torch.randn(6, 6)) == 0
+
+
+@pytest.mark.parametrize("function", [F.dropout, torch.rand_like])
+def test_random_numbers_are_drawn_each_time(
+    runs: Runs, function: Callable[[Tensor], Tensor]
+) -> None:
+    assert taken_over(runs, lambda x: function(x) + function(x), torch.randn(6)) == 0
+
+
+@pytest.mark.parametrize("function", [Tensor.relu_, torch.vander])
+def test_writes_are_made_each_time(runs: Runs, function: Callable[[Tensor], Tensor]) -> None:
+    examples = torch.randn(6), torch.randn(6)
+    assert taken_over(runs, lambda x, y: (function(x), function(y)), *examples) == 0
+
+
+def test_views_show_their_own_tensor(runs: Runs) -> None:
+    assert taken_over(runs, lambda x, y: (x.T, y.T), torch.randn(6, 6), torch.randn(6, 6)) == 0
+
+
+def test_functions_of_others_are_run(runs: Runs) -> None:
+    """They may do something else each time."""
+    gm = graph_of(lambda x: x.relu() + x.relu(), torch.randn(6))
+    calls: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x.sin() if len(calls) % 2 else x.cos()
+
+    for node in gm.graph.find_nodes(op="call_method", target="relu"):
+        node.op, node.target = "call_function", function
+    trace(gm)
+    assert (runs.taken_over, len(calls)) == (0, 2)
