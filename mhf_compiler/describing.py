@@ -149,7 +149,7 @@ def _arguments(site: Site) -> Iterator[Argument]:
     for role in sorted(views, key=lambda role: order.index(role) if role in order else 3.5):
         view = views[role]
         value = _before_views(view.value)
-        computed = value.op != STACK and bool(next(value.operands(), None))
+        computed = value.op != STACK and bool(value.operands)
         yield Argument(
             role=_letter(role),
             name=_name(value),
@@ -162,9 +162,9 @@ def _arguments(site: Site) -> Iterator[Argument]:
 def _before_views(value: Value) -> Value:
     """What a cast, or another operation of one tensor, was made of, if that is an input."""
     source = value
-    while source.op != STACK and len(operands := list(source.operands())) == 1:
-        source = operands[0]
-    return source if not list(source.operands()) else value
+    while source.op != STACK and len(source.operands) == 1:
+        (source,) = source.operands
+    return source if not source.operands else value
 
 
 def _name(value: Value) -> str:
@@ -173,7 +173,7 @@ def _name(value: Value) -> str:
         if len(names) > _MOST_NAMES:
             return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
         return ", ".join(names)
-    if next(value.operands(), None) is None:
+    if not value.operands:
         return readable(source_name(value.origin) or str(value.origin.target))
     return value.origin.name
 

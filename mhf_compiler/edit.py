@@ -349,10 +349,8 @@ def _redirect_readers(
     site: Site, result: fx.Node, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy
 ) -> None:
     """Every node that read the site's output reads the op's result instead."""
-    for reader, seen in copy.reads.items():
-        for argument, value in seen.items():
-            if value is site.output:
-                nodes[reader].replace_input_with(nodes[argument], result)
+    for reader, argument in copy.readers_of.get(site.output, ()):
+        nodes[reader].replace_input_with(nodes[argument], result)
 
 
 def _remove_dead(

@@ -81,6 +81,10 @@ class Value:
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
     readers: list[Value] = field(default_factory=list)
+    operands: tuple[Value, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.operands = (*_values_in(self.args), *_values_in(self.kwargs.values()))
 
     @property
     def source(self) -> Value:
@@ -113,10 +117,6 @@ class Value:
             return (0, 0, stride)
         coefficient, symbols = stride.as_coeff_Mul()
         return (1, len(sympy.Mul.make_args(symbols)), int(coefficient))
-
-    def operands(self) -> Iterator[Value]:
-        yield from _values_in(self.args)
-        yield from _values_in(self.kwargs.values())
 
     def __repr__(self) -> str:
         return f"%{self.step}: {self.op}{list(self.shape)}"
@@ -166,6 +166,8 @@ class CanonicalCopy:
     value_of: dict[fx.Node, Value] = field(default_factory=dict)
     #: reader -> argument node -> the value it saw
     reads: dict[fx.Node, dict[fx.Node, Value]] = field(default_factory=dict)
+    #: the same by value: its readers, and as which argument they saw it
+    readers_of: dict[Value, list[tuple[fx.Node, fx.Node]]] = field(default_factory=dict)
     #: values that live on after the graph: returned, or left in an input
     escaping: set[Value] = field(default_factory=set)
     positions: dict[fx.Node, int] = field(default_factory=dict)
@@ -179,6 +181,8 @@ class CanonicalCopy:
     autocast: dict[fx.Node, dict[str, torch.dtype]] = field(default_factory=dict)
     _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
     _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
+    #: by memory: nodes that saw an argument overwritten since it was made, and what they saw
+    _changed: dict[int, list[tuple[fx.Node, Value]]] = field(default_factory=dict)
     _live: set[Value] = field(default_factory=set)
 
     def made_by(self, value: Value) -> fx.Node | None:
@@ -209,7 +213,7 @@ class CanonicalCopy:
             value = todo.pop()
             if value not in needed:
                 needed.add(value)
-                todo += replaced[value] if value in replaced else value.operands()
+                todo += replaced.get(value, value.operands)
         return needed
 
     def holder_at(self, value: Value, position: int) -> fx.Node | None:
@@ -224,12 +228,8 @@ class CanonicalCopy:
 
         Of those arguments that share the memory of a node that holds the value.
         """
-        memory = {id(self._storage_of[holding.node]) for holding in self._holdings[of]}
-        for reader, seen in self.reads.items():
-            for argument, value in seen.items():
-                changed = self.value_of.get(argument) is not value
-                if changed and id(self._storage_of[argument]) in memory:
-                    yield reader, value
+        for memory in {id(self._storage_of[holding.node]) for holding in self._holdings[of]}:
+            yield from self._changed.get(memory, ())
 
     def is_overwritten(self, value: Value) -> bool:
         """Whether the memory of a node that holds the value is written later on."""
@@ -335,7 +335,11 @@ class _Recorder(TorchDispatchMode):
         for argument in node.all_input_nodes:
             result = env[argument]
             if isinstance(result, FakeTensor):
-                seen[argument] = self._read(result)
+                seen[argument] = value = self._read(result)
+                self.copy.readers_of.setdefault(value, []).append((node, argument))
+                if value is not self.copy.value_of[argument]:
+                    memory = id(self._alias(result).storage)
+                    self.copy._changed.setdefault(memory, []).append((node, value))
             if node.op == "output":
                 self.copy.escaping.update(self._read(t) for t in tensors_in(result))
         self.copy.reads[node] = seen
@@ -389,9 +393,7 @@ class _Recorder(TorchDispatchMode):
     def repeat(self, done: Program, arguments: Any) -> torch.Tensor:
         """What an equal node has done, over other arguments."""
         like = done.result
-        result = torch.empty_strided(
-            like.shape, like.stride(), dtype=like.dtype, device=like.device
-        )
+        result = torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device=like.device)
         for call in done.over(tensors_in(arguments), result):
             self._record(call)
         return result
@@ -513,7 +515,7 @@ class _Recorder(TorchDispatchMode):
             strides=plain(tuple(like.stride())),
         )
         self.copy.values.append(value)
-        for operand in dict.fromkeys(value.operands()):
+        for operand in dict.fromkeys(value.operands):
             operand.readers.append(value)
         if key is not None:
             self._known[key] = value

@@ -282,7 +282,7 @@ def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
         return
     if copy.made_by(value) is not None or value.op in (INPUT, OPAQUE, COPY, SCATTER):
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
-    for operand in value.operands():  # no node holds it: it will be computed again
+    for operand in value.operands:  # no node holds it: it will be computed again
         _check_readable(operand, copy, position)
 
 
@@ -394,7 +394,7 @@ def _ancestors(value: Value) -> set[Value]:
         current = todo.pop()
         if current not in seen:
             seen.add(current)
-            todo += current.operands()
+            todo += current.operands
     return seen
 
 

@@ -127,7 +127,7 @@ def _sum_of_product(value: Value, index: Index) -> Contraction | None:
     inner, summed = summed_index(value, index)
     crossed: set[Value] = set()
     product, at = behind_views(value.source, inner, crossed)
-    if product.op is not aten.mul.Tensor or len(list(product.operands())) != 2:
+    if product.op is not aten.mul.Tensor or len(product.operands) != 2:
         return None
     left, right = product.args
     return Contraction(

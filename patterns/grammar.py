@@ -228,7 +228,7 @@ class _Reader:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
         if value not in self.outside or value.op not in _ADDITIONS:
             return False
-        for operand in value.operands():
+        for operand in value.operands:
             if operand not in self.outside and not _is_zero(operand):
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
                 return not _axes(index) <= _axes(leaf.index)
@@ -396,7 +396,7 @@ class _Reader:
         while True:
             value, index = behind_views(weight.value, weight.index, self.crossed, self.outputs)
             outer = as_contraction(value, index)
-            if value.op is aten.mul.Tensor and len(list(value.operands())) == 2:
+            if value.op is aten.mul.Tensor and len(value.operands) == 2:
                 left, right = (Operand(v, broadcast(index, v.shape)) for v in value.args)
             elif outer is not None and outer.is_product and outer.bias is None and outer.scale == 1:
                 left, right = outer.left, outer.right

@@ -187,7 +187,7 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
     flags: dict[Value, int] = {}
     for value in copy.values:
         inherited = 0
-        for operand in value.operands():
+        for operand in value.operands:
             inherited |= flags.get(operand, 0)
         if value.op in _CONTRACTIONS or _sums_a_product(value):
             if inherited & _ACTIVATED and copy.is_live(value):
@@ -231,13 +231,13 @@ def _belongs_to(site: Site, anchor: Value) -> bool:
 def _read_pointwise(anchor: Value) -> set[Value]:
     """What an anchor reads through views, pointwise operations and norms, all of it on the way."""
     seen: set[Value] = set()
-    todo = list(anchor.operands())
+    todo = list(anchor.operands)
     while todo:
         value = todo.pop()
         if value not in seen:
             seen.add(value)
             if is_view(value) or value.op in _PASSED_ON or _is_pointwise(value):
-                todo += value.operands()
+                todo += value.operands
     return seen
 
 

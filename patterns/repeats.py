@@ -8,7 +8,7 @@ of such nodes; for the others the copy takes the operations from there, over wha
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,28 +47,32 @@ class Call:
     kwargs: dict[str, Any]
     result: Any
 
+    def mapped(self, function: Callable[[Any], Any]) -> Call:
+        """The call with other tensors."""
+        args, kwargs = map_tensors(function, self.args), map_tensors(function, self.kwargs)
+        return Call(self.func, args, kwargs, map_tensors(function, self.result))
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The operations of one node, which nodes of the same key can take over."""
+    """The operations of one node over stand-ins, which nodes of the same key can take over."""
 
     calls: tuple[Call, ...]
-    inputs: tuple[torch.Tensor, ...]
-    result: torch.Tensor
+    inputs: tuple[Like, ...]
+    result: Like
 
     def over(self, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Iterator[Call]:
-        """The calls on other inputs; the last tensor is ``result``, the others are stand-ins."""
-        known: dict[int, Any] = {id(old): new for old, new in zip(self.inputs, inputs, strict=True)}
-        known[id(self.result)] = result
+        """The calls on other inputs; what they make last is ``result``, the rest new stand-ins."""
+        known: dict[Like, Any] = dict(zip(self.inputs, inputs, strict=True))
+        known[self.result] = result
 
-        def other(tensor: torch.Tensor) -> Any:
-            if id(tensor) not in known:
-                known[id(tensor)] = Like.of(tensor)
-            return known[id(tensor)]
+        def other(like: Like) -> Any:
+            if like not in known:
+                known[like] = Like(like.shape, like.dtype, like.device, like.strides)
+            return known[like]
 
         for call in self.calls:
-            args, kwargs = map_tensors(other, call.args), map_tensors(other, call.kwargs)
-            yield Call(call.func, args, kwargs, map_tensors(other, call.result))
+            yield call.mapped(other)
 
 
 def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
@@ -112,7 +116,18 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
         if any(id(x) not in known for x in tensors_in((call.args, call.kwargs))):
             return None  # a constant, whose number matters
         known.update(id(x) for x in tensors_in(call.result))
-    return Program(tuple(calls), tuple(inputs), result) if id(result) in known else None
+    if id(result) not in known:
+        return None
+    stand_ins: dict[int, Like] = {}
+
+    def stand_in(tensor: torch.Tensor) -> Like:
+        return stand_ins.setdefault(id(tensor), Like.of(tensor))
+
+    return Program(
+        tuple(call.mapped(stand_in) for call in calls),
+        tuple(map(stand_in, inputs)),
+        stand_in(result),
+    )
 
 
 def _is_torch(function: Any) -> bool:
