@@ -1,8 +1,5 @@
 """What recognition costs, and what it saves: compile times, each in a process of its own.
 
-    python benchmarks/compile_time.py                         # everything, on a CPU
-    python benchmarks/compile_time.py --part overhead --device cuda --json times.json
-
 ``overhead``: models without an MH-FFN. The time that the back end spends on its own part, against
 the time that Inductor takes for the same graphs: with the C++ compiler that it starts, and without.
 Dynamo's time counts for neither.
@@ -15,17 +12,15 @@ Times are CPU seconds, of the process and of the compilers that it starts one af
 that other work on the machine counts as little as can be; figures are the least of the repeats.
 Every process starts with empty compiler caches and has compiled a small model before, so that
 imports do not count, nor what Inductor finds out about the machine's C++ compiler when it first
-needs it (8 seconds on two cores). The exit status is 1 when a bar is missed.
+needs it (8 seconds on two cores).
 """
 
 import argparse
-import datetime
 import gc
 import itertools
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -39,14 +34,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor, nn
-from tqdm import tqdm
-from whole_models import flashmhf_like, llama_like, resnet_like
 
 import mhf_compiler.backend
 import mhf_compiler.compat
 import mhf_compiler.rewriting
 from mhf_compiler.compat import counters
+
+from .harness import Benchmark, Row, Settings
+from .models import flashmhf_like, llama_like, resnet_like
 
 MODELS = {"llama": llama_like, "resnet": resnet_like, "flashmhf": flashmhf_like}
 TIMES = ("rewriting", "fallback", "fallback_python", "whole", "elapsed")
@@ -170,21 +167,23 @@ def in_process(*arguments: object) -> dict[str, float]:
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # workers that live on are in no one's account
         }
-        command = [sys.executable, __file__, "--json", str(result), "--measure"]
-        subprocess.run([*command, *map(str, arguments)], env=environment, check=True)
+        command = [sys.executable, "-m", __spec__.name, str(result), *map(str, arguments)]
+        root = Path(__file__).parents[1]
+        subprocess.run(command, cwd=root, env=environment, check=True)
         return json.loads(result.read_text())
 
 
 # The parts.
 
+Measure = Callable[..., dict[str, float]]  # in_process, and the progress told
 
-def overhead(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
-    rows = []
+
+def overhead(settings: Settings, measure: Measure) -> Iterator[Row]:
     for model, phase in itertools.product(("llama", "resnet"), PHASES):
-        runs = []
-        for _ in range(repeats):
-            runs.append(in_process("compile", model, "flashmhf", phase, device))
-            bar.update()
+        runs = [
+            measure("compile", model, "flashmhf", phase, settings.device)
+            for _ in range(settings.repeats)
+        ]
         least = {part: min(run[part] for run in runs) for part in TIMES}
         shares = {
             "share": least["rewriting"] / least["fallback"],
@@ -192,17 +191,14 @@ def overhead(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
         }
         right = all(run["failures"] == run["sites_rewritten"] == 0 for run in runs)
         met = right and shares["share"] <= OVERHEAD_BAR
-        rows.append({"model": model, "phase": phase} | least | shares | {"met": met})
-    return rows
+        yield {"model": model, "phase": phase} | least | shares | {"met": met}
 
 
-def saving(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
-    rows = []
+def saving(settings: Settings, measure: Measure) -> Iterator[Row]:
     for phase in PHASES:
         runs: dict[str, list[dict[str, float]]] = {"inductor": [], "flashmhf": []}
-        for _, backend in itertools.product(range(repeats), runs):
-            runs[backend].append(in_process("compile", "flashmhf", backend, phase, device))
-            bar.update()
+        for _, backend in itertools.product(range(settings.repeats), runs):
+            runs[backend].append(measure("compile", "flashmhf", backend, phase, settings.device))
         least = {
             f"{name}_{time}": min(run[time] for run in found)
             for name, found in runs.items()
@@ -212,25 +208,21 @@ def saving(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
         ratio = least["flashmhf_whole"] / least["inductor_whole"]
         right = all(run["sites_rewritten"] == 20 for run in runs["flashmhf"])
         met = right and ratio <= SAVING_BAR
-        rows.append({"phase": phase} | least | {"ratio": ratio, "met": met})
-    return rows
+        yield {"model": "flashmhf", "phase": phase} | least | {"ratio": ratio, "met": met}
 
 
-def growth(repeats: int, device: str, bar: tqdm) -> list[dict[str, Any]]:
+def growth(settings: Settings, measure: Measure) -> Iterator[Row]:
     rows = []
     for layers in DEPTHS:
-        runs = []
-        for _ in range(repeats):
-            runs.append(in_process("recognise", layers, device))
-            bar.update()
+        runs = [measure("recognise", layers, settings.device) for _ in range(settings.repeats)]
         row = {"layers": layers} | min(runs, key=lambda run: run["seconds"])
         rows.append(row | {"met": row["sites_rewritten"] == layers})
+        yield rows[-1]
     fit = exponent(rows)
-    rows.append({"exponent": fit, "met": fit <= GROWTH_BAR})
-    return rows
+    yield {"exponent": fit, "met": fit <= GROWTH_BAR}
 
 
-def exponent(rows: list[dict[str, Any]]) -> float:
+def exponent(rows: list[Row]) -> float:
     """The slope of log(seconds) over log(operations), by least squares."""
     points = [(math.log(row["operations"]), math.log(row["seconds"])) for row in rows]
     mean_x, mean_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
@@ -238,66 +230,54 @@ def exponent(rows: list[dict[str, Any]]) -> float:
     return covariance / sum((x - mean_x) ** 2 for x, _ in points)
 
 
-PARTS: dict[str, tuple[Callable[..., list[dict[str, Any]]], int]] = {
-    "overhead": (overhead, 2 * len(PHASES)),
-    "saving": (saving, 2 * len(PHASES)),
-    "growth": (growth, len(DEPTHS)),
-}
+PARTS = {
+    overhead: 2 * len(PHASES),
+    saving: 2 * len(PHASES),
+    growth: len(DEPTHS),
+}  # processes per repeat
 
 
-def print_rows(part: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{part}")
-    for row in rows:
-        cells = (f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        print("  " + ", ".join(cells))
+def run(settings: Settings, progress: Progress) -> Iterator[Row]:
+    bar = progress.add_task("processes", total=sum(PARTS.values()) * settings.repeats)
+
+    def measure(*arguments: object) -> dict[str, float]:
+        found = in_process(*arguments)
+        progress.advance(bar)
+        return found
+
+    for part in PARTS:
+        for row in part(settings, measure):
+            yield {"part": part.__name__} | row
 
 
-def about(device: str) -> dict[str, Any]:
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+def summary(rows: list[Row]) -> list[str]:
+    missed = [row for row in rows if not row["met"]]
+    bars = f"bars: share {OVERHEAD_BAR}, ratio {SAVING_BAR:.2f}, exponent {GROWTH_BAR}"
+    return [f"{bars}; {len(missed)} missed"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+BENCHMARK = Benchmark(
+    "what recognition costs a compilation, and what it saves (CPU seconds)",
+    run,
+    summary=summary,
+    devices=("cpu", "cuda"),
+    repeats=3,
+)
+
+
+def main() -> None:
+    """One measurement, in this process; its figures go to a file."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("what", choices=["compile", "recognise"])
+    parser.add_argument("arguments", nargs="+")
     options = parser.parse_args()
-    if options.measure:
-        what, *arguments = options.measure
-        if what == "compile":
-            result = compile_once(*arguments)
-        else:
-            result = recognise_once(int(arguments[0]), arguments[1])
-        options.json.write_text(json.dumps(result))
-        return 0
-    parts = options.part or list(PARTS)
-    found: dict[str, Any] = {"about": about(options.device) | {"repeats": options.repeats}}
-    with tqdm(total=sum(PARTS[part][1] for part in parts) * options.repeats) as bar:
-        for part in parts:
-            bar.set_description(part)
-            found[part] = PARTS[part][0](options.repeats, options.device, bar)
-    found["about"]["load at the end"] = os.getloadavg()[0]
-    for part in parts:
-        print_rows(part, found[part])
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    missed = [row for part in parts for row in found[part] if not row["met"]]
-    print(f"\n{len(missed)} bars missed")
-    return int(bool(missed))
+    if options.what == "compile":
+        result = compile_once(*options.arguments)
+    else:
+        result = recognise_once(int(options.arguments[0]), options.arguments[1])
+    options.result.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,155 +1,159 @@
-"""The cost model against measurements: the op and Inductor on a grid of shapes, on a GPU.
+"""The cost model against measurements: the op and Inductor on a grid of shapes.
 
-    python benchmarks/grid.py --json benchmarks/results/grid.json
-
-For every point the op and the batched einsum under Inductor are timed in turn, and both are set
-beside what ``mhf_compiler.lowering.cost`` estimates. A point where ``rewrite="auto"`` would choose
-the slower one by more than five percent is marked; the last line counts them.
+The op and the batched einsum under Inductor are timed side by side, as inside a model, and beside
+each is what ``mhf_compiler.lowering.cost`` estimates. ``loss`` is what ``rewrite="auto"`` loses by
+its choice: the chosen one's time over that of the better one.
 """
 
-import argparse
-import datetime
-import json
-import statistics
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
-import triton
-from networks import DTYPES, SHAPE_NAMES, batched, make_inputs, parse_shape, relative_error
+from rich.progress import Progress
 from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn
 from mhf_compiler.lowering.cost import estimate
 from mhf_compiler.lowering.workload import Workload
 
-POINTS = [
-    *(f"1,{tokens},16,128,22,256" for tokens in (1, 16, 256, 2048, 16384)),
-    *(f"64,{tokens},16,128,22,256" for tokens in (1, 4)),
-    *(f"1,{tokens},8,96,8,256" for tokens in (16, 512, 8192)),
-    *(f"1,{tokens},16,64,8,171" for tokens in (64, 1024, 16384)),
-    *(f"1,{tokens},8,128,1,2752" for tokens in (16, 512, 8192)),
-    *(f"1,{tokens},8,256,8,256" for tokens in (16, 512, 8192)),
-    *(f"1,{tokens},32,32,1,128" for tokens in (256, 4096, 65536)),
-    *(f"1,{tokens},2,64,4,64" for tokens in (256, 16384)),
-    *(f"1,{tokens},16,16,11,64" for tokens in (1024, 32768)),
+from .harness import (
+    Benchmark,
+    Case,
+    Contender,
+    Expected,
+    Job,
+    Row,
+    Settings,
+    measure,
+    training,
+)
+from .models import SHAPE_NAMES, batched, loop, make_inputs
+
+_ALLOWED_LOSS = 1.05
+DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
+CPU_POINTS: list[tuple[int, ...]] = [
+    *((8, length, 4, 32, 4, 64) for length in (1, 16, 256)),
+    *((1, tokens, 4, 64, 4, 128) for tokens in (1, 16, 128, 1024)),
+    *((1, tokens, 8, 128, 4, 256) for tokens in (1, 16, 128, 1024)),
+    *((1, tokens, 8, 96, 1, 341) for tokens in (1, 16, 128, 1024)),
+    *((1, tokens, 16, 16, 1, 64) for tokens in (1, 128, 4096)),
+]
+POINTS: list[tuple[int, ...]] = [
+    *((1, tokens, 16, 128, 22, 256) for tokens in (1, 16, 256, 2048, 16384, 131072)),
+    *((64, tokens, 16, 128, 22, 256) for tokens in (1, 4)),
+    *((1, tokens, 8, 96, 8, 256) for tokens in (1, 16, 64, 512, 8192, 65536)),
+    *((1, tokens, 16, 64, 8, 171) for tokens in (1, 64, 1024, 16384)),
+    *((1, tokens, 8, 128, 1, 2752) for tokens in (1, 16, 512, 8192)),
+    *((1, tokens, 4, 128, 1, 8192) for tokens in (1, 64, 1024, 8192)),
+    *((1, tokens, 8, 256, 8, 256) for tokens in (1, 16, 512, 8192)),
+    *((1, tokens, 32, 32, 1, 128) for tokens in (1, 256, 4096, 65536)),
+    *((1, tokens, 2, 64, 4, 64) for tokens in (1, 256, 16384)),
+    *((1, tokens, 1, 256, 22, 512) for tokens in (1, 256, 16384)),
+    *((1, tokens, 16, 32, 11, 64) for tokens in (1, 1024, 32768)),
 ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", type=parse_shape, action="append", metavar=SHAPE_NAMES)
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
-    parser.add_argument("--phase", default="forward,training")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{SHAPE_NAMES:>24} {'phase':9} {'op ms':>8} {'est.':>8} {'Inductor':>8} {'est.':>8}")
-    rows = []
-    for shape in options.shape or map(parse_shape, POINTS):
-        for phase in options.phase.split(","):
-            row = measure(shape, DTYPES[options.dtype], phase == "training", options.repeats)
-            rows.append(row)
-            print_row(row)
-    wrong = [row for row in rows if row["loss"] > 1.05]
-    print(f"{len(wrong)} of {len(rows)} points lose more than five percent")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        about = {
-            "card": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "dtype": options.dtype,
-        }
-        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-    return int(any(not row["right"] for row in rows))
+def run(settings: Settings, progress: Progress) -> Iterator[Row]:
+    own = POINTS if settings.device == "cuda" else CPU_POINTS
+    shapes = settings.shapes or (own[:1] if settings.quick else own)
+    points = list(itertools.product(shapes, DTYPES[settings.device], (False, True)))
+    for shape, dtype, trains in progress.track(points, description="points"):
+        about = dict(zip(SHAPE_NAMES, shape, strict=True))
+        about |= {"dtype": str(dtype).removeprefix("torch.")}
+        about |= {"phase": "training" if trains else "forward"}
+        case = Case(about, partial(build, shape, dtype, trains, settings.device), busy=True)
+        rows = list(measure(case, settings, progress))
+        judge(rows, workload(shape, dtype, trains, settings.device))
+        yield from rows
 
 
-def measure(shape: list[int], dtype: torch.dtype, training: bool, repeats: int) -> dict:
-    torch.manual_seed(0)
-    torch.compiler.reset()
-    inputs = [x.requires_grad_(training) for x in make_inputs(shape, dtype, "cuda", torch.float32)]
+def build(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str) -> Job:
+    inputs = make_inputs(shape, dtype, device, torch.float32)
     grad = torch.randn_like(inputs[0])
-    networks = {"op": multi_head_ffn, "inductor": torch.compile(batched, dynamic=False)}
-    calls = {name: make_call(network, inputs, grad, training) for name, network in networks.items()}
-    with torch.no_grad():
-        outs = {name: network(*inputs).float() for name, network in networks.items()}
-    right = relative_error(outs["op"], outs["inductor"]) < 2e-2
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-3, repeats):
-        for name, call in calls.items():
-            elapsed = milliseconds(call)
-            if repeat >= 0:
-                times[name].append(elapsed)
-    op, inductor = (statistics.median(times[name]) for name in ("op", "inductor"))
-    guess = estimate(workload(shape, dtype, training))
-    chosen = op if guess.pays else inductor
-    return {
-        "shape": shape,
-        "phase": "training" if training else "forward",
-        "op_ms": op,
-        "inductor_ms": inductor,
-        "estimated_op_ms": guess.rewritten * 1e3,
-        "estimated_inductor_ms": guess.original * 1e3,
-        "loss": chosen / min(op, inductor),
-        "right": right,
-    }
+
+    def contender(name: str, network: Callable[..., Tensor]) -> Contender:
+        leaves = [x.detach().requires_grad_(trains) for x in inputs]
+
+        def forward() -> Tensor:
+            with torch.set_grad_enabled(trains):
+                return network(*leaves)
+
+        plain = Contender(name, forward)
+        timed = training(plain, leaves, grad) if trains else plain
+
+        def values() -> dict[str, Tensor]:
+            found = timed.step()
+            results = found if isinstance(found, list) else [found]
+            return {name: x[:, -64:] for name, x in zip(("out", "dq"), results, strict=False)}
+
+        return replace(timed, values=values)
+
+    contenders = [
+        contender("op", multi_head_ffn),
+        contender("Inductor", torch.compile(batched, dynamic=False)),
+    ]
+    return Job(contenders, expected(inputs, grad if trains else None))
 
 
-def make_call(
-    network: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, training: bool
-) -> Callable[[], object]:
-    if not training:
-        return torch.no_grad()(lambda: network(*inputs))
-    return lambda: torch.autograd.grad(network(*inputs), inputs, grad)
+def expected(inputs: Sequence[Tensor], grad: Tensor | None) -> dict[str, Expected]:
+    """The last tokens' results in float32, and what eager makes of them."""
+    q, k, u, v, r = inputs
+    found = []
+    for network, dtype in ((loop, torch.float32), (batched, q.dtype)):
+        few = q[:, -64:].to(dtype).requires_grad_(grad is not None)
+        out = network(few, *(x.to(dtype) for x in (k, u, v)), r[:, -64:])
+        results = {"out": out.detach()}
+        if grad is not None:
+            results["dq"] = torch.autograd.grad(out, few, grad[:, -64:].to(dtype))[0]
+        found.append(results)
+    return {name: Expected.of(found[0][name], found[1][name]) for name in found[0]}
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Device time of a call that is launched while the device is busy, as inside a model."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000)  # hides the launches' host time
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def judge(rows: Sequence[Row], work: Workload) -> None:
+    """Write the estimates beside the measurements, and what the choice between them loses."""
+    guess = estimate(work)
+    op, inductor = rows
+    op["estimated_ms"], inductor["estimated_ms"] = 1e3 * guess.rewritten, 1e3 * guess.original
+    if "ms" in op and "ms" in inductor:
+        chosen = op if guess.pays else inductor
+        chosen["loss"] = chosen["ms"] / min(op["ms"], inductor["ms"])
+    elif "ms" in op:  # the other one does not fit into memory
+        inductor["loss"] = 1.0 if guess.pays else float("inf")
 
 
-def workload(shape: list[int], dtype: torch.dtype, training: bool) -> Workload:
-    b, length, h, d, e, f = shape
+def workload(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str) -> Workload:
+    batch, length, heads, width, experts, hidden = shape
     return Workload(
-        batch=b,
+        batch=batch,
         length=length,
-        heads=h,
-        kuv_heads=h,
-        head_dim=d,
-        experts=e,
-        expert_dim=f,
+        heads=heads,
+        kuv_heads=heads,
+        head_dim=width,
+        experts=experts,
+        expert_dim=hidden,
         gated=True,
         routed=True,
         biased=(False, False, False),
         activation="silu",
         dtype=dtype,
         out_dtype=dtype,
-        device=torch.device("cuda"),
-        training=training,
+        device=torch.device(device),
+        training=trains,
     )
 
 
-def print_row(row: dict) -> None:
-    figures = (row[k] for k in ("op_ms", "estimated_op_ms", "inductor_ms", "estimated_inductor_ms"))
-    shape = ",".join(map(str, row["shape"]))
-    marks = ("" if row["right"] else " WRONG") + (" *" if row["loss"] > 1.05 else "")
-    print(f"{shape:>24} {row['phase']:9} " + " ".join(f"{x:8.3f}" for x in figures) + marks)
+def summary(rows: list[Row]) -> list[str]:
+    losses = [row["loss"] for row in rows if "loss" in row]
+    lost = sum(loss > _ALLOWED_LOSS for loss in losses)
+    return [f"auto loses more than five percent at {lost} of {len(losses)} points"]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+BENCHMARK = Benchmark(
+    "the cost model against the op and Inductor",
+    run,
+    summary=summary,
+    devices=("cuda", "cpu"),
+    repeats=9,
+)

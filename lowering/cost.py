@@ -5,7 +5,8 @@ by Inductor), is limited by its passes over the hidden units, which it writes to
 again. The op never writes them; it is limited by the matrix units, by how many programs there are
 to keep the card busy, and by the latency of one step of a program's loop. In a small training step
 the host that launches the kernels is the limit, except inside a CUDA graph. Constants were fitted
-to ``benchmarks/grid.py`` on an H200; other cards are scaled by what their driver reports.
+to ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their driver
+reports.
 
 Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
 """
@@ -144,7 +145,7 @@ def _weight_bytes(w: Workload) -> float:
 def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
     """The limits of a device, or None where nothing is known of it."""
     if kind == "cpu":
-        threads = torch.get_num_threads()  # rates of one, fitted to benchmarks/cpu_path.py
+        threads = torch.get_num_threads()  # rates of one, fitted to the same on two cores
         return Device(5e10 * threads, 5e9 * threads, threads, 2e-5, 0.0, 0.0, 0.0, 0.8, 1.6)
     if kind != "cuda" or not torch.cuda.is_available():
         return None

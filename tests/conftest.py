@@ -1,7 +1,7 @@
 """Tests marked `gpu` are skipped where there is no CUDA device, unless one is required.
 
-The folders of models are made importable, as the packages `corpus` and `models`. Not through
-`sys.path`: beside them lies a folder that has the name of the product.
+The folders of models and the benchmarks are made importable, as the packages `corpus`, `models` and
+`benchmarks`. Not through `sys.path`: beside them lie folders that have the name of the product.
 """
 
 import importlib.util
@@ -33,8 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def make_importable(name: str) -> None:
-    folder = TESTS / name
+def make_importable(folder: Path) -> None:
+    name = folder.name
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(
@@ -46,5 +46,6 @@ def make_importable(name: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-make_importable("corpus")
-make_importable("models")
+make_importable(TESTS / "corpus")
+make_importable(TESTS / "models")
+make_importable(TESTS.parent / "benchmarks")

@@ -1,0 +1,233 @@
+"""The harness of the benchmarks: wrong numbers have no speed, files and pictures hold the rows."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.progress import Progress
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import compile_time, cpu_path, ffn, grid, results
+from benchmarks.harness import (
+    Benchmark,
+    Case,
+    Contender,
+    Expected,
+    Job,
+    Plot,
+    Row,
+    Settings,
+    measure,
+    of_cases,
+    training,
+)
+
+EXACT = torch.linspace(1, 2, 64, dtype=torch.float64)
+ROUNDED = EXACT.to(torch.bfloat16)
+SETTINGS = Settings("cpu", repeats=3)
+
+
+def contender(name: str, result: Tensor, **others: Any) -> Contender:
+    return Contender(name, lambda: result.clone(), lambda: {"out": result}, **others)
+
+
+def case(*contenders: Contender, size: int = 1) -> Case:
+    expected = {"out": Expected.of(EXACT, ROUNDED)}
+    return Case({"size": size}, lambda: Job(contenders, expected, "yardstick"))
+
+
+def rows_of(*contenders: Contender) -> dict[str, Row]:
+    rows = measure(case(*contenders), SETTINGS, Progress(disable=True))
+    return {row["contender"]: row for row in rows}
+
+
+# What is right is timed.
+
+
+def test_figures() -> None:
+    yardstick = Contender("yardstick", lambda: EXACT @ EXACT, flops=128.0)
+    found = rows_of(contender("right", ROUNDED, flops=64.0, bytes=128.0, jobs=2), yardstick)
+    right, other = found["right"], found["yardstick"]
+    assert right["error"] == pytest.approx(1)
+    assert 0 < right["ms_min"] <= right["ms"]
+    assert right["tflops"] == pytest.approx(64 / right["ms"] / 1e9)
+    assert right["gb_per_s"] == pytest.approx(128 / right["ms"] / 1e6)
+    assert right["share"] == pytest.approx(right["tflops"] / other["tflops"])
+    assert "error" not in other
+    assert other["share"] == 1
+
+
+def test_contenders_take_turns() -> None:
+    turns: list[str] = []
+    contenders = [Contender(name, lambda name=name: turns.append(name)) for name in "ab"]
+    rows_of(*contenders)
+    assert turns[-10:] == list("ababababab")  # two to warm up, three that count
+
+
+def test_the_memory_of_a_step() -> None:
+    found = rows_of(Contender("large", lambda: torch.zeros(2**20)))
+    assert found["large"]["peak_mib"] == pytest.approx(4, rel=0.01)
+
+
+def test_what_a_step_leaves_behind_is_cleared_each_time() -> None:
+    kept: list[int] = []
+    most: list[int] = []
+
+    def step() -> None:
+        kept.append(1)
+        most.append(len(kept))
+
+    rows_of(Contender("keeps", step, clear=kept.clear))
+    assert max(most) == 1
+
+
+def test_training_steps_return_gradients() -> None:
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    trained = training(Contender("square", lambda: x.square()), [x], torch.ones(2))
+    out, gradient = trained.step()  # type: ignore[misc]
+    assert (out.tolist(), gradient.tolist()) == ([1, 4], [2, 4])
+
+
+# What is wrong is not.
+
+
+@pytest.mark.parametrize(
+    "result", [ROUNDED * 1.01, torch.full((64,), float("nan"))], ids=["inexact", "nan"]
+)
+def test_wrong_numbers_have_no_speed(result: Tensor) -> None:
+    found = rows_of(contender("right", ROUNDED), contender("wrong", result))
+    assert found["wrong"]["fault"].startswith("RED: out errs")
+    assert "ms" not in found["wrong"]
+    assert "ms" in found["right"]
+
+
+def test_values_that_nobody_expects_are_no_values() -> None:
+    values: list[Mapping[str, Tensor]] = [{}, {"other": ROUNDED}]
+    for found in values:
+        wrong = Contender("wrong", lambda: None, lambda found=found: found)
+        assert "ValueError" in rows_of(wrong)["wrong"]["fault"]
+
+
+def test_what_does_not_run_is_reported() -> None:
+    def fail() -> None:
+        raise RuntimeError("no such kernel")
+
+    def exhaust() -> None:
+        raise torch.OutOfMemoryError
+
+    found = rows_of(Contender("fails", fail), Contender("large", exhaust))
+    assert found["fails"]["fault"] == "RuntimeError: no such kernel"
+    assert found["large"]["fault"] == "out of memory"
+
+
+# The command.
+
+
+@pytest.fixture
+def listed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Benchmark]:
+    """One benchmark that is right and one that is wrong, in place of the real ones."""
+
+    def benchmark(result: Tensor) -> Benchmark:
+        def cases(settings: Settings) -> Iterator[Case]:
+            for size in (1, 2):
+                yield case(contender("a", ROUNDED), contender("b", result), size=size)
+
+        plots = (Plot("time", "size", "ms"), Plot("memory", "size", "peak_mib", each="contender"))
+        summary = lambda rows: [f"{len(rows)} rows"]  # noqa: E731
+        return Benchmark("for tests", of_cases(cases), plots, summary, devices=("cpu",), repeats=2)
+
+    found = {"right": benchmark(ROUNDED), "wrong": benchmark(2 * ROUNDED)}
+    monkeypatch.setattr(command, "BENCHMARKS", found)
+    choice = command.run.params[0]
+    monkeypatch.setattr(choice.type, "choices", list(found))
+    return found
+
+
+@pytest.mark.usefixtures("listed")
+def test_a_run_prints_and_writes(tmp_path: Path) -> None:
+    done = CliRunner().invoke(command.main, ["run", "right", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "4 rows" in done.output
+    about, rows = results.read(tmp_path / "right.json")
+    assert about["repeats"] == 2
+    order = [(row["size"], row["contender"]) for row in rows]
+    assert order == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    with (tmp_path / "right.csv").open() as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == ["a", "b", "a", "b"]
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"right-time.png", "right-memory-a.png", "right-memory-b.png"}
+
+
+@pytest.mark.usefixtures("listed")
+def test_wrong_numbers_fail_a_run() -> None:
+    done = CliRunner().invoke(command.main, ["run", "wrong", "right"])
+    assert done.exit_code == 1
+    assert "red: wrong" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "other"], "'other' is not one of"),
+        (["run", "kernels", "--device", "cpu"], "kernels runs on cuda only"),
+        (["run", "grid", "--shape", "1,2"], "want six positive numbers"),
+        (["run", "grid", "--shape", "1,2,3,4,5,0"], "want six positive numbers"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(command.main, arguments)
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
+def test_the_list_names_all() -> None:
+    done = CliRunner().invoke(command.main, ["list"])
+    assert [line.split()[0] for line in done.output.splitlines()] == list(command.BENCHMARKS)
+
+
+# The benchmarks.
+
+
+def test_every_ffn_computes_the_same() -> None:
+    """Eager contenders only: the compiled ones take their time."""
+    (first, second) = ffn.cases(Settings("cpu", 1, quick=True))
+    for some in (first, second):
+        job = some.build()
+        eager = job.contenders[0]
+        assert eager.values is not None
+        values = eager.values()
+        assert values.keys() == job.expected.keys()
+        assert (eager.name, "x.grad" in values) == ("eager, loop", some is second)
+
+
+def test_grid_judges_the_choice() -> None:
+    work = grid.workload(grid.CPU_POINTS[0], torch.float32, False, "cpu")
+    op: Row = {"ms": 1.0}
+    inductor: Row = {"ms": 2.0}
+    grid.judge([op, inductor], work)
+    pays = op["estimated_ms"] <= 1.05 * inductor["estimated_ms"]
+    assert (op.get("loss"), inductor.get("loss")) == ((1, None) if pays else (None, 2))
+
+
+def test_growth_is_a_power() -> None:
+    rows = [{"operations": n, "seconds": 3 * n**1.5} for n in (10, 100, 1000)]
+    assert compile_time.exponent(rows) == pytest.approx(1.5)
+
+
+def test_the_summary_of_the_cpu_path() -> None:
+    shared = dict.fromkeys("BLHdEf", 1) | {"phase": "forward"}
+    figures = {"op": (2, 1), "Inductor, loop": (3, 4), "Inductor, batched": (4, 8)}
+    rows = [
+        shared | {"contender": name, "ms": ms, "peak_mib": memory}
+        for name, (ms, memory) in figures.items()
+    ]
+    (line,) = cpu_path.summary(rows)
+    assert "1.50 times as fast" in line
+    assert "4.0 times less memory" in line
