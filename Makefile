@@ -34,7 +34,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  echo 'Python 3.11 or 3.12 with its venv module is needed, and none is on the PATH' >&2; exit 1; \
 	fi; \
 	if [ $$base != $(VENV)/bin/python ]; then $$base -m venv --clear $(VENV); fi
-	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,test,dev]'
+	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,test,docs,dev]'
 	@touch $@
 
 .PHONY: setup
@@ -80,9 +80,13 @@ typecheck: $(READY)  ## mypy alone
 	$(PYTHON) -m mypy build/typecheck/mhf_compiler examples/byte_lm.py \
 	  | sed -E 's#^build/typecheck/mhf_compiler/(patterns|lowering)/#\1/#; s#^build/typecheck/##'
 
+.PHONY: docs
+docs: $(READY)  ## the documentation as a site, in site/
+	$(PYTHON) -m mkdocs build --strict --site-dir site
+
 .PHONY: clean
 clean:  ## remove what the targets above made, .venv included
-	rm -rf $(VENV) build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help
 help:  ## this list

@@ -50,61 +50,56 @@ def multi_head_ffn(
     out_order: Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Multi-head feed-forward network: per head, a routed sum of small gated networks.
+    """Multi-head feed-forward network: per head, a routed sum of small gated networks.
 
-    For token :math:`(b, l)` and head :math:`h`, whose weights are those of group
-    :math:`g = \lfloor h / (H / G) \rfloor`:
+    For token (b, l) and head h, whose weights are those of group g = h // (H / G):
 
-    .. math::
-        \text{out}_{blh} = s_o \sum_e r_{blhe} \Big(
-            \big(\phi(s_k\, q_{blh} k_{ge}^T + b^k_{ge}) \odot
-            (s_u\, q_{blh} u_{ge}^T + b^u_{ge})\big)\, v_{ge} + b^v_{ge} \Big)
+        out[b,l,h] = out_scale * sum over e of r[b,l,h,e] * (hidden[e] v[g,e] + v_bias[g,e])
+        hidden[e]  = act(k_scale * q[b,l,h] k[g,e]^T + k_bias[g,e])
+                     * (u_scale * q[b,l,h] u[g,e]^T + u_bias[g,e])
 
-    The hidden activations, :math:`E f / d` times the size of the output, never exist in memory
-    as a whole, and the backward pass recomputes them: only the arguments are saved.
+    The hidden units, E f / d times the size of the output, never exist in memory as a whole, and
+    the backward pass recomputes them: only the arguments are saved.
 
     Every tensor may have any strides, so transposed, sliced, expanded and packed tensors are
-    passed as views. The result is differentiable once.
+    passed as views. The result is differentiable once, in reverse mode.
+
+    All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also float64.
+    Autocast casts them to its dtype and leaves ``r`` as it is. On CUDA the head width d is at most
+    256.
 
     Args:
-        q (Tensor): query, shape :math:`(B, L, H, d)`.
-        k (Tensor): gate projection, shape :math:`(G, E, f, d)`; :math:`H` is a multiple of
-            :math:`G`.
-        u (Tensor, optional): up projection, shape :math:`(G, E, f, d)`. With ``None`` the network
-            is not gated: the factor of ``u`` is 1.
-        v (Tensor): down projection, shape :math:`(G, E, f, d)`.
-        r (Tensor, optional): weight of every sub-network, shape :math:`(B, L, H, E)`, of any
-            floating dtype. Default: 1.
+        q (Tensor): query, shape (B, L, H, d).
+        k (Tensor): gate projection, shape (G, E, f, d); H is a multiple of G.
+        u (Tensor, optional): up projection, shape (G, E, f, d). With ``None`` the network is not
+            gated: the factor of ``u`` is 1.
+        v (Tensor): down projection, shape (G, E, f, d).
+        r (Tensor, optional): weight of every sub-network, shape (B, L, H, E), of any floating
+            dtype. Default: 1.
 
-    Keyword args:
-        k_bias (Tensor, optional): shape :math:`(G, E, f)`.
-        u_bias (Tensor, optional): shape :math:`(G, E, f)`; needs ``u``.
-        v_bias (Tensor, optional): shape :math:`(G, E, d)`.
-        activation (str): :math:`\phi`, one of ``"silu"``, ``"gelu"`` (by the error function),
+    Keyword Args:
+        k_bias (Tensor, optional): shape (G, E, f).
+        u_bias (Tensor, optional): shape (G, E, f); needs ``u``.
+        v_bias (Tensor, optional): shape (G, E, d).
+        activation (str): act, one of ``"silu"``, ``"gelu"`` (by the error function),
             ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (ReLU squared), ``"sigmoid"``, ``"tanh"``.
-        k_scale (float): :math:`s_k`. Default: 1.
-        u_scale (float): :math:`s_u`. Default: 1.
-        out_scale (float): :math:`s_o`. Default: 1.
+        k_scale (float): default: 1.
+        u_scale (float): default: 1.
+        out_scale (float): default: 1.
         out_order (sequence of int, optional): the dimensions of the result from outermost to
             innermost in memory, a permutation of ``(0, 1, 2, 3)``. It chooses the strides and
             never the shape. Default: ``(0, 1, 2, 3)``, contiguous.
         out_dtype (torch.dtype, optional): dtype of the result. Default: the dtype of ``q``.
 
     Returns:
-        Tensor: shape :math:`(B, L, H, d)`, accumulated in float32 (in float64 for float64 inputs)
+        The result, of shape (B, L, H, d), accumulated in float32 (in float64 for float64 inputs)
         and rounded once.
-
-    Dtypes:
-        All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also
-        float64. Autocast casts them to its dtype and leaves ``r`` as it is. On CUDA the head
-        width :math:`d` is at most 256.
 
     Raises:
         ArgumentError: an argument has a wrong shape, dtype, device or value. It is a
             ``ValueError`` that names the argument, what came and what is allowed.
 
-    Example::
-
+    Examples:
         >>> q = torch.randn(8, 256, 4, 32)  # 8 sequences of 256 tokens, 4 heads of width 32
         >>> k, u, v = (torch.randn(4, 2, 64, 32) for _ in range(3))  # 2 networks of 64 units
         >>> r = torch.softmax(torch.randn(8, 256, 4, 2), dim=-1)

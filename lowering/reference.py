@@ -28,10 +28,10 @@ def multi_head_ffn_reference(
     out_order: Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """What :func:`mhf_compiler.lowering.multi_head_ffn` computes, with the same arguments.
+    """What ``mhf_compiler.multi_head_ffn`` computes, with the same arguments.
 
     Slow, and with every intermediate in memory, but on any device and dtype. Half precision is
-    computed in float32 and rounded once, as the op does.
+    computed in float32 and rounded once, as on the CPU path.
     """
     check_arguments(
         q, k, u, v, r, k_bias, u_bias, v_bias,

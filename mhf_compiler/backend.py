@@ -27,7 +27,7 @@ def flashmhf(
         gm: the graph from Dynamo.
         example_inputs: its inputs.
         mode: one of Inductor's modes.
-        options: see :class:`mhf_compiler.Options`; other keys are Inductor's.
+        options: see ``mhf_compiler.Options``; other keys are Inductor's.
 
     Returns:
         The compiled graph.

@@ -18,7 +18,7 @@ def explain(
 ) -> Callable[..., Report]:
     """Say what ``torch.compile(model, backend="flashmhf")`` rewrites, and what it declines.
 
-    Called as ``torch._dynamo.explain`` is::
+    Called as ``torch._dynamo.explain`` is:
 
         report = mhf_compiler.explain(model)(*args, **kwargs)
         print(report)
@@ -31,7 +31,7 @@ def explain(
         options: the options that ``torch.compile`` would be given.
 
     Returns:
-        A function that takes the model's arguments and returns a :class:`Report`.
+        A function that takes the model's arguments and returns a ``Report``.
     """
     parsed = parse_options(None, options)
 

@@ -50,7 +50,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a graph, its source line, and the module that it belongs to."""
+    """One operation of a graph.
+
+    Attributes:
+        name: of the node.
+        call: the operation with its arguments.
+        location: its source line.
+        module: path of the innermost module around it.
+    """
 
     name: str
     call: str
@@ -101,7 +108,12 @@ class Work:
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Why Dynamo ended a graph before the end of the model."""
+    """Why Dynamo ended a graph before the end of the model.
+
+    Attributes:
+        reason: Dynamo's own words.
+        location: the source line.
+    """
 
     reason: str
     location: Location | None = None
@@ -175,6 +187,9 @@ class GraphReport:
         after: the graph as it goes on to the compiler.
         operations: how many nodes it had.
         looked_at: possible down projections: matrix products of something activated.
+        rewritten: the MH-FFNs that were replaced.
+        declined: the near-misses, each with its reason.
+        notes: what else there is to say, a sentence each.
         products: all its matrix products, if none of them belongs to a site or a near-miss.
         graph_break: why it ended, unless it ends with the model.
     """
@@ -192,20 +207,27 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """What the back end does with a model: one entry a graph, in the order of compilation."""
+    """What the back end does with a model. Printed, it is a text to be read.
+
+    Attributes:
+        graphs: one entry for each graph, in the order of compilation.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[SiteReport]:
+        """The MH-FFNs that are replaced, of all graphs."""
         return [site for graph in self.graphs for site in graph.rewritten]
 
     @property
     def declined(self) -> list[SiteReport]:
+        """The near-misses of all graphs, each with its reason."""
         return [site for graph in self.graphs for site in graph.declined]
 
     @property
     def graph_breaks(self) -> list[GraphBreak]:
+        """Where a graph ended before the end of the model."""
         return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
 
     @property

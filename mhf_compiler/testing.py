@@ -19,12 +19,12 @@ def assert_rewritten(
 ) -> Report:
     """Raise ``AssertionError`` unless the MH-FFNs of a model are found and rewritten.
 
-    For a test that a refactoring does not silently lose the op::
+    For a test that a refactoring does not silently lose the op:
 
         def test_every_layer_is_fused():
             mhf_compiler.assert_rewritten(model, (tokens,), sites=12)
 
-    As :func:`mhf_compiler.explain` does, it runs the model once and resets Dynamo.
+    As ``mhf_compiler.explain`` does, it runs the model once and resets Dynamo.
 
     Args:
         model: a module or function.

@@ -117,7 +117,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why one candidate was declined; ``node`` is the operation that decided it, where one did."""
+    """Why one candidate was declined.
+
+    Attributes:
+        kind: its name, with the sentence and the remedy that go with it.
+        detail: what is particular to this case; may be empty.
+        node: the operation that decided it, where one did; None in a report.
+    """
 
     kind: Kind
     detail: str = ""

@@ -35,7 +35,14 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Location:
-    """A line of the user's source."""
+    """A line of the user's source.
+
+    Attributes:
+        file: its path.
+        line: its number.
+        function: the name of the function that it is in.
+        code: its text.
+    """
 
     file: str
     line: int

@@ -1,16 +1,24 @@
 """The documentation says what the code says."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-from mhf_compiler import Options
+import mhf_compiler
+from mhf_compiler import Options, compat
 from mhf_compiler.options import _CHOICES
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
@@ -20,13 +28,20 @@ def table_of(text: str, heading: str) -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
 
 
-def test_every_reason_is_listed_as_it_is():
-    """Update the page with ``python docs/make_reasons.py``."""
-    spec = importlib.util.spec_from_file_location("make_reasons", DOCS / "make_reasons.py")
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A file as a module of its name, which can be imported while the test runs."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_reason_is_listed_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    """Update the page with ``python docs/make_reasons.py``."""
+    script = load(DOCS / "make_reasons.py", monkeypatch)
     assert (DOCS / "reasons.md").read_text() == script.page()
 
 
@@ -58,3 +73,59 @@ def test_the_index_names_every_page():
     text = (DOCS / "index.md").read_text()
     for page in PAGES:
         assert page.name == "index.md" or f"({page.name})" in text, page.name
+
+
+def keep_as_it_is(name: str, gm: torch.fx.GraphModule, *others: Any) -> Any:
+    """In place of a compiler: what is asked here is what a reader's code does, not Inductor's."""
+    return gm.forward
+
+
+@pytest.mark.parametrize("name", ["quick-start", "numerics"])
+def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its blocks as one module, as a reader would put them together, and the tests among them."""
+    monkeypatch.setattr(compat, "compile_graph", keep_as_it_is)
+    text = (DOCS / f"{name}.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    path = tmp_path / f"{name}.py"
+    path.write_text("\n\n".join(blocks))
+    page = load(path, monkeypatch)
+    for title in [title for title in vars(page) if title.startswith("test_")]:
+        getattr(page, title)()
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built where a warning is an error and no network is there."""
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_every_page_is_on_the_site(site: Path):
+    """Beside the pages of the folder, those that lie above it."""
+    pages = {path.stem for path in PAGES} | {"contributing", "changelog"}
+    assert {path.stem for path in site.glob("*.html")} == pages | {"404"}
+    assert not list(site.rglob("*.py"))
+    assert 'href="changelog.html"' in (site / "index.html").read_text()
+
+
+def test_the_site_loads_nothing_from_elsewhere(site: Path):
+    loads = r"<(?:script|img|iframe)\b[^>]*\bsrc=\W?https?:|<link\b[^>]*\bhref=\W?https?:"
+    for page in site.glob("*.html"):
+        assert not re.search(loads, page.read_text()), page.name
+
+
+def test_the_reference_has_every_public_name(site: Path):
+    text = (site / "api.html").read_text()
+    for name in mhf_compiler.__all__:
+        assert name.startswith("__") or f'id="mhf_compiler.{name}"' in text, name
