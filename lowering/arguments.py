@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .activations import ACTIVATIONS
 
@@ -84,6 +85,15 @@ def check_arguments(
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ArgumentError(f"out_dtype must be a floating dtype or None, got {_name(out_dtype)}")
+
+
+def differentiates_forward(x: Tensor) -> bool:
+    """Whether a level of forward-mode differentiation is entered, so that tensors have tangents.
+
+    Outside of one a tensor is its own primal. The tangent itself is not asked for: transforms of
+    ``torch.func`` have taken it off where the op is computed.
+    """
+    return forward_ad.unpack_dual(x).primal is not x
 
 
 def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .arguments import check_arguments, check_backward_arguments, check_device
+from .arguments import (
+    check_arguments,
+    check_backward_arguments,
+    check_device,
+    differentiates_forward,
+)
 
 __all__ = ["multi_head_ffn"]
 
@@ -156,6 +161,11 @@ def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
             activation=activation, out_order=out_order, out_dtype=out_dtype,
         )  # fmt: skip
         check_device(q, out_dtype)
+        if differentiates_forward(q):  # or else a tangent would be lost without a word
+            raise NotImplementedError(
+                "multi_head_ffn has no forward-mode derivative. For one use "
+                "mhf_compiler.lowering.multi_head_ffn_reference."
+            )
         out = _empty_output(q, out_order, out_dtype)
         if compute is not None:
             compute(

@@ -134,12 +134,15 @@ def _judge(site: Site, options: Options) -> _Judged:
 
 def _objection(judged: _Judged, options: Options) -> Reason | None:
     """Why a proved site is not rewritten here, if there is a reason."""
+    from .lowering.arguments import differentiates_forward
     from .lowering.workload import trial_run, unsupported
 
     site = judged.site
     message = unsupported(judged.workload)
     if message is not None:
         return Reason(Kind.UNSUPPORTED_PROBLEM, message, site.output_node)
+    if differentiates_forward(torch.empty(0)):
+        return Reason(Kind.FORWARD_MODE, node=site.output_node)
     if options.rewrite == "auto" and not judged.estimate.pays:
         return Reason(Kind.DOES_NOT_PAY, str(judged.estimate), site.output_node)
     try:

@@ -96,6 +96,10 @@ class Kind(Enum):
         "use one query and one weight tensor with separate head and width dimensions",
     )
     UNSUPPORTED_PROBLEM = ("the op does not support the problem", "see the message")
+    FORWARD_MODE = (
+        "the model is differentiated in forward mode, for which the op has no formula",
+        "use reverse mode, or leave the original spelling in forward mode",
+    )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",
         'use options={"rewrite": "always"} to rewrite all the same',
@@ -104,7 +108,6 @@ class Kind(Enum):
         "the kernel for these shapes did not compile or launch",
         "report it with the message; the original spelling is used",
     )
-    UNTRACEABLE = ("the graph could not be analysed", "see the message")
 
     @property
     def sentence(self) -> str:

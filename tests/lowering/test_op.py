@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +147,17 @@ def test_checkpoint(use_reentrant: bool):
     checkpoint(call, *again.values(), use_reentrant=use_reentrant).square().sum().backward()
     for name in direct:
         torch.testing.assert_close(direct[name].grad, again[name].grad)
+
+
+def test_forward_mode_is_refused():
+    """Or else the tangent would be lost without a word."""
+    q, k, u, v = torch.randn(1, 2, 1, 4), *(torch.randn(1, 1, 3, 4) for _ in range(3))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda q: multi_head_ffn(q, k, u, v), (q,), (q,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reference"):
+        multi_head_ffn(forward_ad.make_dual(q, q), k, u, v)
+    _, tangent = torch.func.jvp(lambda q: multi_head_ffn_reference(q, k, u, v), (q,), (q,))
+    assert tangent.any()
 
 
 def test_second_derivatives_are_refused():

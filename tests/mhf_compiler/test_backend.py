@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
+from torch.autograd import forward_ad
 
 import mhf_compiler.compat
 import mhf_compiler.lowering.cost
@@ -350,6 +351,23 @@ def test_inference(fallback: str, context: Any, prepare: Callable[[nn.Module], n
     with context():
         run(prepare(Heads()), fallback=fallback, strict=True)
     assert tallied()["sites_rewritten"] == 1
+
+
+def test_forward_mode_keeps_the_original_spelling():
+    """A tangent comes out as in eager; what was rewritten before refuses to lose it."""
+    model, x, direction = Heads(), tokens(), tokens()
+    options = ALWAYS | {"fallback": "aot_eager"}
+    _, expected = torch.func.jvp(model, (x,), (direction,))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, direction)
+        out = torch.compile(model, backend="flashmhf", options=options)(dual)
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, expected)
+        assert counters["flashmhf"]["declined.FORWARD_MODE"] == 1
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    compiled(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        compiled(forward_ad.make_dual(x, direction))
 
 
 def test_some_parameters_frozen():
