@@ -23,6 +23,7 @@ from .workload import Workload
 _MANY_TOKENS = 8192
 _TIE = 1.05
 _ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
+_CPU_CALL = 2.5e-4  # seconds before a block of tokens is at work, on a CPU
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,22 @@ def _rewritten(w: Workload, device: Device) -> float:
         # dQ and dR; dV; dK and dU: each recomputes the hidden units.
         executed = 4 * products + 1 if w.gated else 3 * products + 1
         total += _kernel(executed, flops, w, device, device.fused_backward) + 3 * device.launch
+    if w.device.type == "cpu":
+        total += _call_on_a_cpu(products, w, device)
     kernels = 4 if w.training else 1
     if w.stacked_weights:
         copies = w.stacked_weights * _weight_bytes(w) * 2 * (2 if w.training else 1)
         total += copies / device.bandwidth + w.stacked_weights * device.launch
     return max(total, kernels * device.host_op) if _host_limits(w) else total
+
+
+def _call_on_a_cpu(products: int, w: Workload, device: Device) -> float:
+    """What does not grow with tokens: the blocks' buffers, and passes over weights in float32."""
+    passes = 1 if w.dtype.itemsize >= 4 else 2  # half precision is converted first
+    if w.training:
+        passes += 7  # read again; gradients cleared, summed, and copied into place
+    weights = 4.0 * products * _weight_bytes(w) / w.dtype.itemsize
+    return _CPU_CALL * (5 if w.training else 1) + passes * weights / device.bandwidth
 
 
 def _kernel(products: int, flops: float, w: Workload, device: Device, share: float) -> float:

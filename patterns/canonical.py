@@ -456,8 +456,7 @@ class _Recorder(TorchDispatchMode):
             if id(tensor) in self._aliases:
                 continue
             which = None if tensor is result else item
-            shape, strides = plain(tuple(tensor.shape)), plain(tuple(tensor.stride()))
-            step = ViewStep(func, rest, kwargs, which, shape, strides)
+            step = ViewStep(func, rest, kwargs, which, *_sizes(tensor))
             value = self._view(source, step)
             self._add_alias(tensor, base.storage, (*base.chain, step), value)
             if not _is_read_from(value, source):
@@ -493,7 +492,7 @@ class _Recorder(TorchDispatchMode):
         self, op: Any, args: Any, kwargs: Any, like: Any, item: int | None = None, chain: Any = ()
     ) -> Value:
         """The value of this computation: a known one if it was computed before."""
-        shape = plain(tuple(like.shape))
+        shape, strides = _sizes(like)
         grad_mode = torch.is_grad_enabled()
         key = None
         if not isinstance(op, str) and torch.Tag.nondeterministic_seeded not in op.tags:
@@ -512,7 +511,7 @@ class _Recorder(TorchDispatchMode):
             requires_grad_mode=grad_mode,
             item=item,
             chain=chain,
-            strides=plain(tuple(like.stride())),
+            strides=strides,
         )
         self.copy.values.append(value)
         for operand in dict.fromkeys(value.operands):
@@ -635,6 +634,13 @@ class _Recorder(TorchDispatchMode):
 def written_range(scatter: Value) -> Range | None:
     """The part that a ``SCATTER`` writes; None where it is no part of one dimension."""
     return shown_range(scatter.chain, scatter.source.shape)
+
+
+def _sizes(like: torch.Tensor | Like) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    """Shape and strides as ints or sympy expressions."""
+    if isinstance(like, Like):
+        return like.shape, like.strides
+    return plain(tuple(like.shape)), plain(tuple(like.stride()))
 
 
 def _is_read_from(view: Value, source: Value) -> bool:

@@ -17,6 +17,8 @@ from torch import fx
 
 from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
 
+from .axes import Size
+
 #: operations below which a node is as quickly run as repeated
 _FEWEST = 1
 
@@ -25,17 +27,14 @@ _FEWEST = 1
 class Like:
     """What is known of a tensor that does not exist; stands in for it, by its identity."""
 
-    shape: tuple[Any, ...]
+    shape: tuple[Size, ...]
     dtype: torch.dtype
     device: torch.device
-    strides: tuple[Any, ...]
+    strides: tuple[Size, ...]
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Like:
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
-
-    def stride(self) -> tuple[Any, ...]:
-        return self.strides
 
 
 @dataclass(frozen=True, slots=True)

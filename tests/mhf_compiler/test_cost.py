@@ -1,19 +1,24 @@
-"""The cost model: only the relations that it states, none of its numbers."""
+"""The cost model: the relations that it states, and its choices where they were measured."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import grid, results
+from benchmarks.models import SHAPE_NAMES
+from mhf_compiler.lowering import cost
 from mhf_compiler.lowering.cost import Estimate, estimate
 from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 CPU = Workload(
     batch=4,
     length=512,
@@ -121,6 +126,34 @@ def test_a_small_training_step_with_wide_heads_does_not_pay():
     """Few programs, long loops: the latency of the loop is all there is."""
     small = replace(GPU, batch=1, length=64, heads=2, kuv_heads=2, head_dim=256, expert_dim=4096)
     assert not estimate(small).pays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_step_of_decoding_does_not_pay_on_a_cpu(dtype: torch.dtype, training: bool):
+    few = replace(CPU, batch=1, length=1, dtype=dtype, out_dtype=dtype, training=training)
+    assert not estimate(few).pays
+
+
+def test_converting_weights_costs_half_precision_more():
+    few = replace(CPU, batch=1, length=1, training=False)
+    half = replace(few, dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+    assert estimate(half).rewritten > estimate(few).rewritten
+
+
+def test_the_model_chooses_as_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """At nearly all points of the stored grid its choice is within five percent of the better."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as where it was measured
+    cost._device.cache_clear()
+    _, rows = results.read(RESULTS / "cpu_grid.json")
+    losses = []
+    for op, inductor in zip(rows[::2], rows[1::2], strict=True):
+        shape = [op[name] for name in SHAPE_NAMES]
+        dtype, training = getattr(torch, op["dtype"]), op["phase"] == "training"
+        rewrites = estimate(grid.workload(shape, dtype, training, "cpu")).pays
+        losses.append((op if rewrites else inductor)["ms"] / min(op["ms"], inductor["ms"]))
+    cost._device.cache_clear()
+    assert sum(loss > 1.05 for loss in losses) <= 0.05 * len(losses)
 
 
 def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
