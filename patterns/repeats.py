@@ -19,9 +19,6 @@ from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
 
 from .axes import Size
 
-#: operations below which a node is as quickly run as repeated
-_FEWEST = 1
-
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Like:
