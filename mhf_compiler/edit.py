@@ -57,11 +57,14 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site], copy: CanonicalCopy) -> fx.G
     for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
         editor = _Editor(edited, nodes, copy, site, results)
         try:
-            results[site.output] = editor.insert()
+            output = editor.insert()
+            made = {site.output: output, **{p: editor.piece(output, p) for p in site.pieces}}
         except EditError as error:
             error.site = site
             raise
-        _redirect_readers(site, results[site.output], nodes, copy)
+        results |= made
+        for value, result in made.items():
+            _redirect_readers(value, result, nodes, copy, after=editor.position)
     _remove_dead(edited, nodes, copy, sites)
     edited.lint()
     return edited
@@ -260,6 +263,25 @@ class _Editor:
         node = self._permute(node, [have.index(axis) for axis in want])
         return self._group(node, site.output_dims)
 
+    def piece(self, output: fx.Node, piece: Value) -> fx.Node:
+        """One of the values that the output puts beside each other, in memory of its own."""
+        merge = self.site.output
+        dim = merge.argument(1, "dim", 0) % len(merge.shape)
+        place = merge.args[0].index(piece)
+        if merge.op is torch.ops.aten.stack.default:
+            node = self.call("select", output, dim, place)
+        else:
+            start: Size = 0
+            for before in merge.args[0][:place]:
+                start = plus(start, before.shape[dim])
+            node = self.call("narrow", output, dim, self.size(start), self.size(piece.shape[dim]))
+        order = piece.memory_order()
+        if order is None:
+            raise EditError("the place in memory of a head's output cannot be kept")
+        node = self._permute(node, list(order))
+        node = self.call(torch.clone, node, memory_format=torch.contiguous_format)
+        return self._permute(node, [order.index(dim) for dim in range(len(order))])
+
     def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
         """A copy that lies in memory as the replaced value did: readers may depend on it."""
         order = like.memory_order()
@@ -346,18 +368,25 @@ def _keeps_strides(site: Site, order: tuple[int, ...]) -> bool:
 
 
 def _redirect_readers(
-    site: Site, result: fx.Node, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy
+    value: Value,
+    result: fx.Node,
+    nodes: dict[fx.Node, fx.Node],
+    copy: CanonicalCopy,
+    after: int,
 ) -> None:
-    """Every node that read the site's output reads the op's result instead."""
-    for reader, argument in copy.readers_of.get(site.output, ()):
-        nodes[reader].replace_input_with(nodes[argument], result)
+    """Every node that reads the value from a position on reads the result instead."""
+    for reader, argument in copy.readers_of.get(value, ()):
+        if copy.positions[reader] > after:
+            nodes[reader].replace_input_with(nodes[argument], result)
 
 
 def _remove_dead(
     graph: fx.Graph, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy, sites: Sequence[Site]
 ) -> None:
     """Remove what computed the sites: nodes without readers, and writes that nobody sees."""
-    replaced = {site.output: list(_read_by(site)) for site in sites}
+    replaced = {
+        value: list(_read_by(site)) for site in sites for value in (site.output, *site.pieces)
+    }
     needed = copy.needed_without(replaced)
     for old in reversed(copy.positions):
         node = nodes[old]

@@ -231,10 +231,13 @@ class CanonicalCopy:
         for memory in {id(self._storage_of[holding.node]) for holding in self._holdings[of]}:
             yield from self._changed.get(memory, ())
 
-    def is_overwritten(self, value: Value) -> bool:
-        """Whether the memory of a node that holds the value is written later on."""
-        last = len(self.positions)
-        return any(self._ends(holding, last) for holding in self._holdings[value])
+    def is_overwritten(self, value: Value, upto: int | None = None) -> bool:
+        """Whether the memory of a node that holds the value is written later on.
+
+        Up to the node at a position, if one is given.
+        """
+        last = len(self.positions) if upto is None else upto
+        return any(self._ends(holding, last) for holding in self._holdings.get(value, ()))
 
     def _ends(self, holding: _Holding, upto: int) -> bool:
         """Whether the memory is written between the start of a holding and a position."""

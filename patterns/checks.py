@@ -7,7 +7,7 @@ needs, ``build_site`` puts the op's arguments together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -15,13 +15,13 @@ from torch import fx
 
 from .axes import Axis, Index, product, quotient
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
-from .contractions import Operand
+from .contractions import MATRIX_PRODUCTS, Operand
 from .grammar import Reading, is_cast
 from .reasons import Declined, Kind
 from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
-from .views import is_view
+from .views import MERGES, is_view
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,9 +56,13 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_gradients(reading)
     check_no_escape(reading, root, copy)
     check_memory(term, root, copy)
+    check_saved(term, reading, root, copy)
     check_place(root)
     check_autocast(term, root, copy)
-    return _site(term, roles, reading, root, copy)
+    pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
+    for piece in pieces:
+        check_piece(piece, reading, root, copy)
+    return _site(term, roles, reading, root, copy, pieces)
 
 
 def one_query(term: Term) -> Term:
@@ -238,14 +242,13 @@ def check_gradients(reading: Reading) -> None:
 
 
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """Nothing outside reads what would no longer be computed."""
+    """Nothing outside reads what would no longer be computed, and is no part of the result."""
+    parts = {root, *pieces_of(root)}
     for value in reading.computed:
-        if value is root:
-            continue
         todo = [value]
         while todo:
             current = todo.pop()
-            if current is root:
+            if current in parts:
                 continue
             if current in copy.escaping:
                 raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
@@ -259,6 +262,34 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
 
 
+def pieces_of(root: Value) -> tuple[Value, ...]:
+    """The outputs of single heads, where the output puts them beside each other."""
+    return tuple(dict.fromkeys(root.args[0])) if root.op in MERGES else ()
+
+
+def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
+    """Whether a head's output has readers beside what merges the heads."""
+    others = any(reader is not root and copy.is_live(reader) for reader in piece.readers)
+    return others or piece in copy.escaping
+
+
+def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy) -> None:
+    """A head's output can be cut out of the result for those who read it apart."""
+    node = copy.made_by(piece)
+    if node is None or piece.dtype is not root.dtype:
+        raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
+    if copy.is_overwritten(piece):
+        raise Declined(Kind.MUTATION, "the output of one head", node)
+    if piece.memory_order() is None:
+        raise Declined(Kind.UNSUPPORTED_LAYOUT, "a head's output has gaps in memory", node)
+    merged = copy.positions[_maker(root, copy)]
+    inside = reading.computed | reading.crossed
+    for reader, _ in copy.readers_of.get(piece, ()):
+        if copy.positions[reader] < merged and copy.value_of.get(reader) not in inside:
+            detail = "a head's output is read before the heads are merged"
+            raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, reader)
+
+
 def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
     """What the op reads is still there where it will stand; nobody overwrites its result."""
     node = _maker(root, copy)
@@ -269,6 +300,37 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in term.operands().values():
         _check_readable(operand.value, copy, copy.positions[node])
+
+
+def check_saved(term: Term, reading: Reading, root: Value, copy: CanonicalCopy) -> None:
+    """What autograd saves for the backward pass of the network stays what it was when it was read.
+
+    Autograd itself sees to that, but not where a write goes through ``.data`` or a detached alias:
+    then the gradients are those of the new numbers, and the op, which reads before, has others.
+    """
+    if not any(value.requires_grad_mode for value in reading.computed):
+        return
+    position = copy.positions[_maker(root, copy)]
+    named = replace(term, residual=None).operands()  # an addition saves nothing
+    read = {operand.value for operand in named.values()} | _multiplied(reading)
+    for value in sorted(read, key=lambda value: value.step):
+        if copy.is_overwritten(value, upto=position):
+            detail = "its input or weights, which the backward pass reads again"
+            raise Declined(Kind.MUTATION, detail, value.origin)
+
+
+def _multiplied(reading: Reading) -> set[Value]:
+    """The views of inputs and weights that products read, and the views that these are of."""
+    saves = MATRIX_PRODUCTS | {torch.ops.aten.mul.Tensor}
+    products = (value for value in reading.computed if value.op in saves)
+    todo = [operand for value in products for operand in value.operands]
+    found: set[Value] = set()
+    while todo:
+        value = todo.pop()
+        if value in reading.crossed and value not in found:
+            found.add(value)
+            todo += value.operands
+    return found
 
 
 def check_place(root: Value) -> None:
@@ -300,7 +362,14 @@ def check_autocast(term: Term, root: Value, copy: CanonicalCopy) -> None:
         raise Declined(Kind.AUTOCAST_BOUNDARY, f"{term.value.dtype} under {dtype}", node)
 
 
-def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
+def _site(
+    term: Term,
+    roles: Roles,
+    reading: Reading,
+    root: Value,
+    copy: CanonicalCopy,
+    pieces: tuple[Value, ...],
+) -> Site:
     gate, up = term.gate, term.up
     batch, length = _two_token_dims(roles.tokens, gate.query.index, reading.index)
     heads = (*roles.groups, *roles.sharers)
@@ -339,6 +408,7 @@ def _site(term: Term, roles: Roles, reading: Reading, root: Value, copy: Canonic
         output=root,
         output_node=_maker(root, copy),
         output_dims=output_dims,
+        pieces=pieces,
         location=locate(term.value.origin),
         replaces=reading.computed,
     )

@@ -20,6 +20,18 @@ from .views import behind_views, broadcast
 aten = torch.ops.aten
 
 
+MATRIX_PRODUCTS = frozenset(
+    {
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.linear.default,
+        aten.convolution.default,
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Operand:
     """A value and the index it is read at."""

@@ -22,7 +22,7 @@ from torch import fx
 from .axes import Axis, axis_form
 from .canonical import SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
 from .checks import build_site
-from .contractions import as_contraction
+from .contractions import MATRIX_PRODUCTS, as_contraction
 from .grammar import (
     DROPOUT,
     is_other_pointwise,
@@ -38,16 +38,6 @@ from .views import MERGES, is_view
 
 aten = torch.ops.aten
 
-_CONTRACTIONS = frozenset(
-    {
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-        aten.linear.default,
-        aten.convolution.default,
-    }
-)
 _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -165,7 +155,7 @@ def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
         if value.op in MERGES:
             if value is not first:
                 found.setdefault(value, first)
-        elif value.op not in _CONTRACTIONS:
+        elif value.op not in MATRIX_PRODUCTS:
             todo += [(reader, first) for reader in value.readers]
     return found
 
@@ -189,10 +179,10 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         inherited = 0
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
-        if value.op in _CONTRACTIONS or _sums_a_product(value):
+        if value.op in MATRIX_PRODUCTS or _sums_a_product(value):
             if inherited & _ACTIVATED and copy.is_live(value):
                 yield value
-            outer = value.op in _CONTRACTIONS and _is_outer_product(value)
+            outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
         elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
             flags[value] = inherited
@@ -220,7 +210,7 @@ def _is_outer_product(value: Value) -> bool:
 
 def _projections_of(anchor: Value) -> set[Value]:
     """The contractions that an anchor reads through views and pointwise operations."""
-    return {value for value in _read_pointwise(anchor) if value.op in _CONTRACTIONS}
+    return {value for value in _read_pointwise(anchor) if value.op in MATRIX_PRODUCTS}
 
 
 def _belongs_to(site: Site, anchor: Value) -> bool:
@@ -242,14 +232,23 @@ def _read_pointwise(anchor: Value) -> set[Value]:
 
 
 def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
-    """The candidates for the output above an anchor: up while there is exactly one reader."""
+    """The candidates for the output above an anchor: up while there is exactly one reader.
+
+    The output of one head may have more readers than what merges the heads.
+    """
     path = [anchor]
-    while path[-1] not in copy.escaping:
-        reader = _only_reader(path[-1], copy)
+    while True:
+        alone = path[-1] not in copy.escaping
+        reader = (_only_reader(path[-1], copy) if alone else None) or _merge_of(path[-1], copy)
         if reader is None or not is_outside_operation(reader):
-            break
+            return path
         path.append(reader)
-    return path
+
+
+def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:
+    """The first that puts a value beside others."""
+    merges = (reader for reader in value.readers if reader.op in MERGES and copy.is_live(reader))
+    return next((reader for reader in merges if len(set(reader.args[0])) > 1), None)
 
 
 def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:

@@ -91,6 +91,7 @@ class Site:
     output: Value
     output_node: fx.Node  # holds ``output``; the op takes its place
     output_dims: tuple[tuple[Axis, ...], ...]  # the output's dimensions over the op's axes
+    pieces: tuple[Value, ...]  # parts of the output, concatenated or stacked, that are read apart
     location: Location | None
     replaces: frozenset[Value]  # what the graph computes and the op would compute itself
 

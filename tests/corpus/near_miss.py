@@ -636,6 +636,17 @@ class HiddenCached(PerHead):
         return project(hidden, self.down)
 
 
+@declined(Kind.MUTATION)
+class QueryOverwrittenBehindAutograd(PerHead):
+    """The query is zeroed in part through ``.data``: the gradients of eager are those of zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x) * 1.5
+        gate, up = project(q, self.gate), project(q, self.up)
+        q.data[..., 0] = 0.0
+        return project(F.silu(gate) * up, self.down)
+
+
 @either()
 class ResultInBuffer(PerHead):
     """The output is added up in a buffer that outlives the call."""
@@ -980,7 +991,7 @@ class _Heads(nn.Module):
         self.heads = nn.ModuleList(_Head() for _ in range(H))
 
 
-@declined(*[Kind.PLAIN_FFN] * (H - 1), Kind.UNEQUAL_HEADS)
+@declined(Kind.UNEQUAL_HEADS)
 class Cascade(_Heads):
     """Each head reads the sum of its part and what the head before has made."""
 
@@ -990,6 +1001,39 @@ class Cascade(_Heads):
             q = part + outs[-1] if outs else part
             outs.append(head(q))
         return torch.cat(outs, dim=-1)
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class HeadsReadInTheLoop(_Heads):
+    """A penalty on what each head has made, while the next one is still to come."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outs: list[Tensor] = []
+        penalty = x.new_zeros(())
+        for head, part in zip(self.heads, x.chunk(H, -1), strict=True):
+            outs.append(head(part))
+            penalty = penalty + outs[-1].square().mean()
+        return torch.cat(outs, dim=-1), penalty
+
+
+@declined(Kind.MUTATION)
+class HeadOverwritten(_Heads):
+    """One head's output is overwritten once it has been merged."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outs = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        merged = torch.cat(outs, dim=-1)
+        return merged, outs[0].mul_(2)
+
+
+@declined(Kind.ESCAPING_INTERMEDIATE)
+class HeadsOfAnotherDtype(_Heads):
+    """A float32 copy of one head among those that are merged, which is returned, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outs = [head(q) for head, q in zip(self.heads, x.chunk(H, -1), strict=True)]
+        outs[-1] = outs[-1].double()
+        return torch.cat(outs, dim=-1), outs[0]
 
 
 @declined(Kind.UNEQUAL_HEADS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import einops
 import torch
@@ -451,6 +452,27 @@ class ListOfHeads(nn.Module):
             return torch.cat(parts, dim=-1)
         parts = [head(q) for head, q in zip(self.heads, split_heads(x).unbind(2), strict=True)]
         return torch.stack(parts, dim=2).flatten(2)
+
+
+@mhf("returned")
+@mhf("one of them", arguments={"kept": 1})
+@mhf("compared", arguments={"compare": True})
+@mhf("stacked", arguments={"merge": "stack"})
+class HeadsReadElsewhere(ListOfHeads):
+    """The outputs of heads are results, too, beside what they are merged into."""
+
+    def __init__(self, merge: str = "cat", kept: int = H, compare: bool = False) -> None:
+        super().__init__(merge)
+        self.kept, self.compare = kept, compare
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outs = [head(q) for head, q in zip(self.heads, split_heads(x).unbind(2), strict=True)]
+        if self.merge == "stack":
+            return torch.stack(outs, dim=2), *outs
+        merged = torch.cat(outs, dim=-1)
+        if self.compare:
+            return merged, torch.stack([a.sub(b).square().mean() for a, b in pairwise(outs)])
+        return merged, *outs[: self.kept]
 
 
 @mhf()

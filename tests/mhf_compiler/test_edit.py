@@ -412,6 +412,34 @@ def test_all_readers_read_the_op():
     assert names(graph).count("multi_head_ffn.default") == 1
 
 
+class HeadsKept(ListOfHeads):
+    """Heads that are kept one by one, beside what they are merged into."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Any:
+        outs = [head(q) for head, q in zip(self.heads, split(x).unbind(2), strict=True)]
+        return torch.cat(outs, self.dim), outs
+
+
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_heads_that_are_kept_are_cut_out_of_the_result(dim: int):
+    """Into memory of their own: what overwrites one of the results leaves the others alone."""
+    model, x = HeadsKept(dim), torch.randn(2, 6, H * d)
+    graph = edit(model, x)
+    assert set(names(graph)) <= VIEWS | {"stack", "multi_head_ffn.default", "clone"}
+    assert names(graph).count("multi_head_ffn.default") == 1
+    options = {"rewrite": "always", "fallback": "eager"}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    results = [[merged, *outs] for merged, outs in (model(x), compiled(x))]
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.stride() == expected.stride()
+    assert len({found.untyped_storage().data_ptr() for found in results[1]}) == 1 + H
+
+
 class Chained(nn.Module):
     """The second network reads what the first computes, with nothing in between."""
 
