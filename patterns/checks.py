@@ -62,6 +62,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
     for piece in pieces:
         check_piece(piece, reading, root, copy)
+    check_apart(term, pieces)
     return _site(term, roles, reading, root, copy, pieces)
 
 
@@ -288,6 +289,14 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
         if copy.positions[reader] < merged and copy.value_of.get(reader) not in inside:
             detail = "a head's output is read before the heads are merged"
             raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, reader)
+
+
+def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
+    """No head reads what another one has made."""
+    for operand in term.operands().values() if pieces else ():
+        if not _ancestors(operand.value).isdisjoint(pieces):
+            detail = "one head reads what another one has made"
+            raise Declined(Kind.UNEQUAL_HEADS, detail, operand.value.origin)
 
 
 def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:

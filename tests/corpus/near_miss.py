@@ -1003,6 +1003,17 @@ class Cascade(_Heads):
         return torch.cat(outs, dim=-1)
 
 
+@declined(Kind.UNEQUAL_HEADS, shapes=((B * L, d),))
+class HeadsInARow(_Heads):
+    """Each head reads what the one before has made; all of it is concatenated."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [self.heads[0](x.sin())]
+        for head in self.heads[1:]:
+            outs.append(head(outs[-1]))
+        return torch.cat(outs, dim=-1)
+
+
 @declined(Kind.ESCAPING_INTERMEDIATE)
 class HeadsReadInTheLoop(_Heads):
     """A penalty on what each head has made, while the next one is still to come."""
