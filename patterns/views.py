@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 
-from .axes import Affine, Index, Size, along, at_most, multiply, through_reshape
+from .axes import Affine, Index, Size, along, at_most, multiply, quotient, through_reshape
 from .canonical import COPY, Value
 
 aten = torch.ops.aten
@@ -131,6 +131,20 @@ def _expand(value: Value, index: Index) -> tuple[Value, Index]:
     return value.source, broadcast(index, value.source.shape)
 
 
+def _repeat(value: Value, index: Index) -> tuple[Value, Index] | None:
+    """Which copy is read makes no difference, only where in it."""
+    source = value.source
+    new = len(value.shape) - len(source.shape)  # dimensions in front that it repeats along
+    inner: list[Affine] = []
+    for form, size, out in zip(index[new:], source.shape, value.shape[new:], strict=True):
+        times = quotient(out, size)
+        digits = None if times is None else through_reshape((form,), (out,), (times, size))
+        if digits is None:
+            return None
+        inner.append(digits[1])
+    return source, tuple(inner)
+
+
 def _unsqueeze(value: Value, index: Index) -> tuple[Value, Index]:
     dim = value.args[1] % len(value.shape)
     return value.source, index[:dim] + index[dim + 1 :]
@@ -210,6 +224,7 @@ _RULES: dict[object, Rule] = {
     aten.transpose.int: _transpose,
     aten.t.default: _transpose,
     aten.expand.default: _expand,
+    aten.repeat.default: _repeat,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,

@@ -1132,3 +1132,73 @@ class Tower(SubNetworks):
             y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
             x = x + (y * r.unsqueeze(-1)).sum(3).flatten(2)
         return x
+
+
+@mhf()
+class RunTimeState(nn.Module):
+    """The weights are neither parameters nor buffers, but tensors that somebody has set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = [torch.randn(shape) / 3 for shape in ((H, d, f), (H, d, f), (H, f, d))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        gate, up, down = (weights.to(x.dtype) for weights in self.state)
+        return ((F.silu(q @ gate) * (q @ up)) @ down).transpose(1, 2).flatten(2)
+
+
+@mhf()
+class WeightsTimesColumns(PerHead):
+    """Tokens are columns: the transposed weights stand on the left of every product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = split_heads(x).permute(0, 2, 3, 1)  # (B, H, d, L)
+        hidden = F.silu(self.gate.mT @ columns) * (self.up.mT @ columns)
+        return (self.down.mT @ hidden).permute(0, 3, 1, 2).flatten(2)
+
+
+@mhf(experts=E)
+class RouterWithoutGradients(SubNetworks):
+    """The router is not trained through the weighted sum."""
+
+    def router(self, q: Tensor) -> Tensor:
+        return super().router(q).detach()
+
+    forward = RouterAfterDown.forward
+
+
+@mhf(kuv_heads=1)
+class OneNetworkByTensordot(nn.Module):
+    """All heads share one network, applied by ``tensordot``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(d, f), weight(d, f), weight(f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.tensordot(q, w, dims=1) for w in (self.gate, self.up))
+        return torch.tensordot(F.silu(gate) * up, self.down, dims=1).flatten(2)
+
+
+@mhf()
+class HeadsAsBatch(PerHead):
+    """Heads and batch are one dimension, and the weights are repeated for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2).flatten(0, 1)  # (B * H, L, d)
+        gate, up, down = (w.repeat(x.shape[0], 1, 1) for w in (self.gate, self.up, self.down))
+        y = torch.bmm(F.silu(torch.bmm(q, gate)) * torch.bmm(q, up), down)
+        return y.unflatten(0, (-1, H)).transpose(1, 2).flatten(2)
+
+
+@mhf(experts=E)
+class RouterByBroadcastProduct(SubNetworks):
+    """Weighted hidden units of all sub-networks side by side, then one product a head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
+        hidden = (F.silu(gate) * up * self.router(q).unsqueeze(-1)).flatten(-2)
+        return torch.einsum("blhx,hxd->blhd", hidden, self.down.flatten(1, 2)).flatten(2)

@@ -87,7 +87,7 @@ def views(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[str, View]:
         st.sampled_from(
             [
                 *("permute", "transpose", "split", "merge", "flatten", "slice", "select"),
-                *("unbind", "chunk", "expand", "unsqueeze"),
+                *("unbind", "chunk", "expand", "repeat", "unsqueeze"),
             ]
         )
     )
@@ -121,6 +121,10 @@ def views(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[str, View]:
     if kind == "expand" and math.prod(shape) < 200:
         sizes = (2, *shape)
         return f"expand{sizes}", lambda x: x.expand(sizes)
+    if kind == "repeat" and math.prod(shape) < 200:
+        times = draw(st.lists(st.integers(1, 3), min_size=rank, max_size=rank + 1))
+        if math.prod(times) * math.prod(shape) < 400:
+            return f"repeat{times}", lambda x: x.repeat(times)
     if kind == "flatten" and rank > 1:
         return "flatten", lambda x: x.flatten()
     place = draw(st.integers(-rank - 1, rank))
@@ -181,6 +185,7 @@ WALKED = {
     "pieces": lambda x: x.chunk(3, -1)[2].unflatten(-1, (2, 2)),
     "movedim and mT": lambda x: x.movedim(0, 2).mT,
     "broadcast": lambda x: x[:, None].expand(2, 5, 6, 12),
+    "repeated": lambda x: x[:1, :2].repeat(3, 1, 2, 1)[2],
     "squeezed": lambda x: x.unsqueeze(0).unsqueeze(-1).squeeze(),
     "copied": lambda x: x.transpose(0, 1).contiguous().clone(),
     "unfolded": lambda x: x.narrow(1, 2, 3).narrow(2, 4, 8).reshape(2, 3, 2, 4),
