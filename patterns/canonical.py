@@ -19,6 +19,7 @@ the only meaning a node has in a graph with mutation. The graph itself is not ch
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +130,7 @@ class _Storage:
     current: Value
     version: int = 0
     is_input: bool = False
-    writes: list[int] = field(default_factory=list)  # positions of the Dynamo nodes that wrote
+    writers: list[fx.Node] = field(default_factory=list)  # the Dynamo nodes that wrote
     nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
 
 
@@ -155,6 +156,13 @@ class _Holding:
 
     def starts(self, copy: CanonicalCopy) -> int:
         return copy.positions[self.since]
+
+
+def _written_part(value: Value) -> Value:
+    """What a write has put into memory, without the rest of that memory."""
+    part = value.args[1] if value.op is SCATTER else value
+    assert isinstance(part, Value)
+    return part
 
 
 @dataclass(slots=True)
@@ -231,18 +239,22 @@ class CanonicalCopy:
         for memory in {id(self._storage_of[holding.node]) for holding in self._holdings[of]}:
             yield from self._changed.get(memory, ())
 
-    def is_overwritten(self, value: Value, upto: int | None = None) -> bool:
+    def is_overwritten(self, value: Value, but_by: AbstractSet[Value] = frozenset()) -> bool:
         """Whether the memory of a node that holds the value is written later on.
 
-        Up to the node at a position, if one is given.
+        But by nodes that write one of some values.
         """
-        last = len(self.positions) if upto is None else upto
-        return any(self._ends(holding, last) for holding in self._holdings.get(value, ()))
+        return any(
+            but_by.isdisjoint(map(_written_part, self.written[writer]))
+            for holding in self._holdings.get(value, ())
+            for writer in self._ends(holding, len(self.positions))
+        )
 
-    def _ends(self, holding: _Holding, upto: int) -> bool:
-        """Whether the memory is written between the start of a holding and a position."""
-        writes = self._storage_of[holding.node].writes
-        return any(holding.starts(self) < at <= upto for at in writes)
+    def _ends(self, holding: _Holding, upto: int) -> list[fx.Node]:
+        """The nodes that write the memory between the start of a holding and a position."""
+        writers = self._storage_of[holding.node].writers
+        start = holding.starts(self)
+        return [writer for writer in writers if start < self.positions[writer] <= upto]
 
 
 def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
@@ -403,7 +415,7 @@ class _Recorder(TorchDispatchMode):
 
     def finish(self) -> CanonicalCopy:
         for alias in self._aliases.values():
-            if alias.storage.is_input and alias.storage.writes:
+            if alias.storage.is_input and alias.storage.writers:
                 self.copy.escaping.add(alias.storage.current)
         self.copy._live = self.copy.needed_without({})
         return self.copy
@@ -627,7 +639,7 @@ class _Recorder(TorchDispatchMode):
             alias.value = value
         storage.current = value
         storage.version += 1
-        storage.writes.append(self.position)
+        storage.writers.append(self.node)
         self._note_write(self.node, value)
         if storage not in self._just_written:
             self._just_written.append(storage)

@@ -15,7 +15,7 @@ from torch import fx
 
 from .axes import Axis, Index, product, quotient
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
-from .contractions import MATRIX_PRODUCTS, Operand
+from .contractions import Operand
 from .grammar import Reading, is_cast
 from .reasons import Declined, Kind
 from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
@@ -23,6 +23,12 @@ from .site import Site, TensorView
 from .source import locate
 from .views import MERGES, is_view
 
+#: operations that autograd saves nothing of
+_UNSAVED = MERGES | {
+    *(SCATTER, COPY, torch.ops.aten._to_copy.default),
+    *(torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.neg.default),
+    *(torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim),
+}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,7 +62,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_gradients(reading)
     check_no_escape(reading, root, copy)
     check_memory(term, root, copy)
-    check_saved(term, reading, root, copy)
+    check_saved(term, reading, copy)
     check_place(root)
     check_autocast(term, root, copy)
     pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
@@ -311,34 +317,36 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
         _check_readable(operand.value, copy, copy.positions[node])
 
 
-def check_saved(term: Term, reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """What autograd saves for the backward pass of the network stays what it was when it was read.
+def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
+    """What the backward pass reads again is overwritten by nobody, before or after the op.
 
-    Autograd itself sees to that, but not where a write goes through ``.data`` or a detached alias:
-    then the gradients are those of the new numbers, and the op, which reads before, has others.
+    Where a write goes through ``.data`` or a detached alias, the gradients of eager are those of
+    the new numbers, and those of the op, which saves its arguments alone, are others. A bias, which
+    eager does not save, may even be updated in the forward pass; the op could not go back then.
     """
     if not any(value.requires_grad_mode for value in reading.computed):
         return
-    position = copy.positions[_maker(root, copy)]
     named = replace(term, residual=None).operands()  # an addition saves nothing
-    read = {operand.value for operand in named.values()} | _multiplied(reading)
+    read = {operand.value for operand in named.values()} | _saved(reading)
     for value in sorted(read, key=lambda value: value.step):
-        if copy.is_overwritten(value, upto=position):
-            detail = "its input or weights, which the backward pass reads again"
+        if copy.is_overwritten(value, but_by=reading.computed):
+            detail = "what its backward pass reads again"
             raise Declined(Kind.MUTATION, detail, value.origin)
 
 
-def _multiplied(reading: Reading) -> set[Value]:
-    """The views of inputs and weights that products read, and the views that these are of."""
-    saves = MATRIX_PRODUCTS | {torch.ops.aten.mul.Tensor}
-    products = (value for value in reading.computed if value.op in saves)
-    todo = [operand for value in products for operand in value.operands]
+def _saved(reading: Reading) -> set[Value]:
+    """What the operations of the network read, and the views that this is of.
+
+    But for what only adds, merges or copies, of which autograd saves nothing.
+    """
+    todo = [v for value in reading.computed if value.op not in _UNSAVED for v in value.operands]
     found: set[Value] = set()
     while todo:
         value = todo.pop()
-        if value in reading.crossed and value not in found:
+        if value not in found:
             found.add(value)
-            todo += value.operands
+            if value in reading.crossed:
+                todo += value.operands
     return found
 
 

@@ -636,15 +636,41 @@ class HiddenCached(PerHead):
         return project(hidden, self.down)
 
 
-@declined(Kind.MUTATION)
-class QueryOverwrittenBehindAutograd(PerHead):
-    """The query is zeroed in part through ``.data``: the gradients of eager are those of zeros."""
+@declined(Kind.MUTATION, label="the query")
+@declined(Kind.MUTATION, label="the gate", arguments={"what": "gate"})
+@declined(Kind.UNKNOWN_OPERATION, label="the hidden units", arguments={"what": "hidden"})
+@declined(Kind.MUTATION, label="the query, afterwards", arguments={"late": True})
+@declined(Kind.MUTATION, label="the gate, afterwards", arguments={"what": "gate", "late": True})
+@declined(Kind.MUTATION, label="the hidden, afterwards", arguments={"what": "hidden", "late": True})
+class OverwrittenBehindAutograd(PerHead):
+    """Something is zeroed through ``.data``: the gradients of eager are those of the zeros."""
+
+    def __init__(self, what: str = "query", late: bool = False) -> None:
+        super().__init__()
+        self.what, self.late = what, late
 
     def forward(self, x: Tensor) -> Tensor:
-        q = split_heads(x) * 1.5
-        gate, up = project(q, self.gate), project(q, self.up)
-        q.data[..., 0] = 0.0
-        return project(F.silu(gate) * up, self.down)
+        q = split_heads(x).transpose(1, 2).contiguous()
+        gate = q @ self.gate
+        hidden = F.silu(gate) * (q @ self.up)
+        target = {"query": q, "gate": gate, "hidden": hidden}[self.what]
+        if self.late:
+            out = hidden @ self.down
+            target.data.zero_()
+            return out.cos()
+        target.data.zero_() if self.what != "hidden" else target.data[..., 0].zero_()
+        return hidden @ self.down
+
+
+@declined(Kind.MUTATION)
+class WeightOverwrittenBehindAutograd(PerHead):
+    """A weight is clamped through ``.data`` after its use, before the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = project(F.silu(project(q, self.gate)) * project(q, self.up), self.down)
+        self.gate.data.clamp_(min=0)
+        return out
 
 
 @either()
