@@ -252,9 +252,9 @@ def test_expanded_inputs() -> None:
 
 
 def test_wider_output() -> None:
-    tensors = make(Shape(d=64, E=3))
-    out = torch.empty(2, 333, 4, 64, device="cuda")
-    grad_out = torch.randn(2, 333, 4, 64, device="cuda")
+    tensors = make(Shape(d=32, E=3))  # plain Triton's for either output: equal bits
+    out = torch.empty(2, 333, 4, 32, device="cuda")
+    grad_out = torch.randn(2, 333, 4, 32, device="cuda")
     check(tensors, grad_out, out=out)
     narrow = torch.empty_like(out, dtype=torch.bfloat16)
     assert fused(tensors, grad_out, out=narrow)[0].equal(out.bfloat16())
