@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,22 @@ def test_wrong_numbers_fail_a_run() -> None:
     done = CliRunner().invoke(command.main, ["run", "wrong", "right"])
     assert done.exit_code == 1
     assert "red: wrong" in done.output
+
+
+def test_an_interrupted_run_keeps_what_it_has(
+    listed: dict[str, Benchmark], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(settings: Settings, progress: Progress) -> Iterator[Row]:
+        yield {"size": 1, "contender": "a", "ms": 1.0, "peak_mib": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(listed, "right", dataclasses.replace(listed["right"], run=run))
+    done = CliRunner().invoke(command.main, ["run", "right", "wrong", "--out", str(tmp_path)])
+    assert (done.exit_code, "interrupted: right is incomplete" in done.output) == (1, True)
+    about, rows = results.read(tmp_path / "right.json")
+    assert about["interrupted"]
+    assert [row["contender"] for row in rows] == ["a"]
+    assert not (tmp_path / "wrong.json").exists()
 
 
 @pytest.mark.parametrize(
