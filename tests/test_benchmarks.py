@@ -225,7 +225,8 @@ def test_every_ffn_computes_the_same() -> None:
 
 
 def test_grid_judges_the_choice() -> None:
-    work = grid.workload(grid.CPU_POINTS[0], torch.float32, False, "cpu")
+    point = dict(zip("BLHdEf", grid.CPU_POINTS[0], strict=True))
+    work = grid.workload(point | {"dtype": "float32", "phase": "forward"}, "cpu")
     op: Row = {"ms": 1.0}
     inductor: Row = {"ms": 2.0}
     grid.judge([op, inductor], work)
