@@ -133,7 +133,7 @@ def tile_class(kernel: Kernel, workload: Workload) -> Class:
 def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
     """The kernels that plain Triton will run for the workload, over random numbers."""
     from .kernels.launching import Problem
-    from .kernels.tuned import rounded
+    from .kernels.tuned import MANY_TOKENS
     from .kernels.tuning import plain_runs
 
     # Of their own, so that a model draws the same numbers whether its kernels were tuned or not;
@@ -144,7 +144,8 @@ def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
         x = torch.randn(shape, generator=generator, device=workload.device)
         return (x * shape[-1] ** -0.5).to(dtype)
 
-    tensors = _tensors(workload, rounded(workload.tokens), random)
+    tokens = min(workload.tokens or MANY_TOKENS, MANY_TOKENS)
+    tensors = _tensors(workload, tokens, random)
     problem = Problem(*tensors, workload.activation, 1.0, 1.0, 1.0)
     out = torch.empty_like(problem.q, dtype=workload.out_dtype)
     grad_out = random(*problem.q.shape, dtype=workload.dtype)

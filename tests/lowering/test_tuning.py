@@ -15,12 +15,12 @@ pytest.importorskip("triton")
 import triton
 
 from mhf_compiler.lowering import kernels
-from mhf_compiler.lowering.kernels import tuned
+from mhf_compiler.lowering.kernels import tuned, tuning
 from mhf_compiler.lowering.kernels.launching import Problem
 from mhf_compiler.lowering.kernels.tiles import Kernel, Row, Tile
 from mhf_compiler.lowering.kernels.tuned import Class, class_of, rounded, row_for, row_of
 from mhf_compiler.lowering.kernels.tuning import candidates, tune
-from mhf_compiler.lowering.workload import Workload, _tensors, tile_class
+from mhf_compiler.lowering.workload import Workload, _plain_runs, _tensors, tile_class
 
 
 @pytest.fixture(autouse=True)
@@ -379,6 +379,18 @@ def test_a_tuned_tile_runs_unless_it_does_not_fit(
     assert stages_of_the_forward_kernel() == (3 if fits else shipped)
     tuned.forget()
     assert stages_of_the_forward_kernel() == shipped != 3
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_trial_has_each_kernel_and_draws_no_numbers_of_the_users(
+    training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[Kernel] = ["forward", "query", "down", "up"] if training else ["forward"]
+    monkeypatch.setattr(tuning, "run_hopper", lambda *arguments: False)
+    state = torch.get_rng_state()
+    runs = _plain_runs(a_workload(biased=(True, False, True)), names)
+    assert torch.get_rng_state().equal(state)
+    assert list(runs) == names
 
 
 def test_new_results_are_used_by_calls_that_were_written_down(
