@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -79,7 +80,7 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     for name in names:
         text = any(isinstance(row.get(name), str) for row in rows)
         drawn.add_column(name, justify="left" if text else "right", no_wrap=name != "fault")
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
+    for row, following in itertools.zip_longest(rows, rows[1:]):
         ends = following is not None and _case(row) != _case(following)
         drawn.add_row(*(_cell(name, row.get(name)) for name in names), end_section=ends)
     return drawn

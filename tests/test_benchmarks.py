@@ -189,6 +189,10 @@ def test_an_interrupted_run_keeps_what_it_has(
     assert not (tmp_path / "wrong.json").exists()
 
 
+def test_a_table_may_be_empty() -> None:
+    assert results.table("interrupted at once", []).row_count == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

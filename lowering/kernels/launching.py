@@ -244,6 +244,12 @@ def _described(prototype: Any, x: Tensor | None) -> Any:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    """`device` as the current one, with its context."""
+    if device.type != "cuda":
+        return nullcontext()
+    if device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
+    # A thread begins without a context, autograd's too. Triton brings it with a kernel that it
+    # loads or launches, but encodes tensor descriptors before that.
+    torch.cuda.set_device(device)
     return nullcontext()

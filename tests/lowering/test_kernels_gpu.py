@@ -4,6 +4,7 @@ An error is relative to float64, and may be twice that of the plain spelling in 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,6 +323,24 @@ def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
     scratch = torch.cuda.max_memory_allocated() - before - gradients
     one_network = shape.L * shape.H * shape.f * dtype.itemsize  # its hidden activations
     assert scratch < one_network / 4
+
+
+def test_a_thread_that_has_run_nothing() -> None:
+    """As autograd's, when the op's backward pass is the first that runs in it."""
+    from mhf_compiler.lowering import kernels
+
+    tensors = make(Shape(d=32, E=2))
+    inputs: Any = [tensors[name] for name in NAMES]
+    grad_out = torch.randn_like(inputs[0])
+    needs = [x is not None for x in inputs]
+
+    def backward() -> list[Tensor]:
+        return kernels.backward(grad_out, *inputs, activation="silu", needs=needs)
+
+    expected = backward()  # loads the kernels; in the thread, that would bring a context
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        results = thread.submit(backward).result()
+    assert all(x.equal(y) for x, y in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_compiler.lowering.kernels.hopper_backward import Parts, plan_parts
-from mhf_compiler.lowering.kernels.launching import _described, _steps
+from mhf_compiler.lowering.kernels.launching import _described, _on, _steps
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,14 @@ def test_steps_hold_no_tensor() -> None:
 def test_a_view_of_an_argument_is_no_workspace() -> None:
     x = torch.zeros(16)
     assert _steps([("compiled", 1, [x[8:]])], [x]) is None
+
+
+def test_the_current_device_brings_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that has run nothing yet, being the current device is not enough."""
+    bound = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    with _on(torch.device("cuda", 0)):
+        assert bound == [torch.device("cuda", 0)]
+    with _on(torch.device("cpu")):
+        assert len(bound) == 1
