@@ -2,19 +2,22 @@
 
 Both ways are estimated from sizes alone. The original, in its best case (batched products compiled
 by Inductor), is limited by its passes over the hidden units, which it writes to memory and reads
-again. The op never writes them; it is limited by the matrix units, by how many programs there are
-to keep the card busy, and by the latency of one step of a program's loop. In a small training step
-the host that launches the kernels is the limit, except inside a CUDA graph. Constants were fitted
-to ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their driver
-reports.
+again. The op never writes them. Its forward pass is limited by the weights when tokens are few,
+since enough programs share them, and by the matrix units when tokens are many; its backward pass
+by how many programs there are to keep the card busy, too, and by the latency of one step of a
+program's loop. In a small training step the host that launches the kernels is the limit, except
+inside a CUDA graph. Constants were fitted to ``python -m benchmarks run grid`` on an H200; other
+cards are scaled by what their driver reports.
 
 Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +26,9 @@ from .workload import Workload
 _MANY_TOKENS = 8192
 _TIE = 1.05
 _ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
+_FEWEST_TOKENS = 16  # of a tile, padded or not
+_HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
+_WIDTHS = (32, 64, 128, 256)  # of padded heads
 _CPU_CALL = 2.5e-4  # seconds before a block of tokens is at work, on a CPU
 
 
@@ -45,6 +51,14 @@ class Estimate:
         )
 
 
+class Shares(NamedTuple):
+    """The op's rates as shares of a device's ``matrix``."""
+
+    forward: float
+    backward: float
+    plain_backward: float  # of what Hopper's own backward kernels do not take
+
+
 @dataclass(frozen=True)
 class Device:
     """What limits a device: rates in FLOP/s and bytes/s, times in seconds."""
@@ -56,8 +70,8 @@ class Device:
     host: float  # the host's time for one kernel of a compiled graph
     host_op: float  # and for one kernel of the op
     step: float  # the least time of one step of a kernel's loop
-    fused: float  # the op's rate as a share of `matrix`, forward
-    fused_backward: float
+    start: float  # the least time of the op's forward pass, beside a launch
+    shares: Mapping[int, Shares]  # by padded head width
 
 
 def estimate(workload: Workload) -> Estimate:
@@ -88,12 +102,14 @@ def _original(w: Workload, device: Device) -> float:
 def _rewritten(w: Workload, device: Device) -> float:
     products = 3 if w.gated else 2
     flops = _product_flops(w)
-    forward = _kernel(products, flops, w, device, device.fused)
-    total = forward + device.launch
+    forward, backward = _shares(w, device)
+    total = device.launch + device.start + products * flops / (device.matrix * forward)
+    if w.device.type == "cuda":
+        total += products * _weight_bytes(w) / device.bandwidth
     if w.training:
         # dQ and dR; dV; dK and dU: each recomputes the hidden units.
         executed = 4 * products + 1 if w.gated else 3 * products + 1
-        total += _kernel(executed, flops, w, device, device.fused_backward) + 3 * device.launch
+        total += _backward(executed, flops, w, device, backward) + 3 * device.launch
     if w.device.type == "cpu":
         total += _call_on_a_cpu(products, w, device)
     kernels = 4 if w.training else 1
@@ -112,8 +128,16 @@ def _call_on_a_cpu(products: int, w: Workload, device: Device) -> float:
     return _CPU_CALL * (5 if w.training else 1) + passes * weights / device.bandwidth
 
 
-def _kernel(products: int, flops: float, w: Workload, device: Device, share: float) -> float:
-    """A kernel whose programs each take a tile of tokens of one head through all hidden units."""
+def _shares(w: Workload, device: Device) -> tuple[float, float]:
+    """The op's rates, forward and backward, as shares of that of large library products."""
+    shares = device.shares[max(_WIDTHS[0], min(_WIDTHS[-1], 1 << (w.head_dim - 1).bit_length()))]
+    many = _tokens(w) >= _HOPPER_BACKWARD_TOKENS
+    own = w.gated and not any(w.biased[:2]) and many
+    return shares.forward, shares.backward if own else shares.plain_backward
+
+
+def _backward(products: int, flops: float, w: Workload, device: Device, share: float) -> float:
+    """Kernels whose programs each take a tile of tokens of one head through all hidden units."""
     busy = products * flops / (device.matrix * share)
     if w.device.type != "cuda":
         return busy
@@ -141,7 +165,8 @@ def _product_flops(w: Workload) -> float:
     width = w.head_dim
     if w.device.type == "cuda":
         width = max(64, 1 << (width - 1).bit_length())
-    return 2.0 * _tokens(w) * w.heads * w.experts * w.expert_dim * width
+    tokens = max(_tokens(w), _FEWEST_TOKENS) if w.device.type == "cuda" else _tokens(w)
+    return 2.0 * tokens * w.heads * w.experts * w.expert_dim * width
 
 
 def _hidden_bytes(w: Workload) -> float:
@@ -153,12 +178,22 @@ def _weight_bytes(w: Workload) -> float:
     return float(groups * experts * hidden * width * w.dtype.itemsize)
 
 
+#: of an H200: narrow heads go to plain Triton, and so does the backward pass of the widest
+_HOPPER_SHARES = {
+    32: Shares(0.5, 0.19, 0.19),
+    64: Shares(0.75, 0.7, 0.55),
+    128: Shares(1.05, 1.0, 0.7),
+    256: Shares(1.05, 0.5, 0.5),
+}
+
+
 @lru_cache
 def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
     """The limits of a device, or None where nothing is known of it."""
     if kind == "cpu":
         threads = torch.get_num_threads()  # rates of one, fitted to the same on two cores
-        return Device(5e10 * threads, 5e9 * threads, threads, 2e-5, 0.0, 0.0, 0.0, 0.8, 1.6)
+        shares = dict.fromkeys(_WIDTHS, Shares(0.8, 1.6, 1.6))
+        return Device(5e10 * threads, 5e9 * threads, threads, 2e-5, 0.0, 0.0, 0.0, 0.0, shares)
     if kind != "cuda" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index or 0)
@@ -168,7 +203,10 @@ def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
 def _gpu(major: int, units: int, dtype: torch.dtype) -> Device:
     """Rates of one multiprocessor by generation, times their number."""
     if dtype is torch.float32:  # the kernels' float32 products are far from the library's
-        return Device(0.35e12 * units, 3.2e10 * units, units, 4e-6, 6e-5, 3e-4, 1e-6, 0.1, 0.1)
-    matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
-    bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
-    return Device(matrix, bandwidth, units, 4e-6, 6e-5, 3e-4, 1e-6, 0.9, 0.65)
+        shares = dict.fromkeys(_WIDTHS, Shares(0.1, 0.1, 0.1))
+        matrix, bandwidth = 0.35e12 * units, 3.2e10 * units
+    else:
+        shares = _HOPPER_SHARES if major == 9 else dict.fromkeys(_WIDTHS, Shares(0.9, 0.65, 0.65))
+        matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
+        bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
+    return Device(matrix, bandwidth, units, 4e-6, 6e-5, 2.5e-4, 1e-6, 2e-6, shares)
