@@ -63,6 +63,15 @@ def _sigmoid(y: Expression) -> Expression:
     return 1 / (1 + sympy.exp(-y))
 
 
+class Clamped(sympy.Function):  # type: ignore[misc]
+    """``clamp(x, min=0)`` where gradients are recorded: a relu but for its slope at 0, which is 1.
+
+    A network whose gates start at zero learns with one and not with the other.
+    """
+
+    nargs = 1
+
+
 def _gelu_tanh(y: Expression) -> Expression:
     return y / 2 * (1 + sympy.tanh(number(math.sqrt(2 / math.pi)) * (y + number(0.044715) * y**3)))
 
@@ -73,7 +82,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Expression], Expression], ...]] = {
     "gelu": (lambda y: y / 2 * (1 + sympy.erf(number(math.sqrt(0.5)) * y)),),
     "gelu_tanh": (_gelu_tanh,),
     "relu": (lambda y: sympy.Max(0, y),),
-    "relu2": (lambda y: sympy.Max(0, y) ** 2,),
+    "relu2": (lambda y: sympy.Max(0, y) ** 2, lambda y: Clamped(y) ** 2),
     "sigmoid": (_sigmoid, lambda y: (1 + sympy.tanh(y / 2)) / 2),
     "tanh": (sympy.tanh,),
 }
@@ -92,7 +101,7 @@ def _clamp(value: Value, x: Expression) -> Expression:
     low, high = value.argument(1, "min", None), value.argument(2, "max", None)
     if low != 0 or high is not None:
         raise Declined(Kind.UNKNOWN_ACTIVATION, "it is clamped", value.origin)
-    return sympy.Max(0, x)
+    return Clamped(x) if value.requires_grad_mode else sympy.Max(0, x)
 
 
 def _added(sign: int) -> Callable[..., Expression]:
@@ -228,6 +237,9 @@ def _as_activation(
                     if slope and name == "silu":
                         continue  # x * sigmoid(1.702 x): another slope, not a scaled silu
                     return name, line, left_over
+    if group.has(Clamped):
+        detail = "where gradients are recorded, clamp(min=0) is no relu: at 0 its slope is 1, not 0"
+        raise Declined(Kind.UNKNOWN_ACTIVATION, detail)
     raise Declined(Kind.UNKNOWN_ACTIVATION, f"it computes {group.subs(projection, 'x')}")
 
 

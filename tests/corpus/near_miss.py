@@ -251,6 +251,7 @@ class Activation(PerHead):
 OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu plus one": lambda x: F.silu(x) + 1,
     "shifted silu": lambda x: F.silu(x + 1),
+    "relu but for its slope at 0": lambda x: x.clamp(min=0),
     "clamped silu": lambda x: F.silu(x).clamp(max=1.0),
     "silu of clamped": lambda x: F.silu(x.clamp(-7.0, 7.0)),
     "sigmoid with another base": lambda x: x / (1 + torch.exp2(-x)),

@@ -662,8 +662,12 @@ SPELLINGS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
             0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
         ),
     },
-    "relu": {"relu": F.relu, "clamp(min=0)": lambda x: x.clamp(min=0)},
-    "relu2": {"relu(x) ** 2": lambda x: F.relu(x) ** 2, "square": lambda x: F.relu(x).square()},
+    "relu": {"relu": F.relu},
+    "relu2": {
+        "relu(x) ** 2": lambda x: F.relu(x) ** 2,
+        "square": lambda x: F.relu(x).square(),
+        "clamp(min=0) ** 2": lambda x: x.clamp(min=0) ** 2,
+    },
     "sigmoid": {"sigmoid": torch.sigmoid, "1 / (1 + exp(-x))": lambda x: 1 / (1 + torch.exp(-x))},
     "tanh": {"tanh": torch.tanh},
 }

@@ -385,6 +385,7 @@ _WRAPPERS = (
     "{}.mT.reshape({}.shape)",
     "{}.transpose(0, 1).reshape({}.shape)",
     "{}.clamp(-0.5, 0.5)",
+    "{}.clamp(min=0)",
     "torch.tanh({})",
     "{}.float().to(x.dtype)",
     "{} * 0.5",

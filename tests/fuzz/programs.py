@@ -50,16 +50,19 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
         "0.5 * {x} * (1 + torch.tanh(0.7978845608 * {x} * (1 + 0.044715 * {x} * {x})))",
         "0.5 * {x} * (1 + torch.tanh(0.79788456 * ({x} + 0.044715 * torch.pow({x}, 3))))",
     ),
-    "relu": ("F.relu({x})", "torch.relu({x})", "{x}.clamp(min=0)", "{x}.clamp_min(0.0)"),
+    "relu": ("F.relu({x})", "torch.relu({x})", "{x}.relu()"),
     "relu2": (
         "F.relu({x}) ** 2",
         "F.relu({x}).square()",
         "torch.relu({x}).pow(2)",
         "F.relu({x}) * F.relu({x})",
+        "{x}.clamp(min=0) ** 2",
     ),
     "sigmoid": ("torch.sigmoid({x})", "{x}.sigmoid()", "1 / (1 + torch.exp(-{x}))"),
     "tanh": ("torch.tanh({x})", "{x}.tanh()", "F.tanh({x})"),
 }
+#: in every such program a hidden unit starts from a gate of zero, at the kink of a relu
+_UNTRAINED = 4
 ROUNDED = ("0.7978845608 ", "0.79788456 ")
 
 #: How router weights come from logits; the last dimension are the sub-networks.
@@ -181,10 +184,13 @@ class Program:
     def weights(self) -> dict[str, Tensor]:
         """The canonical tensors, in float64."""
         generator = torch.Generator().manual_seed(self.seed)
-        return {
+        weights = {
             name: torch.randn(self.shape(dims), dtype=torch.float64, generator=generator) * 0.7
             for name, dims in self.tensors.items()
         }
+        if self.seed % _UNTRAINED == 0:
+            weights["gate"].select(self.tensors["gate"].index("f"), 0).zero_()
+        return weights
 
     def arguments(self) -> dict[str, Tensor]:
         """The arguments of ``forward``, in the program's dtype."""

@@ -87,12 +87,11 @@ SPELLINGS: dict[str, tuple[str, Function]] = {
         lambda x: 0.5 * x * (1 + torch.tanh(x * 0.7978845608 * (1 + 0.044715 * x * x))),
     ),
     "F.relu": ("relu", F.relu),
-    "clamp(min=0)": ("relu", lambda x: x.clamp(min=0)),
-    "clamp_min(0)": ("relu", lambda x: x.clamp_min(0)),
     "relu_": ("relu", lambda x: x.relu_()),
     "relu ** 2": ("relu2", lambda x: F.relu(x) ** 2),
     "square of relu": ("relu2", lambda x: F.relu(x).square()),
     "relu * relu": ("relu2", lambda x: F.relu(x) * F.relu(x)),
+    "clamp(min=0) ** 2": ("relu2", lambda x: x.clamp(min=0) ** 2),
     "sigmoid": ("sigmoid", torch.sigmoid),
     "1 / (1 + exp(-x))": ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
     "(1 + tanh(x / 2)) / 2": ("sigmoid", lambda x: (1 + torch.tanh(x / 2)) / 2),
@@ -106,6 +105,38 @@ spellings = pytest.mark.parametrize(("name", "act"), SPELLINGS.values(), ids=SPE
 def test_every_spelling_is_recognised(name: str, act: Function, gated: bool):
     site = explained((lambda gate, up: act(gate) * up) if gated else (lambda gate, up: act(gate)))
     assert (site.reason, site.activation, site.gated) == (None, name, gated)
+
+
+@spellings
+def test_slopes_at_zero_are_the_same(name: str, act: Function):
+    """Where gates start from zero, or tokens are padding, every pre-activation is zero."""
+    model, q = Ffn(lambda gate, up: act(gate) * up), torch.randn(4, 6, 8, requires_grad=True)
+    nn.init.zeros_(model.gate)
+    options = {"rewrite": "always", "fallback": "eager", "strict": True}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    for ours, eager in zip(gradients(compiled, q), gradients(model, q), strict=True):
+        torch.testing.assert_close(ours, eager)
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+
+
+def gradients(model: Function, q: Tensor) -> list[Tensor]:
+    network = getattr(model, "_orig_mod", model)
+    return [*torch.autograd.grad(model(q).sum(), [q, *network.parameters()])]
+
+
+CLAMPED: dict[str, Function] = {
+    "clamp(min=0)": lambda x: x.clamp(min=0),
+    "clamp_min(0)": lambda x: x.clamp_min(0),
+}
+
+
+@pytest.mark.parametrize("act", CLAMPED.values(), ids=CLAMPED)
+def test_a_clamp_is_relu_where_no_gradients_are_recorded(act: Function):
+    """At 0 its slope is 1, relu's 0."""
+    assert reason(lambda gate, up: act(gate) * up) is Kind.UNKNOWN_ACTIVATION
+    with torch.no_grad():
+        site = explained(lambda gate, up: act(gate) * up)
+    assert (site.reason, site.activation) == (None, "relu")
 
 
 PRODUCTS = {
