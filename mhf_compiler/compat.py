@@ -20,6 +20,7 @@ from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
+    "make_fx",
     "no_fake_mode",
     "no_new_guards",
     "reason_of_graph_break",

@@ -152,7 +152,7 @@ def _arguments(site: Site) -> Iterator[Argument]:
         computed = value.op != STACK and bool(value.operands)
         yield Argument(
             role=_letter(role),
-            name=_name(value),
+            name=name_of(value),
             shape=tuple(size if isinstance(size, int) else str(size) for size in view.shape),
             dtype=str(view.value.dtype).removeprefix("torch."),
             location=locate(value.origin) if computed else None,
@@ -167,9 +167,10 @@ def _before_views(value: Value) -> Value:
     return source if not source.operands else value
 
 
-def _name(value: Value) -> str:
+def name_of(value: Value) -> str:
+    """What the model calls it: the path of a parameter, the variable of what is computed."""
     if value.op == STACK:
-        names = [_name(_before_views(part)) for part in value.args]
+        names = [name_of(_before_views(part)) for part in value.args]
         if len(names) > _MOST_NAMES:
             return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
         return ", ".join(names)
@@ -215,12 +216,20 @@ def _common(
         yield entry
 
 
+def boundary(site: Site) -> dict[Value, str]:
+    """The values that the op's arguments are read from, each with its letter in the formula."""
+    letters: dict[Value, str] = {}
+    for role, view in site.views().items():
+        for value in _parts(_before_views(view.value)):
+            letters.setdefault(value, _letter(role))
+    return letters
+
+
 def _region(site: Site) -> tuple[RegionNode, ...]:
     """The nodes from the arguments to the output, in the order of the graph."""
     roles = {site.output_node: "out"}
-    for role, view in site.views().items():
-        for value in _parts(_before_views(view.value)):
-            roles.setdefault(value.origin, _letter(role))
+    for value, letter in boundary(site).items():
+        roles.setdefault(value.origin, letter)
     found: set[fx.Node] = set()
     todo = [site.output_node, *(value.origin for value in site.replaces)]
     while todo and len(found) <= _MOST_NODES:

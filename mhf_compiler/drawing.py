@@ -65,7 +65,7 @@ def dot_source(sites: Sequence[SiteReport]) -> str:
         '  edge [color="#808080"]',
     ]
     for number, site in enumerate(sites):
-        title = _quoted(f"{site.module or 'the model'} at {site.location or 'unknown source'}")
+        title = _quoted(site.place)
         lines += [f"  subgraph cluster_{number} {{", f'    label={title} color="#808080"']
         lines += [f"    {line}" for line in _statements(site.region, f"s{number}_")]
         lines.append("  }")

@@ -141,7 +141,7 @@ def site_program(site: SiteReport) -> str:
     lines = [f"{name} = {text}" for name, text in {"u": "None", "r": "None", **given}.items()]
     named = [f"{name}={name}" for name in given if name.endswith("_bias")]
     return _SITE.format(
-        place=f"{site.module or 'the model'} at {site.location or 'unknown source'}.",
+        place=f"{site.place}.",
         formula=site.formula,
         tensor=_TENSOR,
         arguments="\n".join(lines),

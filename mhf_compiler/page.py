@@ -94,8 +94,9 @@ def _site(group: Group) -> str:
         for name, text in rows(group)
     )
     module = f" in {escape(group.where)}" if group.where else ""
+    number = f"Site {group.numbered}: " if site.reason is None else ""
     return (
-        f"<details data-entry open><summary><code>{escape(where)}</code>{module}</summary>"
+        f"<details data-entry open><summary>{number}<code>{escape(where)}</code>{module}</summary>"
         f"{code}<table>{table}</table>{_picture(site)}</details>"
     )
 

@@ -167,15 +167,24 @@ class SiteReport:
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     device: str | None = None
 
+    @property
+    def place(self) -> str:
+        """Its name: the module, and the line of the source."""
+        return f"{self.module or 'the model'} at {self.location or 'unknown source'}"
+
+    @property
+    def sizes(self) -> str:
+        """Its heads and sub-networks in a few words."""
+        if self.heads is None:
+            return "sizes unknown"
+        shared = f" ({self.kuv_heads} with weights)" if self.kuv_heads != self.heads else ""
+        return (
+            f"{self.heads} heads{shared} of width {self.head_dim}, "
+            f"{self.experts} x {self.expert_dim} hidden units, {self.activation}"
+        )
+
     def __str__(self) -> str:
-        sizes = "sizes unknown"
-        if self.heads is not None:
-            shared = f" ({self.kuv_heads} with weights)" if self.kuv_heads != self.heads else ""
-            sizes = (
-                f"{self.heads} heads{shared} of width {self.head_dim}, "
-                f"{self.experts} x {self.expert_dim} hidden units, {self.activation}"
-            )
-        return f"{self.location or 'unknown source'}: {sizes}"
+        return f"{self.location or 'unknown source'}: {self.sizes}"
 
 
 @dataclass
