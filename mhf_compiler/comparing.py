@@ -91,6 +91,15 @@ def compare(
     return differences
 
 
+def judge(differences: Sequence[Difference]) -> int:
+    """Print them, and what they come to; the exit code for a program that does no more."""
+    for difference in differences:
+        print(difference)
+    wrong = sum(not difference.agrees for difference in differences)
+    print(f"{wrong} of {len(differences)} differ by more than rounding" if wrong else "no mismatch")
+    return int(wrong > 0)
+
+
 def _exact(plain: Callable[..., Any], inputs: Sequence[Any]) -> _Results | None:
     """What the program gives in float64; None where it does not run so, for want of memory too."""
     try:
