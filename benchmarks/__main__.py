@@ -29,7 +29,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ffn": ffn.BENCHMARK,
     "ffn-lengths": ffn.LENGTHS_BENCHMARK,
     "ffn-tokens": ffn.TOKENS_BENCHMARK,
-    "blocks": blocks.BENCHMARK,
+    "blocks": blocks.INFERENCE_BENCHMARK,
+    "blocks-training": blocks.TRAINING_BENCHMARK,
     "grid": grid.BENCHMARK,
     "cpu-path": cpu_path.BENCHMARK,
     "compile-time": compile_time.BENCHMARK,
@@ -104,8 +105,13 @@ def run_one(name: str, settings: Settings, out: Path | None) -> bool:
     benchmark = BENCHMARKS[name]
     about = results.machine(settings.device) | {"repeats": settings.repeats}
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    rows, interrupted = [], False
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        rows = list(benchmark.run(settings, progress))
+        try:
+            for row in benchmark.run(settings, progress):
+                rows.append(row)
+        except KeyboardInterrupt:  # hours may have gone into what is there
+            interrupted = about["interrupted"] = True
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(results.table(f"{name}: {about['device']}, torch {about['torch']}", rows))
     for line in benchmark.summary(rows):
@@ -114,6 +120,8 @@ def run_one(name: str, settings: Settings, out: Path | None) -> bool:
         path = out / f"{name}.json"
         results.write(path, about, rows)
         draw([path])
+    if interrupted:
+        raise click.ClickException(f"interrupted: {name} is incomplete")
     return not any(str(row.get("fault", "")).startswith("RED") for row in rows)
 
 

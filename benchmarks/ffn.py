@@ -55,7 +55,8 @@ def cases_of_tokens(settings: Settings) -> Iterator[Case]:
 
 def case(shape: Sequence[int], phase: str, settings: Settings, mode: str | None = None) -> Case:
     about = dict(zip(SHAPE_NAMES, shape, strict=True)) | {"phase": phase}
-    return Case(about, partial(build, tuple(shape), phase == "training", settings.device, mode))
+    built = partial(build, tuple(shape), phase == "training", settings.device, mode)
+    return Case(about, built, busy=mode is not None)
 
 
 def build(shape: tuple[int, ...], training: bool, device: str, mode: str | None) -> Job:

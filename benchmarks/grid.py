@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor
 
@@ -53,28 +54,39 @@ POINTS: list[tuple[int, ...]] = [
     *((1, tokens, 1, 256, 22, 512) for tokens in (1, 256, 16384)),
     *((1, tokens, 16, 32, 11, 64) for tokens in (1, 1024, 32768)),
 ]
+#: of one network to a head, whose weights the op has to copy together before each call
+SEPARATE_POINTS: list[tuple[int, ...]] = [
+    *((1, tokens, 8, 96, 1, 256) for tokens in (1, 64, 1024, 16384)),
+    *((1, tokens, 16, 128, 1, 2752) for tokens in (1, 64, 1024, 16384)),
+    *((1, tokens, 4, 64, 1, 171) for tokens in (1, 1024)),
+]
 
 
 def run(settings: Settings, progress: Progress) -> Iterator[Row]:
     own = POINTS if settings.device == "cuda" else CPU_POINTS
     shapes = settings.shapes or (own[:1] if settings.quick else own)
-    points = list(itertools.product(shapes, DTYPES[settings.device], (False, True)))
-    for shape, dtype, trains in progress.track(points, description="points"):
-        about = dict(zip(SHAPE_NAMES, shape, strict=True))
-        about |= {"dtype": str(dtype).removeprefix("torch.")}
+    storages = [(shape, "together") for shape in shapes]
+    if not settings.shapes:
+        separate = SEPARATE_POINTS[:1] if settings.quick else SEPARATE_POINTS
+        storages += [(shape, "separate") for shape in separate]
+    points = list(itertools.product(storages, DTYPES[settings.device], (False, True)))
+    for (shape, storage), dtype, trains in progress.track(points, description="points"):
+        about: Row = dict(zip(SHAPE_NAMES, shape, strict=True))
+        about |= {"weights": storage, "dtype": str(dtype).removeprefix("torch.")}
         about |= {"phase": "training" if trains else "forward"}
-        case = Case(about, partial(build, shape, dtype, trains, settings.device), busy=True)
-        rows = list(measure(case, settings, progress))
-        judge(rows, workload(shape, dtype, trains, settings.device))
+        built = partial(build, shape, storage, dtype, trains, settings.device)
+        rows = list(measure(Case(about, built, busy=True), settings, progress))
+        judge(rows, workload(about, settings.device))
         yield from rows
 
 
-def build(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str) -> Job:
+def build(shape: Sequence[int], storage: str, dtype: torch.dtype, trains: bool, device: str) -> Job:
     inputs = make_inputs(shape, dtype, device, torch.float32)
     grad = torch.randn_like(inputs[0])
+    taken = inputs if storage == "together" else [inputs[0], *apart(inputs[1:4]), inputs[4]]
 
     def contender(name: str, network: Callable[..., Tensor]) -> Contender:
-        leaves = [x.detach().requires_grad_(trains) for x in inputs]
+        leaves = [x.detach().requires_grad_(trains) for x in taken]
 
         def forward() -> Tensor:
             with torch.set_grad_enabled(trains):
@@ -90,11 +102,37 @@ def build(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str) -
 
         return replace(timed, values=values)
 
+    ways = (multi_head_ffn, batched) if storage == "together" else (stacked_op, head_by_head)
     contenders = [
-        contender("op", multi_head_ffn),
-        contender("Inductor", torch.compile(batched, dynamic=False)),
+        contender("op", ways[0]),
+        contender("Inductor", torch.compile(ways[1], dynamic=False)),
     ]
     return Job(contenders, expected(inputs, grad if trains else None))
+
+
+def apart(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each head's part of k, u and v, one after the other, in memory of its own: (f, d) each."""
+    return [x.squeeze(0).clone() for weight in weights for x in weight.unbind()]
+
+
+def stacked_op(q: Tensor, *others: Tensor) -> Tensor:
+    """The op after copying the weights together, as it is called for a list of modules."""
+    *weights, r = others
+    heads = q.shape[2]
+    together = (torch.stack(weights[i : i + heads])[:, None] for i in range(0, 3 * heads, heads))
+    return multi_head_ffn(q, *together, r)
+
+
+def head_by_head(q: Tensor, *others: Tensor) -> Tensor:
+    """One small network after the other: a list of modules, in its usual spelling."""
+    *weights, r = others
+    heads = q.shape[2]
+    outputs = []
+    for head, x in enumerate(q.unbind(2)):
+        k, u, v = weights[head::heads]
+        hidden = F.silu(F.linear(x, k)) * F.linear(x, u) * r[:, :, head].to(q.dtype)
+        outputs.append(hidden @ v)
+    return torch.stack(outputs, dim=2)
 
 
 def expected(inputs: Sequence[Tensor], grad: Tensor | None) -> dict[str, Expected]:
@@ -123,16 +161,17 @@ def judge(rows: Sequence[Row], work: Workload) -> None:
         inductor["loss"] = 1.0 if guess.pays else float("inf")
 
 
-def workload(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str) -> Workload:
-    batch, length, heads, width, experts, hidden = shape
+def workload(row: Row, device: str) -> Workload:
+    """What the cost model is asked about a point."""
+    dtype = getattr(torch, row["dtype"])
     return Workload(
-        batch=batch,
-        length=length,
-        heads=heads,
-        kuv_heads=heads,
-        head_dim=width,
-        experts=experts,
-        expert_dim=hidden,
+        batch=row["B"],
+        length=row["L"],
+        heads=row["H"],
+        kuv_heads=row["H"],
+        head_dim=row["d"],
+        experts=row["E"],
+        expert_dim=row["f"],
         gated=True,
         routed=True,
         biased=(False, False, False),
@@ -140,7 +179,8 @@ def workload(shape: Sequence[int], dtype: torch.dtype, trains: bool, device: str
         dtype=dtype,
         out_dtype=dtype,
         device=torch.device(device),
-        training=trains,
+        training=row["phase"] == "training",
+        stacked_weights=3 if row.get("weights") == "separate" else 0,
     )
 
 

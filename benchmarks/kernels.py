@@ -92,7 +92,7 @@ def cases_of_tokens(settings: Settings) -> Iterator[Case]:
     for tokens in TOKENS:
         shape = (tokens, 1, *base[2:])
         about = dict(zip(SHAPE_NAMES, shape, strict=True))
-        yield Case(about, partial(build_few_tokens, shape))
+        yield Case(about, partial(build_few_tokens, shape), busy=True)
 
 
 def build(shape: tuple[int, ...], only: Kernel | None = None, sweep: bool = False) -> Job:

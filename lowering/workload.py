@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .arguments import device_objection
 from .op import multi_head_ffn
+
+if TYPE_CHECKING:
+    from .kernels.tiles import Kernel
+    from .kernels.tuned import Class
+    from .kernels.tuning import Run
 
 _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 
@@ -61,31 +69,109 @@ def trial_run(workload: Workload) -> None:
     if workload.device.type == "cpu":
         return
     tokens = min(workload.tokens or _TRIAL_TOKENS, _TRIAL_TOKENS)
-    groups, experts, hidden, width = workload.weight_shape
 
-    def empty(*shape: int, dtype: torch.dtype = workload.dtype) -> Tensor:
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=workload.device)
         return tensor.requires_grad_(workload.training)
 
-    gate_bias, up_bias, down_bias = workload.biased
     with torch.set_grad_enabled(workload.training), torch.autocast("cuda", enabled=False):
+        q, k, u, v, r, k_bias, u_bias, v_bias = _tensors(workload, tokens, zeros)
         out = multi_head_ffn(
-            empty(1, tokens, workload.heads, width),
-            empty(*workload.weight_shape),
-            empty(*workload.weight_shape) if workload.gated else None,
-            empty(*workload.weight_shape),
-            empty(1, tokens, workload.heads, experts, dtype=torch.float32)
-            if workload.routed
-            else None,
-            k_bias=empty(groups, experts, hidden) if gate_bias else None,
-            u_bias=empty(groups, experts, hidden) if up_bias else None,
-            v_bias=empty(groups, experts, width) if down_bias else None,
-            activation=workload.activation,
-            out_dtype=workload.out_dtype,
-        )
+            q, k, u, v, r, k_bias=k_bias, u_bias=u_bias, v_bias=v_bias,
+            activation=workload.activation, out_dtype=workload.out_dtype,
+        )  # fmt: skip
         if workload.training:
             out.sum().backward()
     torch.cuda.synchronize(workload.device)
+
+
+def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) -> None:
+    """Choose the tiles that the workload will use by timing them, unless that was done before.
+
+    What was found is kept in `folder`, and `say` is told what is being timed. Whatever fails, the
+    shipped tiles remain.
+    """
+    if workload.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    from .kernels.launching import interpreted
+    from .kernels.tuning import tune as tune_classes
+
+    if interpreted():
+        return
+    kernels: list[Kernel] = ["forward"]
+    if workload.training:
+        kernels += ["query", "down", "up"]
+    classes = [tile_class(kernel, workload) for kernel in kernels]
+    with torch.no_grad(), torch.cuda.device(workload.device):
+        tune_classes(classes, lambda: _plain_runs(workload, kernels), folder, say)
+
+
+def tile_class(kernel: Kernel, workload: Workload) -> Class:
+    """What tuning knows the workload by."""
+    from .kernels.launching import capability
+    from .kernels.tuned import Class, card, rounded
+
+    w = workload
+    return Class(
+        kernel=kernel,
+        tokens=rounded(w.tokens),
+        heads=w.heads,
+        groups=w.kuv_heads,
+        networks=w.experts,
+        hidden=w.expert_dim,
+        width=w.head_dim,
+        gated=w.gated,
+        routed=w.routed,
+        biased=w.biased,
+        activation=w.activation,
+        dtype=w.dtype,
+        card=card(w.device),
+        capability=capability(w.device),
+    )
+
+
+def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
+    """The kernels that plain Triton will run for the workload, over random numbers."""
+    from .kernels.launching import Problem
+    from .kernels.tuned import MANY_TOKENS
+    from .kernels.tuning import plain_runs
+
+    # Of their own, so that a model draws the same numbers whether its kernels were tuned or not;
+    # and not zeros, over which a card is faster.
+    generator = torch.Generator(workload.device).manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=workload.device)
+        return (x * shape[-1] ** -0.5).to(dtype)
+
+    tokens = min(workload.tokens or MANY_TOKENS, MANY_TOKENS)
+    tensors = _tensors(workload, tokens, random)
+    problem = Problem(*tensors, workload.activation, 1.0, 1.0, 1.0)
+    out = torch.empty_like(problem.q, dtype=workload.out_dtype)
+    grad_out = random(*problem.q.shape, dtype=workload.dtype)
+    return plain_runs(problem, out, grad_out, kernels)
+
+
+def _tensors(
+    workload: Workload, tokens: int, make: Callable[..., Tensor]
+) -> tuple[
+    Tensor, Tensor, Tensor | None, Tensor,
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
+]:  # fmt: skip
+    """The op's tensors, in its order, for one sequence of `tokens` tokens."""
+    w = workload
+    groups, experts, hidden, width = w.weight_shape
+    gate_bias, up_bias, down_bias = w.biased
+    return (
+        make(1, tokens, w.heads, width, dtype=w.dtype),
+        make(*w.weight_shape, dtype=w.dtype),
+        make(*w.weight_shape, dtype=w.dtype) if w.gated else None,
+        make(*w.weight_shape, dtype=w.dtype),
+        make(1, tokens, w.heads, experts, dtype=torch.float32) if w.routed else None,
+        make(groups, experts, hidden, dtype=w.dtype) if gate_bias else None,
+        make(groups, experts, hidden, dtype=w.dtype) if up_bias else None,
+        make(groups, experts, width, dtype=w.dtype) if down_bias else None,
+    )
 
 
 def unsupported(workload: Workload) -> str | None:

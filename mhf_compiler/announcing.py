@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .compat import counters, trace_artifact
@@ -27,6 +30,30 @@ def announce(report: GraphReport) -> None:
     trace_artifact("flashmhf_before", "string", lambda: report.before)
     trace_artifact("flashmhf_after", "string", lambda: report.after)
     trace_artifact("flashmhf_report", "json", lambda: json.dumps(_whole(report)))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being waited for: a line of the terminal that is gone in the end, or log lines.
+
+    Whoever is not made to wait sees nothing.
+    """
+    terminal = sys.stderr.isatty()
+    shown = False
+
+    def say(text: str) -> None:
+        nonlocal shown
+        if terminal:
+            print(f"\r\x1b[Kflashmhf: {text}", end="", file=sys.stderr, flush=True)
+            shown = True
+        else:
+            log.info("%s", text)
+
+    try:
+        yield say
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _count(report: GraphReport) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "TorchDispatchMode",
+    "cache_folder",
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
@@ -179,6 +181,14 @@ def inductor_options() -> set[str]:
     import torch._inductor
 
     return set(torch._inductor.list_options())
+
+
+def cache_folder() -> Path | None:
+    """Ours beside Inductor's caches; None where the user wants none to be used."""
+    import torch._inductor.config as config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if config.force_disable_caches else Path(cache_dir()) / "flashmhf"
 
 
 def reset_cuda_graphs() -> None:

@@ -30,6 +30,8 @@ def _forward_kernel(w: Workload) -> str:
     """The forward kernel's tile, as the launch will choose it."""
     from .lowering.kernels.launching import capability, interpreted
     from .lowering.kernels.tiles import choose, choose_pipelined
+    from .lowering.kernels.tuned import row_of
+    from .lowering.workload import tile_class
 
     card, itemsize = capability(w.device), w.dtype.itemsize
     tokens = _MANY_TOKENS if w.tokens is None else w.tokens
@@ -45,6 +47,7 @@ def _forward_kernel(w: Workload) -> str:
             f"forward kernel for Hopper: {64 * pipelined.consumers} tokens x {pipelined.hidden} "
             f"hidden units, {pipelined.stages} stages (where strides allow it)"
         )
+    row = row_of(tile_class("forward", w))
     tile = choose(
         "forward",
         tokens=tokens,
@@ -53,9 +56,10 @@ def _forward_kernel(w: Workload) -> str:
         width=w.head_dim,
         itemsize=itemsize,
         capability=card,
+        row=row,
     )
     cut = f", {tile.parts} programs to a tile" if tile.parts > 1 else ""
     return (
         f"forward kernel: {tile.tokens} tokens x {tile.hidden} hidden units, "
-        f"{tile.warps} warps, {tile.stages} stages{cut}"
+        f"{tile.warps} warps, {tile.stages} stages{cut}{'' if row is None else ', tuned'}"
     )

@@ -77,6 +77,11 @@ def inductor_config(options: Options) -> dict[str, Any]:
     return _mode_settings(options.mode) | dict(options.inductor)
 
 
+def tunes(options: Options) -> bool:
+    """Whether kernels are to be tuned, ours as Inductor's: a mode, or its setting by name."""
+    return bool(inductor_config(options).get("max_autotune"))
+
+
 def _mode_settings(mode: str | None) -> dict[str, Any]:
     if mode is None or mode == "default":
         return {}

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from .announcing import announce
+from .announcing import announce, progress
 from .compat import (
     HigherOrderOperator,
+    cache_folder,
     counters,
     has_symbols,
     no_fake_mode,
@@ -27,7 +28,7 @@ from .compat import (
 )
 from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
-from .options import Options, inductor_config
+from .options import Options, inductor_config, tunes
 from .patterns import Findings, Kind, Location, Reason, Site, find_sites
 from .report import GraphReport, SiteReport
 
@@ -145,7 +146,7 @@ def _judge(site: Site, options: Options) -> _Judged:
 def _objection(judged: _Judged, options: Options) -> Reason | None:
     """Why a proved site is not rewritten here, if there is a reason."""
     from .lowering.arguments import differentiates_forward
-    from .lowering.workload import trial_run, unsupported
+    from .lowering.workload import trial_run, tune, unsupported
 
     site = judged.site
     message = unsupported(judged.workload)
@@ -157,6 +158,9 @@ def _objection(judged: _Judged, options: Options) -> Reason | None:
         return Reason(Kind.DOES_NOT_PAY, str(judged.estimate), site.output_node)
     try:
         with no_fake_mode():
+            if tunes(options):
+                with progress() as say:
+                    tune(judged.workload, cache_folder(), say)
             trial_run(judged.workload)
     except Exception as error:
         warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,22 @@ def test_wrong_numbers_fail_a_run() -> None:
     assert "red: wrong" in done.output
 
 
+def test_an_interrupted_run_keeps_what_it_has(
+    listed: dict[str, Benchmark], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(settings: Settings, progress: Progress) -> Iterator[Row]:
+        yield {"size": 1, "contender": "a", "ms": 1.0, "peak_mib": 1.0}
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(listed, "right", dataclasses.replace(listed["right"], run=run))
+    done = CliRunner().invoke(command.main, ["run", "right", "wrong", "--out", str(tmp_path)])
+    assert (done.exit_code, "interrupted: right is incomplete" in done.output) == (1, True)
+    about, rows = results.read(tmp_path / "right.json")
+    assert about["interrupted"]
+    assert [row["contender"] for row in rows] == ["a"]
+    assert not (tmp_path / "wrong.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -208,7 +225,8 @@ def test_every_ffn_computes_the_same() -> None:
 
 
 def test_grid_judges_the_choice() -> None:
-    work = grid.workload(grid.CPU_POINTS[0], torch.float32, False, "cpu")
+    point = dict(zip("BLHdEf", grid.CPU_POINTS[0], strict=True))
+    work = grid.workload(point | {"dtype": "float32", "phase": "forward"}, "cpu")
     op: Row = {"ms": 1.0}
     inductor: Row = {"ms": 2.0}
     grid.judge([op, inductor], work)

@@ -10,6 +10,8 @@
     loads.py          tensor descriptors, pointers and masks
     launching.py      from tensors to a launch
     tiles.py          the tile sizes for a problem and a GPU
+    tuning.py         other tile sizes timed, for whoever asks for it
+    tuned.py          what that found, in memory and on disk
 
 Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and
 down projections, R the router's weights; E sub-networks of F hidden units, heads of width D.
@@ -18,17 +20,19 @@ Nothing of the size tokens x hidden units reaches memory, sums are kept in float
 and no order of addition depends on scheduling: equal inputs give equal bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from . import tuned
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
 from .launching import Problem, capability, interpreted, repeat
 from .loads import token_axes, tokens_innermost
-from .tiles import Kernel, Tile, choose, choose_pipelined, padded_width
+from .tiles import Kernel, Row, Tile, choose, choose_pipelined, padded_width
 
 __all__ = ["backward", "forward"]
 
@@ -59,8 +63,8 @@ def forward(
     )
 
     def run() -> None:
-        if not _run_pipelined(problem, out):
-            run_forward(problem, out, _tile("forward", problem))
+        if not run_hopper("forward", problem, out):
+            _run_plain("forward", problem, lambda tile: run_forward(problem, out, tile))
 
     repeat(("forward", *problem[8:]), (*problem[:8], out), run)
 
@@ -122,22 +126,44 @@ def _run_backward(
     dv_bias: Tensor | None,
 ) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it."""
-    hopper: Any = None
-    if _suits_hopper_backward(problem):
-        # Imported by the first call that may need it: other devices need not have Gluon.
-        from . import hopper_backward as hopper
-    if (dq is not None or dr is not None) and not (
-        hopper and hopper.run_query(problem, grad_out, dq, dr)
-    ):
-        run_query(problem, grad_out, dq, dr, _tile("query", problem))
-    if dv is not None and not (hopper and hopper.run_down(problem, grad_out, dv)):
-        run_down(problem, grad_out, dv, _tile("down", problem))
-    if any(grad is not None for grad in (dk, du, dk_bias, du_bias)) and not (
-        hopper and hopper.run_up(problem, grad_out, dk, du)
-    ):
-        run_up(problem, grad_out, dk, du, dk_bias, du_bias, _tile("up", problem))
+    if (dq is not None or dr is not None) and not run_hopper("query", problem, grad_out, dq, dr):
+        _run_plain("query", problem, lambda tile: run_query(problem, grad_out, dq, dr, tile))
+    if dv is not None and not run_hopper("down", problem, grad_out, dv):
+        _run_plain("down", problem, lambda tile: run_down(problem, grad_out, dv, tile))
+    up = (dk, du, dk_bias, du_bias)
+    if any(grad is not None for grad in up) and not run_hopper("up", problem, grad_out, dk, du):
+        _run_plain("up", problem, lambda tile: run_up(problem, grad_out, *up, tile))
     if dv_bias is not None:
-        run_down_bias(problem, grad_out, dv_bias, _tile("down", problem))
+        _run_plain("down", problem, lambda tile: run_down_bias(problem, grad_out, dv_bias, tile))
+
+
+def run_hopper(kernel: Kernel, problem: Problem, *tensors: Tensor | None) -> bool:
+    """Run Hopper's own kernel on its tensors, as the plain one takes them, if it takes them too."""
+    if kernel == "forward":
+        (out,) = tensors
+        return out is not None and _run_pipelined(problem, out)
+    if not _suits_hopper_backward(problem):
+        return False
+    # Imported by the first call that may need it: other devices need not have Gluon.
+    from . import hopper_backward as hopper
+
+    kernels: dict[Kernel, Any] = {
+        "query": hopper.run_query,
+        "down": hopper.run_down,
+        "up": hopper.run_up,
+    }
+    return kernels[kernel](problem, *tensors)
+
+
+def _run_plain(kernel: Kernel, problem: Problem, run: Callable[[Tile], None]) -> None:
+    """Run plain Triton's kernel with the tile that tuning found, or with the shipped one."""
+    row = tuned.row_for(kernel, problem)
+    try:
+        run(_tile(kernel, problem, row))
+    except triton.OutOfResources:
+        if row is None:
+            raise
+        run(_tile(kernel, problem))  # it was timed on tensors whose layout takes less room
 
 
 def _suits_hopper_backward(problem: Problem) -> bool:
@@ -177,7 +203,7 @@ def _run_pipelined(problem: Problem, out: Tensor) -> bool:
     return True
 
 
-def _tile(kernel: Kernel, problem: Problem) -> Tile:
+def _tile(kernel: Kernel, problem: Problem, row: Row | None = None) -> Tile:
     batch, length, heads, width = problem.q.shape
     return choose(
         kernel,
@@ -187,4 +213,5 @@ def _tile(kernel: Kernel, problem: Problem) -> Tile:
         width=width,
         itemsize=problem.q.element_size(),
         capability=capability(problem.q.device),
+        row=row,
     )

@@ -1,9 +1,10 @@
 """Tile sizes: a pure function of the problem and of the GPU's compute capability.
 
-There is no tuning at run time: a launch may happen inside a CUDA graph's capture, and two runs
-must add in the same order. The tables hold, per kernel and padded head width, the largest tiles
-whose accumulators stay in registers and whose pipeline fits the shared memory: 227 KiB per block
-on sm_90 and sm_100, 163 on sm_80, 99 on the others. `choose` then shrinks them to the problem.
+A launch never tunes: it may happen inside a CUDA graph's capture, and two runs must add in the same
+order. What was tuned while a model was compiled (tuning.py) stands in for a row of the tables. They
+hold, per kernel and padded head width, the largest tiles whose accumulators stay in registers and
+whose pipeline fits the shared memory: 227 KiB per block on sm_90 and sm_100, 163 on sm_80, 99 on
+the others. `choose` then shrinks them to the problem.
 """
 
 from dataclasses import dataclass, replace
@@ -40,7 +41,8 @@ class PipelinedTile:
     trailing: bool  # V's product runs during the next tile's activation
 
 
-_Table = dict[int, dict[Kernel, tuple[int, int, int, int]]]  # tokens, hidden, warps, stages
+Row = tuple[int, int, int, int]  # tokens, hidden, warps, stages
+_Table = dict[int, dict[Kernel, Row]]
 
 _HOPPER: _Table = {
     64: {
@@ -151,9 +153,15 @@ def choose(
     width: int,
     itemsize: int,
     capability: tuple[int, int],
+    row: Row | None = None,
 ) -> Tile:
-    """The tile for `tokens` tokens of `heads` heads of `width`, over `hidden` hidden units each."""
-    bm, bf, warps, stages = _table(itemsize, capability)[max(64, padded_width(width))][kernel]
+    """The tile for `tokens` tokens of `heads` heads of `width`, over `hidden` hidden units each.
+
+    `row` stands in for the table's.
+    """
+    if row is None:
+        row = _row(_table(itemsize, capability), kernel, width)
+    bm, bf, warps, stages = row
     bf = _shrink(bf, hidden)
     parts = 1
     if kernel in ("down", "up"):
@@ -191,9 +199,23 @@ def choose_pipelined(
     return replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
 
 
+def shipped_rows(
+    kernel: Kernel, *, width: int, itemsize: int, capability: tuple[int, int]
+) -> list[Row]:
+    """The card's own row for such heads, and behind it those of the other cards."""
+    tables = [_table(itemsize, capability)]
+    if itemsize <= 2:
+        tables += [_HOPPER, _BLACKWELL, _AMPERE, _SMALL_AMPERE]
+    return [_row(table, kernel, width) for table in tables]
+
+
 def padded_width(width: int) -> int:
     """The block extent of the head width: a power of two that a matrix instruction takes."""
     return max(_SMALLEST, 1 << (width - 1).bit_length())
+
+
+def _row(table: _Table, kernel: Kernel, width: int) -> Row:
+    return table[max(64, padded_width(width))][kernel]
 
 
 def _table(itemsize: int, capability: tuple[int, int]) -> _Table:

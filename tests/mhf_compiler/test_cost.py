@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks import grid, results
-from benchmarks.models import SHAPE_NAMES
 from mhf_compiler.lowering import cost
 from mhf_compiler.lowering.cost import Estimate, estimate
 from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
@@ -148,9 +147,7 @@ def test_the_model_chooses_as_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch)
     _, rows = results.read(RESULTS / "cpu_grid.json")
     losses = []
     for op, inductor in zip(rows[::2], rows[1::2], strict=True):
-        shape = [op[name] for name in SHAPE_NAMES]
-        dtype, training = getattr(torch, op["dtype"]), op["phase"] == "training"
-        rewrites = estimate(grid.workload(shape, dtype, training, "cpu")).pays
+        rewrites = estimate(grid.workload(op, "cpu")).pays
         losses.append((op if rewrites else inductor)["ms"] / min(op["ms"], inductor["ms"]))
     cost._device.cache_clear()
     assert sum(loss > 1.05 for loss in losses) <= 0.05 * len(losses)

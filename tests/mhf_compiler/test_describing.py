@@ -213,6 +213,21 @@ def test_the_kernel_that_sizes_select(
     assert forward.startswith(kernel)
 
 
+def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    import mhf_compiler.lowering.kernels.launching as launching
+    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.workload import tile_class
+
+    monkeypatch.setattr(launching, "capability", lambda device: (8, 0))
+    tuned.keep(tile_class("forward", workload()), (64, 128, 4, 3), None)
+    try:
+        _, forward = kernels_of(workload())
+    finally:
+        tuned.forget()
+    assert forward == "forward kernel: 64 tokens x 128 hidden units, 4 warps, 3 stages, tuned"
+
+
 def test_training_is_said():
     on_cpu = workload(device=torch.device("cpu"), training=True)
     assert any("backward pass" in text for text in kernels_of(on_cpu))

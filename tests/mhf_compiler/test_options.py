@@ -10,7 +10,7 @@ import torch._inductor
 
 import mhf_compiler
 from mhf_compiler import OptionError, Options
-from mhf_compiler.options import inductor_config, parse_options
+from mhf_compiler.options import inductor_config, parse_options, tunes
 
 
 def test_defaults():
@@ -118,6 +118,26 @@ def test_modes_are_those_of_inductor(mode: str):
 def test_a_setting_given_by_name_overrides_the_mode():
     parsed = parse_options("reduce-overhead", {"triton.cudagraphs": False})
     assert inductor_config(parsed)["triton.cudagraphs"] is False
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "expected"),
+    [
+        (None, {}, False),
+        ("default", {}, False),
+        ("reduce-overhead", {}, False),
+        ("max-autotune", {}, True),
+        ("max-autotune-no-cudagraphs", {}, True),
+        (None, {"mode": "max-autotune"}, True),
+        (None, {"max_autotune": True}, True),
+        ("max-autotune", {"max_autotune": False}, False),
+        (None, {"max_autotune_gemm": True}, False),
+    ],
+)
+def test_kernels_are_tuned_where_inductors_are(
+    mode: str | None, options: dict[str, Any], expected: bool
+):
+    assert tunes(parse_options(mode, options)) == expected
 
 
 def test_a_mode_given_twice_has_to_be_the_same():

@@ -1,0 +1,102 @@
+"""Tuning on a GPU: what it chooses computes what the shipped tiles compute."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
+from mhf_compiler.lowering.workload import Workload, tile_class, tune
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ("forward", "query", "down", "up")
+
+
+@pytest.fixture(autouse=True)
+def untuned() -> Iterator[None]:
+    from mhf_compiler.lowering.kernels import tuned
+
+    tuned.forget()
+    yield
+    tuned.forget()
+
+
+def workload() -> Workload:
+    """Heads so narrow that plain Triton runs every kernel on every card."""
+    return Workload(
+        batch=2,
+        length=500,
+        heads=4,
+        kuv_heads=4,
+        head_dim=32,
+        experts=3,
+        expert_dim=128,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        activation="silu",
+        dtype=torch.bfloat16,
+        out_dtype=torch.bfloat16,
+        device=torch.device("cuda", 0),
+        training=True,
+    )
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(2, 500, 4, 32, device="cuda")
+    k, u, v = (torch.randn(4, 3, 128, 32, device="cuda") * 32**-0.5 for _ in range(3))
+    r = torch.rand(2, 500, 4, 3, device="cuda")
+    return [*(x.bfloat16() for x in (q, k, u, v)), r]
+
+
+def results(tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = multi_head_ffn(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def exact(tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    out = multi_head_ffn_reference(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def check(tensors: list[Tensor]) -> None:
+    first, second = results(tensors), results(tensors)
+    for value, again, right in zip(first, second, exact(tensors), strict=True):
+        assert value.equal(again)
+        assert (value.double() - right).norm() < 1e-2 * right.norm()
+
+
+def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
+    from mhf_compiler.lowering.kernels import tuned
+
+    said: list[str] = []
+    state = torch.cuda.get_rng_state()
+    tune(workload(), tmp_path, said.append)
+    assert torch.cuda.get_rng_state().equal(state)
+    assert {text.split()[1] for text in said} == set(KERNELS)
+    assert len(list(tmp_path.glob("*.json"))) == len(KERNELS)
+    check(inputs())
+    tuned.forget()
+    said.clear()
+    tune(workload(), tmp_path, said.append)
+    assert not said
+    check(inputs())
+
+
+def test_every_candidate_is_right() -> None:
+    """Whichever a card prefers: those that do not fit run as the shipped tile."""
+    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.kernels.tuning import candidates
+
+    tensors = inputs()
+    lists = [list(candidates(tile_class(kernel, workload())).values()) for kernel in KERNELS]
+    for number in range(max(map(len, lists))):
+        for kernel, rows in zip(KERNELS, lists, strict=True):
+            tuned.keep(tile_class(kernel, workload()), rows[number % len(rows)], None)
+        check(tensors)
