@@ -39,6 +39,7 @@ _PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
 _MOST_NODES = 160  # of a region; a larger one is no picture to be read
+_MOST_AROUND = 24  # of what is around an operation
 
 
 def site_report(
@@ -82,6 +83,7 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
         module=module,
         module_class=module_class,
         operation=operation(node),
+        region=_around(node),
     )
 
 
@@ -239,18 +241,35 @@ def _region(site: Site) -> tuple[RegionNode, ...]:
             todo += [] if roles.get(node, "out") != "out" else node.all_input_nodes
     if len(found) > _MOST_NODES:
         return ()
-    return tuple(
-        RegionNode(
-            name=node.name,
-            call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
-            role=roles.get(node),
-            inputs=()
-            if roles.get(node, "out") != "out"
-            else tuple(n.name for n in node.all_input_nodes),
-        )
-        for node in site.output_node.graph.nodes
-        if node in found
-    )
+    ends = {node for node, role in roles.items() if role != "out"}
+    return tuple(_region_nodes(site.output_node.graph, found, roles, ends))
+
+
+def _around(offending: fx.Node) -> tuple[RegionNode, ...]:
+    """The operations nearest to one: what is made of it, and what it and those are made of."""
+    found = {offending: True}  # in the order of their distance: whether it is made of the one
+    edge = [offending]
+    while edge and len(found) < _MOST_AROUND:
+        near = {node: False for reader in edge for node in reader.all_input_nodes}
+        near |= {reader: True for node in edge if found[node] for reader in node.users}
+        edge = [node for node in near if node not in found and node.op != "output"]
+        edge = edge[: _MOST_AROUND - len(found)]
+        found |= {node: near[node] for node in edge}
+    return tuple(_region_nodes(offending.graph, {*found}, {offending: "offends"}, set()))
+
+
+def _region_nodes(
+    graph: fx.Graph, nodes: set[fx.Node], roles: dict[fx.Node, str], ends: set[fx.Node]
+) -> Iterator[RegionNode]:
+    """Nodes as values, in the order of the graph; ``ends`` are shown without what they read."""
+    for node in graph.nodes:
+        if node in nodes:
+            yield RegionNode(
+                name=node.name,
+                call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
+                role=roles.get(node),
+                inputs=() if node in ends else tuple(n.name for n in node.all_input_nodes),
+            )
 
 
 def _parts(value: Value) -> list[Value]:
