@@ -163,10 +163,24 @@ def compile_graph(
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
+        _import_op_in_repros()
         return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, example_inputs)
+
+
+def _import_op_in_repros() -> None:
+    """Programs that PyTorch writes, to reproduce a failure or for debugging, need the op as well.
+
+    They import nothing but torch otherwise. From the first use of the op on, in this process.
+    """
+    from torch._dynamo.repro import after_aot
+
+    names = vars(after_aot)
+    line = "import mhf_compiler.lowering  # defines torch.ops.mhf_compiler.multi_head_ffn"
+    if "mhf_compiler.lowering" in sys.modules and line not in names["extra_imports"]:
+        names["extra_imports"] += f"\n{line}\n"
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:
