@@ -157,35 +157,37 @@ def test_what_inductor_cannot_compile_is_told_with_the_users_line(tmp_path: Path
 # TORCH_COMPILE_DEBUG.
 
 
-@pytest.fixture(scope="module")
-def debug(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folder that each back end leaves."""
-    found = {}
-    for backend in BACKENDS:
-        folder = tmp_path_factory.mktemp(backend)
-        settings = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(folder)}
-        done = run(folder, backend, "inference", **settings)
-        assert done.returncode == 0, done.stderr
-        (found[backend],) = {
-            path.parent for path in folder.glob("torch_compile_debug/**/output_code.py")
-        }
+def debug_folder(folder: Path, backend: str) -> Path:
+    settings = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(folder)}
+    done = run(folder, backend, "inference", **settings)
+    assert done.returncode == 0, done.stderr
+    (found,) = {path.parent for path in folder.glob("torch_compile_debug/**/output_code.py")}
     return found
 
 
-def test_the_debug_folder_is_that_of_inductor(debug: dict[str, Path]):
-    files = {backend: {path.name for path in folder.iterdir()} for backend, folder in debug.items()}
-    assert {"fx_graph_readable.py", "fx_graph_runnable.py", "output_code.py"} <= files["inductor"]
-    assert files["flashmhf"] == files["inductor"]
+@pytest.fixture(scope="module")
+def inductors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return debug_folder(tmp_path_factory.mktemp("inductor"), "inductor")
 
 
-def test_the_debug_folder_shows_the_op_with_the_users_line(debug: dict[str, Path]):
-    folder = debug["flashmhf"]
-    graph = (folder / "fx_graph_readable.py").read_text()
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return debug_folder(tmp_path_factory.mktemp("flashmhf"), "flashmhf")
+
+
+def test_the_debug_folder_shows_the_op_with_the_users_line(ours: Path):
+    graph = (ours / "fx_graph_readable.py").read_text()
     above = graph.split("torch.ops.mhf_compiler.multi_head_ffn.default(")[0]
     assert f"script.py:{line_of('# the network')} in forward" in above.rpartition("# File: ")[2]
-    assert "multi_head_ffn" in (folder / "output_code.py").read_text()
+    assert "multi_head_ffn" in (ours / "output_code.py").read_text()
 
 
-def test_the_debug_folders_program_runs(debug: dict[str, Path]):
-    done = execute(debug["flashmhf"] / "fx_graph_runnable.py")
+def test_the_debug_folder_is_that_of_inductor(ours: Path, inductors: Path):
+    names = {path.name for path in inductors.iterdir()}
+    assert {"fx_graph_readable.py", "fx_graph_runnable.py", "output_code.py"} <= names
+    assert {path.name for path in ours.iterdir()} == names
+
+
+def test_the_debug_folders_program_runs(ours: Path):
+    done = execute(ours / "fx_graph_runnable.py")
     assert done.returncode == 0, done.stderr
