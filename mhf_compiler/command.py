@@ -1,15 +1,13 @@
 """The command line: ``explain``, ``bench``, ``info`` and ``doctor``.
 
-Exit codes: 0 all is well; 1 nothing was rewritten under ``--strict``, or ``doctor`` found
-something; 2 what was asked for cannot be done, said in one line. Completion comes from click:
-``eval "$(_MHF_COMPILER_COMPLETE=bash_source mhf-compiler)"``.
+Exit codes: 0 all is well; 1 nothing was rewritten under ``--strict``, ``bench --site`` found wrong
+numbers, or ``doctor`` found something; 2 what was asked for cannot be done, said in one line.
+Completion comes from click: ``eval "$(_MHF_COMPILER_COMPLETE=bash_source mhf-compiler)"``.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from .measuring import Subject
     from .report import Report
 
 _FILE = click.Path(dir_okay=False, writable=True)
@@ -28,6 +27,10 @@ class Problem(click.ClickException):
     exit_code = 2
 
 
+class Disagreement(click.ClickException):
+    """The op computes something else. One line, exit code 1."""
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mhf-compiler")
 def commands() -> None:
@@ -37,7 +40,6 @@ def commands() -> None:
 def _model(command: Callable[..., None]) -> Callable[..., None]:
     """The parameters that name a model and its inputs."""
     for parameter in (
-        click.option("--no-grad", is_flag=True, help="Without gradients, as in inference."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
             "--input",
@@ -54,6 +56,7 @@ def _model(command: Callable[..., None]) -> Callable[..., None]:
 
 @commands.command()
 @_model
+@click.option("--no-grad", is_flag=True, help="Without gradients, as in inference.")
 @click.option("--rewrite", type=click.Choice(["auto", "always"]), default="auto", show_default=True)
 @click.option("--html", "html_path", type=_FILE, help="Also write the report as an HTML page.")
 @click.option("--json", "json_path", type=_FILE, help="Also write the report to a JSON file.")
@@ -72,7 +75,10 @@ def explain(
 
     The factory is called without arguments and returns the model; a module is taken as it is.
     """
-    report = _explained(model, inputs, device, no_grad, rewrite)
+    import torch
+
+    with _problems(), torch.set_grad_enabled(not no_grad):
+        report = _explained(*_made(model, inputs, device), rewrite)
     click.echo(str(report))
     with _problems():
         if html_path is not None:
@@ -85,33 +91,43 @@ def explain(
 
 @commands.command()
 @_model
+@click.option("--site", type=int, help="One site by itself, by its number in the report.")
+@click.option("--training", is_flag=True, help="With gradients; times the backward pass, too.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
-def bench(model: str, inputs: tuple[str, ...], device: str, no_grad: bool, rounds: int) -> None:
-    """Time a model with Inductor alone and with its MH-FFNs rewritten.
+def bench(
+    model: str,
+    inputs: tuple[str, ...],
+    device: str,
+    site: int | None,
+    training: bool,
+    rounds: int,
+) -> None:
+    """Time a model, or one site of it, with Inductor alone and rewritten.
 
-    With gradients a round is a forward and a backward pass. For one site, name the factory of one
-    layer.
+    A site is what the op takes the place of, as the model spells it. Nothing is timed where its
+    numbers and the op's are apart by more than rounding; then the exit code is 1.
     """
     import torch
 
-    report = _explained(model, inputs, device, no_grad, "always")
-    if not report.rewritten:
-        raise Problem(f"{str(report).splitlines()[0]}: nothing to compare; explain says why")
-    with _problems():
-        runs = _before_and_after(model, inputs, device, no_grad)
-        for run in runs.values():  # compiles
-            run()
-            run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    with click.progressbar(length=rounds * len(runs), label="timing") as bar:
-        for _ in range(rounds):
-            for name, run in runs.items():
-                seconds[name].append(_time(run, torch.device(device)))
-                bar.update(1)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        click.echo(f"{name:<12} {median * 1e3:10.3f} ms  (best {min(seconds[name]) * 1e3:.3f})")
-    click.echo(f"{'speed-up':<12} {medians['as written'] / medians['rewritten']:10.2f} x")
+    from .measuring import Subject, check_rewritten, steps
+
+    with _problems(), torch.set_grad_enabled(training):
+        made, args, kwargs = _made(model, inputs, device)
+        if site is None:
+            check_rewritten(_explained(made, args, kwargs, "always"))
+            subject = Subject(made, args, kwargs)
+        else:
+            subject = _one_site(made, args, kwargs, site)
+        with click.progressbar(
+            length=steps(training=training, rounds=rounds), label="timing"
+        ) as bar:
+            found = subject.times(training=training, rounds=rounds, tick=lambda: bar.update(1))
+    click.echo(f"{f'median of {rounds}':<18} {'as written':>13} {'rewritten':>13} {'speed-up':>10}")
+    for times in found:
+        old, new = times.median("as written"), times.median("rewritten")
+        click.echo(
+            f"{times.what:<18} {old * 1e3:10.3f} ms {new * 1e3:10.3f} ms {times.speed_up:8.2f} x"
+        )
 
 
 @commands.command()
@@ -154,69 +170,52 @@ def doctor() -> None:
 def _problems() -> Iterator[None]:
     """Whatever goes wrong with what the user named, in one line."""
     from .given import GivenError, one_line
+    from .measuring import MeasuringError
 
     try:
         yield
-    except GivenError as error:
+    except click.ClickException:
+        raise
+    except (GivenError, MeasuringError) as error:
         raise Problem(str(error)) from error
     except Exception as error:
         raise Problem(one_line(error)) from error
 
 
-def _explained(
-    model: str, inputs: tuple[str, ...], device: str, no_grad: bool, rewrite: str
-) -> Report:
-    import torch
-
-    from . import explanation
-    from .given import find_device, make_inputs, make_model
-
-    with _problems(), torch.set_grad_enabled(not no_grad):
-        where = find_device(device)
-        args, kwargs = make_inputs(inputs, where)
-        made = make_model(model, where)
-        made(*args, **kwargs)  # what is wrong with the arguments is said best by the model itself
-        return explanation.explain(made, options={"rewrite": rewrite})(*args, **kwargs)
-
-
-def _before_and_after(
-    model: str, inputs: tuple[str, ...], device: str, no_grad: bool
-) -> dict[str, Callable[[], None]]:
-    """The two ways to be timed. Each compiles at its first call."""
-    import torch
-
+def _made(
+    model: str, inputs: tuple[str, ...], device: str
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The model, its arguments and its named arguments."""
     from .given import find_device, make_inputs, make_model
 
     where = find_device(device)
     args, kwargs = make_inputs(inputs, where)
     made = make_model(model, where)
-
-    def way(rewrite: str) -> Callable[[], None]:
-        compiled = torch.compile(made, backend="flashmhf", options={"rewrite": rewrite})
-
-        def run() -> None:
-            with torch.set_grad_enabled(not no_grad):
-                _backward(compiled(*args, **kwargs))
-
-        return run
-
-    torch.compiler.reset()
-    return {"as written": way("never"), "rewritten": way("always")}
+    made(*args, **kwargs)  # what is wrong with the arguments is said best by the model itself
+    return made, args, kwargs
 
 
-def _backward(out: Any) -> None:
-    import torch
+def _explained(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rewrite: str
+) -> Report:
+    from . import explanation
 
-    if isinstance(out, torch.Tensor) and out.requires_grad:
-        out.float().sum().backward()
+    return explanation.explain(model, options={"rewrite": rewrite})(*args, **kwargs)
 
 
-def _time(run: Callable[[], None], device: Any) -> float:
-    import torch
+def _one_site(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], number: int
+) -> Subject:
+    """The site, once its numbers are known to be right."""
+    from .measuring import Subject, check_part, find_site
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - start
+    report, part = find_site(model, number, *args, **kwargs)
+    click.echo(f"site {number}: {report.place}: {report.sizes}")
+    given = [entry.make() for entry in part.given]
+    compared = check_part(part, given)
+    wrong = [difference for difference in compared if not difference.agrees]
+    if wrong:
+        raise Disagreement(f"{len(wrong)} of {len(compared)} results are wrong: {wrong[0]}")
+    worst = max(difference.error / difference.allowed for difference in compared)
+    click.echo(f"numbers agree: at most {worst:.0%} of the error that is allowed")
+    return Subject(part.spelling, given)

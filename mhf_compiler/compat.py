@@ -21,6 +21,7 @@ from torch._guards import TracingContext
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
+    "make_fx",
     "no_fake_mode",
     "no_new_guards",
     "reason_of_graph_break",
@@ -161,10 +163,24 @@ def compile_graph(
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
+        _import_op_in_repros()
         return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, example_inputs)
+
+
+def _import_op_in_repros() -> None:
+    """Programs that PyTorch writes, to reproduce a failure or for debugging, need the op as well.
+
+    They import nothing but torch otherwise. From the first use of the op on, in this process.
+    """
+    from torch._dynamo.repro import after_aot
+
+    names = vars(after_aot)
+    line = "import mhf_compiler.lowering  # defines torch.ops.mhf_compiler.multi_head_ffn"
+    if "mhf_compiler.lowering" in sys.modules and line not in names["extra_imports"]:
+        names["extra_imports"] += f"\n{line}\n"
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ _PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
 _MOST_NODES = 160  # of a region; a larger one is no picture to be read
+_MOST_AROUND = 24  # of what is around an operation
 
 
 def site_report(
@@ -82,6 +83,7 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
         module=module,
         module_class=module_class,
         operation=operation(node),
+        region=_around(node),
     )
 
 
@@ -152,7 +154,7 @@ def _arguments(site: Site) -> Iterator[Argument]:
         computed = value.op != STACK and bool(value.operands)
         yield Argument(
             role=_letter(role),
-            name=_name(value),
+            name=name_of(value),
             shape=tuple(size if isinstance(size, int) else str(size) for size in view.shape),
             dtype=str(view.value.dtype).removeprefix("torch."),
             location=locate(value.origin) if computed else None,
@@ -167,9 +169,10 @@ def _before_views(value: Value) -> Value:
     return source if not source.operands else value
 
 
-def _name(value: Value) -> str:
+def name_of(value: Value) -> str:
+    """What the model calls it: the path of a parameter, the variable of what is computed."""
     if value.op == STACK:
-        names = [_name(_before_views(part)) for part in value.args]
+        names = [name_of(_before_views(part)) for part in value.args]
         if len(names) > _MOST_NAMES:
             return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
         return ", ".join(names)
@@ -215,12 +218,20 @@ def _common(
         yield entry
 
 
+def boundary(site: Site) -> dict[Value, str]:
+    """The values that the op's arguments are read from, each with its letter in the formula."""
+    letters: dict[Value, str] = {}
+    for role, view in site.views().items():
+        for value in _parts(_before_views(view.value)):
+            letters.setdefault(value, _letter(role))
+    return letters
+
+
 def _region(site: Site) -> tuple[RegionNode, ...]:
     """The nodes from the arguments to the output, in the order of the graph."""
     roles = {site.output_node: "out"}
-    for role, view in site.views().items():
-        for value in _parts(_before_views(view.value)):
-            roles.setdefault(value.origin, _letter(role))
+    for value, letter in boundary(site).items():
+        roles.setdefault(value.origin, letter)
     found: set[fx.Node] = set()
     todo = [site.output_node, *(value.origin for value in site.replaces)]
     while todo and len(found) <= _MOST_NODES:
@@ -230,18 +241,35 @@ def _region(site: Site) -> tuple[RegionNode, ...]:
             todo += [] if roles.get(node, "out") != "out" else node.all_input_nodes
     if len(found) > _MOST_NODES:
         return ()
-    return tuple(
-        RegionNode(
-            name=node.name,
-            call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
-            role=roles.get(node),
-            inputs=()
-            if roles.get(node, "out") != "out"
-            else tuple(n.name for n in node.all_input_nodes),
-        )
-        for node in site.output_node.graph.nodes
-        if node in found
-    )
+    ends = {node for node, role in roles.items() if role != "out"}
+    return tuple(_region_nodes(site.output_node.graph, found, roles, ends))
+
+
+def _around(offending: fx.Node) -> tuple[RegionNode, ...]:
+    """The operations nearest to one: what is made of it, and what it and those are made of."""
+    found = {offending: True}  # in the order of their distance: whether it is made of the one
+    edge = [offending]
+    while edge and len(found) < _MOST_AROUND:
+        near = {node: False for reader in edge for node in reader.all_input_nodes}
+        near |= {reader: True for node in edge if found[node] for reader in node.users}
+        edge = [node for node in near if node not in found and node.op != "output"]
+        edge = edge[: _MOST_AROUND - len(found)]
+        found |= {node: near[node] for node in edge}
+    return tuple(_region_nodes(offending.graph, {*found}, {offending: "offends"}, set()))
+
+
+def _region_nodes(
+    graph: fx.Graph, nodes: set[fx.Node], roles: dict[fx.Node, str], ends: set[fx.Node]
+) -> Iterator[RegionNode]:
+    """Nodes as values, in the order of the graph; ``ends`` are shown without what they read."""
+    for node in graph.nodes:
+        if node in nodes:
+            yield RegionNode(
+                name=node.name,
+                call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
+                role=roles.get(node),
+                inputs=() if node in ends else tuple(n.name for n in node.all_input_nodes),
+            )
 
 
 def _parts(value: Value) -> list[Value]:

@@ -3,9 +3,11 @@
 index.md                 a line for each graph
 graph_0/before.py        the graph as Dynamo gave it, with inputs of the example's shapes
 graph_0/after.py         the graph as it went on
-graph_0/compare.py       runs both on equal inputs and prints how far they are apart
-graph_0/site_0.py        the op at the sizes of one site, against its specification
+graph_0/compare.py       runs both on equal inputs: do they differ by more than rounding?
+graph_0/site_0.py        the same of the op at the sizes of one site, and its specification
 graph_0/report.txt       the report; also .json and .html
+
+Of a graph that was compiled for training, the gradients are compared too.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import size_hint
+from .comparing import tensors_of
+from .compat import size_hint, source_name
+from .describing import readable
 from .report import Argument, GraphReport, Report, SiteReport
 
 _INDEX = """# Graphs
@@ -28,50 +32,65 @@ In the order of compilation. `python graph_N/compare.py` runs a graph before and
 |---|---|---|---|---|
 """
 _TENSOR = '''
-def tensor(shape, stride, dtype, device):
+def tensor(shape, stride, dtype, device, requires_grad=False):
     """Small random numbers, or zeros where they are whole, laid out as the example was."""
     made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-    return made.normal_(std=0.3) if dtype.is_floating_point else made.zero_()
+    if not dtype.is_floating_point:
+        return made.zero_()
+    return made.normal_(std=0.3).requires_grad_(requires_grad)
 '''
-_COMPARE = '''"""Run a graph before and after its rewriting on equal inputs, and compare."""
+_COMPARE = '''"""Run a graph before and after its rewriting on equal inputs, and compare {what}.
 
-import copy
+Errors are measured from the graph before in float64. Exits with 1 where one is more than rounding.
+"""
+
+import sys
 
 import torch
 
 import after
 import before
+from mhf_compiler.comparing import compare, judge
 
 torch.manual_seed(0)
-arguments, old, new = before.inputs(), before.module(), after.module()
+inputs, old, new = before.inputs(), before.module(), after.module()
 new.load_state_dict(old.state_dict())
-with torch.no_grad():
-    expected = old(*copy.deepcopy(arguments))
-    found = new(*copy.deepcopy(arguments))
-for number, (a, b) in enumerate(zip(expected, found, strict=True)):
-    if isinstance(a, torch.Tensor) and a.is_floating_point():
-        scale = max(a.abs().max().item(), 1e-30)
-        print(f"output {number}: relative difference {(a - b).abs().max().item() / scale:.2e}")
+sys.exit(judge(compare(old, new, inputs, before.NAMES)))
 '''
 _SITE = '''"""{place}
 
 {formula}
+
+Compares {what} of the op and of its specification.
+Exits with 1 where an error is more than rounding.
 """
+
+import sys
 
 import torch
 
 from mhf_compiler import multi_head_ffn
+from mhf_compiler.comparing import compare, judge
 from mhf_compiler.lowering import multi_head_ffn_reference
+
 {tensor}
 
 torch.manual_seed(0)
+inputs = {{
 {arguments}
+}}
 constants = {constants}
-with torch.no_grad():
-    found = multi_head_ffn({call}, **constants)
-    expected = multi_head_ffn_reference({call}, **constants)
-scale = max(expected.abs().max().item(), 1e-30)
-print(f"relative difference {{(found - expected).abs().max().item() / scale:.2e}}")
+
+
+def op(*given):
+    return multi_head_ffn(**dict(zip(inputs, given)), **constants)
+
+
+def specification(*given):
+    return multi_head_ffn_reference(**dict(zip(inputs, given)), **constants)
+
+
+sys.exit(judge(compare(specification, op, [*inputs.values()], [*inputs])))
 '''
 _NAMES = {
     "Q": "q",
@@ -89,12 +108,12 @@ _MANY = 64  # for a dynamic size of a site
 def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> None:
     """Write one graph, after its rewriting, into a new folder inside ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = _new_folder(folder)
-    (place / "before.py").write_text(program(report.before, gm))
-    (place / "after.py").write_text(program(report.after, gm))
-    (place / "compare.py").write_text(_COMPARE)
+    place, training = _new_folder(folder), _is_trained(gm)
+    (place / "before.py").write_text(program(report.before, gm, training))
+    (place / "after.py").write_text(program(report.after, gm, training))
+    (place / "compare.py").write_text(_COMPARE.format(what=_compared(training)))
     for number, site in enumerate(report.rewritten):
-        (place / f"site_{number}.py").write_text(site_program(site))
+        (place / f"site_{number}.py").write_text(site_program(site, training))
     whole = Report([report])
     (place / "report.txt").write_text(f"{whole}\n")
     whole.to_json(place / "report.json")
@@ -102,8 +121,9 @@ def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> None:
     _add_to_index(folder / "index.md", place.name, report)
 
 
-def program(code: str, gm: fx.GraphModule) -> str:
-    """A graph as a program that runs by itself."""
+def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
+    """A graph as a program that runs by itself; for training, its inputs require gradients."""
+    inputs = gm.graph.find_nodes(op="placeholder")
     return "\n".join(
         [
             '"""A graph from Dynamo, with inputs of the shapes that it was compiled for."""\n',
@@ -112,9 +132,15 @@ def program(code: str, gm: fx.GraphModule) -> str:
             "import mhf_compiler.lowering  # noqa: F401  (defines the op)\n",
             _TENSOR,
             "\n" + code.strip() + "\n\n",
+            "NAMES = [",
+            *(f"    {_name(node)!r}," for node in inputs),
+            "]\n\n",
             "def inputs():",
             "    return [",
-            *(f"        {_example(node)}," for node in gm.graph.nodes if node.op == "placeholder"),
+            *(
+                f"        {_made(_example(node), training and _may_train(node))},"
+                for node in inputs
+            ),
             "    ]\n\n",
             "def module():",
             "    made = GraphModule()",
@@ -128,9 +154,11 @@ def program(code: str, gm: fx.GraphModule) -> str:
     )
 
 
-def site_program(site: SiteReport) -> str:
+def site_program(site: SiteReport, training: bool = False) -> str:
     """The op at the sizes of a site, compared with its specification."""
-    given = {_NAMES[a.role]: _argument(a, site) for a in site.arguments if a.role in _NAMES}
+    tensors = {
+        _NAMES[a.role]: _argument(a, site, training) for a in site.arguments if a.role in _NAMES
+    }
     k_scale, u_scale, out_scale = site.scales
     constants = {
         "activation": site.activation,
@@ -138,16 +166,32 @@ def site_program(site: SiteReport) -> str:
         "u_scale": u_scale,
         "out_scale": out_scale,
     }
-    lines = [f"{name} = {text}" for name, text in {"u": "None", "r": "None", **given}.items()]
-    named = [f"{name}={name}" for name in given if name.endswith("_bias")]
+    inputs = {"q": "", "k": "", "u": "None", "v": "", "r": "None", **tensors}
     return _SITE.format(
-        place=f"{site.module or 'the model'} at {site.location or 'unknown source'}.",
+        place=f"{site.place}.",
         formula=site.formula,
+        what=_compared(training),
         tensor=_TENSOR,
-        arguments="\n".join(lines),
+        arguments="\n".join(f"    {name!r}: {text}," for name, text in inputs.items()),
         constants=constants,
-        call=", ".join(["q", "k", "u", "v", "r", *named]),
     )
+
+
+def _compared(training: bool) -> str:
+    return "results and gradients" if training else "results"
+
+
+def _is_trained(gm: fx.GraphModule) -> bool:
+    """Whether the compiled graph has a backward pass."""
+    examples = (_example(node) for node in gm.graph.find_nodes(op="placeholder"))
+    return torch.is_grad_enabled() and any(
+        x.requires_grad for example in examples for x in tensors_of(example)
+    )
+
+
+def _may_train(node: fx.Node) -> bool:
+    """Whether an input may require gradients, as all do but the buffers of modules."""
+    return "_buffers[" not in (source_name(node) or "")
 
 
 def _new_folder(folder: Path) -> Path:
@@ -172,25 +216,35 @@ def _add_to_index(path: Path, name: str, report: GraphReport) -> None:
         file.write(f"| [{name}]({name}/report.html) | {counts} | {of} |\n")
 
 
-def _example(node: fx.Node) -> str:
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def _name(node: fx.Node) -> str:
+    """What the model calls an input."""
+    return readable(source_name(node) or str(node.target))
+
+
+def _made(value: Any, requires_grad: bool = False) -> str:
     """An input like the example, in Python."""
-    return _made(node.meta.get("example_value", node.meta.get("val")))
-
-
-def _made(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         shape = tuple(size_hint(size) for size in value.shape)
         stride = tuple(size_hint(step) for step in value.stride())
-        return f"tensor({shape}, {stride}, {value.dtype}, {str(value.device)!r})"
+        return _tensor(shape, stride, value.dtype, value.device, requires_grad)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return repr(size_hint(value))
     return repr(value)
 
 
-def _argument(argument: Argument, site: SiteReport) -> str:
+def _argument(argument: Argument, site: SiteReport, requires_grad: bool) -> str:
     shape = tuple(size if isinstance(size, int) else _MANY for size in argument.shape)
     stride = torch.empty(shape, device="meta").stride()
-    return f"tensor({shape}, {stride}, torch.{argument.dtype}, {site.device!r})"
+    return _tensor(shape, stride, f"torch.{argument.dtype}", site.device, requires_grad)
+
+
+def _tensor(shape: Any, stride: Any, dtype: Any, device: Any, requires_grad: bool) -> str:
+    trained = ", requires_grad=True" if requires_grad else ""
+    return f"tensor({shape}, {stride}, {dtype}, {str(device)!r}{trained})"
 
 
 def _attributes(gm: fx.GraphModule) -> Iterator[str]:

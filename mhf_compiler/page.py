@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from .drawing import COLOURS, DrawingError, dot_source, render
+from .drawing import COLOURS, DrawingError, Frame, dot_source, frames, render
 from .printing import Group, grouped, headline, rows, why_nothing
-from .report import GraphReport, Report, SiteReport
+from .report import GraphReport, Report
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; --add: #2da44e2e; --del: #cf222e26; --soft: #8881 }
@@ -94,9 +94,10 @@ def _site(group: Group) -> str:
         for name, text in rows(group)
     )
     module = f" in {escape(group.where)}" if group.where else ""
+    number = f"Site {group.numbered}: " if site.reason is None else ""
     return (
-        f"<details data-entry open><summary><code>{escape(where)}</code>{module}</summary>"
-        f"{code}<table>{table}</table>{_picture(site)}</details>"
+        f"<details data-entry open><summary>{number}<code>{escape(where)}</code>{module}</summary>"
+        f"{code}<table>{table}</table>{_pictures(group)}</details>"
     )
 
 
@@ -108,24 +109,32 @@ def _role(name: str) -> str:
     )
 
 
-def _picture(site: SiteReport) -> str:
-    if not site.region:
+def _pictures(group: Group) -> str:
+    site, pictures = group.first, frames(group)
+    if not pictures:
         return ""
+    shown = "".join(_picture(frame) for frame in pictures)
+    if site.reason is None and not site.region:
+        shown = f"<p>Before, there were too many operations for a picture.</p>{shown}"
+    offends = any(node.role == "offends" for node in site.region)
+    title = "Before and after, arguments coloured by their roles"
+    if site.reason is not None:
+        title = "What offends, and what is around it" if offends else "What was matched"
+    return f"<details open><summary>{title}</summary>{shown}</details>"
+
+
+def _picture(frame: Frame) -> str:
+    """A picture with its title; without Graphviz, the operations one by one."""
+    what = frame.title.rpartition(": ")[2]
     try:
-        drawn = render(dot_source([site]), "svg").decode()
-        drawn = re.sub(r' id="[^"]*"', "", drawn[drawn.index("<svg") :])  # each page has them once
-        shown = f'<div class="picture">{drawn}</div>'
+        drawn = render(dot_source([Frame(what, frame.nodes)]), "svg").decode()
     except DrawingError:
-        calls = [f"{node.role or '':>3}  {node.call}" for node in site.region]
-        shown = f"<pre>{escape(chr(10).join(calls))}</pre>"
-    before = f"{len(site.region)} nodes, arguments coloured by their roles"
-    after = "" if site.reason is not None else f"<p>After: <code>{escape(_after(site))}</code></p>"
-    return f"<details><summary>What was matched: {before}</summary>{shown}{after}</details>"
-
-
-def _after(site: SiteReport) -> str:
-    arguments = ", ".join(f"{argument.role}={argument.name}" for argument in site.arguments)
-    return f"multi_head_ffn({arguments})"
+        rows = (f"{node.role or '':>7}  {' '.join(node.call.split())}" for node in frame.nodes)
+        calls = "\n".join(rows)
+        return f"<p>{escape(what)}</p><pre>{escape(calls)}</pre>"
+    drawn = re.sub(r' id="[^"]*"', "", drawn[drawn.index("<svg") :])  # each page has them once
+    named = f'<svg role="img" aria-label="{escape(frame.title)}"'
+    return f'<div class="picture" tabindex="0">{drawn.replace("<svg", named, 1)}</div>'
 
 
 def _graph(number: int, graph: GraphReport) -> str:

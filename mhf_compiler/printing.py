@@ -14,6 +14,7 @@ from .report import Operation, Report, SiteReport, Work
 
 _WIDTH = 100
 _MOST_PRODUCTS = 12
+_MOST_NUMBERS = 4
 _WHOLE = ("why", "operation", "what to do")  # never wrapped, to be searched for
 _ACTIVATIONS = ("Q", "R", "X")  # their names are numbered by the graph
 
@@ -67,7 +68,7 @@ def line_for(site: SiteReport) -> str:
     """A site in one line, for logs."""
     where = f"{site.location or 'unknown source'}{f' in {site.module}' if site.module else ''}"
     if site.reason is None:
-        return f"rewritten: {where}: {str(site).split(': ', 1)[1]}"
+        return f"rewritten: {where}: {site.sizes}"
     return f"declined: {where}: {site.reason.kind.name}: {site.reason}"
 
 
@@ -85,6 +86,17 @@ class Group:
 
     first: SiteReport
     modules: tuple[str | None, ...]
+    numbers: tuple[int, ...] = ()  # in the list that they were grouped from
+
+    @property
+    def numbered(self) -> str:
+        """Their numbers; many in a row as a range."""
+        first, last = self.numbers[0], self.numbers[-1]
+        if last - first + 1 == len(self.numbers) > 2:
+            return f"{first}-{last}"
+        shown = ", ".join(map(str, self.numbers[:_MOST_NUMBERS]))
+        more = len(self.numbers) - _MOST_NUMBERS
+        return f"{shown} and {more} more" if more > 0 else shown
 
     @property
     def where(self) -> str:
@@ -97,10 +109,13 @@ class Group:
 
 def grouped(sites: Sequence[SiteReport]) -> list[Group]:
     """Equal sites together, in the order in which they were found."""
-    found: dict[object, list[SiteReport]] = {}
-    for site in sites:
-        found.setdefault(_without_module(site), []).append(site)
-    return [Group(same[0], tuple(site.module for site in same)) for same in found.values()]
+    found: dict[object, list[int]] = {}
+    for number, site in enumerate(sites):
+        found.setdefault(_without_module(site), []).append(number)
+    return [
+        Group(sites[same[0]], tuple(sites[number].module for number in same), tuple(same))
+        for same in found.values()
+    ]
 
 
 def _without_module(site: SiteReport) -> SiteReport:
@@ -205,6 +220,7 @@ def _graph_breaks(report: Report) -> Iterator[str]:
 # The table.
 
 _COLUMNS: dict[str, Callable[[Group], object]] = {
+    "site": lambda group: group.numbered,
     "source": lambda group: group.first.location or "unknown",
     "module": lambda group: group.where,
     "heads": lambda group: _heads(group.first),

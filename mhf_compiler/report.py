@@ -5,7 +5,7 @@
         SiteReport         one MH-FFN that was rewritten, or one near-miss
           Argument         a tensor of the formula, by the model's own name for it
           Operation        the operation that decided a near-miss
-          RegionNode       one operation of what the op takes the place of
+          RegionNode       one operation of what is drawn
           Work             arithmetic, bytes and estimated times
         GraphBreak         why Dynamo ended the graph
 
@@ -67,12 +67,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class RegionNode:
-    """One operation, or one argument, of what the op takes the place of.
+    """One operation, or one argument, of a region.
 
     Attributes:
         name: of the node.
         call: the operation; of an argument, what the model calls it.
-        role: its letter in the formula, ``"out"``, or None for what lies between.
+        role: its letter in the formula, ``"out"``, ``"offends"`` for what decided a near-miss, or
+            None for what lies between.
         inputs: names of the nodes that it reads.
     """
 
@@ -141,7 +142,8 @@ class SiteReport:
         lowered: what runs instead, a sentence each.
         work: arithmetic, bytes and estimated times.
         operation: what decided that it was declined.
-        region: the graph that the op takes the place of; empty where it is too large to be read.
+        region: the graph that the op takes the place of, empty where it is too large to be read;
+            of a near-miss, what is around the operation that decided it.
         scales: of the gate, the up projection and the output.
         device: that it runs on.
     """
@@ -167,15 +169,24 @@ class SiteReport:
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     device: str | None = None
 
+    @property
+    def place(self) -> str:
+        """Its name: the module, and the line of the source."""
+        return f"{self.module or 'the model'} at {self.location or 'unknown source'}"
+
+    @property
+    def sizes(self) -> str:
+        """Its heads and sub-networks in a few words."""
+        if self.heads is None:
+            return "sizes unknown"
+        shared = f" ({self.kuv_heads} with weights)" if self.kuv_heads != self.heads else ""
+        return (
+            f"{self.heads} heads{shared} of width {self.head_dim}, "
+            f"{self.experts} x {self.expert_dim} hidden units, {self.activation}"
+        )
+
     def __str__(self) -> str:
-        sizes = "sizes unknown"
-        if self.heads is not None:
-            shared = f" ({self.kuv_heads} with weights)" if self.kuv_heads != self.heads else ""
-            sizes = (
-                f"{self.heads} heads{shared} of width {self.head_dim}, "
-                f"{self.experts} x {self.expert_dim} hidden units, {self.activation}"
-            )
-        return f"{self.location or 'unknown source'}: {sizes}"
+        return f"{self.location or 'unknown source'}: {self.sizes}"
 
 
 @dataclass
@@ -258,7 +269,7 @@ class Report:
         Path(path).write_text(page(self))
 
     def draw(self, path: str | PathLike[str]) -> None:
-        """Draw what was matched, by Graphviz, as ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
+        """Draw sites before and after, and near-misses: ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
 
         Raises:
             DrawingError: another format, nothing to draw, or no ``dot`` program.

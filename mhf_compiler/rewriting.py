@@ -9,6 +9,7 @@ treated in the same way.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +56,21 @@ class _Judged:
         return site_report(self.site, self.workload, self.estimate, reason)
 
 
-def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
+Keep = Callable[[fx.GraphModule, Site], None]
+
+
+def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None) -> GraphReport:
     """Put the op in place of every site of ``gm``, in place, and report what was done.
 
-    The graph of ``gm`` is replaced only when the whole edit has succeeded.
+    The graph of ``gm`` is replaced only when the whole edit has succeeded. Then ``keep`` is called
+    for each of ``report.rewritten``, in that order, with the site and the graph that it lies in.
     """
     before = gm.print_readable(print_output=False)
     report = GraphReport(before=before, after=before, operations=len(gm.graph.nodes))
     report.graph_break = graph_break(gm)
     if options.rewrite == "never":
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
-    elif not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report)):
+    elif not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, keep)):
         report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
     if report.rewritten:
         report.after = gm.print_readable(print_output=False)
@@ -73,9 +78,11 @@ def rewrite_graph(gm: fx.GraphModule, options: Options) -> GraphReport:
     return report
 
 
-def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -> None:
+def _rewrite_module(
+    gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None
+) -> None:
     for inner in _inner_graphs(gm):
-        _rewrite_module(inner, options, report)
+        _rewrite_module(inner, options, report, keep)
     findings = find_sites(gm, _shape_env(gm))
     report.looked_at += findings.looked_at
     if findings.untraceable is not None:
@@ -91,7 +98,10 @@ def _rewrite_module(gm: fx.GraphModule, options: Options, report: GraphReport) -
             accepted.append(judged)
         else:
             report.declined.append(judged.report(reason))
-    report.rewritten += [judged.report() for judged in _write(gm, accepted, findings, report)]
+    for judged in _write(gm, accepted, findings, report):
+        report.rewritten.append(judged.report())
+        if keep is not None:
+            keep(gm, judged.site)
 
 
 def _shape_env(gm: fx.GraphModule) -> Any | None:

@@ -14,7 +14,7 @@ The files in the order of thought:
 """
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
-from .canonical import CanonicalCopy, Value
+from .canonical import COPY, SCATTER, CanonicalCopy, Value
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
@@ -22,6 +22,8 @@ from .site import Location, Site, TensorView
 from .source import locate
 
 __all__ = [
+    "COPY",
+    "SCATTER",
     "STACK",
     "Axis",
     "CanonicalCopy",

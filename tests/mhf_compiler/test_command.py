@@ -16,6 +16,7 @@ import mhf_compiler.environment
 from mhf_compiler.command import commands
 from mhf_compiler.environment import Check
 from mhf_compiler.given import GivenError, TensorSpec, parse_tensor
+from mhf_compiler.lowering.activations import ACTIVATIONS
 
 MODELS = """
 import torch
@@ -28,6 +29,16 @@ class Heads(nn.Module):
 
     def forward(self, x, shift=0):
         return (x @ self.up).relu() @ self.down + shift
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Heads() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x) / 8
+        return x
 
 class Clamped(Heads):
     def forward(self, x):
@@ -134,17 +145,70 @@ def test_a_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch):
     assert done.stderr == "Error: device 'cuda': torch sees no CUDA device\n"
 
 
+def bench(model: str, *arguments: str) -> Result:
+    given = ("--input", "float32[4,6,8]", "--rounds", "2")
+    return call("bench", f"models_of_a_user:{model}", *given, *arguments)
+
+
+def times(output: str) -> list[str]:
+    """What was timed: the first words of the rows that have times."""
+    return [line.split("  ")[0] for line in output.splitlines() if " ms " in line]
+
+
 def test_bench_compares_both_ways():
-    done = call("bench", "models_of_a_user:Heads", "--input", "float32[4,6,8]", "--rounds", "2")
+    done = bench("Heads")
     assert done.exit_code == 0, done.output
-    lines = [line.split()[0] for line in done.stdout.splitlines() if " ms " in line or " x" in line]
-    assert lines == ["as", "rewritten", "speed-up"]
+    assert times(done.stdout) == ["forward"]
+    assert "as written     rewritten   speed-up" in done.stdout
+
+
+def test_bench_takes_one_site_by_its_number_in_the_report():
+    done = bench("Tower", "--site", "1", "--training")
+    assert done.exit_code == 0, done.output
+    title, numbers, *_ = done.stdout.splitlines()
+    assert title.startswith("site 1: layers.1 at ")
+    assert title.endswith("models_of_a_user.py:11: 4 heads of width 8, 1 x 5 hidden units, relu")
+    assert numbers.startswith("numbers agree: ")
+    assert times(done.stdout) == ["forward", "forward + backward"]
+    assert "  0-2   " in explain("Tower", "--rewrite", "always").stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "site", "message"),
+    [
+        ("Tower", "3", "there is no site 3: they are numbered 0 to 2"),
+        ("Tower", "-1", "there is no site -1: they are numbered 0 to 2"),
+        ("Heads", "1", "there is no site 1: the only one is 0"),
+        ("Clamped", "0", "0 MH-FFNs rewritten, 1 declined, in 1 graph: nothing to compare"),
+    ],
+)
+def test_a_site_that_is_not_there_is_one_line(model: str, site: str, message: str):
+    done = bench(model, "--site", site)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {message}")
+
+
+def test_no_times_where_the_numbers_disagree(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(ACTIVATIONS, "relu", ACTIVATIONS["silu"])
+    done = bench("Heads", "--site", "0")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: 1 of 1 results are wrong: output 0: error ")
+    assert times(done.stdout) == []
 
 
 def test_bench_needs_something_to_compare():
-    done = call("bench", "models_of_a_user:Clamped", "--input", "float32[4,6,8]")
+    done = bench("Clamped")
     assert done.exit_code == 2
     assert done.stderr.startswith("Error: 0 MH-FFNs rewritten, 1 declined")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--site", "0")])
+def test_bench_needs_the_device(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = bench("Heads", "--device", "cuda", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr == "Error: device 'cuda': torch sees no CUDA device\n"
 
 
 def test_info_says_what_runs_and_why_not(monkeypatch: pytest.MonkeyPatch):

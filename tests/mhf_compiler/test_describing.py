@@ -213,6 +213,84 @@ def test_the_kernel_that_sizes_select(
     assert forward.startswith(kernel)
 
 
+HOPPERS = (
+    "backward kernel for Hopper of dQ and dR: 128 tokens x 64 hidden units, 3 stages",
+    "backward kernel for Hopper of dV: 64 tokens x 128 hidden units, 4 stages",
+    "backward kernel for Hopper of dK and dU: 64 tokens x 128 hidden units, 3 stages",
+)
+PLAIN = (
+    "backward kernel of dQ and dR: 128 tokens x 64 hidden units, 8 warps, 3 stages",
+    "backward kernel of dV: 64 tokens x 128 hidden units, 8 warps, 3 stages",
+    "backward kernel of dK and dU: 32 tokens x 64 hidden units, 4 warps, 3 stages",
+)
+AMPERES = (
+    "backward kernel of dQ and dR: 64 tokens x 32 hidden units, 4 warps, 2 stages",
+    "backward kernel of dV: 64 tokens x 128 hidden units, 8 warps, 2 stages",
+    "backward kernel of dK and dU: 64 tokens x 64 hidden units, 8 warps, 2 stages",
+)
+
+
+@pytest.mark.parametrize(
+    ("card", "changes", "expected"),
+    [
+        ((9, 0), {}, HOPPERS),
+        ((9, 0), {"length": None}, HOPPERS),
+        ((9, 0), {"biased": (False, False, True)}, (PLAIN[0], *HOPPERS[1:])),
+        ((9, 0), {"biased": (True, False, False)}, PLAIN),
+        ((9, 0), {"routed": False}, (HOPPERS[0].replace(" and dR", ""), *HOPPERS[1:])),
+        ((9, 0), {"gated": False}, (*PLAIN[:2], PLAIN[2].replace(" and dU", ""))),
+        ((8, 0), {}, AMPERES),
+        ((8, 0), {"length": None}, AMPERES),
+    ],
+)
+def test_the_backward_kernels_that_sizes_select(
+    card: tuple[int, int],
+    changes: dict[str, Any],
+    expected: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pytest.importorskip("triton")
+    import mhf_compiler.lowering.kernels.launching as launching
+
+    monkeypatch.setattr(launching, "capability", lambda device: card)
+    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    found = kernels_of(workload(training=True, **changes))[-3:]
+    assert tuple(text.removesuffix(" (where strides allow it)") for text in found) == expected
+    assert all(("Hopper" in text) == ("strides" in text) for text in found)
+    assert not any("backward kernel" in text for text in kernels_of(workload(**changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch": 1, "length": 512}, {"head_dim": 256}, {"head_dim": 32}, {"dtype": torch.float32}],
+)
+def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("triton")
+    import mhf_compiler.lowering.kernels.launching as launching
+
+    monkeypatch.setattr(launching, "capability", lambda device: (9, 0))
+    found = kernels_of(workload(training=True, **changes))
+    assert len([text for text in found if text.startswith("backward kernel of d")]) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [{}, {"length": 100, "batch": 1}])
+def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
+    """Hopper's own have names of their own in a profile."""
+    from mhf_compiler.lowering.workload import trial_run
+
+    w = workload(training=True, heads=2, kuv_heads=2, experts=2, **shape)
+    trial_run(w)  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        trial_run(w)
+    ran = " ".join(event.key for event in profiled.key_averages())
+    said = [text for text in kernels_of(w) if text.startswith("backward kernel ")]
+    for kernel, text in zip(("query", "down", "up"), said, strict=True):
+        assert (f"hopper_{kernel}_kernel" in ran) == ("for Hopper" in text), kernel
+
+
 def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
     import mhf_compiler.lowering.kernels.launching as launching

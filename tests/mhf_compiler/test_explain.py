@@ -131,9 +131,9 @@ def test_the_printed_report_of_rewritten_networks():
 2 MH-FFNs rewritten, 0 declined, in 1 graph
 
 Rewritten
-  source  module  heads  width  sub-networks  hidden units  router
-  FILE  0  4  8  1 x 5  silu(gate) * up  no
-  FILE  2  4 (2 kuv)  8  3 x 5  gelu  yes
+  site  source  module  heads  width  sub-networks  hidden units  router
+  0  FILE  0  4  8  1 x 5  silu(gate) * up  no
+  1  FILE  2  4 (2 kuv)  8  3 x 5  gelu  yes
 
   FILE
       out = hidden @ self.down  # of Heads
@@ -189,8 +189,8 @@ def test_the_printed_report_of_both():
 1 MH-FFN rewritten, 1 declined, in 1 graph
 
 Rewritten
-  source  module  heads  width  sub-networks  hidden units  router
-  FILE  0  4  8  1 x 5  silu(gate) * up  no
+  site  source  module  heads  width  sub-networks  hidden units  router
+  0  FILE  0  4  8  1 x 5  silu(gate) * up  no
 
   FILE
       out = hidden @ self.down  # of Heads

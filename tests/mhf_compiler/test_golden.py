@@ -185,8 +185,8 @@ def test_the_report_of_a_rewritten_model():
 1 MH-FFN rewritten, 0 declined, in 1 graph
 
 Rewritten
-  source  module  heads  width  sub-networks  hidden units  router
-  positive.py  4  8  3 x 5  silu(gate) * up  yes
+  site  source  module  heads  width  sub-networks  hidden units  router
+  0  positive.py  4  8  3 x 5  silu(gate) * up  yes
 
   positive.py
       out += hidden @ v[:, e] * s_out * r[..., e : e + 1]

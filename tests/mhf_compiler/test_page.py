@@ -1,5 +1,6 @@
 """The page and the pictures: what is on them, that they need nothing else, and how they behave."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 import mhf_compiler
 from mhf_compiler import Report
-from mhf_compiler.drawing import DrawingError, dot_source
+from mhf_compiler.drawing import DrawingError, Frame, dot_source, frames, render
 from mhf_compiler.page import difference, page
-from mhf_compiler.report import GraphReport
+from mhf_compiler.printing import Group, grouped
+from mhf_compiler.report import Argument, GraphReport, SiteReport
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs Graphviz")
@@ -123,12 +125,73 @@ def test_the_region_leads_from_the_arguments_to_the_output(report: Report):
     assert not any("sigmoid" in node.call for node in site.region)  # that makes R
 
 
+def frames_of(report: Report) -> dict[str, Frame]:
+    """By what they show: before, after, and the kind of what was declined."""
+    groups = [*grouped(report.rewritten), *grouped(report.declined)]
+    return {f.title.rpartition(": ")[2]: f for group in groups for f in frames(group)}
+
+
+def calls(frame: Frame) -> dict[str, str]:
+    return {node.role: node.call for node in frame.nodes if node.role}
+
+
 def test_a_region_in_graphvizs_language(report: Report):
-    (site,) = report.rewritten
-    source = dot_source([site])
+    before = frames_of(report)["before"]
+    source = dot_source([before])
     assert source.startswith("digraph sites {")
     assert 'label="K: found.gate" fillcolor="#ffb703"' in source
-    assert source.count(" -> ") == sum(len(node.inputs) for node in site.region)
+    assert source.count(" -> ") == sum(len(node.inputs) for node in before.nodes)
+
+
+def test_after_it_the_op_reads_the_arguments(report: Report):
+    after = frames_of(report)["after"]
+    assert calls(after)["K"] == "found.gate\n(4, 3, 5, 8)"
+    assert calls(after)["out"] == "multi_head_ffn(silu)"
+    (op,) = (node for node in after.nodes if node.role == "out")
+    assert op.inputs == ("Q", "K", "U", "V", "R")
+
+
+def test_scales_and_the_residual_are_shown_where_they_are():
+    """The residual is added behind the op, which is called with the scales."""
+    arguments = tuple(Argument(role, role.lower(), (2, 3), "float32") for role in ("Q", "K", "X"))
+    site = SiteReport(activation="gelu", arguments=arguments, scales=(0.5, 1.0, 2.0))
+    (after,) = frames(Group(site, (None,)))
+    named = {node.name: node for node in after.nodes}
+    assert named["op"].call == "multi_head_ffn(gelu, k_scale=0.5, out_scale=2)"
+    assert named["op"].inputs == ("Q", "K")
+    assert (named["out"].role, named["out"].inputs) == ("out", ("op", "X"))
+
+
+def test_what_offends_is_marked_among_what_is_around(report: Report):
+    around = frames_of(report)["declined, DIFFERENT_QUERIES"]
+    assert "einsum_1 = einsum(" in calls(around)["offends"]
+    shown = " ".join(node.call for node in around.nodes)
+    for near in ("missed.gate", "missed.up", "missed.down", "layer_norm", "silu"):
+        assert near in shown, near
+    (marked,) = (line for line in dot_source([around]).splitlines() if "offends: " in line)
+    assert "penwidth=4" in marked
+
+
+def test_what_is_around_is_what_it_is_made_of_and_what_is_made_of_it():
+    """Not the other readers of the same input, nor more than can be read."""
+    missed = NEAR_MISSES["DifferentQueries"]
+    models = nn.ModuleList(missed.build() for _ in range(30))
+    explained = mhf_compiler.explain(lambda x: [model(x) for model in models])(*missed.inputs())
+    for number, miss in enumerate(explained.declined):
+        weights = [node.call for node in miss.region if node.call.endswith((".gate", ".up"))]
+        assert weights, number
+        assert all(f".{number}." in name for name in weights), weights
+        assert len(miss.region) <= 24
+
+
+@needs_dot
+def test_frames_stand_one_under_the_other(report: Report):
+    source = dot_source([*frames_of(report).values()])
+    drawn = render(source, "dot").decode()
+    boxes = re.findall(r'cluster_\d \{\s*graph \[bb="[\d.]+,([\d.]+),[\d.]+,([\d.]+)"', drawn)
+    assert len(boxes) == 3
+    for (low, _), (_, high) in itertools.pairwise(boxes):
+        assert float(low) > float(high)
 
 
 @needs_dot
@@ -139,8 +202,11 @@ def test_pictures_are_drawn(report: Report, name: str, start: bytes, tmp_path: P
 
 
 @needs_dot
-def test_the_page_has_a_picture_of_each_site(report: Report):
-    assert page(report).count("<svg") == 1
+def test_the_page_has_pictures_before_and_after_and_of_what_offends(report: Report):
+    text = page(report)
+    for named in ("before", "after", "declined, DIFFERENT_QUERIES"):
+        assert re.search(rf'<svg role="img" aria-label="[^"]*: {named}"', text), named
+    assert text.count("<svg") == 3
 
 
 def test_without_graphviz_drawing_says_so_and_the_page_lists(
@@ -151,7 +217,8 @@ def test_without_graphviz_drawing_says_so_and_the_page_lists(
         report.draw(tmp_path / "p.svg")
     text = page(report)
     assert "<svg" not in text
-    assert "  K  found.gate" in text
+    for listed in ("K  found.gate\n", "out  multi_head_ffn(silu)", "offends  einsum_1 = einsum("):
+        assert listed in text, listed
 
 
 def test_what_cannot_be_drawn_is_said(report: Report, tmp_path: Path):

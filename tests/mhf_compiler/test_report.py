@@ -10,6 +10,7 @@ import pytest
 import mhf_compiler.report
 from mhf_compiler import Report, SiteReport
 from mhf_compiler.patterns import Kind, Location, Reason
+from mhf_compiler.printing import grouped
 from mhf_compiler.report import Argument, GraphBreak, GraphReport, Operation, Work
 
 KEYS = Path(__file__).parents[2] / "docs" / "report.md"
@@ -172,6 +173,23 @@ def test_near_misses_of_different_lines_are_printed_each():
     other = replace(MISS, location=replace(HERE, line=13))
     text = str(Report([GraphReport("", "", declined=[MISS, other])]))
     assert text.count("what to do") == 2
+
+
+@pytest.mark.parametrize(
+    ("order", "numbers"),
+    [
+        ("aab", ("0, 1", "2")),
+        ("aaaab", ("0-3", "4")),
+        ("abab", ("0, 2", "1, 3")),
+        ("abababababab", ("0, 2, 4, 6 and 2 more", "1, 3, 5, 7 and 2 more")),
+    ],
+)
+def test_sites_are_numbered_in_the_order_of_the_report(order: str, numbers: tuple[str, ...]):
+    kinds = {"a": SITE, "b": replace(SITE, activation="gelu")}
+    groups = grouped([kinds[kind] for kind in order])
+    assert tuple(group.numbered for group in groups) == numbers
+    (first, *_) = printed(*(kinds[kind] for kind in order)).split("  source ")[1].splitlines()[1:]
+    assert first.startswith(f"  {numbers[0]}  ")
 
 
 def test_layers_that_differ_are_printed_each():

@@ -1,0 +1,193 @@
+"""What PyTorch offers for finding a fault works with this back end as with Inductor's.
+
+Each is a process of its own, since PyTorch reads most of its settings when it is imported.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BACKENDS = ["inductor", "flashmhf"]
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
+
+    def forward(self, x):
+        out = (x @ self.up).relu() @ self.down  # the network
+        return out.sin()  # behind it
+
+
+class Wrong(Heads):
+    def forward(self, x):
+        return super().forward(x) + x[:, 1:]  # does not fit
+
+
+def unlowered(x):
+    raise NotImplementedError("this is not lowered")
+
+
+backend, what = sys.argv[1:]
+model = Wrong() if what == "wrong" else Heads()
+if what == "unlowered":
+    import torch._inductor.lowering as lowering
+
+    lowering.lowerings[torch.ops.aten.sin.default] = unlowered
+torch.set_grad_enabled(what != "inference")
+options = {"rewrite": "always"} if backend == "flashmhf" else None
+torch.compile(model, backend=backend, options=options)(torch.randn(4, 6, 8))
+"""
+# In place of a C++ compiler: a failure that takes no time.
+NO_COMPILER = """#!/bin/sh
+case "$*" in
+  *-dumpversion*|*--version*) echo "g++ (GCC) 12.2.0";;
+  *) echo "no compiler today"; exit 1;;
+esac
+"""
+
+
+def line_of(text: str) -> int:
+    return next(n for n, line in enumerate(SCRIPT.splitlines(), 1) if text in line)
+
+
+def execute(
+    script: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    folder = script.parent
+    # Nothing is taken from another run, nor left for one.
+    settings = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **(environment or {})}
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(
+    folder: Path, backend: str, what: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    return execute(script, backend, what, environment=environment)
+
+
+def without_compiler(folder: Path) -> dict[str, str]:
+    compiler = folder / "c++"
+    compiler.write_text(NO_COMPILER)
+    compiler.chmod(0o755)
+    return {"CXX": str(compiler)}
+
+
+# The minifier.
+
+
+@pytest.fixture(scope="module", params=["dynamo", "aot"])
+def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that the minifier writes where the compiled graph does not compile."""
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = {"TORCHDYNAMO_REPRO_AFTER": request.param, "TORCH_COMPILE_DEBUG_DIR": str(folder)}
+    done = run(folder, "flashmhf", "training", **without_compiler(folder), **settings)
+    assert "no compiler today" in done.stderr
+    (path,) = folder.rglob("minifier_launcher.py")
+    return path
+
+
+def test_the_minifiers_program_names_the_back_end_or_has_the_op(launcher: Path):
+    text = launcher.read_text()
+    if "after_aot" in text:
+        assert "torch.ops.mhf_compiler.multi_head_ffn.default(" in text
+        assert "import mhf_compiler.lowering" in text
+    else:
+        assert "backend='flashmhf'" in text
+        assert "multi_head_ffn" not in text
+
+
+def test_the_minifiers_program_fails_as_the_model_did(launcher: Path):
+    done = execute(launcher, "run", environment=without_compiler(launcher.parent))
+    assert done.returncode != 0
+    assert "no compiler today" in done.stderr
+
+
+def test_the_minifier_finds_a_smaller_program(launcher: Path):
+    if "after_aot" in launcher.read_text():
+        pytest.skip("what fails in the C++ compiler is not minified after autograd, by none")
+    done = execute(launcher, "minify", environment=without_compiler(launcher.parent))
+    assert "Wrote minimal repro out to" in done.stderr
+    assert "backend='flashmhf'" in (launcher.parent / "repro.py").read_text()
+
+
+# Errors.
+
+
+def told(stderr: str) -> list[str]:
+    """The last lines of an error, without what differs from run to run."""
+    text = re.sub(r"/\S+/|0x\w+|\d+\.\d+", "", stderr)
+    return [line for line in text.splitlines() if line.strip()][-8:]
+
+
+def test_an_error_of_the_model_is_told_as_with_inductor(tmp_path: Path):
+    errors = [run(tmp_path, backend, "wrong").stderr for backend in BACKENDS]
+    for error in errors:
+        assert f'script.py", line {line_of("does not fit")}, in forward' in error
+        assert "return super().forward(x) + x[:, 1:]  # does not fit" in error
+    assert told(errors[0]) == told(errors[1])
+
+
+def test_what_inductor_cannot_compile_is_told_with_the_users_line(tmp_path: Path):
+    for backend in BACKENDS:
+        error = run(tmp_path, backend, "unlowered").stderr
+        assert "this is not lowered" in error
+        assert f'script.py", line {line_of("behind it")}, in forward' in error, backend
+
+
+# TORCH_COMPILE_DEBUG.
+
+
+def debug_folder(folder: Path, backend: str) -> Path:
+    settings = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(folder)}
+    done = run(folder, backend, "inference", **settings)
+    assert done.returncode == 0, done.stderr
+    (found,) = {path.parent for path in folder.glob("torch_compile_debug/**/output_code.py")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def inductors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return debug_folder(tmp_path_factory.mktemp("inductor"), "inductor")
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return debug_folder(tmp_path_factory.mktemp("flashmhf"), "flashmhf")
+
+
+def test_the_debug_folder_shows_the_op_with_the_users_line(ours: Path):
+    graph = (ours / "fx_graph_readable.py").read_text()
+    above = graph.split("torch.ops.mhf_compiler.multi_head_ffn.default(")[0]
+    assert f"script.py:{line_of('# the network')} in forward" in above.rpartition("# File: ")[2]
+    assert "multi_head_ffn" in (ours / "output_code.py").read_text()
+
+
+def test_the_debug_folder_is_that_of_inductor(ours: Path, inductors: Path):
+    names = {path.name for path in inductors.iterdir()}
+    assert {"fx_graph_readable.py", "fx_graph_runnable.py", "output_code.py"} <= names
+    assert {path.name for path in ours.iterdir()} == names
+
+
+def test_the_debug_folders_program_runs(ours: Path):
+    done = execute(ours / "fx_graph_runnable.py")
+    assert done.returncode == 0, done.stderr
