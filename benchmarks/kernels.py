@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mhf_compiler.lowering import kernels
 from mhf_compiler.lowering.kernels import backward_pass, forward_pass
-from mhf_compiler.lowering.kernels.launching import Problem, capability
+from mhf_compiler.lowering.kernels.launching import Problem, capability, recorded
 from mhf_compiler.lowering.kernels.loads import tokens_innermost
-from mhf_compiler.lowering.kernels.tiles import Kernel, Tile, choose, choose_pipelined
+from mhf_compiler.lowering.kernels.tiles import Kernel, Tile, choose
 
 from .harness import (
     Benchmark,
@@ -191,24 +191,13 @@ def hopper_kernel(
     kernel: Kernel, problem: Problem, grad_out: Tensor, outputs: list[Tensor]
 ) -> Callable[[], list[Tensor]] | None:
     """A run of Hopper's own kernel; None where there is none for the device or the problem."""
-    if capability(problem.q.device) != (9, 0):
+    tensors = outputs if kernel == "forward" else [grad_out, *outputs]
+    if not kernels.run_hopper(kernel, problem, *tensors):
         return None
-    from mhf_compiler.lowering.kernels import hopper_backward, hopper_forward
-
-    if kernel == "forward":
-        tile = choose_pipelined(itemsize=problem.q.element_size(), **sizes(problem))
-        plan = None if tile is None else hopper_forward.plan(problem, outputs[0], tile)
-        if plan is None:
-            return None
-        call = partial(hopper_forward.run_hopper_forward, problem, outputs[0], plan)
-    else:
-        start = getattr(hopper_backward, f"run_{kernel}")
-        if not kernels._suits_hopper_backward(problem) or not start(problem, grad_out, *outputs):
-            return None
-        call = partial(start, problem, grad_out, *outputs)
+    again = recorded(lambda: kernels.run_hopper(kernel, problem, *tensors))
 
     def run() -> list[Tensor]:
-        call()
+        again()
         return outputs
 
     return run

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from .lowering.workload import Workload
 
 if TYPE_CHECKING:
@@ -65,52 +63,22 @@ def _backward_kernels(w: Workload) -> tuple[str, ...]:
 
 
 def _backward_kernel(kernel: Kernel, of: str, w: Workload) -> str:
-    blocks = _hopper_blocks(kernel, w)
-    if blocks is None:
-        return f"backward kernel of {of}: {_plain_tile(kernel, w)}"
-    own, streamed, stages = blocks
-    tokens, hidden = (own, streamed) if kernel == "query" else (streamed, own)
-    return f"backward {_for_hopper(tokens, hidden, stages, f' of {of}')}"
+    from .lowering.kernels.launching import capability, interpreted
+    from .lowering.kernels.tiles import choose_streamed
 
-
-def _hopper_blocks(kernel: Kernel, w: Workload) -> tuple[int, int, int] | None:
-    """What a program of Hopper's own backward kernel owns, what streams past it, and the stages.
-
-    None where plain Triton's runs. Which one does is asked of the launch itself, with tensors that
-    have no memory.
-    """
-    from .lowering import kernels
-    from .lowering.kernels.launching import Problem, capability
-    from .lowering.kernels.tiles import padded_width
-
-    def like(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=w.dtype, device="meta")
-
-    weight, unit = like(*w.weight_shape), like(*w.weight_shape[:3])
-    gate_bias, up_bias, down_bias = w.biased
-    problem = Problem(
-        q=like(1, _tokens(w), w.heads, w.head_dim),
-        k=weight,
-        u=weight if w.gated else None,
-        v=weight,
-        r=like(1, _tokens(w), w.heads, w.experts) if w.routed else None,
-        k_bias=unit if gate_bias else None,
-        u_bias=unit if up_bias else None,
-        v_bias=like(w.kuv_heads, w.experts, w.head_dim) if down_bias else None,
-        activation=w.activation,
-        k_scale=1.0,
-        u_scale=1.0,
-        out_scale=1.0,
+    own = choose_streamed(
+        kernel,
+        tokens=_tokens(w),
+        width=w.head_dim,
+        itemsize=w.dtype.itemsize,
+        capability=capability(w.device),
+        gated=w.gated,
+        routed=w.routed,
+        biased=w.biased,
     )
-    # Of a tensor without memory it takes the card to be the newest that it knows.
-    if capability(w.device) != (9, 0) or not kernels._suits_hopper_backward(problem):
-        return None
-    if kernel == "query" and w.routed and down_bias:
-        return None
-    from .lowering.kernels import hopper_backward as hopper
-
-    blocks = hopper._BLOCKS[kernel][padded_width(w.head_dim)]
-    return hopper._CONSUMERS.value * hopper._ROWS.value, blocks.columns, blocks.stages
+    if own is None or interpreted():
+        return f"backward kernel of {of}: {_plain_tile(kernel, w)}"
+    return f"backward {_for_hopper(*own.sizes(kernel), own.stages, f' of {of}')}"
 
 
 def _for_hopper(tokens: int, hidden: int, stages: int, of: str = "") -> str:

@@ -63,7 +63,7 @@ def _sigmoid(y: Expression) -> Expression:
     return 1 / (1 + sympy.exp(-y))
 
 
-class Clamped(sympy.Function):  # type: ignore[misc]
+class Clamped(sympy.Function):
     """``clamp(x, min=0)`` where gradients are recorded: a relu but for its slope at 0, which is 1.
 
     A network whose gates start at zero learns with one and not with the other.

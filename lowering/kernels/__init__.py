@@ -32,11 +32,9 @@ from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
 from .launching import Problem, capability, interpreted, repeat
 from .loads import token_axes, tokens_innermost
-from .tiles import Kernel, Row, Tile, choose, choose_pipelined, padded_width
+from .tiles import Kernel, Row, Tile, choose, choose_pipelined, choose_streamed
 
 __all__ = ["backward", "forward"]
-
-_FEWEST_TOKENS = 1024  # for Hopper's own backward kernels; fewer leave most of a card idle anyway
 
 
 def forward(
@@ -142,17 +140,32 @@ def run_hopper(kernel: Kernel, problem: Problem, *tensors: Tensor | None) -> boo
     if kernel == "forward":
         (out,) = tensors
         return out is not None and _run_pipelined(problem, out)
-    if not _suits_hopper_backward(problem):
+    batch, length, _, width = problem.q.shape
+    tile = choose_streamed(
+        kernel,
+        tokens=batch * length,
+        width=width,
+        itemsize=problem.q.element_size(),
+        capability=capability(problem.q.device),
+        gated=problem.u is not None,
+        routed=kernel == "query" and tensors[-1] is not None,
+        biased=(
+            problem.k_bias is not None,
+            problem.u_bias is not None,
+            problem.v_bias is not None,
+        ),
+    )
+    if tile is None or interpreted():
         return False
     # Imported by the first call that may need it: other devices need not have Gluon.
     from . import hopper_backward as hopper
 
-    kernels: dict[Kernel, Any] = {
+    run: dict[Kernel, Any] = {
         "query": hopper.run_query,
         "down": hopper.run_down,
         "up": hopper.run_up,
     }
-    return kernels[kernel](problem, *tensors)
+    return run[kernel](problem, *tensors, tile)
 
 
 def _run_plain(kernel: Kernel, problem: Problem, run: Callable[[Tile], None]) -> None:
@@ -164,21 +177,6 @@ def _run_plain(kernel: Kernel, problem: Problem, run: Callable[[Tile], None]) ->
         if row is None:
             raise
         run(_tile(kernel, problem))  # it was timed on tensors whose layout takes less room
-
-
-def _suits_hopper_backward(problem: Problem) -> bool:
-    """Whether Hopper's own backward kernels know the problem; they look at the layouts later."""
-    batch, length, _, width = problem.q.shape
-    return (
-        capability(problem.q.device) == (9, 0)
-        and not interpreted()
-        and problem.q.element_size() == 2
-        and padded_width(width) in (64, 128)
-        and batch * length >= _FEWEST_TOKENS
-        and problem.u is not None
-        and problem.k_bias is None
-        and problem.u_bias is None
-    )
 
 
 def _run_pipelined(problem: Problem, out: Tensor) -> bool:

@@ -53,29 +53,13 @@ from .loads import (
     token_operand,
     weight_operand,
 )
-from .tiles import Tile, padded_width
+from .tiles import StreamedTile, Tile, padded_width
 
 _CONSUMERS = gl.constexpr(2)  # warpgroups that compute; a warp beside them moves tiles
 _ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the query kernel, else hidden units
 _REGISTERS = gl.constexpr(240)  # of a consumer's thread
 _MOST_PARTS = 4
 _FEWEST_STEPS = 32  # tiles of tokens in a part: below, adding the parts costs what they save
-
-
-class Blocks(NamedTuple):
-    """The tiles that stream past the consumers."""
-
-    columns: int  # hidden units in the query kernel, tokens in the other two
-    stages: int  # tiles in shared memory
-
-
-_BLOCKS: dict[str, dict[int, Blocks]] = {  # by padded head width
-    "query": {64: Blocks(64, 5), 128: Blocks(64, 3)},
-    # Never as many tokens as columns of the head: the assembler then lets two operands of the
-    # products, of equal shape, share registers, though one of them lives on.
-    "down": {64: Blocks(128, 4), 128: Blocks(64, 4)},
-    "up": {64: Blocks(64, 3), 128: Blocks(64, 3)},
-}
 
 
 class Parts(NamedTuple):
@@ -657,14 +641,13 @@ def add_weight_parts_kernel(
         store_weights(dW, acc * SCALE, dW_strides, g, e, f0, F, D, BF, BD, dW_layout)
 
 
-def run_query(problem: Problem, grad_out: Tensor, dq: Tensor | None, dr: Tensor | None) -> bool:
+def run_query(
+    problem: Problem, grad_out: Tensor, dq: Tensor | None, dr: Tensor | None, blocks: StreamedTile
+) -> bool:
     """Fill dQ (B, L, H, d) and dR (B, L, H, E); False where a tensor's layout rules it out."""
-    if dr is not None and problem.v_bias is not None:
-        return False
     axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
-    heads, width = problem.q.shape[2:]
-    blocks = _BLOCKS["query"][padded_width(width)]
-    tile = Tile(_ROWS.value, blocks.columns, 4, blocks.stages, descriptors=True)
+    heads = problem.q.shape[2]
+    tile = Tile(_ROWS.value, blocks.streamed, 4, blocks.stages, descriptors=True)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -682,17 +665,16 @@ def run_query(problem: Problem, grad_out: Tensor, dq: Tensor | None, dr: Tensor 
         # Through pointers: each row of a product needs one value, and each thread has two rows.
         arguments[name] = x
         arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
-    arguments |= _constants(problem, axes, blocks) | {"BF": blocks.columns}
+    arguments |= _constants(problem, axes, blocks) | {"BF": blocks.streamed}
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
     start(hopper_query_kernel, programs, tile, grad_out.device, arguments)
     return True
 
 
-def run_down(problem: Problem, grad_out: Tensor, dv: Tensor) -> bool:
+def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, blocks: StreamedTile) -> bool:
     """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
     axes = token_axes(problem.q, problem.r, grad_out)
-    blocks = _BLOCKS["down"][padded_width(problem.q.shape[3])]
-    tile = Tile(blocks.columns, _ROWS.value, 4, blocks.stages, descriptors=True)
+    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, descriptors=True)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -704,19 +686,20 @@ def run_down(problem: Problem, grad_out: Tensor, dv: Tensor) -> bool:
     arguments = _arguments(operands, ("K", "U", "dV"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.columns}
+    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.streamed}
     gradients = {"dV": (dv, 1.0)}
     _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, gradients)
     return True
 
 
-def run_up(problem: Problem, grad_out: Tensor, dk: Tensor | None, du: Tensor | None) -> bool:
+def run_up(
+    problem: Problem, grad_out: Tensor, dk: Tensor | None, du: Tensor | None, blocks: StreamedTile
+) -> bool:
     """Fill dK and dU (G, E, f, d); False where a layout, or one of them missing, rules it out."""
     if dk is None or du is None:
         return False
     axes = token_axes(problem.q, problem.r, grad_out)
-    blocks = _BLOCKS["up"][padded_width(problem.q.shape[3])]
-    tile = Tile(blocks.columns, _ROWS.value, 4, blocks.stages, descriptors=True)
+    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, descriptors=True)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -730,7 +713,7 @@ def run_up(problem: Problem, grad_out: Tensor, dk: Tensor | None, du: Tensor | N
     arguments = _arguments(operands, ("K", "U", "V", "dK", "dU"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.columns}
+    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.streamed}
     gradients = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
     _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, gradients)
     return True
@@ -757,7 +740,7 @@ def _sum_over_tokens(
     kernel: Any,
     problem: Problem,
     axes: TokenAxes,
-    blocks: Blocks,
+    blocks: StreamedTile,
     tile: Tile,
     arguments: dict[str, Any],
     gradients: dict[str, tuple[Tensor, float]],
@@ -765,7 +748,7 @@ def _sum_over_tokens(
     """Launch a kernel of weights' gradients, and add what it leaves in parts."""
     groups, networks, hidden, width = problem.k.shape
     owners = triton.cdiv(networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
-    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.columns)
+    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.streamed)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
     arguments["whole"], arguments["parts"] = plan.whole, plan.parts
     shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, padded_width(width))
@@ -797,7 +780,7 @@ def _sum_over_tokens(
         start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
 
-def _constants(problem: Problem, axes: TokenAxes, blocks: Blocks) -> dict[str, Any]:
+def _constants(problem: Problem, axes: TokenAxes, blocks: StreamedTile) -> dict[str, Any]:
     groups, networks, hidden, width = problem.k.shape
     return {
         "B": axes.batch,

@@ -176,7 +176,7 @@ def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], N
             step.compiled[(step.programs, 1, 1)](*arguments)
 
 
-def recorded(run: Callable[[], None]) -> Callable[[], None]:
+def recorded(run: Callable[[], object]) -> Callable[[], None]:
     """Call `run`, and return what launches the same on the same tensors, almost without the host.
 
     For timing alone: it keeps the tensors, and what `run` did beside launching is not done again.

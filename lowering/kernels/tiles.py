@@ -41,6 +41,18 @@ class PipelinedTile:
     trailing: bool  # V's product runs during the next tile's activation
 
 
+@dataclass(frozen=True)
+class StreamedTile:
+    """How Hopper's own backward kernels (hopper_backward.py) cut their work."""
+
+    streamed: int  # hidden units that pass by 128 tokens in the query kernel, else the reverse
+    stages: int  # of them in shared memory
+
+    def sizes(self, kernel: Kernel) -> tuple[int, int]:
+        """Tokens and hidden units that a program has at hand."""
+        return (128, self.streamed) if kernel == "query" else (self.streamed, 128)
+
+
 Row = tuple[int, int, int, int]  # tokens, hidden, warps, stages
 _Table = dict[int, dict[Kernel, Row]]
 
@@ -143,6 +155,16 @@ _PIPELINED = {
 _PIPELINED_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 
+_STREAMED: dict[Kernel, dict[int, StreamedTile]] = {  # by padded head width
+    "query": {64: StreamedTile(64, 5), 128: StreamedTile(64, 3)},
+    # Never as many tokens as columns of the head: the assembler then lets two operands of the
+    # products, of equal shape, share registers, though one of them lives on.
+    "down": {64: StreamedTile(128, 4), 128: StreamedTile(64, 4)},
+    "up": {64: StreamedTile(64, 3), 128: StreamedTile(64, 3)},
+}
+_STREAMED_TOKENS = 1024  # fewer leave most of a card idle anyway
+
+
 @lru_cache
 def choose(
     kernel: Kernel,
@@ -197,6 +219,29 @@ def choose_pipelined(
         return None
     tile = _PIPELINED[padded_width(width)]
     return replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
+
+
+@lru_cache
+def choose_streamed(
+    kernel: Kernel,
+    *,
+    tokens: int,
+    width: int,
+    itemsize: int,
+    capability: tuple[int, int],
+    gated: bool,
+    routed: bool,
+    biased: tuple[bool, bool, bool],
+) -> StreamedTile | None:
+    """The tile for one of Hopper's own backward kernels, or None where plain Triton is to run.
+
+    `routed` asks whether R has a gradient, `biased` whether K, U and V have biases.
+    """
+    if capability != (9, 0) or itemsize != 2 or tokens < _STREAMED_TOKENS:
+        return None
+    if not gated or biased[0] or biased[1] or (kernel == "query" and routed and biased[2]):
+        return None
+    return _STREAMED[kernel].get(padded_width(width))
 
 
 def shipped_rows(
