@@ -365,6 +365,8 @@ class _Reader:
         except Declined as declined:
             reason = declined.reason
             raise Declined(reason.kind, reason.detail, hidden.value.origin) from None
+        if hidden.value.dtype is torch.float16:
+            meaning = meaning.scaled_inside()
         term = Term(
             activation=meaning.activation,
             gate=units.projection(meaning.gate),

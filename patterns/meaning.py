@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from typing import Any, TypeAlias
 
@@ -40,6 +40,9 @@ class Line:
     bias: sympy.Symbol | None
     bias_scale: float
 
+    def times(self, factor: float) -> Line:
+        return replace(self, scale=factor * self.scale, bias_scale=factor * self.bias_scale)
+
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
@@ -50,6 +53,19 @@ class Hidden:
     up: Line | None
     factors: tuple[sympy.Symbol, ...]
     scale: float
+
+    def scaled_inside(self) -> Hidden:
+        """The same units, scaled down in a projection and not afterwards, where that is possible.
+
+        What an author scales down early fits into float16; scaled down late, it might not.
+        """
+        if not 0 < abs(self.scale) < 1:
+            return self
+        if self.up is not None:
+            return replace(self, up=self.up.times(self.scale), scale=1.0)
+        if self.activation == "relu2" and self.scale > 0:
+            return replace(self, gate=self.gate.times(math.sqrt(self.scale)), scale=1.0)
+        return self
 
 
 def number(value: float) -> sympy.Number:

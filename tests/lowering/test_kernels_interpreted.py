@@ -188,6 +188,20 @@ class TestKernels:
     def test_activation(self, activation: str, absent: tuple[str, ...]) -> None:
         check(make(SMALL, absent=absent), activation)
 
+    def test_what_u_scale_makes_small_fits_into_float16(self) -> None:
+        """The product of both branches, 320 * 320, would not: `out_scale` comes too late."""
+        from mhf_compiler.lowering import kernels
+
+        q = torch.full((1, 16, 1, 16), 5.0).half()
+        k, v = torch.full((1, 1, 16, 16), 4.0).half(), torch.full((1, 1, 16, 16), 2**-4).half()
+        out = torch.empty_like(q)
+        weights = (k, k, v, None, None, None, None)
+        for scale, fits in (("u_scale", True), ("out_scale", False)):
+            kernels.forward(q, *weights, out, activation="relu", **{scale: 1e-3})
+            assert bool(out.isfinite().all()) is fits
+            if fits:
+                torch.testing.assert_close(out, torch.full_like(out, 102.4), rtol=2e-3, atol=0)
+
     @pytest.mark.parametrize("hidden", [21, 24], ids=["misaligned", "aligned"])
     def test_weights_stored_by_columns(self, hidden: int) -> None:
         tensors = make(Shape(f=hidden), absent=BIASES)

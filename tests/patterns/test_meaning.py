@@ -1,9 +1,11 @@
 """What hidden units compute: every activation in each of its spellings, and what is none."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ import mhf_compiler
 from mhf_compiler import SiteReport
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
+from mhf_compiler.patterns.meaning import ACTIVATIONS, Hidden, Line
 
 Function = Callable[[Tensor], Tensor]
 
@@ -156,6 +159,25 @@ PRODUCTS = {
 def test_numbers_may_stand_anywhere(hidden: Callable[[Tensor, Tensor], Tensor]):
     site = explained(hidden)
     assert (site.reason, site.activation, site.gated) == (None, "silu", True)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu2"])
+@pytest.mark.parametrize("scale", [0.125, -0.125, 4.0])
+def test_a_scale_inside_computes_the_same(name: str, scale: float):
+    p, q, b = sympy.symbols("p q b")
+    hidden = Hidden(name, Line(p, 2.0, None, 1.0), Line(q, 0.5, b, -3.0), (), scale)
+    for some in (hidden, dataclasses.replace(hidden, up=None)):
+        difference = value(some) - value(some.scaled_inside())
+        assert difference.subs({p: 0.7, q: -1.3, b: 0.4}) == pytest.approx(0, abs=1e-12)
+    assert hidden.scaled_inside().scale == (4.0 if scale == 4 else 1.0)
+
+
+def value(hidden: Hidden) -> sympy.Expr:
+    def line(of: Line) -> sympy.Expr:
+        return of.scale * of.projection + of.bias_scale * (of.bias or 0)
+
+    gate = ACTIVATIONS[hidden.activation][0](line(hidden.gate))
+    return hidden.scale * gate * (1 if hidden.up is None else line(hidden.up))
 
 
 UNKNOWN: dict[str, Function] = {

@@ -53,7 +53,7 @@ class SubNetworks(PerHead):
         self.route = nn.Parameter(torch.randn(H, d, E))
 
 
-def described(model: nn.Module) -> dict[str, Any]:
+def described(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The one site of a model, as what can be compared with the site of another spelling."""
     found: list[dict[str, Any]] = []
 
@@ -65,7 +65,7 @@ def described(model: nn.Module) -> dict[str, Any]:
         assert not findings.near_misses
         return gm.forward
 
-    torch.compile(model, backend=backend)(torch.randn(B, L, H * d))
+    torch.compile(model, backend=backend)(torch.randn(B, L, H * d, dtype=dtype))
     (description,) = found
     return description
 
@@ -184,6 +184,31 @@ PER_HEAD: list[Forward] = [
 @pytest.mark.parametrize("spelling", PER_HEAD, ids=lambda spelling: spelling.__name__)
 def test_spellings_of_heads_give_one_site(spelling: Forward):
     assert described(PerHead(spelling)) == described(PerHead(by_einsum))
+
+
+def scaled_early(m: PerHead, x: Tensor) -> Tensor:
+    gate, up = (torch.einsum("blhd,hdf->blhf", heads(x), w) for w in (m.gate, m.up))
+    return torch.einsum("blhf,hfd->blhd", F.silu(gate) * 0.125 * up, m.down).flatten(2)
+
+
+def squared_early(m: PerHead, x: Tensor) -> Tensor:
+    gate = torch.einsum("blhd,hdf->blhf", heads(x), m.gate)
+    return torch.einsum("blhf,hfd->blhd", (F.relu(gate) * 0.25) ** 2, m.down).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "scales"),
+    [(scaled_early, (1, 0.125, 1)), (squared_early, (0.25, 1, 1))],
+    ids=["gated", "squared"],
+)
+def test_what_is_scaled_down_early_stays_so_in_float16(
+    spelling: Forward, scales: tuple[float, float, float]
+):
+    """The hidden units that the op rounds to float16 are those that the author scaled to fit."""
+    site = described(PerHead(spelling).half(), torch.float16)
+    assert (site["gate_scale"], site["up_scale"], site["out_scale"]) == scales
+    wider = described(PerHead(spelling))
+    assert (wider["gate_scale"], wider["up_scale"]) == (1, 1)
 
 
 def test_another_module_gives_another_site():
