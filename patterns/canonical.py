@@ -178,6 +178,8 @@ class CanonicalCopy:
     readers_of: dict[Value, list[tuple[fx.Node, fx.Node]]] = field(default_factory=dict)
     #: values that live on after the graph: returned, or left in an input
     escaping: set[Value] = field(default_factory=set)
+    #: what a higher-order operation was given, by each of its results
+    made_from: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
     positions: dict[fx.Node, int] = field(default_factory=dict)
     #: what each node writes into memory that existed before it
     written: dict[fx.Node, list[Value]] = field(default_factory=dict)
@@ -400,10 +402,15 @@ class _Recorder(TorchDispatchMode):
     def opaque_call(self, example: Any, arguments: Any) -> Any:
         """A higher-order operation: not looked into, and taken to overwrite what it is given."""
         self._effects = True
-        for tensor in tensors_in(arguments):
-            self.copy.escaping.add(self._read(tensor))
+        given = tensors_in(arguments)
+        values = tuple(self._read(tensor) for tensor in given)
+        self.copy.escaping.update(values)
+        for tensor in given:
             self._write(self._alias(tensor), self._opaque(tensor))
-        return map_tensors(self._fresh, example)
+        results = map_tensors(self._fresh, example)
+        for tensor in tensors_in(results):
+            self.copy.made_from[self._read(tensor)] = values
+        return results
 
     def repeat(self, done: Program, arguments: Any) -> torch.Tensor:
         """What an equal node has done, over other arguments."""

@@ -25,7 +25,7 @@ import sympy
 import torch
 
 from .axes import Axis, Index, Size, axis_form, multiply, product, through_reshape, within
-from .canonical import COPY, SCATTER, Value, written_range
+from .canonical import COPY, OPAQUE, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
 from .reasons import Declined, Kind
@@ -359,6 +359,12 @@ class _Reader:
         units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.outputs)
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
+            for unit in units.leaves:
+                if unit.value.op == OPAQUE:
+                    name = str(unit.value.origin.target)
+                    own = name in ("autograd_function_apply", "register_hook")
+                    kind = Kind.OWN_BACKWARD if own else Kind.UNKNOWN_OPERATION
+                    raise Declined(kind, name, unit.value.origin)
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
         try:
             meaning = read_hidden(expression)

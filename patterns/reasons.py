@@ -79,6 +79,10 @@ class Kind(Enum):
         "gradients are switched off for a part of the network only",
         "put the whole network, or none of it, under no_grad",
     )
+    OWN_BACKWARD = (
+        "an autograd.Function or a hook inside the feed-forward network changes its backward pass",
+        "write the hidden units in plain PyTorch, without hooks: the op stores none of them anyway",
+    )
     AUTOCAST_BOUNDARY = (
         "autocast would change the precision of the op at the place of the output",
         "put the whole network inside, or outside, the autocast region",

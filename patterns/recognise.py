@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
+from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
 from .checks import build_site
 from .contractions import MATRIX_PRODUCTS, as_contraction
 from .grammar import (
@@ -188,8 +188,21 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = inherited
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
+        elif value.op == OPAQUE:
+            flags[value] = _ACTIVATED if _may_activate(value, copy, flags) else 0
         else:
             flags[value] = 0
+
+
+def _may_activate(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> bool:
+    """Whether a higher-order operation may have made hidden units, or passed them on.
+
+    Such as an ``autograd.Function`` of gate and up projection, or a hook on the hidden units.
+    """
+    given = [one for one in copy.made_from.get(value, ()) if one.shape == value.shape]
+    activated = [one for one in given if flags.get(one, 0) & _ACTIVATED]
+    projected = [one for one in given if flags.get(one, 0) & _PROJECTED]
+    return bool(activated) or len(projected) == 2
 
 
 def _is_pointwise(value: Value) -> bool:

@@ -1127,3 +1127,66 @@ class TwoResidualsInLoop(_Heads):
         positions = self.position.expand_as(x).chunk(H, -1)
         parts = zip(self.heads, x.chunk(H, -1), positions, strict=True)
         return torch.cat([q + head(q) + p.sin() for head, q, p in parts], dim=-1)
+
+
+# Backward passes of their own.
+
+
+class _Saving(torch.autograd.Function):
+    """silu(gate) * up, with the backward pass of another activation."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return grad * up * gate.sigmoid(), grad * F.silu(gate)
+
+
+class _Damped(torch.autograd.Function):
+    """The same tensor, and half of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad / 2
+
+
+OWN_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "the product": _Saving.apply,
+    "the hidden units": lambda gate, up: _Damped.apply(F.silu(gate) * up),
+}
+
+
+class OwnBackward(PerHead):
+    """An ``autograd.Function`` inside, as of projects that save memory by one."""
+
+    def __init__(self, hidden: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        return project(self.hidden(project(q, self.gate), project(q, self.up)), self.down)
+
+
+for name, hidden in OWN_BACKWARDS.items():
+    declined(Kind.OWN_BACKWARD, label=name, arguments={"hidden": hidden})(OwnBackward)
+
+
+@declined(Kind.OWN_BACKWARD)
+class HookedHiddenUnits(PerHead):
+    """The gradient of the hidden units is clipped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        return project(hidden, self.down)
