@@ -52,6 +52,8 @@ _ZEROS = frozenset(
     {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}
 )
 _FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
+#: higher-order operations by which a graph gets another backward pass than its operations have
+_OWN_BACKWARDS = ("autograd_function_apply", "register_hook")
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
@@ -359,12 +361,6 @@ class _Reader:
         units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.outputs)
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
-            for unit in units.leaves:
-                if unit.value.op == OPAQUE:
-                    name = str(unit.value.origin.target)
-                    own = name in ("autograd_function_apply", "register_hook")
-                    kind = Kind.OWN_BACKWARD if own else Kind.UNKNOWN_OPERATION
-                    raise Declined(kind, name, unit.value.origin)
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
         try:
             meaning = read_hidden(expression)
@@ -469,6 +465,10 @@ class _Hidden:
                 raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
             if value.op is SCATTER:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
+            if value.op == OPAQUE:
+                name = str(value.origin.target)
+                kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
+                raise Declined(kind, name, value.origin)
             if not isinstance(value.op, str):
                 raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
             return self._leaf(value, index)

@@ -189,20 +189,20 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
         elif value.op == OPAQUE:
-            flags[value] = _ACTIVATED if _may_activate(value, copy, flags) else 0
+            flags[value] = _passed_on(value, copy, flags)
         else:
             flags[value] = 0
 
 
-def _may_activate(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> bool:
-    """Whether a higher-order operation may have made hidden units, or passed them on.
+def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> int:
+    """What the result of a higher-order operation may be: hidden units, or a projection still.
 
-    Such as an ``autograd.Function`` of gate and up projection, or a hook on the hidden units.
+    Such operations are an ``autograd.Function`` of gate and up projection, or a hook on a tensor.
     """
     given = [one for one in copy.made_from.get(value, ()) if one.shape == value.shape]
-    activated = [one for one in given if flags.get(one, 0) & _ACTIVATED]
-    projected = [one for one in given if flags.get(one, 0) & _PROJECTED]
-    return bool(activated) or len(projected) == 2
+    activated = any(flags.get(one, 0) & _ACTIVATED for one in given)
+    projected = sum(flags.get(one, 0) & _PROJECTED for one in given)
+    return _ACTIVATED if activated or projected == 2 else _PROJECTED if projected == 1 else 0
 
 
 def _is_pointwise(value: Value) -> bool:

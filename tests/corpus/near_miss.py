@@ -1180,13 +1180,20 @@ for name, hidden in OWN_BACKWARDS.items():
     declined(Kind.OWN_BACKWARD, label=name, arguments={"hidden": hidden})(OwnBackward)
 
 
-@declined(Kind.OWN_BACKWARD)
-class HookedHiddenUnits(PerHead):
-    """The gradient of the hidden units is clipped."""
+@declined(Kind.OWN_BACKWARD, label="gate", arguments={"hooked": 0})
+@declined(Kind.OWN_BACKWARD, label="hidden units", arguments={"hooked": 1})
+class Hooked(PerHead):
+    """The gradient of an intermediate is clipped."""
+
+    def __init__(self, hooked: int) -> None:
+        super().__init__()
+        self.hooked = hooked
 
     def forward(self, x: Tensor) -> Tensor:
         q = split_heads(x)
-        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        gate = project(q, self.gate)
+        hidden = F.silu(gate) * project(q, self.up) if self.hooked else gate
+        hidden.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        if not self.hooked:
+            hidden = F.silu(gate) * project(q, self.up)
         return project(hidden, self.down)
