@@ -77,6 +77,7 @@ _HOPPER: _Table = {
     },
 }
 _BLACKWELL: _Table = _HOPPER | {
+    128: _HOPPER[128] | {"down": (64, 128, 8, 2)},  # a third stage spills with Triton 3.6
     256: {
         "forward": (128, 32, 8, 3),
         "query": (64, 32, 4, 2),

@@ -1159,7 +1159,7 @@ class _Damped(torch.autograd.Function):
 
 
 OWN_BACKWARDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "the product": _Saving.apply,
+    "the product": lambda gate, up: _Saving.apply(gate, up),
     "the hidden units": lambda gate, up: _Damped.apply(F.silu(gate) * up),
 }
 
