@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from .drawing import COLOURS, DrawingError, Frame, dot_source, frames, render
-from .printing import Group, grouped, headline, rows, why_nothing
+from .printing import Group, cells, grouped, headline, printed, rows, why_nothing
 from .report import GraphReport, Report
 
 _STYLE = """
@@ -25,9 +25,9 @@ details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; pa
 summary { cursor: pointer; overflow-wrap: anywhere }
 summary:focus-visible, input:focus-visible { outline: 2px solid Highlight; outline-offset: 2px }
 table { border-collapse: collapse; margin: .5rem 0 }
-th { white-space: nowrap }
+th { white-space: nowrap } caption { text-align: left; font-style: italic }
 th { text-align: left; font-weight: 600; vertical-align: top; padding: .15rem 1rem .15rem 0 }
-td { padding: .15rem 0; overflow-wrap: anywhere }
+td { padding: .15rem 0; overflow-wrap: anywhere } .overview td { padding-right: 1rem }
 pre { overflow-x: auto; background: var(--soft); border-radius: 6px; padding: .6rem }
 pre span.add, pre span.del { display: block } .add { background: var(--add) }
 .del { background: var(--del) } .picture { overflow: auto; max-height: 40rem }
@@ -69,7 +69,42 @@ def page(report: Report) -> str:
     )
 
 
+def notebook(report: Report) -> str:
+    """The overview, as the output of a notebook's cell; the rest unfolds."""
+    return (
+        f"<p><strong>{escape(headline(report))}</strong></p>{overview(report)}"
+        f"<details><summary>in full</summary><pre>{escape(printed(report))}</pre></details>"
+    )
+
+
+def overview(report: Report) -> str:
+    """What became of each network, in two tables."""
+    tables = []
+    if report.rewritten:
+        tables.append(("Rewritten", cells(grouped(report.rewritten))))
+    if report.declined:
+        listed = [
+            [str(group.first.location or "unknown"), group.where, str(group.first.reason)]
+            for group in grouped(report.declined)
+        ]
+        tables.append(("Declined", [["source", "module", "why"], *listed]))
+    return "".join(_table(title, *cells) for title, cells in tables)
+
+
+def _table(title: str, header: list[str], *listed: list[str]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in listed
+    )
+    return (
+        f'<table class="overview"><caption>{title}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
+
+
 def _sections(report: Report) -> Iterator[str]:
+    if report.rewritten or report.declined:
+        yield f"<h2>Overview</h2>{overview(report)}"
     if report.rewritten:
         yield "<h2>Rewritten</h2>"
         yield from (_site(group) for group in grouped(report.rewritten))

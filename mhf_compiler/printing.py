@@ -241,10 +241,15 @@ def _hidden_units(site: SiteReport) -> str:
     return f"{site.activation}(gate) * up" if site.gated else str(site.activation)
 
 
+def cells(groups: Sequence[Group]) -> list[list[str]]:
+    """What was rewritten, as the rows of a table, its header first."""
+    header = [*_COLUMNS]
+    return [header, *([str(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
+
+
 def _table(groups: Sequence[Group]) -> str:
-    columns = _COLUMNS
-    rows = [list(columns), *([str(cell(group)) for cell in columns.values()] for group in groups)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    rows = cells(groups)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 

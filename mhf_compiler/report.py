@@ -289,9 +289,9 @@ class Report:
         return f"<Report: {headline(self)}>"
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from .page import notebook
 
-        return f"<pre>{escape(str(self))}</pre>"
+        return notebook(self)
 
 
 def _plain(value: Any) -> Any:

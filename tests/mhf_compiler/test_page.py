@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 import mhf_compiler
 from mhf_compiler import Report
 from mhf_compiler.drawing import DrawingError, Frame, dot_source, frames, render
-from mhf_compiler.page import difference, page
+from mhf_compiler.page import difference, overview, page
 from mhf_compiler.printing import Group, grouped
 from mhf_compiler.report import Argument, GraphReport, SiteReport
 
@@ -64,6 +65,17 @@ class Links(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_the_overview_has_a_row_for_each_line_of_source(report: Report):
+    shown = overview(report)
+    assert Links(shown).open == []
+    assert shown.count("<tr>") == 4  # two headers, a site, a near-miss
+    (site,), (miss,) = report.rewritten, report.declined
+    for expected in (site.location, f"{site.experts} x {site.expert_dim}", miss.location):
+        assert f"<td>{expected}</td>" in shown
+    assert f"<td>{escape(str(miss.reason))}</td>" in shown
+    assert overview(Report([])) == ""
 
 
 def test_a_page_holds_everything_and_asks_for_nothing(report: Report, tmp_path: Path):

@@ -265,6 +265,7 @@ def test_notebooks_and_prompts_show_a_report():
     report = full_report()
     assert repr(report) == "<Report: 1 MH-FFN rewritten, 1 declined, in 2 graphs>"
     shown = report._repr_html_()
-    assert shown.startswith("<pre>1 MH-FFN rewritten")
+    assert shown.startswith("<p><strong>1 MH-FFN rewritten")
+    assert shown.count('<table class="overview">') == 2
     assert "return hidden @ self.down" in shown
     assert "<module>" not in Report([GraphReport("", "", notes=["<module>"])])._repr_html_()
