@@ -29,6 +29,8 @@ _ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
 _FEWEST_TOKENS = 16  # of a tile, padded or not
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
+_CPU_CACHE = 4e6  # bytes of hidden units that the next product finds in a cache
+_CPU_CACHED = 3  # times the bandwidth
 _CPU_CALL = 2.5e-4  # seconds before a block of tokens is at work, on a CPU
 
 
@@ -93,7 +95,9 @@ def _original(w: Workload, device: Device) -> float:
         passes += 4 * products + 1
         products *= 3
     compute = products * flops / device.matrix
-    memory = (passes * hidden + products * _weight_bytes(w)) / device.bandwidth
+    cached = w.device.type == "cpu" and not w.training and hidden <= _CPU_CACHE
+    memory = passes * hidden / (device.bandwidth * (_CPU_CACHED if cached else 1))
+    memory += products * _weight_bytes(w) / device.bandwidth
     kernels = products + 2
     busy = compute * 0.3 + memory + kernels * device.launch
     return max(busy, kernels * device.host) if _host_limits(w) else busy

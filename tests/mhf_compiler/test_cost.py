@@ -140,6 +140,17 @@ def test_converting_weights_costs_half_precision_more():
     assert estimate(half).rewritten > estimate(few).rewritten
 
 
+def test_hidden_units_that_fit_into_a_cache_are_no_reason_to_rewrite_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cost._device.cache_clear()
+    for batch, pays in ((8, False), (64, True)):
+        narrow = replace(CPU, batch=batch, length=256, head_dim=16, experts=3, expert_dim=32)
+        assert estimate(replace(narrow, training=False)).pays is pays
+    cost._device.cache_clear()
+
+
 @pytest.mark.parametrize(("results_of", "device"), [("cpu", "cpu"), ("h200", "cuda:63")])
 def test_the_model_chooses_as_measured(
     results_of: str, device: str, monkeypatch: pytest.MonkeyPatch
