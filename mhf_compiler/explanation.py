@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from .options import parse_options
+from .options import Options, parse_options
 from .report import Report
-from .rewriting import rewrite_graph
+from .rewriting import Keep, rewrite_graph
 
 
 def explain(
@@ -34,19 +34,26 @@ def explain(
         A function that takes the model's arguments and returns a ``Report``.
     """
     parsed = parse_options(None, options)
+    return lambda *args, **kwargs: reported(model, parsed, args, kwargs)
 
-    def run(*args: Any, **kwargs: Any) -> Report:
-        report = Report()
 
-        def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            report.graphs.append(rewrite_graph(gm, parsed))
-            return gm.forward
+def reported(
+    model: Callable[..., Any],
+    options: Options,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    keep: Keep | None = None,
+) -> Report:
+    """What ``explain`` finds; ``keep`` is given each rewritten site, with its graph."""
+    report = Report()
 
+    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        report.graphs.append(rewrite_graph(gm, options, keep))
+        return gm.forward
+
+    torch.compiler.reset()
+    try:
+        torch.compile(model, backend=collect)(*args, **kwargs)
+    finally:
         torch.compiler.reset()
-        try:
-            torch.compile(model, backend=collect)(*args, **kwargs)
-        finally:
-            torch.compiler.reset()
-        return report
-
-    return run
+    return report

@@ -17,12 +17,11 @@ from torch import Tensor, fx, nn
 
 from .comparing import Difference, compare, tensors_of
 from .cutting import Part, cut
-from .explanation import explain
+from .explanation import explain, reported
 from .options import parse_options
 from .patterns import Site
 from .printing import headline
 from .report import Report, SiteReport
-from .rewriting import rewrite_graph
 
 WAYS = {"as written": "never", "rewritten": "always"}
 
@@ -133,19 +132,9 @@ def find_site(
     Raises:
         MeasuringError: nothing is rewritten, or there is no such site.
     """
-    report = Report()
     found: list[tuple[fx.GraphModule, Site]] = []
     options = parse_options(None, {"rewrite": "always"})
-
-    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        report.graphs.append(rewrite_graph(gm, options, lambda *site: found.append(site)))
-        return gm.forward
-
-    torch.compiler.reset()
-    try:
-        torch.compile(model, backend=collect)(*args, **kwargs)
-    finally:
-        torch.compiler.reset()
+    report = reported(model, options, args, kwargs, keep=lambda *site: found.append(site))
     check_rewritten(report)
     if not 0 <= number < len(found):
         last = len(found) - 1

@@ -363,7 +363,7 @@ class _Reader:
         if not units.projections:
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
         try:
-            meaning = read_hidden(expression)
+            meaning = read_hidden(expression, hidden.value.dtype)
         except Declined as declined:
             reason = declined.reason
             raise Declined(reason.kind, reason.detail, hidden.value.origin) from None

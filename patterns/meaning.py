@@ -5,7 +5,8 @@ other tensor it reads. ``read_hidden`` then asks whether the expression is
 
     scale * act(gate_scale * p + bias) * (up_scale * p' + bias') * l * l' ...
 
-Activations are compared as expressions, with coefficients rounded to six digits, so that
+Activations are compared as expressions, with coefficients rounded to six digits (to 13 in float64,
+where the digits that an author left out are no rounding), so that
 ``x * sigmoid(x)``, ``x / (1 + exp(-x))`` and ``silu(x)`` are one. An expression that is equal to
 none in the table is not guessed at.
 """
@@ -29,6 +30,7 @@ aten = torch.ops.aten
 Expression: TypeAlias = sympy.Expr
 
 _DIGITS = 6  # to which coefficients are compared: authors shorten sqrt(2 / pi)
+_FLOAT64_DIGITS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +183,13 @@ def pointwise_arguments(value: Value) -> list[Any]:
 
 
 @lru_cache(maxsize=4096)
-def read_hidden(expression: Expression) -> Hidden:
-    """Read the hidden units off their expression.
+def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> Hidden:
+    """Read the hidden units, which are computed in this dtype, off their expression.
 
     Raises:
         Declined: they are no product of one activation and at most one more projection.
     """
+    digits = _FLOAT64_DIGITS if dtype is torch.float64 else _DIGITS
     scale, product = expression.as_coeff_Mul()
     groups: dict[sympy.Symbol, list[Expression]] = {}
     factors: list[sympy.Symbol] = []
@@ -208,7 +211,7 @@ def read_hidden(expression: Expression) -> Hidden:
         if line is not None:
             lines.append(line)
         else:
-            activation, gate, left_over = _as_activation(group, projection, scale)
+            activation, gate, left_over = _as_activation(group, projection, scale, digits)
             gates.append((activation, gate))
             scale = left_over
     if len(gates) != 1 or len(lines) > 1:
@@ -236,17 +239,17 @@ def _as_line(expression: Expression, projection: sympy.Symbol) -> Line | None:
 
 
 def _as_activation(
-    group: Expression, projection: sympy.Symbol, scale: Expression
+    group: Expression, projection: sympy.Symbol, scale: Expression, digits: int
 ) -> tuple[str, Line, Expression]:
     """The activation that ``scale * group`` is, its argument, and the factor that is left over."""
-    coefficient, target = _monic(group)
-    for argument in _candidate_arguments(group, projection):
+    coefficient, target = _monic(group, digits)
+    for argument in _candidate_arguments(group, projection, digits):
         line = _as_line(argument, projection)
         if line is None:
             continue
         for name, forms in ACTIVATIONS.items():
             for form in forms:
-                unit, shape = _monic(form(argument))
+                unit, shape = _monic(form(argument), digits)
                 if shape == target:
                     left_over = scale * coefficient / unit
                     slope = line.scale != 1 and abs(float(left_over) * line.scale - 1) < 1e-6
@@ -259,13 +262,15 @@ def _as_activation(
     raise Declined(Kind.UNKNOWN_ACTIVATION, f"it computes {group.subs(projection, 'x')}")
 
 
-def _monic(expression: Expression) -> tuple[Expression, Expression]:
+def _monic(expression: Expression, digits: int) -> tuple[Expression, Expression]:
     """The numeric factor of an expression, and the rest in comparable form."""
     coefficient, rest = sympy.factor_terms(expression).as_coeff_Mul()
-    return coefficient, _rounded(rest)
+    return coefficient, _rounded(rest, digits)
 
 
-def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterator[Expression]:
+def _candidate_arguments(
+    group: Expression, projection: sympy.Symbol, digits: int
+) -> Iterator[Expression]:
     """What the pre-activation may be: each sub-expression that is linear in the projection.
 
     It may be a multiple of one: forms contain exp(-y) and tanh(y / 2), and in a form of gelu only
@@ -284,14 +289,15 @@ def _candidate_arguments(group: Expression, projection: sympy.Symbol) -> Iterato
             linear = sympy.expand(inner.args[0]).coeff(projection, 1)
             if linear.is_number and linear != 0:
                 scale = linear / unit
-                short = _shortened(scale)  # what was written, unless it has more digits
-                yield (short if abs(float(short / scale) - 1) < 1e-7 else scale) * projection
+                short = _shortened(scale, digits)  # what was written, unless it has more digits
+                same = abs(float(short / scale) - 1) < 10.0 ** -(digits + 1)
+                yield (short if same else scale) * projection
 
 
-def _rounded(expression: Expression) -> Expression:
+def _rounded(expression: Expression, digits: int) -> Expression:
     expanded = sympy.expand(expression)
-    return expanded.xreplace({f: _shortened(f) for f in expanded.atoms(sympy.Float)})
+    return expanded.xreplace({f: _shortened(f, digits) for f in expanded.atoms(sympy.Float)})
 
 
-def _shortened(coefficient: Expression) -> Expression:
-    return sympy.Float(f"{float(coefficient):.{_DIGITS}g}")
+def _shortened(coefficient: Expression, digits: int) -> Expression:
+    return sympy.Float(f"{float(coefficient):.{digits}g}")

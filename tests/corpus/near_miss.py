@@ -267,6 +267,19 @@ OTHER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 for name, function in OTHER_ACTIVATIONS.items():
     declined(Kind.UNKNOWN_ACTIVATION, label=name, arguments={"act": function})(Activation)
 
+#: rounding in float32; in float64 a hundred million times that
+SHORTENED: dict[str, Callable[[Tensor], Tensor]] = {
+    "six digits": lambda x: 0.5 * x * (1 + torch.tanh(0.797885 * (x + 0.044715 * x**3))),
+    "ten digits": lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3))),
+}
+for name, function in SHORTENED.items():
+    declined(
+        Kind.UNKNOWN_ACTIVATION,
+        label=f"constant of {name} in float64",
+        arguments={"act": function},
+        dtype=torch.float64,
+    )(Activation)
+
 EQUAL_TO_SCALED: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu with a short constant": lambda x: 0.5 * x * (1 + torch.erf(x * 0.707)),
     "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),

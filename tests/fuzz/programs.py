@@ -964,6 +964,8 @@ class _Generator:
         if any(constant in spelling for constant in ROUNDED):
             eps = {t: torch.finfo(t).eps for t in (self.precision, torch.float32)}
             self.precision = max(eps, key=lambda t: eps[t])
+            if self.numeric is torch.float64:  # in which it is another activation
+                self.numeric = torch.float32
         hidden = Named(spelling.format(x=gate.text), gate.dims)
         if up is None:
             return w.let("hidden", hidden)
