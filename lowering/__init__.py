@@ -3,5 +3,6 @@
 from .arguments import ArgumentError
 from .op import multi_head_ffn
 from .reference import multi_head_ffn_reference
+from .router import router_product
 
-__all__ = ["ArgumentError", "multi_head_ffn", "multi_head_ffn_reference"]
+__all__ = ["ArgumentError", "multi_head_ffn", "multi_head_ffn_reference", "router_product"]

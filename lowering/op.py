@@ -124,17 +124,17 @@ def multi_head_ffn(
     )  # fmt: skip
 
 
-def _empty_output(
-    q: Tensor, out_order: Sequence[int] | None, out_dtype: torch.dtype | None
+def empty_like_in_order(
+    like: Tensor, shape: Sequence[int], order: Sequence[int] | None, dtype: torch.dtype
 ) -> Tensor:
-    order = (0, 1, 2, 3) if out_order is None else tuple(out_order)
+    """A new tensor of four dimensions that lie in memory in ``order``, from the outermost on."""
     strides: list[int] = [0] * 4
     step: int = 1
-    for dim in reversed(order):
+    for dim in reversed((0, 1, 2, 3) if order is None else tuple(order)):
         strides[dim] = step
-        step = step * q.shape[dim]
+        step = step * shape[dim]
     # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
-    return q.new_empty_strided(q.shape, strides, dtype=out_dtype or q.dtype)
+    return like.new_empty_strided(shape, strides, dtype=dtype)
 
 
 def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
@@ -166,7 +166,7 @@ def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
                 "multi_head_ffn has no forward-mode derivative. For one use "
                 "mhf_compiler.lowering.multi_head_ffn_reference."
             )
-        out = _empty_output(q, out_order, out_dtype)
+        out = empty_like_in_order(q, q.shape, out_order, out_dtype or q.dtype)
         if compute is not None:
             compute(
                 q, k, u, v, r, k_bias, u_bias, v_bias, out,
@@ -226,10 +226,10 @@ def _cuda_backward(
 
     gradients = kernels.backward(grad_out, *inputs, needs=needs, **constants)
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    return [_with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
 
 
-def _with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
+def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient with the strides that the shape function promised for it."""
     promised = torch.empty_like(x)
     return gradient if gradient.stride() == promised.stride() else promised.copy_(gradient)

@@ -9,14 +9,24 @@ of arguments then gives the model's names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from .compat import reason_of_graph_break, source_name
-from .patterns import STACK, Location, NearMiss, Reason, Site, TensorView, Value, locate
+from .patterns import (
+    STACK,
+    Location,
+    NearMiss,
+    Reason,
+    RouterProduct,
+    Site,
+    TensorView,
+    Value,
+    locate,
+)
 from .report import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
 
 if TYPE_CHECKING:
@@ -43,9 +53,13 @@ _MOST_AROUND = 24  # of what is around an operation
 
 
 def site_report(
-    site: Site, workload: Workload, estimate: Estimate | None, reason: Reason | None = None
+    site: Site,
+    workload: Workload,
+    estimate: Estimate | None,
+    reason: Reason | None = None,
+    products: Sequence[RouterProduct] = (),
 ) -> SiteReport:
-    """A proved site: rewritten, or with a reason why not."""
+    """A proved site: rewritten, with the products before its router, or with a reason why not."""
     from .lowered import kernels_of
 
     module, module_class = _module_of_site(site)
@@ -64,12 +78,17 @@ def site_report(
         module_class=module_class,
         formula=formula(site),
         arguments=tuple(_arguments(site)),
-        lowered=() if reason is not None else kernels_of(workload),
+        lowered=() if reason is not None else (*kernels_of(workload), *map(_product, products)),
         work=_work(workload, estimate),
         region=_region(site),
         scales=(site.gate_scale, site.up_scale, site.out_scale),
         device=str(site.device),
     )
+
+
+def _product(product: RouterProduct) -> str:
+    dtype = str(product.query.value.dtype).removeprefix("torch.")
+    return f"the router's product reads {name_of(product.query.value)} in {dtype}, without a copy"
 
 
 def near_miss_report(miss: NearMiss) -> SiteReport:

@@ -1,4 +1,6 @@
-"""Rewriting: the op in place of each site, in a copy of the Dynamo graph.
+"""Rewriting: an op in place of each site, in a copy of the Dynamo graph.
+
+A site is an MH-FFN or, before it, a product of widened queries that its router is computed from.
 
 The arguments of the op are views of values that the graph has anyway, so an edit inserts view
 operations, the op, and views of its result in the shape that the readers expect. What is then dead
@@ -22,6 +24,7 @@ from .patterns import (
     STACK,
     Axis,
     CanonicalCopy,
+    RouterProduct,
     Site,
     Size,
     TensorView,
@@ -36,11 +39,13 @@ from .patterns import (
 class EditError(Exception):
     """A site cannot be written into the graph; the message says what is in the way."""
 
-    site: Site | None = None
+    site: Site | RouterProduct | None = None
 
 
-def rewrite(graph: fx.Graph, sites: Sequence[Site], copy: CanonicalCopy) -> fx.Graph:
-    """A copy of ``graph`` with the op in place of every site.
+def rewrite(
+    graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: CanonicalCopy
+) -> fx.Graph:
+    """A copy of ``graph`` with its op in place of every site.
 
     Raises:
         EditError: an argument of a site cannot be expressed; nothing was changed.
@@ -78,7 +83,7 @@ class _Editor:
         graph: fx.Graph,
         nodes: dict[fx.Node, fx.Node],
         copy: CanonicalCopy,
-        site: Site,
+        site: Site | RouterProduct,
         results: dict[Value, fx.Node],
     ) -> None:
         self.graph, self.nodes, self.copy, self.site = graph, nodes, copy, site
@@ -88,16 +93,24 @@ class _Editor:
         self.made: dict[Value, fx.Node] = {}
 
     def insert(self) -> fx.Node:
-        site = self.site
+        """The op's result in the shape and the place in memory of the value that it replaces."""
+        order = _order_that_keeps_strides(self.site)
+        out_order = None if order in (None, (0, 1, 2, 3)) else list(order)
+        if isinstance(self.site, Site):
+            output = self.network(self.site, out_order)
+        else:
+            output = self.router_product(self.site, out_order)
+        return output if order is not None else self._with_strides(output, self.site.output)
+
+    def network(self, site: Site, out_order: list[int] | None) -> fx.Node:
         query = self.argument(site.query)
         gate, down = self.argument(site.gate), self.argument(site.down)
         up = self.optional(site.up)
-        router = self.router()
+        router = self.router(site)
         biases = [
             self.optional(view, site.dtype)
             for view in (site.gate_bias, site.up_bias, site.down_bias)
         ]
-        order = _order_that_keeps_strides(site)
         result = self.call(
             torch.ops.mhf_compiler.multi_head_ffn.default,
             *(query, gate, up, down, router, *biases),
@@ -105,7 +118,7 @@ class _Editor:
             k_scale=site.gate_scale,
             u_scale=site.up_scale,
             out_scale=site.out_scale,
-            out_order=None if order in (None, (0, 1, 2, 3)) else list(order),
+            out_order=out_order,
             out_dtype=None if site.out_dtype is site.dtype else site.out_dtype,
         )
         output = self.output(result)
@@ -114,7 +127,19 @@ class _Editor:
             if site.residual.scale != 1.0:
                 residual = self.call(operator.mul, residual, site.residual.scale)
             output = self.call(operator.add, output, residual)
-        return output if order is not None else self._with_strides(output, site.output)
+        return output
+
+    def router_product(self, site: RouterProduct, out_order: list[int] | None) -> fx.Node:
+        result = self.call(
+            torch.ops.mhf_compiler.router_product.default,
+            self.argument(site.query),
+            self.argument(site.weight),
+            out_order=out_order,
+        )
+        output = self.output(result)
+        if site.bias is not None:
+            output = self.call(operator.add, output, self.argument(site.bias))
+        return output
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         with self.graph.inserting_after(self.last):
@@ -137,8 +162,8 @@ class _Editor:
             node = self.call("to", node, dtype)
         return node
 
-    def router(self) -> fx.Node | None:
-        routers = [self.argument(view) for view in self.site.routers]
+    def router(self, site: Site) -> fx.Node | None:
+        routers = [self.argument(view) for view in site.routers]
         product_ = routers[0] if routers else None
         for other in routers[1:]:
             product_ = self.call(operator.mul, product_, other)
@@ -248,9 +273,9 @@ class _Editor:
     # The result.
 
     def output(self, node: fx.Node) -> fx.Node:
-        """The op's ``(B, L, H, d)`` in the shape of the value that it replaces."""
+        """The op's four dimensions in the shape of the value that it replaces."""
         site = self.site
-        inner = [[a for a in dim if a.size != 1] for dim in _result_dims(site)]
+        inner = [[a for a in dim if a.size != 1] for dim in site.result_dims]
         for dim in reversed(range(4)):
             if not inner[dim]:
                 node = self.call("select", node, dim, 0)
@@ -336,18 +361,13 @@ def _descending(step: Size) -> tuple[int, int]:
     return (1, -step) if isinstance(step, int) else (0, -len(sympy.Mul.make_args(step)))
 
 
-def _result_dims(site: Site) -> tuple[tuple[Axis, ...], ...]:
-    batch, length, heads, _ = site.query.dims
-    return batch, length, heads, site.down.dims[-1]
-
-
-def _order_that_keeps_strides(site: Site) -> tuple[int, ...] | None:
+def _order_that_keeps_strides(site: Site | RouterProduct) -> tuple[int, ...] | None:
     """The ``out_order`` under which the output lies in memory as the replaced value did."""
     return next((o for o in itertools.permutations(range(4)) if _keeps_strides(site, o)), None)
 
 
-def _keeps_strides(site: Site, order: tuple[int, ...]) -> bool:
-    dims = _result_dims(site)
+def _keeps_strides(site: Site | RouterProduct, order: tuple[int, ...]) -> bool:
+    dims = site.result_dims
     stride_of: dict[Axis, Size] = {}
     step: Size = 1
     for dim in reversed(order):
@@ -381,7 +401,10 @@ def _redirect_readers(
 
 
 def _remove_dead(
-    graph: fx.Graph, nodes: dict[fx.Node, fx.Node], copy: CanonicalCopy, sites: Sequence[Site]
+    graph: fx.Graph,
+    nodes: dict[fx.Node, fx.Node],
+    copy: CanonicalCopy,
+    sites: Sequence[Site | RouterProduct],
 ) -> None:
     """Remove what computed the sites: nodes without readers, and writes that nobody sees."""
     replaced = {
@@ -399,5 +422,5 @@ def _remove_dead(
             needed |= copy.needed_without(replaced, copy.looked_into[old])
 
 
-def _read_by(site: Site) -> Sequence[Value]:
+def _read_by(site: Site | RouterProduct) -> Sequence[Value]:
     return [view.value for view in site.views().values()]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,18 @@ from .compat import (
 from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
 from .options import Options, inductor_config, tunes
-from .patterns import Findings, Kind, Location, Reason, Site, find_sites
+from .patterns import (
+    CanonicalCopy,
+    Findings,
+    Kind,
+    Location,
+    Reason,
+    RouterProduct,
+    Site,
+    find_router_products,
+    find_sites,
+    locate,
+)
 from .report import GraphReport, SiteReport
 
 if TYPE_CHECKING:
@@ -46,14 +57,15 @@ class MhfCompilerWarning(UserWarning):
 
 @dataclass(frozen=True)
 class _Judged:
-    """A proved site, its sizes, and what was estimated from them."""
+    """A proved site, its sizes, what was estimated from them, and what comes before its router."""
 
     site: Site
     workload: Workload
     estimate: Estimate
+    products: tuple[RouterProduct, ...] = ()
 
     def report(self, reason: Reason | None = None) -> SiteReport:
-        return site_report(self.site, self.workload, self.estimate, reason)
+        return site_report(self.site, self.workload, self.estimate, reason, self.products)
 
 
 Keep = Callable[[fx.GraphModule, Site], None]
@@ -119,14 +131,18 @@ def _write(
     """Edit the graph; a site that cannot be expressed is declined and the rest tried again."""
     if not accepted:
         return []
-    assert findings.copy is not None
-    import mhf_compiler.lowering  # noqa: F401  (defines the op)
+    copy = findings.copy
+    assert copy is not None
+    import mhf_compiler.lowering  # noqa: F401  (defines the ops)
 
+    accepted = [
+        replace(judged, products=_router_products(judged.site, copy)) for judged in accepted
+    ]
     try:
-        gm.graph = rewrite(gm.graph, [judged.site for judged in accepted], findings.copy)
+        gm.graph, accepted = _with_products(gm.graph, accepted, copy)
     except EditError as error:
         rest = [judged for judged in accepted if judged.site is not error.site]
-        if error.site is None or len(rest) == len(accepted):
+        if not isinstance(error.site, Site) or len(rest) == len(accepted):
             raise
         (inexpressible,) = (judged for judged in accepted if judged.site is error.site)
         reason = Reason(Kind.UNSUPPORTED_LAYOUT, str(error), error.site.output_node)
@@ -134,6 +150,51 @@ def _write(
         return _write(gm, rest, findings, report)
     gm.recompile()
     return accepted
+
+
+def _router_products(site: Site, copy: CanonicalCopy) -> tuple[RouterProduct, ...]:
+    """The products before a site's router that need no float32 copy of the queries."""
+    return tuple(product for product in find_router_products(site, copy) if _runs(product))
+
+
+def _runs(product: RouterProduct) -> bool:
+    """Whether there is a kernel for a product, and it runs on this machine."""
+    from .lowering.router import takes, trial_run
+
+    query, weight = product.query.value, product.weight.value
+    shape = [int(size) for size in product.weight.shape]
+    if not takes(query.dtype, weight.dtype, *shape[1:]):
+        return False
+    try:
+        with no_fake_mode():
+            trial_run(query.dtype, weight.dtype, shape, query.device, torch.is_grad_enabled())
+    except Exception as error:
+        _warn_of_failure("the product before a router", locate(product.output_node), error)
+        return False
+    return True
+
+
+def _with_products(
+    graph: fx.Graph, accepted: list[_Judged], copy: CanonicalCopy
+) -> tuple[fx.Graph, list[_Judged]]:
+    """The edited graph, and what was written into it.
+
+    A router's product that cannot be expressed stays as it was written.
+    """
+    # Sites may share a router.
+    products = {p.output: p for judged in accepted for p in judged.products}
+    try:
+        sites = [judged.site for judged in accepted]
+        return rewrite(graph, [*products.values(), *sites], copy), accepted
+    except EditError as error:
+        if not isinstance(error.site, RouterProduct):
+            raise
+        lost = error.site.output
+        rest = [
+            replace(judged, products=tuple(p for p in judged.products if p.output is not lost))
+            for judged in accepted
+        ]
+        return _with_products(graph, rest, copy)
 
 
 def _judge(site: Site, options: Options) -> _Judged:
@@ -163,15 +224,19 @@ def _objection(judged: _Judged, options: Options) -> Reason | None:
                     tune(judged.workload, cache_folder(), say)
             trial_run(judged.workload)
     except Exception as error:
-        warnings.warn(
-            f"the kernel for the MH-FFN at {_place(site.location)} failed; "
-            f"it stays in its original spelling: {error}",
-            MhfCompilerWarning,
-            stacklevel=2,
-        )
-        counters["flashmhf"]["failures"] += 1
+        _warn_of_failure("the MH-FFN", site.location, error)
         return Reason(Kind.KERNEL_FAILED, str(error).splitlines()[0], site.output_node)
     return None
+
+
+def _warn_of_failure(what: str, location: Location | None, error: Exception) -> None:
+    warnings.warn(
+        f"the kernel for {what} at {_place(location)} failed; "
+        f"it stays in its original spelling: {error}",
+        MhfCompilerWarning,
+        stacklevel=2,
+    )
+    counters["flashmhf"]["failures"] += 1
 
 
 def workload_of(site: Site, options: Options) -> Workload:

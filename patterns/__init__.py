@@ -10,6 +10,7 @@ The files in the order of thought:
     rolling        unrolled loops become axes
     grammar        a value read as the output of an MH-FFN
     checks         the proof that it is one; reasons: why it is not
+    routers        what computes a site's router from widened queries
     recognise      the front door; site: what goes through it
 """
 
@@ -18,7 +19,8 @@ from .canonical import COPY, SCATTER, CanonicalCopy, Value
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
-from .site import Location, Site, TensorView
+from .routers import find_router_products
+from .site import Location, RouterProduct, Site, TensorView
 from .source import locate
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "Location",
     "NearMiss",
     "Reason",
+    "RouterProduct",
     "Site",
     "Size",
     "TensorView",
     "Value",
     "at_most",
+    "find_router_products",
     "find_sites",
     "locate",
     "multiply",

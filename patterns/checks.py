@@ -7,6 +7,7 @@ needs, ``build_site`` puts the op's arguments together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -61,7 +62,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_dtypes(term)
     check_gradients(reading)
     check_no_escape(reading, root, copy)
-    check_memory(term, root, copy)
+    check_memory(term.operands().values(), root, copy)
     check_saved(term, reading, copy)
     check_place(root)
     check_autocast(term, root, copy)
@@ -104,13 +105,13 @@ def _uncast(value: Value) -> Value:
 
 def assign_roles(term: Term, root: Index) -> Roles:
     gate, up, down = term.gate, term.up, term.down
-    width = _leaves(gate.contracted)
-    summed = _leaves(term.hidden) + _leaves(term.experts)
+    width = leaves(gate.contracted)
+    summed = leaves(term.hidden) + leaves(term.experts)
     query = axes_of(gate.query.index)
     weights = axes_of(gate.weight.index) | (set() if up is None else axes_of(up.weight.index))
     weights |= axes_of(down.index) & query
     routed = set().union(*(axes_of(router.index) for router in term.routers))
-    own_experts = set(_leaves(term.experts))
+    own_experts = set(leaves(term.experts))
     experts = tuple(a for a in summed if a in own_experts or a in routed)
     hidden = tuple(a for a in summed if a not in experts)
     _check_query(term, set(width), set(experts), set(hidden))
@@ -138,11 +139,11 @@ def assign_roles(term: Term, root: Index) -> Roles:
 
 def _check_query(term: Term, width: set[Axis], experts: set[Axis], hidden: set[Axis]) -> None:
     query = term.gate.query
-    read = _real(axes_of(query.index))
-    scaled = query.value.op is torch.ops.aten.mul.Tensor and not _real(hidden) <= read
+    read = real(axes_of(query.index))
+    scaled = query.value.op is torch.ops.aten.mul.Tensor and not real(hidden) <= read
     if read & experts or (read & hidden and scaled):
         raise Declined(Kind.ROUTER_ON_INPUT, node=query.value.origin)
-    if read & hidden or not _real(width) <= read:
+    if read & hidden or not real(width) <= read:
         raise Declined(Kind.UNPAIRED_BRANCHES, node=query.value.origin)
 
 
@@ -167,7 +168,7 @@ def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis
 def check_weights(term: Term, roles: Roles) -> None:
     """The weights depend on heads, sub-networks, hidden units and width, and on nothing else."""
     gate, up, down = term.gate, term.up, term.down
-    inner = _real(roles.groups) | _real(roles.experts) | _real(roles.hidden)
+    inner = real(roles.groups) | real(roles.experts) | real(roles.hidden)
     for operand, width in (
         (gate.weight, roles.width),
         (None if up is None else up.weight, roles.width),
@@ -175,12 +176,12 @@ def check_weights(term: Term, roles: Roles) -> None:
     ):
         if operand is None:
             continue
-        read = _real(axes_of(operand.index))
-        if read & _real(roles.tokens):
+        read = real(axes_of(operand.index))
+        if read & real(roles.tokens):
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
-        if not _real(roles.hidden) | _real(width) <= read or not read <= inner | _real(width):
+        if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
-        if _depends_on(operand.value, term.gate.query.value):
+        if depends_on(operand.value, term.gate.query.value):
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
     if not all(isinstance(a.size, int) for a in (*roles.groups, *roles.experts, *roles.hidden)):
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
@@ -194,11 +195,9 @@ def check_router(term: Term, roles: Roles) -> None:
     if roles.experts and product(axis.size for axis in roles.hidden) == 1:
         detail = "a factor differs between the hidden units"
         raise Declined(Kind.UNKNOWN_OPERATION, detail, term.value.origin)
-    allowed = (
-        _real(roles.tokens) | _real(roles.groups) | _real(roles.sharers) | _real(roles.experts)
-    )
+    allowed = real(roles.tokens) | real(roles.groups) | real(roles.sharers) | real(roles.experts)
     for router in term.routers:
-        if not _real(axes_of(router.index)) <= allowed:
+        if not real(axes_of(router.index)) <= allowed:
             detail = "a factor differs between the hidden units or output features of a head"
             raise Declined(Kind.UNKNOWN_OPERATION, detail, router.value.origin)
         if not router.value.dtype.is_floating_point:
@@ -207,7 +206,7 @@ def check_router(term: Term, roles: Roles) -> None:
 
 def check_biases(term: Term, roles: Roles) -> None:
     """A bias depends on head, sub-network and its own feature alone."""
-    shared = _real(roles.groups) | _real(roles.experts)
+    shared = real(roles.groups) | real(roles.experts)
     for bias, features in (
         (term.gate.bias, roles.hidden),
         (None if term.up is None else term.up.bias, roles.hidden),
@@ -215,7 +214,7 @@ def check_biases(term: Term, roles: Roles) -> None:
     ):
         if bias is None:
             continue
-        if not _real(axes_of(bias.index)) <= shared | _real(features):
+        if not real(axes_of(bias.index)) <= shared | real(features):
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a bias", bias.value.origin)
 
 
@@ -305,7 +304,7 @@ def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
             raise Declined(Kind.UNEQUAL_HEADS, detail, operand.value.origin)
 
 
-def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
+def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:
     """What the op reads is still there where it will stand; nobody overwrites its result."""
     node = _maker(root, copy)
     if copy.is_overwritten(root):
@@ -313,7 +312,7 @@ def check_memory(term: Term, root: Value, copy: CanonicalCopy) -> None:
     for reader, seen in copy.changed_reads(root):
         if seen is not root and root in _ancestors(seen):
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
-    for operand in term.operands().values():
+    for operand in operands:
         _check_readable(operand.value, copy, copy.positions[node])
 
 
@@ -388,7 +387,7 @@ def _site(
     pieces: tuple[Value, ...],
 ) -> Site:
     gate, up = term.gate, term.up
-    batch, length = _two_token_dims(roles.tokens, gate.query.index, reading.index)
+    batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
     heads = (*roles.groups, *roles.sharers)
     per_unit = (roles.groups, roles.experts, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)
@@ -436,7 +435,7 @@ def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:
     return [(name, getattr(roles, name)) for name in names]
 
 
-def _two_token_dims(
+def two_token_dims(
     tokens: tuple[Axis, ...], query: Index, root: Index
 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     """The op has two token dimensions, (B, L): the axes that the query keeps together are L."""
@@ -463,7 +462,7 @@ def _contiguous(axes: tuple[Axis, ...], index: Index) -> bool:
     return False
 
 
-def _depends_on(weight: Value, query: Value) -> bool:
+def depends_on(weight: Value, query: Value) -> bool:
     """Whether a computed weight and the query come from a common tensor: weights made of tokens."""
     if weight.op in (INPUT, STACK):
         return False
@@ -496,11 +495,11 @@ def _reads_alike(a: Operand, b: Operand) -> bool:
     )
 
 
-def _real(axes: object) -> set[Axis]:
+def real(axes: object) -> set[Axis]:
     return {axis for axis in axes if axis.size != 1}  # type: ignore[attr-defined]
 
 
-def _leaves(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+def leaves(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return tuple(leaf for axis in axes for leaf in axis.leaves())
 
 

@@ -1,7 +1,8 @@
 """A site: one MH-FFN that was found and proved, as the arguments of the op.
 
 The site is the small value between recognition and rewriting. Tensors are ``TensorView``: a value
-of the graph, where it is read, and which axes make up each dimension of the op's argument.
+of the graph, where it is read, and which axes make up each dimension of the op's argument. A
+``RouterProduct`` is the same for what computes a site's router from widened queries.
 """
 
 from __future__ import annotations
@@ -96,6 +97,11 @@ class Site:
     replaces: frozenset[Value]  # what the graph computes and the op would compute itself
 
     @property
+    def result_dims(self) -> tuple[tuple[Axis, ...], ...]:
+        """The axes of the op's result, (B, L, H, d)."""
+        return (*self.query.dims[:3], self.down.dims[-1])
+
+    @property
     def gated(self) -> bool:
         return self.up is not None
 
@@ -118,3 +124,30 @@ class Site:
         }
         present = {role: view for role, view in named.items() if view is not None}
         return present | {f"router{i}": view for i, view in enumerate(self.routers)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterProduct:
+    """A product in float32 of 16-bit queries and weights, from which a site's router is made.
+
+    Shapes of the views: query ``(B, L, H, d)``; weight ``(G, d, E)``, with G heads or one. The bias
+    has the dimensions of the output; it is added after the product.
+    """
+
+    query: TensorView
+    weight: TensorView
+    bias: TensorView | None
+    output: Value
+    output_node: fx.Node
+    output_dims: tuple[tuple[Axis, ...], ...]
+    pieces: tuple[Value, ...] = ()
+
+    @property
+    def result_dims(self) -> tuple[tuple[Axis, ...], ...]:
+        """The axes of the result, (B, L, H, E)."""
+        return (*self.query.dims[:3], self.weight.dims[-1])
+
+    def views(self) -> dict[str, TensorView]:
+        """The tensor arguments by role, without the absent one."""
+        named = {"query": self.query, "weight": self.weight, "bias": self.bias}
+        return {role: view for role, view in named.items() if view is not None}

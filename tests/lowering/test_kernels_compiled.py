@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mhf_compiler.lowering import kernels  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import splitting  # noqa: E402
+from mhf_compiler.lowering.kernels import router_product, splitting  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
@@ -114,22 +114,34 @@ class PretendedDriver:
 
 
 Compile = Callable[..., dict[str, Binary]]
+Pretend = Callable[[int], PretendedDriver]
 
 
 @pytest.fixture
-def compile_all(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
-    """Call with an architecture and a problem: its kernels, by name."""
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
+    """Call with an architecture: kernels that are launched next are compiled for it."""
 
-    def run(architecture: int, **options: object) -> dict[str, Binary]:
+    def of(architecture: int) -> PretendedDriver:
         driver = PretendedDriver(architecture)
         triton.runtime.driver.set_active(driver)
         for module in (kernels, splitting):
             monkeypatch.setattr(module, "capability", lambda device: divmod(architecture, 10))
+        return driver
+
+    yield of
+    triton.runtime.driver.set_active(None)  # the default one again
+
+
+@pytest.fixture
+def compile_all(pretend: Pretend) -> Compile:
+    """Call with an architecture and a problem: its kernels, by name."""
+
+    def run(architecture: int, **options: object) -> dict[str, Binary]:
+        driver = pretend(architecture)
         launch_all(**options)
         return {binary.name: binary for binary in driver.loaded}
 
-    yield run
-    triton.runtime.driver.set_active(None)  # the default one again
+    return run
 
 
 def launch_all(
@@ -320,6 +332,24 @@ def test_variants_compile(
     architecture: int, options: dict[str, object], compile_all: Compile
 ) -> None:
     compile_all(architecture, **options)
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("d", [32, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_products(
+    architecture: int, d: int, dtype: torch.dtype, pretend: Pretend, tmp_path: Path
+) -> None:
+    """On matrix units, in registers, at the most sub-networks that are taken."""
+    driver = pretend(architecture)
+    q, weight = torch.empty(2, 1000, 16, d, dtype=dtype), torch.empty(16, d, 32)
+    logits = torch.empty(2, 1000, 16, 32)
+    router_product.forward(q, weight, logits)
+    router_product.backward(logits, q, weight, [True, True])
+    assert len(driver.loaded) == 2
+    for binary in driver.loaded:
+        assert binary.spilled(tmp_path) == 0, binary.name
+        assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -359,3 +359,46 @@ def plain_spelling(tensors: Tensors, grad_out: Tensor) -> list[Tensor]:
     out = (SCALES["out_scale"] * (down * r.unsqueeze(-1)).sum(3)).to(q.dtype)
     present = [x for x in leaves.values() if x is not None]
     return [out.detach(), *torch.autograd.grad(out, present, grad_out)]
+
+
+@pytest.mark.usefixtures("bfloat16_products", "poison")
+class TestRouterProduct:
+    """Every number is cut into parts that fit bfloat16; what is lost is what float32 loses."""
+
+    __test__ = INTERPRETING
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_matches_the_definition(
+        self, dtype: torch.dtype, weights: torch.dtype, groups: int
+    ) -> None:
+        from mhf_compiler.lowering.kernels import router_product
+
+        torch.manual_seed(0)
+        q = torch.randn(2, 70, 2, 24).to(dtype)
+        weight = torch.randn(groups, 24, 5).to(weights)
+        grad = torch.randn(2, 70, 2, 5)
+        out = torch.full((2, 2, 70, 5), float("nan")).transpose(1, 2)  # by heads
+        router_product.forward(q, weight, out)
+        dq, dw = router_product.backward(grad, q, weight, [True, True])
+
+        wide = [q.double().requires_grad_(), weight.double().requires_grad_()]
+        exact = torch.einsum("blhd,hde->blhe", wide[0], wide[1].repeat_interleave(2 // groups, 0))
+        exact_dq, exact_dw = torch.autograd.grad(exact, wide, grad.double())
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+        # The interpreter cuts where a GPU rounds to bfloat16: one unit instead of half of one.
+        unit = 2.0**-7 if dtype == torch.bfloat16 else 2.0**-10
+        assert (dq.double() - exact_dq).abs().max() <= unit * exact_dq.abs().max()
+        rounded = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[weights]
+        assert (dw.double() - exact_dw).abs().max() <= rounded * exact_dw.abs().max()
+
+    @pytest.mark.parametrize("needs", [[True, False], [False, True]], ids=str)
+    def test_one_gradient_alone(self, needs: list[bool]) -> None:
+        from mhf_compiler.lowering.kernels import router_product
+
+        q, weight = torch.randn(1, 9, 2, 8).half(), torch.randn(2, 8, 3)
+        grad = torch.randn(1, 9, 2, 3)
+        both = router_product.backward(grad, q, weight, [True, True])
+        (one,) = router_product.backward(grad, q, weight, needs)
+        assert torch.equal(one, both[needs.index(True)])

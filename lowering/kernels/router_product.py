@@ -1,0 +1,232 @@
+"""The product of 16-bit queries with a router's weights, in float32, and its gradients.
+
+Matrix units multiply float32 only after cutting it to TF32. Here every float32 operand is instead
+written as a sum of bfloat16 numbers, whose products are exact and are added in float32: 16 bits of
+query need one such number (bfloat16) or two (float16), a float32 weight three. That is as exact as
+float32 and still nothing beside reading the queries, which is all the time these kernels take.
+
+With G = dLogits, dQ = G W^T is rounded to the queries' dtype, so the leading parts of G and W are
+enough for it. One kernel computes dQ and dW, to read the queries once: each program walks a share
+of the tokens of some columns of one head and writes its sum of dW, in float32; the host adds those
+in order.
+
+All those parts take registers, so heads are read in blocks of at most 64 columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launching import launch, multiprocessors, repeat
+from .loads import Operand, token_axes
+from .tiles import Tile, padded_width
+
+_TOKENS = 64  # of a tile
+_COLUMNS = 64
+_PROGRAMS = 4  # of the backward kernel on each multiprocessor: its loads overlap
+
+
+def forward(q: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write the product to `out` (B, L, H, E), float32 of any strides."""
+    if out.numel() == 0:
+        return
+
+    def run() -> None:
+        axes = token_axes(q, out)
+        tile, operands, scalars = _shared(q, weight)
+        operands |= {"Out": Operand(out, axes.strides(out), None)}
+        operands |= {"Q": Operand(q, axes.strides(q), None)}
+        scalars |= {"B": axes.batch, "L": axes.length}
+        programs = triton.cdiv(axes.length, _TOKENS) * axes.batch * q.shape[2]
+        launch(router_kernel, programs, tile, q.device, operands, scalars)
+
+    repeat("router", (q, weight, out), run)
+
+
+def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+    """The gradients of those of (q, weight) that `needs` marks, each in its input's dtype."""
+    dq = torch.empty_like(q) if needs[0] else None
+    groups, width, networks = weight.shape
+    heads = q.shape[2]
+    axes = token_axes(grad_out, q, dq)
+    tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
+    blocks = triton.cdiv(width, _COLUMNS)
+    parts = max(1, min(tiles, _PROGRAMS * multiprocessors(q.device) // (heads * blocks)))
+    shape = (heads, parts, width, networks)
+    partial = q.new_empty(shape, dtype=torch.float32) if needs[1] else None
+
+    def run() -> None:
+        tile, operands, scalars = _shared(q, weight)
+        operands |= {
+            "Q": Operand(q, axes.strides(q), None),
+            "Grad": Operand(grad_out, axes.strides(grad_out), None),
+            "dQ": Operand(dq, None if dq is None else axes.strides(dq), None),
+            "Part": Operand(partial, None, None),
+        }
+        scalars |= {"B": axes.batch, "L": axes.length, "PARTS": parts}
+        programs = heads * parts * blocks
+        launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
+
+    if grad_out.numel() == 0:
+        empty = [x for x, needed in zip((q, weight), needs, strict=True) if needed]
+        return [torch.zeros_like(x) for x in empty]
+    repeat("router backward", (grad_out, q, weight, dq, partial), run)
+    gradients = [] if dq is None else [dq]
+    if partial is not None:
+        of_group = partial.view(groups, -1, width, networks)
+        gradients.append(of_group.sum(1).to(weight.dtype))
+    return gradients
+
+
+def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[str, object]]:
+    """What the two kernels have in common."""
+    groups, width, networks = weight.shape
+    columns = max(16, triton.next_power_of_2(networks))
+    tile = Tile(_TOKENS, columns, 4, 2, descriptors=False)
+    scalars: dict[str, object] = {
+        "E": networks,
+        "D": width,
+        "HEADS_PER_GROUP": q.shape[2] // groups,
+        "Q_PARTS": 1 if q.dtype == torch.bfloat16 else 2,
+        "W_PARTS": {torch.float32: 3, torch.float16: 2}.get(weight.dtype, 1),
+        "BM": _TOKENS,
+        "BE": columns,
+        "BD": min(_COLUMNS, padded_width(width)),
+    }
+    return tile, {"W": Operand(weight, weight.stride(), None)}, scalars
+
+
+@triton.jit
+def _leading(x):
+    """The bfloat16 nearest to each number: the first part of its sum."""
+    return x.to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _rest(x, part):
+    """What a part leaves of each number. Exact."""
+    return x.to(tl.float32) - part.to(tl.float32)
+
+
+@triton.jit
+def _token_pointers(X, strides, b, l, h, c):
+    X += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
+    return X + l.to(tl.int64)[:, None] * strides[1] + c.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def _load(X, strides, b, l, h, c, L, C: tl.constexpr):
+    """Tokens l and columns c of one head, zero beyond L and C."""
+    pointers = _token_pointers(X, strides, b, l, h, c)
+    return tl.load(pointers, mask=(l < L)[:, None] & (c < C)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(X, value, strides, b, l, h, c, L, C: tl.constexpr):
+    """The counterpart of `_load`; rounds `value` once, to the dtype of X."""
+    pointers = _token_pointers(X, strides, b, l, h, c)
+    value = value.to(X.dtype.element_ty)
+    tl.store(pointers, value, mask=(l < L)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _load_weights(W, strides, g, c, e, D: tl.constexpr, E: tl.constexpr):
+    """Columns c of one group's weights, the width innermost: [BE, BD]."""
+    W += tl.cast(g, tl.int64) * strides[0]
+    pointers = W + c.to(tl.int64)[None, :] * strides[1] + e.to(tl.int64)[:, None] * strides[2]
+    return tl.load(pointers, mask=(e < E)[:, None] & (c < D)[None, :], other=0.0)
+
+
+@triton.jit
+def router_kernel(
+    Q, W, Out, Q_strides, W_strides, Out_strides, B, L,
+    E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The logits of one tile of tokens of one head."""
+    token_tiles = tl.cdiv(L, BM)
+    program = tl.program_id(0)
+    l = (program % token_tiles) * BM + tl.arange(0, BM)
+    b = program // token_tiles % B
+    h = program // token_tiles // B
+    e = tl.arange(0, BE)
+
+    out = tl.zeros((BM, BE), tl.float32)
+    for c0 in tl.static_range(0, D, BD):
+        c = c0 + tl.arange(0, BD)
+        q = _load(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
+        w = _load_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
+        q0, w0 = _leading(q), _leading(w)
+        # The small products first.
+        if W_PARTS > 1:
+            w_rest = _rest(w, w0)
+            w1 = _leading(w_rest)
+            if W_PARTS > 2:
+                out = tl.dot(q0, _leading(_rest(w_rest, w1)).T, out)
+            if Q_PARTS > 1:
+                out = tl.dot(_leading(_rest(q, q0)), w1.T, out)
+            out = tl.dot(q0, w1.T, out)
+        if Q_PARTS > 1:
+            out = tl.dot(_leading(_rest(q, q0)), w0.T, out)
+        out = tl.dot(q0, w0.T, out)  # [BM, BE]
+    _store(Out, out, Out_strides, b, l, h, e, L, E)
+
+
+@triton.jit
+def router_backward_kernel(
+    Q, W, Grad, dQ, Part, Q_strides, W_strides, Grad_strides, dQ_strides, Part_strides,
+    B, L, PARTS,
+    E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
+    Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Some columns of dQ for a share of one head's tokens, and that share's sum of dW.
+
+    Part holds the sums, of which each program writes its columns: [H, PARTS, D, E].
+    """
+    token_tiles = tl.cdiv(L, BM)
+    BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    program = tl.program_id(0)
+    c = program % BLOCKS * BD + tl.arange(0, BD)
+    share = program // BLOCKS
+    h = share // PARTS
+    tiles = token_tiles * B
+    first = ((share % PARTS).to(tl.int64) * tiles // PARTS).to(tl.int32)
+    last = ((share % PARTS + 1).to(tl.int64) * tiles // PARTS).to(tl.int32)
+    e = tl.arange(0, BE)
+
+    if dQ is not None:
+        w = _load_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
+        w0 = _leading(w)
+        w1 = _leading(_rest(w, w0))
+    dw = tl.zeros((BD, BE), tl.float32)
+    for tile in tl.range(first, last):
+        b = tile // token_tiles
+        l = (tile % token_tiles) * BM + tl.arange(0, BM)
+        grad = _load(Grad, Grad_strides, b, l, h, e, L, E)  # [BM, BE]
+        g0 = _leading(grad)
+        g_rest = _rest(grad, g0)
+        g1 = _leading(g_rest)
+        if dQ is not None:
+            dq = tl.dot(g1, w0)
+            if W_PARTS > 1:
+                dq = tl.dot(g0, w1, dq)
+            dq = tl.dot(g0, w0, dq)  # [BM, BD]
+            _store(dQ, dq, dQ_strides, b, l, h, c, L, D)
+        if Part is not None:
+            q = _load(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
+            q0 = _leading(q)
+            dw = tl.dot(q0.T, _leading(_rest(g_rest, g1)), dw)
+            if Q_PARTS > 1:
+                q1 = _leading(_rest(q, q0))
+                dw = tl.dot(q1.T, g1, dw)
+                dw = tl.dot(q1.T, g0, dw)
+            dw = tl.dot(q0.T, g1, dw)
+            dw = tl.dot(q0.T, g0, dw)  # [BD, BE]
+    if Part is not None:
+        Part += share.to(tl.int64) * (D * E)
+        tl.store(Part + c[:, None] * E + e[None, :], dw, mask=(c < D)[:, None] & (e < E)[None, :])
