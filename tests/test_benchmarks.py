@@ -25,6 +25,7 @@ from benchmarks.harness import (
     Plot,
     Row,
     Settings,
+    compared,
     measure,
     of_cases,
     training,
@@ -226,6 +227,25 @@ def test_every_ffn_computes_the_same() -> None:
         values = eager.values()
         assert values.keys() == job.expected.keys()
         assert (eager.name, "x.grad" in values) == ("eager, loop", some is second)
+
+
+@pytest.mark.parametrize("storage", ["together", "separate"])
+def test_the_grid_compiles_the_op(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is in a model that was rewritten; without Inductor, which takes its time."""
+    compiled: list[str] = []
+
+    def compile_eagerly(network: Any, **options: Any) -> Any:
+        compiled.append(network.__name__)
+        return real(network, backend="aot_eager", **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    torch.manual_seed(0)
+    job = grid.build((1, 5, 4, 16, 1, 8), storage, torch.bfloat16, True, "cpu")
+    for contender in job.contenders:
+        assert contender.values is not None
+        assert compared(contender.values(), job.expected).keys() == {"error"}, contender.name
+    assert compiled[0] == ("multi_head_ffn" if storage == "together" else "stacked_op")
 
 
 def test_grid_judges_the_choice() -> None:
