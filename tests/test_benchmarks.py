@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import compile_time, cpu_path, ffn, grid, results
+from benchmarks import compile_time, cpu_path, ffn, grid, harness, results
 from benchmarks.harness import (
     Benchmark,
     Case,
@@ -70,7 +71,34 @@ def test_contenders_take_turns() -> None:
     turns: list[str] = []
     contenders = [Contender(name, lambda name=name: turns.append(name)) for name in "ab"]
     rows_of(*contenders)
-    assert turns[-10:] == list("ababababab")  # two to warm up, three that count
+    assert "".join(turns).endswith("ab" * 5)  # two to warm up, three that count
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds", "times"),
+    [
+        (SETTINGS, 0.0, 150),  # as often as is allowed
+        (SETTINGS, 0.04, 7),  # until there is enough
+        (SETTINGS, 1.0, 3),
+        (dataclasses.replace(SETTINGS, quick=True), 0.0, 3),
+    ],
+)
+def test_short_cases_repeat_more_often(
+    settings: Settings, seconds: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    turns: list[bool] = []
+
+    def milliseconds(*_: object) -> tuple[float, float]:
+        now[0] += seconds
+        turns.append(True)
+        return 1e3 * seconds, 1e3 * seconds
+
+    monkeypatch.setattr(harness, "milliseconds", milliseconds)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    step = Contender("step", lambda: None)
+    harness.time_in_turn([step], case(step), settings, Progress(disable=True))
+    assert len(turns) == times + 2  # to warm up
 
 
 def test_the_memory_of_a_step() -> None:
