@@ -81,7 +81,9 @@ def trial_run(workload: Workload) -> None:
             activation=workload.activation, out_dtype=workload.out_dtype,
         )  # fmt: skip
         if workload.training:
-            out.sum().backward()
+            # Dense, as a model's gradient is: that of a sum is one number expanded to the shape,
+            # with strides of zero, over which Hopper's own backward kernels do not run.
+            torch.autograd.backward(out, torch.ones_like(out))
     torch.cuda.synchronize(workload.device)
 
 
