@@ -169,6 +169,7 @@ def judge(rows: Sequence[Row], work: Workload) -> None:
 def workload(row: Row, device: str) -> Workload:
     """What the cost model is asked about a point."""
     dtype = getattr(torch, row["dtype"])
+    pieces = row["H"] if row.get("weights") == "separate" else 1
     return Workload(
         batch=row["B"],
         length=row["L"],
@@ -185,7 +186,7 @@ def workload(row: Row, device: str) -> Workload:
         out_dtype=dtype,
         device=torch.device(device),
         training=row["phase"] == "training",
-        stacked_weights=3 if row.get("weights") == "separate" else 0,
+        pieces=(pieces, pieces, pieces),
     )
 
 

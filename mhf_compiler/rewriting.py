@@ -29,7 +29,7 @@ from .compat import (
 from .describing import graph_break, matrix_products, near_miss_report, site_report
 from .edit import EditError, rewrite
 from .options import Options, inductor_config, tunes
-from .patterns import Findings, Kind, Location, Reason, Site, find_sites
+from .patterns import STACK, Findings, Kind, Location, Reason, Site, Value, find_sites
 from .report import GraphReport, SiteReport
 
 if TYPE_CHECKING:
@@ -199,11 +199,18 @@ def workload_of(site: Site, options: Options) -> Workload:
         out_dtype=site.out_dtype,
         device=site.device,
         training=torch.is_grad_enabled(),
-        stacked_weights=sum(
-            view.value.op == "stack" for view in (site.gate, site.up, site.down) if view
+        pieces=(
+            _pieces(site.gate.value),
+            1 if site.up is None else _pieces(site.up.value),
+            _pieces(site.down.value),
         ),
         captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
+
+
+def _pieces(value: Value) -> int:
+    """How many tensors of the graph a weight is stacked from; modules may be nested."""
+    return sum(map(_pieces, value.args)) if value.op == STACK else 1
 
 
 def _hint(size: Any) -> int | None:
