@@ -70,7 +70,7 @@ def list_them() -> None:
 @main.command()
 @click.argument("names", nargs=-1, required=True, type=click.Choice(list(BENCHMARKS)))
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="default: a GPU if there is one")
-@click.option("--repeats", type=click.IntRange(1), help="default: the benchmark's own")
+@click.option("--repeats", type=click.IntRange(1), help="at least; default: the benchmark's own")
 @click.option("--shape", "shapes", multiple=True, type=Shape(), help="in place of its own")
 @click.option("--quick", is_flag=True, help="tiny sizes, to try the benchmark itself out")
 @click.option("--out", type=click.Path(path_type=Path), help="folder for JSON, CSV and pictures")

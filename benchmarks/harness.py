@@ -25,6 +25,9 @@ Row = dict[str, Any]
 
 _FLOOR = 1e-6  # of relative errors: float32 against itself
 _WARM_UPS = 2
+# A few repeats of less than a millisecond say more of the host's mood than of the contenders.
+_ENOUGH_SECONDS = 0.25  # of measuring a case, after which the asked repeats suffice
+_MOST = 50  # times the asked repeats, where a case is still shorter
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Settings:
     """What the command line chooses."""
 
     device: str
-    repeats: int
+    repeats: int  # at least; a short case repeats more often
     quick: bool = False  # sizes at which the benchmark itself can be tried out on any machine
     shapes: tuple[tuple[int, ...], ...] = ()  # in place of the benchmark's own
 
@@ -189,18 +192,32 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
 def time_in_turn(
     contenders: Sequence[Contender], case: Case, settings: Settings, progress: Progress
 ) -> dict[str, Row]:
-    """Medians. Every contender runs once per repeat, so that a drift of clocks slows all alike."""
+    """Medians. Every contender runs once per repeat, so that a drift of clocks slows all alike.
+
+    A case that is over quickly is repeated until a quarter of a second has been measured.
+    """
     times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     bar = progress.add_task("repeats", total=settings.repeats)
-    for repeat in range(-_WARM_UPS, settings.repeats):
+    for repeat in _repeats(settings):
         for contender in contenders:
             taken = milliseconds(contender.step, settings.device, case.busy)
             contender.clear()
             if repeat >= 0:
                 times[contender.name].append(taken)
-        progress.advance(bar, int(repeat >= 0))
+        progress.update(bar, completed=min(max(repeat + 1, 0), settings.repeats))
     progress.remove_task(bar)
     return {c.name: _figures(c, times[c.name]) for c in contenders}
+
+
+def _repeats(settings: Settings) -> Iterator[int]:
+    """Counts repeats until there are enough; those below zero warm up."""
+    yield from range(-_WARM_UPS, 0)
+    most = settings.repeats * (1 if settings.quick else _MOST)
+    start = time.perf_counter()
+    for repeat in range(most):
+        if repeat >= settings.repeats and time.perf_counter() - start > _ENOUGH_SECONDS:
+            break
+        yield repeat
 
 
 def _figures(contender: Contender, times: Sequence[tuple[float, float]]) -> Row:

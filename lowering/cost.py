@@ -2,12 +2,14 @@
 
 Both ways are estimated from sizes alone. The original, in its best case (batched products compiled
 by Inductor), is limited by its passes over the hidden units, which it writes to memory and reads
-again. The op never writes them. Its forward pass is limited by the weights when tokens are few,
-since enough programs share them, and by the matrix units when tokens are many; its backward pass
-by how many programs there are to keep the card busy, too, and by the latency of one step of a
-program's loop. In a small training step the host that launches the kernels is the limit, except
-inside a CUDA graph. Constants were fitted to ``python -m benchmarks run grid`` on an H200; other
-cards are scaled by what their driver reports.
+again. Weights that lie in separate modules cannot be batched: the original runs a kernel for each
+of them, and the op copies them together. The op never writes the hidden units. Its forward pass is
+limited by the weights when tokens are few, since enough programs share them, and by the matrix
+units when tokens are many; its backward pass by how many programs there are to keep the card busy,
+too, and by the latency of one step of a program's loop. In a small training step, and wherever
+kernels are many, the host that launches them is the limit, except inside a CUDA graph. Constants
+were fitted to ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their
+driver reports.
 
 Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
 """
@@ -31,7 +33,8 @@ _HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
 _CPU_CACHE = 4e6  # bytes of hidden units that the next product finds in a cache
 _CPU_CACHED = 3  # times the bandwidth
-_CPU_CALL = 2.5e-4  # seconds before a block of tokens is at work, on a CPU
+_CPU_CALL = 2.65e-4  # seconds before a block of tokens is at work, on a CPU
+_CPU_GRAPH = 8.5e-5  # seconds for the call of a compiled graph, beside its kernels, on a CPU
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class Shares(NamedTuple):
     plain_backward: float  # of what Hopper's own backward kernels do not take
 
 
+class Host(NamedTuple):
+    """What a call takes the host, which launches the kernels, in seconds."""
+
+    inference: float  # the call of a compiled graph, beside its kernels
+    training: float  # the same with autograd, and the call of the backward pass
+    kernel: float  # to launch one kernel of the graph
+    op: float  # to launch one kernel of the op, from Python
+    ahead: float  # what the card still has to do when the call begins, which hides as much of it
+
+
 @dataclass(frozen=True)
 class Device:
     """What limits a device: rates in FLOP/s and bytes/s, times in seconds."""
@@ -69,8 +82,7 @@ class Device:
     bandwidth: float
     units: int  # multiprocessors, or cores
     launch: float  # one small kernel, in a stream of kernels
-    host: float  # the host's time for one kernel of a compiled graph
-    host_op: float  # and for one kernel of the op
+    host: Host | None  # None where the host is the device
     step: float  # the least time of one step of a kernel's loop
     start: float  # the least time of the op's forward pass, beside a launch
     shares: Mapping[int, Shares]  # by padded head width
@@ -85,8 +97,8 @@ def estimate(workload: Workload) -> Estimate:
 
 
 def _original(w: Workload, device: Device) -> float:
-    """Batched products, with the hidden units in memory between them."""
-    products = 3 if w.gated else 2  # in the forward pass
+    """Products as far as they can be batched, with the hidden units in memory between them."""
+    products = len(w.products)  # in the forward pass
     hidden = _hidden_bytes(w)
     flops = _product_flops(w)
     # Forward: each product once, written and read; gradients: each product twice.
@@ -98,13 +110,25 @@ def _original(w: Workload, device: Device) -> float:
     cached = w.device.type == "cpu" and not w.training and hidden <= _CPU_CACHE
     memory = passes * hidden / (device.bandwidth * (_CPU_CACHED if cached else 1))
     memory += products * _weight_bytes(w) / device.bandwidth
-    kernels = products + 2
+    kernels = _original_kernels(w)
     busy = compute * 0.3 + memory + kernels * device.launch
-    return max(busy, kernels * device.host) if _host_limits(w) else busy
+    if w.device.type == "cpu":
+        busy += _CPU_GRAPH * (2 if w.training else 1)
+    return max(busy, _launched(w, device, kernels))
+
+
+def _original_kernels(w: Workload) -> int:
+    """One for each product of each piece, and what each piece has beside its products."""
+    products, pieces = sum(w.products), max(w.products)
+    kernels = products + pieces + 1  # the hidden units; the results are brought together
+    if w.training:
+        # The hidden units; what a token's networks weigh; the two gradients of the query, added.
+        kernels += 2 * products + (1 + w.routed + w.gated) * pieces
+    return kernels
 
 
 def _rewritten(w: Workload, device: Device) -> float:
-    products = 3 if w.gated else 2
+    products = len(w.products)
     flops = _product_flops(w)
     forward, backward = _shares(w, device)
     total = device.launch + device.start + products * flops / (device.matrix * forward)
@@ -116,11 +140,18 @@ def _rewritten(w: Workload, device: Device) -> float:
         total += _backward(executed, flops, w, device, backward) + 3 * device.launch
     if w.device.type == "cpu":
         total += _call_on_a_cpu(products, w, device)
-    kernels = 4 if w.training else 1
-    if w.stacked_weights:
-        copies = w.stacked_weights * _weight_bytes(w) * 2 * (2 if w.training else 1)
-        total += copies / device.bandwidth + w.stacked_weights * device.launch
-    return max(total, kernels * device.host_op) if _host_limits(w) else total
+    copies = w.copied * (2 if w.training else 1)  # of the weights, and of their gradients
+    total += copies * (2 * _weight_bytes(w) / device.bandwidth + device.launch)
+    return max(total, _launched(w, device, copies, 4 if w.training else 1))
+
+
+def _launched(w: Workload, device: Device, kernels: int, of_the_op: int = 0) -> float:
+    """When the host has launched the last kernel, counted from where the card is free to begin."""
+    host = device.host
+    if host is None or w.captured:
+        return 0.0
+    call = host.training if w.training else host.inference
+    return call + kernels * host.kernel + of_the_op * host.op - host.ahead
 
 
 def _call_on_a_cpu(products: int, w: Workload, device: Device) -> float:
@@ -155,11 +186,6 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
     return max(waves * max(full, steps * device.step * products / 3), busy)
 
 
-def _host_limits(w: Workload) -> bool:
-    """Inference launches ahead of the card; autograd waits for each of its steps."""
-    return w.training and not w.captured
-
-
 def _tokens(w: Workload) -> int:
     return _MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
 
@@ -182,6 +208,8 @@ def _weight_bytes(w: Workload) -> float:
     return float(groups * experts * hidden * width * w.dtype.itemsize)
 
 
+#: of an H200's host; the grid keeps the card busy for about ``ahead`` before each call
+_HOST = Host(inference=7e-5, training=9e-4, kernel=1.6e-5, op=9e-5, ahead=4.4e-4)
 #: of an H200: narrow heads go to plain Triton, and so does the backward pass of the widest
 _HOPPER_SHARES = {
     32: Shares(0.5, 0.19, 0.19),
@@ -197,7 +225,7 @@ def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
     if kind == "cpu":
         threads = torch.get_num_threads()  # rates of one, fitted to the same on two cores
         shares = dict.fromkeys(_WIDTHS, Shares(0.8, 1.6, 1.6))
-        return Device(5e10 * threads, 5e9 * threads, threads, 2e-5, 0.0, 0.0, 0.0, 0.0, shares)
+        return Device(5e10 * threads, 5e9 * threads, threads, 3e-6, None, 0.0, 0.0, shares)
     if kind != "cuda" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index or 0)
@@ -213,4 +241,4 @@ def _gpu(major: int, units: int, dtype: torch.dtype) -> Device:
         shares = _HOPPER_SHARES if major == 9 else dict.fromkeys(_WIDTHS, Shares(0.9, 0.65, 0.65))
         matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
         bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
-    return Device(matrix, bandwidth, units, 4e-6, 6e-5, 2.5e-4, 1e-6, 2e-6, shares)
+    return Device(matrix, bandwidth, units, 3e-6, _HOST, 1e-6, 3e-6, shares)

@@ -25,8 +25,9 @@ _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 class Workload:
     """The sizes of one MH-FFN. ``batch`` and ``length`` are None where they are dynamic.
 
-    ``stacked_weights`` counts those of gate, up and down that lie in separate tensors and have to
-    be copied together before each call.
+    ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many as there
+    are modules in a list. The original spelling runs a product for each of them; for the op they
+    are copied together before each call.
     """
 
     batch: int | None
@@ -44,7 +45,7 @@ class Workload:
     out_dtype: torch.dtype
     device: torch.device
     training: bool
-    stacked_weights: int = 0
+    pieces: tuple[int, int, int] = (1, 1, 1)  # gate, up, down
     captured: bool = False  # launched from a CUDA graph, where the host costs nothing
 
     @property
@@ -52,6 +53,17 @@ class Workload:
         if self.batch is None or self.length is None:
             return None
         return self.batch * self.length
+
+    @property
+    def products(self) -> tuple[int, ...]:
+        """The pieces of each product of the forward pass: gate, up if there is one, down."""
+        gate, up, down = self.pieces
+        return (gate, up, down) if self.gated else (gate, down)
+
+    @property
+    def copied(self) -> int:
+        """How many of gate, up and down are copied together before each call."""
+        return sum(pieces > 1 for pieces in self.products)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -81,7 +93,9 @@ def trial_run(workload: Workload) -> None:
             activation=workload.activation, out_dtype=workload.out_dtype,
         )  # fmt: skip
         if workload.training:
-            out.sum().backward()
+            # Dense, as a model's gradient is: that of a sum is one number expanded to the shape,
+            # with strides of zero, over which Hopper's own backward kernels do not run.
+            torch.autograd.backward(out, torch.ones_like(out))
     torch.cuda.synchronize(workload.device)
 
 

@@ -15,7 +15,7 @@ _MANY_TOKENS = 8192  # what tiles are shown for where the number is dynamic
 def kernels_of(workload: Workload) -> tuple[str, ...]:
     """The op and how it runs, a sentence each."""
     op = "torch.ops.mhf_compiler.multi_head_ffn"
-    copies = workload.stacked_weights
+    copies = workload.copied
     stacked = (f"before each call, copies {copies} of its weights together",) if copies else ()
     if workload.device.type == "cuda":
         kernels = (_forward_kernel(workload), *_backward(workload), *_backward_kernels(workload))

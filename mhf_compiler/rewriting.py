@@ -30,6 +30,7 @@ from .describing import graph_break, matrix_products, near_miss_report, site_rep
 from .edit import EditError, rewrite
 from .options import Options, inductor_config, tunes
 from .patterns import (
+    STACK,
     CanonicalCopy,
     Findings,
     Kind,
@@ -37,6 +38,7 @@ from .patterns import (
     Reason,
     RouterProduct,
     Site,
+    Value,
     find_router_products,
     find_sites,
     locate,
@@ -264,11 +266,18 @@ def workload_of(site: Site, options: Options) -> Workload:
         out_dtype=site.out_dtype,
         device=site.device,
         training=torch.is_grad_enabled(),
-        stacked_weights=sum(
-            view.value.op == "stack" for view in (site.gate, site.up, site.down) if view
+        pieces=(
+            _pieces(site.gate.value),
+            1 if site.up is None else _pieces(site.up.value),
+            _pieces(site.down.value),
         ),
         captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
+
+
+def _pieces(value: Value) -> int:
+    """How many tensors of the graph a weight is stacked from; modules may be nested."""
+    return sum(map(_pieces, value.args)) if value.op == STACK else 1
 
 
 def _hint(size: Any) -> int | None:

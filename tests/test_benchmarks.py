@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import compile_time, cpu_path, ffn, grid, results
+from benchmarks import compile_time, cpu_path, ffn, grid, harness, results
 from benchmarks.harness import (
     Benchmark,
     Case,
@@ -25,6 +26,7 @@ from benchmarks.harness import (
     Plot,
     Row,
     Settings,
+    compared,
     measure,
     of_cases,
     training,
@@ -69,7 +71,34 @@ def test_contenders_take_turns() -> None:
     turns: list[str] = []
     contenders = [Contender(name, lambda name=name: turns.append(name)) for name in "ab"]
     rows_of(*contenders)
-    assert turns[-10:] == list("ababababab")  # two to warm up, three that count
+    assert "".join(turns).endswith("ab" * 5)  # two to warm up, three that count
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds", "times"),
+    [
+        (SETTINGS, 0.0, 150),  # as often as is allowed
+        (SETTINGS, 0.04, 7),  # until there is enough
+        (SETTINGS, 1.0, 3),
+        (dataclasses.replace(SETTINGS, quick=True), 0.0, 3),
+    ],
+)
+def test_short_cases_repeat_more_often(
+    settings: Settings, seconds: float, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    turns: list[bool] = []
+
+    def milliseconds(*_: object) -> tuple[float, float]:
+        now[0] += seconds
+        turns.append(True)
+        return 1e3 * seconds, 1e3 * seconds
+
+    monkeypatch.setattr(harness, "milliseconds", milliseconds)
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    step = Contender("step", lambda: None)
+    harness.time_in_turn([step], case(step), settings, Progress(disable=True))
+    assert len(turns) == times + 2  # to warm up
 
 
 def test_the_memory_of_a_step() -> None:
@@ -226,6 +255,25 @@ def test_every_ffn_computes_the_same() -> None:
         values = eager.values()
         assert values.keys() == job.expected.keys()
         assert (eager.name, "x.grad" in values) == ("eager, loop", some is second)
+
+
+@pytest.mark.parametrize("storage", ["together", "separate"])
+def test_the_grid_compiles_the_op(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is in a model that was rewritten; without Inductor, which takes its time."""
+    compiled: list[str] = []
+
+    def compile_eagerly(network: Any, **options: Any) -> Any:
+        compiled.append(network.__name__)
+        return real(network, backend="aot_eager", **options)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    torch.manual_seed(0)
+    job = grid.build((1, 5, 4, 16, 1, 8), storage, torch.bfloat16, True, "cpu")
+    for contender in job.contenders:
+        assert contender.values is not None
+        assert compared(contender.values(), job.expected).keys() == {"error"}, contender.name
+    assert compiled[0] == ("multi_head_ffn" if storage == "together" else "stacked_op")
 
 
 def test_grid_judges_the_choice() -> None:

@@ -161,18 +161,20 @@ def router_kernel(
         q = _load(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
         w = _load_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
         q0, w0 = _leading(q), _leading(w)
-        # The small products first.
+        # Matrix units cut what they add to a sum they began with: the small products have a sum of
+        # their own, and so has every block of columns.
+        small = tl.zeros((BM, BE), tl.float32)
         if W_PARTS > 1:
             w_rest = _rest(w, w0)
             w1 = _leading(w_rest)
             if W_PARTS > 2:
-                out = tl.dot(q0, _leading(_rest(w_rest, w1)).T, out)
+                small = tl.dot(q0, _leading(_rest(w_rest, w1)).T, small)
             if Q_PARTS > 1:
-                out = tl.dot(_leading(_rest(q, q0)), w1.T, out)
-            out = tl.dot(q0, w1.T, out)
+                small = tl.dot(_leading(_rest(q, q0)), w1.T, small)
+            small = tl.dot(q0, w1.T, small)
         if Q_PARTS > 1:
-            out = tl.dot(_leading(_rest(q, q0)), w0.T, out)
-        out = tl.dot(q0, w0.T, out)  # [BM, BE]
+            small = tl.dot(_leading(_rest(q, q0)), w0.T, small)
+        out += tl.dot(q0, w0.T) + small  # [BM, BE]
     _store(Out, out, Out_strides, b, l, h, e, L, E)
 
 

@@ -102,14 +102,32 @@ def test_an_up_projection_takes_time(workload: Workload, way: str):
 
 
 @everywhere
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
-def test_stacked_weights_cost_the_op_more(workload: Workload, training: bool):
-    """They are copied together before each call; the original spelling reads them as they lie."""
-    large = replace(workload, training=training, length=65536)
-    times = [seconds(large, "rewritten", stacked_weights=count) for count in range(4)]
+@pytest.mark.parametrize("captured", [False, True])
+def test_weights_in_separate_modules_cost_both_ways_more(
+    workload: Workload, way: str, training: bool, captured: bool
+):
+    """The original runs a kernel for each; for the op they are copied together."""
+    large = replace(workload, training=training, captured=captured, length=65536)
+    apart = [(1, 1, 1), (1, 1, 4), (1, 4, 4), (4, 4, 4)]
+    times = [seconds(large, way, pieces=pieces) for pieces in apart]
     assert all(less < more for less, more in pairwise(times))
-    originals = {seconds(large, "original", stacked_weights=count) for count in range(4)}
-    assert len(originals) == 1
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_more_modules_cost_the_original_more_and_the_op_nothing(workload: Workload, training: bool):
+    apart = replace(workload, training=training)
+    few, many = (replace(apart, pieces=(count, count, count)) for count in (4, 16))
+    assert estimate(few).original < estimate(many).original
+    assert estimate(few).rewritten == estimate(many).rewritten
+
+
+@both_ways
+def test_an_up_projection_that_is_not_there_lies_in_no_pieces(way: str):
+    plain = replace(GPU, gated=False, pieces=(4, 1, 4))
+    assert seconds(plain, way) == seconds(plain, way, pieces=(4, 4, 4))
 
 
 # Verdicts.
@@ -125,6 +143,14 @@ def test_a_small_training_step_with_wide_heads_does_not_pay():
     """Few programs, long loops: the latency of the loop is all there is."""
     small = replace(GPU, batch=1, length=64, heads=2, kuv_heads=2, head_dim=256, expert_dim=4096)
     assert not estimate(small).pays
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("length", [1, 1024, 16384])
+def test_networks_in_separate_modules_pay_on_a_gpu(length: int, training: bool):
+    """Small or large: the host launches dozens of kernels, or hundreds, where the op has a few."""
+    apart = replace(GPU, batch=1, heads=8, kuv_heads=8, experts=1, pieces=(8, 8, 8))
+    assert estimate(replace(apart, length=length, training=training)).pays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -181,6 +207,15 @@ def test_the_host_is_no_limit_inside_a_cuda_graph():
     small = replace(GPU, batch=1, length=64)
     for way in ("rewritten", "original"):
         assert seconds(small, way, captured=True) < seconds(small, way, captured=False)
+
+
+def test_the_host_limits_inference_only_where_kernels_are_many():
+    """It is ahead of the card, but by no more than the card has to do."""
+    small = replace(GPU, batch=1, length=64, training=False)
+    for pieces, limited in ((1, False), (64, True)):
+        apart = replace(small, pieces=(pieces, pieces, pieces))
+        captured, launched = (seconds(apart, "original", captured=c) for c in (True, False))
+        assert (captured < launched) is limited
 
 
 def test_no_tokens_are_no_error():

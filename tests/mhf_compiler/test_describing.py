@@ -15,6 +15,7 @@ import mhf_compiler.lowering.cost
 from mhf_compiler import SiteReport
 from mhf_compiler.describing import readable
 from mhf_compiler.lowered import kernels_of
+from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind
 
@@ -134,6 +135,58 @@ def test_stacked_weights_are_named_by_their_parts():
     assert names(site)["V"] == "0.heads.0.down.weight ... 0.heads.3.down.weight (4 tensors)"
     assert (site.module, site.module_class) == ("0", "ListOfHeads")
     assert any("copies 3 of its weights" in text for text in site.lowered)
+
+
+class Nested(nn.Module):
+    """Two heads, each a list of three networks, each of them a module."""
+
+    class Network(nn.Module):
+        def __init__(self, gated: bool) -> None:
+            super().__init__()
+            self.gate, self.down = nn.Linear(16, 5, bias=False), nn.Linear(5, 16, bias=False)
+            self.up = nn.Linear(16, 5, bias=False) if gated else None
+
+        def forward(self, q: Tensor) -> Tensor:
+            hidden = F.silu(self.gate(q))
+            return self.down(hidden if self.up is None else hidden * self.up(q))
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.ModuleList(self.Network(gated) for _ in range(3)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = zip(self.heads, x.chunk(2, -1), strict=True)
+        return torch.cat([sum(network(q) for network in networks) for networks, q in heads], -1)
+
+
+@pytest.mark.parametrize(
+    ("build", "pieces", "copied"),
+    [
+        (FFN, (1, 1, 1), 0),
+        (POSITIVE["ListOfHeads-cat"].build, (4, 4, 4), 3),
+        (lambda: Nested(gated=True), (6, 6, 6), 3),
+        (lambda: Nested(gated=False), (6, 1, 6), 2),
+    ],
+    ids=["together", "heads", "nested", "not gated"],
+)
+def test_the_cost_model_is_told_how_many_modules_weights_lie_in(
+    build: Callable[[], nn.Module],
+    pieces: tuple[int, int, int],
+    copied: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    told: list[Workload] = []
+
+    def estimate(workload: Workload) -> Estimate:
+        told.append(workload)
+        return Estimate(1.0, 1.0)
+
+    monkeypatch.setattr(mhf_compiler.lowering.cost, "estimate", estimate)
+    explain(build())
+    (workload,) = told
+    assert (workload.pieces, workload.copied) == (pieces, copied)
 
 
 def test_casts_keep_the_name_of_the_parameter():
