@@ -164,6 +164,7 @@ def compile_graph(
         from torch._inductor.compile_fx import compile_fx
 
         _import_op_in_repros()
+        _compute_arguments_once()
         return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
     from torch._dynamo.backends.registry import lookup_backend
 
@@ -181,6 +182,20 @@ def _import_op_in_repros() -> None:
     line = "import mhf_compiler.lowering  # defines torch.ops.mhf_compiler.multi_head_ffn"
     if "mhf_compiler.lowering" in sys.modules and line not in names["extra_imports"]:
         names["extra_imports"] += f"\n{line}\n"
+
+
+def _compute_arguments_once() -> None:
+    """Make Inductor write what two of our ops read, such as the queries, to memory once, for both.
+
+    It learns from the first call that it lowers that an op wants its arguments in memory, and by
+    then has left the queries of that call to be computed for each of their readers.
+    """
+    if "mhf_compiler.lowering" not in sys.modules:
+        return
+    from torch._inductor.lowering import add_needs_realized_inputs
+
+    ops = torch.ops.mhf_compiler
+    add_needs_realized_inputs([ops.multi_head_ffn, ops.router_product])
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -1,7 +1,11 @@
 """A float32 router through the back end: the same numbers, and no float32 copy of the queries."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ import mhf_compiler
 from mhf_compiler.lowering import router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
-PRODUCT = torch.ops.mhf_compiler.router_product.default
+ROOT = Path(__file__).parents[2]
 
 
 class FlashMHF(nn.Module):
@@ -133,3 +137,26 @@ def test_a_product_whose_kernel_fails_stays(monkeypatch: pytest.MonkeyPatch):
         report = mhf_compiler.explain(module, options={"rewrite": "always"})(x)
     assert report.rewritten
     assert "router_product" not in calls(report)
+
+
+def test_the_queries_are_computed_once():
+    """The norm's result is written for the first of its readers, and read by the second."""
+    code = """
+import torch
+from torch._inductor.utils import run_and_get_code
+from tests.mhf_compiler.test_router import FlashMHF, H, d
+model = torch.compile(FlashMHF(), backend="flashmhf", options={"rewrite": "always"})
+with torch.no_grad():
+    _, (code,) = run_and_get_code(model, torch.randn(2, 16, H * d).bfloat16())
+product, network = (
+    next(line for line in code.splitlines() if f"mhf_compiler.{op}.default(" in line)
+    for op in ("router_product", "multi_head_ffn")
+)
+query = [line.split(".default(")[1].split(",")[0] for line in (product, network)]
+assert query[0] == query[1], query
+"""
+    # In a process of its own: Inductor learns about an op from the first call that it lowers.
+    environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
