@@ -182,7 +182,8 @@ def _weight_bytes(w: Workload) -> float:
     return float(groups * experts * hidden * width * w.dtype.itemsize)
 
 
-#: of an H200: narrow heads go to plain Triton, and so does the backward pass of the widest
+#: of an H200: those of 32 are plain Triton's, which had narrow heads once and has the backward pass
+#: of the widest
 _HOPPER_SHARES = {
     32: Shares(0.5, 0.19, 0.19),
     64: Shares(0.75, 0.7, 0.55),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import Tile, padded_width
+from .tiles import Tile
 
 _WORTH_A_COPY = 1024  # tokens
 _SMALLEST_TRANSFER = 128  # bytes: tiles lie one behind the other in shared memory, so aligned
@@ -75,7 +75,7 @@ def token_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     heads, width = x.shape[2:]
     if tile.descriptors:
         shape = [axes.batch, heads, axes.length, width]
-        block = [1, 1, tile.tokens, padded_width(width)]
+        block = [1, 1, tile.tokens, tile.padded_width(width)]
         descriptor = _describe(x, shape, [b, h, l, c], block)
         if descriptor is not None:
             return Operand(descriptor, None, "rows")
@@ -89,7 +89,7 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
     g, e, f, c = x.stride()
     groups, networks, hidden, width = x.shape
     if tile.descriptors:
-        bd = padded_width(width)
+        bd = tile.padded_width(width)
         shape = [groups, networks, hidden, width]
         descriptor = _describe(x, shape, [g, e, f, c], [1, 1, tile.hidden, bd])
         if descriptor is not None:

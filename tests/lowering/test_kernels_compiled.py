@@ -254,9 +254,10 @@ def test_nothing_overwrites_the_query(
 
 @pytest.mark.parametrize("name", ["hopper_query_kernel", "hopper_down_kernel"])
 @pytest.mark.parametrize(
-    "options", [{}, {"d": 64}, {"d": 64, "f": 171}, {"routed": False}, {"activation": "relu2"}],
+    "options",
+    [{}, {"d": 64}, {"d": 64, "f": 171}, {"d": 32}, {"routed": False}, {"activation": "relu2"}],
     ids=str,
-)  # fmt: skip
+)
 def test_nothing_overwrites_what_the_backward_keeps(
     name: str, options: dict[str, object], compile_all: Compile, tmp_path: Path
 ) -> None:
@@ -271,7 +272,11 @@ def test_nothing_overwrites_what_the_backward_keeps(
         assert not kept & hidden
 
 
-@pytest.mark.parametrize("options", [{}, {"d": 64}, {"d": 96}, {"routed": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"d": 64}, {"d": 96}, {"routed": False}, {"d": 32}, {"d": 8, "by_columns": True}],
+    ids=str,
+)
 def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_path: Path) -> None:
     binaries = compile_all(90, **options)
     for name in ("hopper_query_kernel", "hopper_down_kernel", "hopper_up_kernel"):
@@ -282,13 +287,18 @@ def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_p
         assert binaries[name].count(tmp_path, "UTMALDG"), name
 
 
-@pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
 def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: Path) -> None:
     binary = compile_all(90, d=d, backward=False)["hopper_forward_kernel"]
     assert binary.spilled(tmp_path) == 0
     assert binary.count(tmp_path, "HGMMA")
     # One wait each for the projections and for the rest of a turn; more were serialised products.
     assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+
+
+def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
+    """Rows of 40 bytes: plain Triton's, on Hopper too."""
+    assert set(compile_all(90, d=20, backward=False)) == {"forward_kernel"}
 
 
 # Triton refuses to load what needs more shared memory than the driver says there is.
