@@ -175,7 +175,7 @@ def load_tokens(X, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constexpr, BD: 
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
-        pointers = _token_pointers(X, strides, b, l, h, c)
+        pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
         return tl.load(pointers, mask=(l < L)[:, None] & (c < D)[None, :], other=0.0)
 
 
@@ -188,7 +188,7 @@ def store_tokens(X, value, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constex
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
-        pointers = _token_pointers(X, strides, b, l, h, c)
+        pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
         value = value.to(X.dtype.element_ty)
         tl.store(pointers, value, mask=(l < L)[:, None] & (c < D)[None, :])
 
@@ -258,9 +258,10 @@ def store_bias(B, value, strides, g, e, f0, F: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
-def _token_pointers(X, strides, b, l, h, c):
+def token_pointers(X, strides, b, l, h, c):
+    """To columns `c` of tokens `l` of one head, which broadcast."""
     X += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
-    return X + l.to(tl.int64)[:, None] * strides[1] + c.to(tl.int64)[None, :] * strides[3]
+    return X + l.to(tl.int64) * strides[1] + c.to(tl.int64) * strides[3]
 
 
 @triton.jit

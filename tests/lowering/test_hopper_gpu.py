@@ -277,6 +277,24 @@ def test_few_tokens(tokens: int, dtype: torch.dtype) -> None:
     assert forward(tensors).equal(forward(tensors))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 16, 100, 256, 300])
+@pytest.mark.parametrize(("heads", "d"), [(1, 256), (1, 96), (2, 64), (3, 40), (5, 128)])
+def test_few_tokens_of_few_heads(
+    heads: int, d: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 128 programs share a tile, whose workspace holds NaN where nothing was written."""
+    from mhf_compiler.lowering.kernels import launching
+
+    launching.forget_repeats()
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))
+    )
+    tensors = make(B=tokens, L=1, H=heads, G=heads, d=d, E=22, f=512)
+    check(tensors)
+    assert forward(tensors).equal(forward(tensors))
+
+
 def test_few_tokens_in_float32() -> None:
     check(make(B=40, L=1, H=8, G=8, dtype=torch.float32))
 

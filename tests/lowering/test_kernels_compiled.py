@@ -138,6 +138,7 @@ def launch_all(
     dtype: torch.dtype = torch.bfloat16,
     *,
     tokens: int = 32768,
+    heads: int = 16,
     groups: int = 16,
     activation: str = "silu",
     gated: bool = True,
@@ -146,7 +147,7 @@ def launch_all(
     by_columns: bool = False,
     backward: bool = True,
 ) -> None:
-    """The forward and the whole backward of 16 heads with 22 sub-networks, on memory never read."""
+    """The forward and the whole backward of heads with 22 sub-networks, on memory never read."""
 
     def weight() -> Tensor:
         if by_columns:
@@ -156,13 +157,13 @@ def launch_all(
     def bias(size: int) -> Tensor | None:
         return torch.empty(groups, 22, size, dtype=dtype) if biased else None
 
-    q = torch.empty(1, tokens, 16, d, dtype=dtype)
+    q = torch.empty(1, tokens, heads, d, dtype=dtype)
     inputs = (
         q,
         weight(),
         weight() if gated else None,
         weight(),
-        torch.empty(1, tokens, 16, 22) if routed else None,
+        torch.empty(1, tokens, heads, 22) if routed else None,
         bias(f),
         bias(f) if gated else None,
         bias(d),
@@ -294,6 +295,21 @@ def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: P
     assert binary.count(tmp_path, "HGMMA")
     # One wait each for the projections and for the rest of a turn; more were serialised products.
     assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("tokens", [1, 128, 256])
+def test_parts_are_added_without_waiting(
+    architecture: int, tokens: int, compile_all: Compile, tmp_path: Path
+) -> None:
+    """The sum of one head's many parts waits for the kernel before it, and then loads at once."""
+    options = {"d": 256, "f": 512, "tokens": tokens, "heads": 1, "groups": 1, "backward": False}
+    binary = compile_all(architecture, **options)["add_parts_kernel"]
+    assert binary.spilled(tmp_path) == 0
+    code = binary.code(tmp_path)
+    loads = re.findall(r"(@!?U?P\d+ +)?LDG\.E\.128", code)
+    assert loads == [""] * 4  # of 4 values each, none of which hangs on a mask
+    assert code.index("ACQBULK") < code.index("LDG")
 
 
 def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from mhf_compiler.lowering.kernels.splitting import Split, split_last_round
+from mhf_compiler.lowering.kernels.splitting import Split, share_of_sum, split_last_round
 from mhf_compiler.lowering.kernels.tiles import choose, choose_pipelined, choose_streamed
 
 PROGRAMS = 132
@@ -30,7 +30,7 @@ def test_the_last_round(tiles: int, iterations: int) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("tokens", [1, 16, 64, 200, 4096, 32768])
-@pytest.mark.parametrize("heads", [1, 16])
+@pytest.mark.parametrize("heads", [1, 2, 5, 16])
 def test_programs_for_every_multiprocessor(
     capability: tuple[int, int], itemsize: int, tokens: int, heads: int
 ) -> None:
@@ -46,6 +46,26 @@ def test_programs_for_every_multiprocessor(
     tiles = -(-tokens // tile.tokens) * heads
     assert tiles * tile.parts >= 128
     assert tile.parts == 1 or tiles * (tile.parts - 1) < 128
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8, 11, 66, 128, 132, 300])
+@pytest.mark.parametrize("tokens", [16, 64, 128, 192])
+@pytest.mark.parametrize("width", [1, 8, 20, 96, 256])
+@pytest.mark.parametrize("length", [1, 5, 200, 4096])
+def test_the_sum_of_parts(parts: int, tokens: int, width: int, length: int) -> None:
+    """Shares cover a tile, and a program loads all parts at once, however many there are."""
+    together, elements = share_of_sum(parts, tokens, width, length)
+    assert tokens * width % elements == 0
+    assert elements.bit_count() == together.bit_count() == 1  # powers of two
+    assert min(parts, 128) <= together <= max(2 * parts, 2)
+    assert together * elements <= 4096
+    assert elements < 2 * min(tokens, length) * width
+
+
+def test_the_sum_of_one_heads_parts() -> None:
+    """A token of one head, 256 wide, whose weights every multiprocessor reads a part of."""
+    assert share_of_sum(128, 16, 256, 1) == (128, 32)  # 8 programs
+    assert share_of_sum(66, 128, 256, 256) == (128, 32)
 
 
 @pytest.mark.parametrize(
