@@ -210,7 +210,7 @@ def _weight_bytes(w: Workload) -> float:
 
 #: of an H200's host; the grid keeps the card busy for about ``ahead`` before each call
 _HOST = Host(inference=7e-5, training=9e-4, kernel=1.6e-5, op=9e-5, ahead=4.4e-4)
-#: of an H200: narrow heads go to plain Triton, and so does the backward pass of the widest
+#: of an H200; the widest heads' backward pass is plain Triton's
 _HOPPER_SHARES = {
     32: Shares(0.5, 0.19, 0.19),
     64: Shares(0.75, 0.7, 0.55),

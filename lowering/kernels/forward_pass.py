@@ -131,6 +131,7 @@ def forward_kernel(
     if Part is not None:
         rows = tl.arange(0, BM)
         c = tl.arange(0, BD)
-        tl.store(Part + rows[:, None] * D + c[None, :], acc, mask=(c < D)[None, :])
+        mask = (l0 + rows < L)[:, None] & (c < D)[None, :]
+        tl.store(Part + rows[:, None] * D + c[None, :], acc, mask=mask)
     else:
         store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)

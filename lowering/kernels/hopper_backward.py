@@ -20,7 +20,8 @@ cut by tokens into parts (`plan_parts`), whose sums go to a small workspace in f
 in a fixed order by `add_weight_parts_kernel`.
 
 They take gated networks without biases, of 16-bit data and heads up to 128 wide, in any layout
-that a tensor descriptor takes. Everything else goes to the plain kernels.
+that a tensor descriptor takes. Everything else goes to the plain kernels. Heads narrower than 64
+are computed as 64 columns, of which the descriptors fill the ones that are not there with zeros.
 """
 
 from collections.abc import Iterable
@@ -53,11 +54,12 @@ from .loads import (
     token_operand,
     weight_operand,
 )
-from .tiles import StreamedTile, Tile, padded_width
+from .tiles import StreamedTile, Tile
 
 _CONSUMERS = gl.constexpr(2)  # warpgroups that compute; a warp beside them moves tiles
 _ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the query kernel, else hidden units
 _REGISTERS = gl.constexpr(240)  # of a consumer's thread
+_COLUMNS = 64  # the narrowest tile: what one swizzled row of shared memory holds
 _MOST_PARTS = 4
 _FEWEST_STEPS = 32  # tiles of tokens in a part: below, adding the parts costs what they save
 
@@ -647,7 +649,7 @@ def run_query(
     """Fill dQ (B, L, H, d) and dR (B, L, H, E); False where a tensor's layout rules it out."""
     axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
     heads = problem.q.shape[2]
-    tile = Tile(_ROWS.value, blocks.streamed, 4, blocks.stages, descriptors=True)
+    tile = Tile(_ROWS.value, blocks.streamed, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -665,7 +667,7 @@ def run_query(
         # Through pointers: each row of a product needs one value, and each thread has two rows.
         arguments[name] = x
         arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
-    arguments |= _constants(problem, axes, blocks) | {"BF": blocks.streamed}
+    arguments |= _constants(problem, axes, tile) | {"BF": blocks.streamed}
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
     start(hopper_query_kernel, programs, tile, grad_out.device, arguments)
     return True
@@ -674,7 +676,7 @@ def run_query(
 def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, blocks: StreamedTile) -> bool:
     """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
     axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, descriptors=True)
+    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -686,7 +688,7 @@ def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, blocks: StreamedTil
     arguments = _arguments(operands, ("K", "U", "dV"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.streamed}
+    arguments |= _constants(problem, axes, tile) | {"BM": blocks.streamed}
     gradients = {"dV": (dv, 1.0)}
     _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, gradients)
     return True
@@ -699,7 +701,7 @@ def run_up(
     if dk is None or du is None:
         return False
     axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, descriptors=True)
+    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -713,7 +715,7 @@ def run_up(
     arguments = _arguments(operands, ("K", "U", "V", "dK", "dU"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, blocks) | {"BM": blocks.streamed}
+    arguments |= _constants(problem, axes, tile) | {"BM": blocks.streamed}
     gradients = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
     _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, gradients)
     return True
@@ -751,7 +753,7 @@ def _sum_over_tokens(
     steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.streamed)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
     arguments["whole"], arguments["parts"] = plan.whole, plan.parts
-    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, padded_width(width))
+    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(width))
     workspaces = {
         name: problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
         for name in gradients
@@ -775,12 +777,12 @@ def _sum_over_tokens(
             "D": width,
             "SCALE": scale * problem.out_scale,
             "BF": _ROWS.value,
-            "BD": padded_width(width),
+            "BD": tile.padded_width(width),
         }
         start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
 
-def _constants(problem: Problem, axes: TokenAxes, blocks: StreamedTile) -> dict[str, Any]:
+def _constants(problem: Problem, axes: TokenAxes, tile: Tile) -> dict[str, Any]:
     groups, networks, hidden, width = problem.k.shape
     return {
         "B": axes.batch,
@@ -792,8 +794,8 @@ def _constants(problem: Problem, axes: TokenAxes, blocks: StreamedTile) -> dict[
         "K_SCALE": problem.k_scale,
         "U_SCALE": problem.u_scale,
         "OUT_SCALE": problem.out_scale,
-        "BD": padded_width(width),
-        "STAGES": blocks.stages,
+        "BD": tile.padded_width(width),
+        "STAGES": tile.stages,
     }
 
 

@@ -21,7 +21,8 @@ the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise t
 
 Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
 there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
-product with V and the output are padded to a power of two.
+product with V and the output are padded to a power of two, and to 64 at least: tiles of heads
+narrower than that lie in memory for 64 columns, but Q meets only the ones it has in K and U.
 
 `plan` says which problems fit; forward_pass.py takes all others.
 """
@@ -77,7 +78,7 @@ def plan(problem: Problem, out: Tensor, tile: PipelinedTile) -> Plan | None:
     if out.dtype != problem.q.dtype or out.dtype not in _DTYPES:
         return None
     axes = token_axes(problem.q, problem.r, out)
-    block = Tile(_TOKENS, tile.hidden, _WARPS, tile.stages, True)
+    block = Tile(_TOKENS, tile.hidden, _WARPS, tile.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, block),
         "K": weight_operand(problem.k, block),
@@ -119,7 +120,8 @@ def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
     halved = _halves_exactly(problem)
     out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
     last = problem.q.shape[3] % _COLUMNS or _COLUMNS
-    scalars = problem.scalars(axes, Tile(rows, tile.hidden, _WARPS, tile.stages, True))
+    block = Tile(rows, tile.hidden, _WARPS, 1, True, columns=_COLUMNS)
+    scalars = problem.scalars(axes, block)
     for name in ("PRECISION", "COMPENSATED", "BM"):
         del scalars[name]
     scalars |= {
@@ -137,7 +139,6 @@ def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
     }
     operands = operands | {"Part": Operand(partial, None, None)}
     programs = min(programs, split.pieces(tiles))
-    block = Tile(_TOKENS, tile.hidden, _WARPS, 1, True)
     launch(hopper_forward_kernel, programs, block, out.device, operands, scalars)
     if partial is not None:
         add_parts(partial, out, axes, split, tiles, out_scale)

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from .loads import DESCRIPTOR_ALIGNMENT, Operand, TokenAxes
-from .tiles import Tile, padded_width
+from .tiles import Tile
 
 
 class Problem(NamedTuple):
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
             "COMPENSATED": self.q.dtype == torch.float32,
             "BM": tile.tokens,
             "BF": tile.hidden,
-            "BD": padded_width(width),
+            "BD": tile.padded_width(width),
         }
 
 

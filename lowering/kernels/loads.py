@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import Tile, padded_width
+from .tiles import Tile
 
 _WORTH_A_COPY = 1024  # tokens
 _SMALLEST_TRANSFER = 128  # bytes: tiles lie one behind the other in shared memory, so aligned
@@ -75,7 +75,7 @@ def token_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     heads, width = x.shape[2:]
     if tile.descriptors:
         shape = [axes.batch, heads, axes.length, width]
-        block = [1, 1, tile.tokens, padded_width(width)]
+        block = [1, 1, tile.tokens, tile.padded_width(width)]
         descriptor = _describe(x, shape, [b, h, l, c], block)
         if descriptor is not None:
             return Operand(descriptor, None, "rows")
@@ -89,7 +89,7 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
     g, e, f, c = x.stride()
     groups, networks, hidden, width = x.shape
     if tile.descriptors:
-        bd = padded_width(width)
+        bd = tile.padded_width(width)
         shape = [groups, networks, hidden, width]
         descriptor = _describe(x, shape, [g, e, f, c], [1, 1, tile.hidden, bd])
         if descriptor is not None:
@@ -175,7 +175,7 @@ def load_tokens(X, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constexpr, BD: 
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
-        pointers = _token_pointers(X, strides, b, l, h, c)
+        pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
         return tl.load(pointers, mask=(l < L)[:, None] & (c < D)[None, :], other=0.0)
 
 
@@ -188,7 +188,7 @@ def store_tokens(X, value, strides, b, l0, h, L, D: tl.constexpr, BM: tl.constex
     else:
         l = l0 + tl.arange(0, BM)
         c = tl.arange(0, BD)
-        pointers = _token_pointers(X, strides, b, l, h, c)
+        pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
         value = value.to(X.dtype.element_ty)
         tl.store(pointers, value, mask=(l < L)[:, None] & (c < D)[None, :])
 
@@ -258,9 +258,10 @@ def store_bias(B, value, strides, g, e, f0, F: tl.constexpr, BF: tl.constexpr):
 
 
 @triton.jit
-def _token_pointers(X, strides, b, l, h, c):
+def token_pointers(X, strides, b, l, h, c):
+    """To columns `c` of tokens `l` of one head, which broadcast."""
     X += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
-    return X + l.to(tl.int64)[:, None] * strides[1] + c.to(tl.int64)[None, :] * strides[3]
+    return X + l.to(tl.int64) * strides[1] + c.to(tl.int64) * strides[3]
 
 
 @triton.jit

@@ -2,14 +2,19 @@
 
 The sum over hidden units has no softmax in it, so several programs may each add a part of it for
 the same tile of tokens. Each writes its partial sum, in float32, to a workspace; a second kernel
-adds the parts of a tile in their order. The cut depends on shapes and the GPU alone and nothing is
-added atomically: equal inputs give equal bits.
+adds the parts of a tile in a fixed order. The cut depends on shapes and the GPU alone and nothing
+is added atomically: equal inputs give equal bits.
 
 Two callers cut for two reasons. Few tokens make too few tiles to keep a GPU's memory busy, so every
 tile is cut (`Split(0, parts)`). Many tokens leave a last round in which most multiprocessors would
 idle, so the tiles of that round are cut (`Split(whole, parts)`).
+
+The fewer heads there are, the more parts share a tile, up to 128 of one head. Adding them one after
+the other took twice as long as computing them, because each waits for the cache. So a program of
+the second kernel loads all parts at once, of the fewer elements of a tile the more parts there are.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,11 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import capability, interpreted, launch
-from .loads import Operand, TokenAxes, store_tokens
-from .tiles import Tile, padded_width
+from .loads import Operand, TokenAxes, token_pointers
+from .tiles import Tile
 
-_ELEMENTS = 1024  # of the output, for one program of the second kernel
-_TOGETHER = 8  # parts that it loads at once
+_MOST_TOGETHER = 128  # parts that a program of the second kernel loads at once; more take turns
+_WARPS = 8  # of such a program
+_LOADED = 32 * _WARPS * 16  # values that it loads: of more for each thread, some wait for others
 
 
 class Split(NamedTuple):
@@ -50,13 +56,23 @@ def split_last_round(tiles: int, iterations: int, programs: int) -> Split:
     return Split(tiles, 1) if parts == 1 else Split(tiles - rest, parts)
 
 
+def share_of_sum(parts: int, tokens: int, width: int, length: int) -> tuple[int, int]:
+    """The parts that a program of the second kernel loads at once, and of how many elements.
+
+    They are so many elements of a tile [tokens, width] as lie side by side, whatever its width.
+    What a tile holds beyond the `length` of a sequence, which may be one token, is not read.
+    """
+    together = min(_MOST_TOGETHER, triton.next_power_of_2(parts))
+    present = triton.next_power_of_2(min(tokens, length) * width)
+    return together, math.gcd(tokens * width, min(_LOADED // together, present))
+
+
 def add_parts(
     partial: Tensor, out: Tensor, axes: TokenAxes, split: Split, tiles: int, scale: float
 ) -> None:
     """Write `scale` times the sums of the parts to their tokens of `out` (B, L, H, d)."""
     _, tokens, width = partial.shape
-    bd = padded_width(width)
-    rows = max(1, min(tokens, _ELEMENTS // bd))
+    together, elements = share_of_sum(split.parts, tokens, width, axes.length)
     operands = {
         "Part": Operand(partial, None, None),
         "Out": Operand(out, axes.strides(out), None),
@@ -70,44 +86,46 @@ def add_parts(
         "L": axes.length,
         "D": width,
         "SCALE": scale,
-        "TOGETHER": _TOGETHER,
         "BM": tokens,
-        "ROWS": rows,
-        "BD": bd,
+        "TOGETHER": together,
+        "ELEMENTS": elements,
         "EARLY": early,
     }
     if early:
         scalars["launch_pdl"] = True
-    programs = (tiles - split.whole) * (tokens // rows)
-    launch(add_parts_kernel, programs, Tile(rows, 1, 4, 1, False), out.device, operands, scalars)
+    shares = triton.cdiv(min(tokens, axes.length) * width, elements)
+    programs = (tiles - split.whole) * shares
+    block = Tile(tokens, 1, _WARPS, 1, False)
+    launch(add_parts_kernel, programs, block, out.device, operands, scalars)
 
 
 @triton.jit(do_not_specialize=["FIRST_TILE", "PARTS"])
 def add_parts_kernel(
     Part, Out, Part_strides, Out_strides,
     FIRST_TILE, PARTS, B, L,
-    D: tl.constexpr, SCALE: tl.constexpr, TOGETHER: tl.constexpr,
-    BM: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
+    D: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr,
+    TOGETHER: tl.constexpr, ELEMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Part holds, for each cut tile, the sums of its parts one after the other: [BM, D] each."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    program = tl.program_id(0)
-    cut = program // (BM // ROWS)
-    row = program % (BM // ROWS) * ROWS
+    shares = tl.cdiv(tl.minimum(BM, L) * D, ELEMENTS)  # of a tile
+    cut = tl.program_id(0) // shares
     tile = FIRST_TILE + cut
     token_tiles = tl.cdiv(L, BM)
-    l0 = (tile % token_tiles) * BM + row
+    l0 = (tile % token_tiles) * BM
     b = tile // token_tiles % B
     h = tile // token_tiles // B
 
-    c = tl.arange(0, BD)
-    here = (row + tl.arange(0, ROWS))[:, None] * D + c[None, :]  # [ROWS, BD]
-    pointers = Part + cut.to(tl.int64) * PARTS * (BM * D) + here
-    inside = (c < D)[None, :]
-    total = tl.zeros((ROWS, BD), tl.float32)
+    here = tl.program_id(0) % shares * ELEMENTS + tl.arange(0, ELEMENTS)
+    Part += cut.to(tl.int64) * PARTS * (BM * D)
+    total = tl.zeros((ELEMENTS,), tl.float32)
     for first in tl.range(0, PARTS, TOGETHER):
-        for i in tl.static_range(TOGETHER):  # unrolled: a program waits once for all its loads
-            part = first + i
-            total += tl.load(pointers + part * (BM * D), mask=inside & (part < PARTS), other=0.0)
-    store_tokens(Out, total * SCALE, Out_strides, b, l0, h, L, D, ROWS, BD, "pointer")
+        part = first + tl.arange(0, TOGETHER)
+        # In place of parts beyond the last, the last again: loads with masks wait for each other.
+        there = tl.minimum(part, PARTS - 1) * (BM * D)
+        values = tl.load(Part + there[:, None] + here[None, :])  # [TOGETHER, ELEMENTS]
+        total += tl.sum(tl.where((part < PARTS)[:, None], values, 0.0), 0)
+    l = l0 + here // D
+    pointers = token_pointers(Out, Out_strides, b, l, h, here % D)
+    tl.store(pointers, (total * SCALE).to(Out.dtype.element_ty), mask=l < L)

@@ -27,6 +27,11 @@ class Tile:
     stages: int
     descriptors: bool
     parts: int = 1  # programs that share a tile's hidden units
+    columns: int = _SMALLEST  # that narrower heads are padded to
+
+    def padded_width(self, width: int) -> int:
+        """The block extent of the head width."""
+        return max(self.columns, padded_width(width))
 
 
 @dataclass(frozen=True)
@@ -148,20 +153,29 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
 
 # The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
 # goes there too, and how many consumers share the 64 K registers.
-_PIPELINED = {
-    64: PipelinedTile(3, 64, 6, 160, False, False),
+_PIPELINED = {  # by padded head width; one that is not here goes to plain Triton
+    **dict.fromkeys((16, 32, 64), PipelinedTile(3, 64, 6, 160, False, False)),
     128: PipelinedTile(2, 64, 3, 240, True, True),
     256: PipelinedTile(2, 32, 3, 240, False, True),
 }
 _PIPELINED_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 
-_STREAMED: dict[Kernel, dict[int, StreamedTile]] = {  # by padded head width
-    "query": {64: StreamedTile(64, 5), 128: StreamedTile(64, 3)},
+_STREAMED: dict[Kernel, dict[int, StreamedTile]] = {  # by padded head width, as above
+    "query": {
+        **dict.fromkeys((16, 32, 64), StreamedTile(64, 5)),
+        128: StreamedTile(64, 3),
+    },
     # Never as many tokens as columns of the head: the assembler then lets two operands of the
     # products, of equal shape, share registers, though one of them lives on.
-    "down": {64: StreamedTile(128, 4), 128: StreamedTile(64, 4)},
-    "up": {64: StreamedTile(64, 3), 128: StreamedTile(64, 3)},
+    "down": {
+        **dict.fromkeys((16, 32, 64), StreamedTile(128, 4)),
+        128: StreamedTile(64, 4),
+    },
+    "up": {
+        **dict.fromkeys((16, 32, 64), StreamedTile(64, 3)),
+        128: StreamedTile(64, 3),
+    },
 }
 _STREAMED_TOKENS = 1024  # fewer leave most of a card idle anyway
 
@@ -216,10 +230,10 @@ def choose_pipelined(
     *, tokens: int, hidden: int, width: int, itemsize: int, capability: tuple[int, int]
 ) -> PipelinedTile | None:
     """The tile for Hopper's own forward kernel, or None where plain Triton is to run."""
-    if capability[0] != 9 or itemsize != 2 or width <= 32 or tokens < _PIPELINED_TOKENS:
+    if capability[0] != 9 or itemsize != 2 or tokens < _PIPELINED_TOKENS:
         return None
-    tile = _PIPELINED[padded_width(width)]
-    return replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
+    tile = _PIPELINED.get(padded_width(width))
+    return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
 
 
 @lru_cache

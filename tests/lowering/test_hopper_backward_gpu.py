@@ -139,13 +139,13 @@ def stored_as(x: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("d", [64, 96, 128])
+@pytest.mark.parametrize("d", [8, 16, 24, 32, 64, 96, 128])
 def test_widths(d: int, dtype: torch.dtype, runs: Iterator[Runs]) -> None:
     check(*make(d=d, dtype=dtype))
     assert next(runs) == ALL
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [32, 64, 128])
 @pytest.mark.parametrize(("f", "E"), [(16, 3), (64, 1), (171, 3), (341, 5), (2752, 1)])
 def test_ragged_hidden_units(f: int, E: int, d: int, runs: Iterator[Runs]) -> None:
     check(*make(H=2, G=2, f=f, E=E, d=d))
@@ -188,8 +188,9 @@ def test_router_in_the_working_precision(runs: Iterator[Runs]) -> None:
 
 
 @pytest.mark.parametrize("which", ["k", "u", "v", "kuv"])
-def test_weights_stored_by_columns(which: str, runs: Iterator[Runs]) -> None:
-    inputs, grad_out = make()
+@pytest.mark.parametrize("d", [24, 32, 128])
+def test_weights_stored_by_columns(d: int, which: str, runs: Iterator[Runs]) -> None:
+    inputs, grad_out = make(d=d)
     for i, name in enumerate("kuv", 1):
         if name in which:
             inputs[i] = stored_as(inputs[i], (0, 1, 3, 2))
@@ -206,15 +207,51 @@ def test_token_layouts(order: tuple[int, ...], L: int, runs: Iterator[Runs]) -> 
     assert next(runs) == ALL
 
 
+@pytest.mark.parametrize("d", [8, 24, 32])
+def test_what_lies_beside_narrow_heads(d: int, runs: Iterator[Runs]) -> None:
+    """Their tiles are wider than they are: what that takes in is not read."""
+    (*tensors, r), grad_out = make(d=d)
+    check([*map(beside_nan, tensors), r], beside_nan(grad_out))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("d", [8, 24, 32])
+def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
+    """As above, of gradients that lie in the memory of wider ones."""
+    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels.launching import Problem
+    from mhf_compiler.lowering.kernels.loads import tokens_innermost
+
+    (q, k, u, v, r), grad_out = make(d=d)
+    assert r is not None
+    innermost = tokens_innermost(r, merged=True)
+    problem = Problem(q, k, u, v, innermost, None, None, None, "silu", 1.0, 1.0, 1.0)
+    dq, dk, du, dv = grads = [beside_nan(x) for x in (q, k, u, v)]
+    assert kernels.run_hopper("query", problem, grad_out, dq, torch.empty_like(r))
+    assert kernels.run_hopper("down", problem, grad_out, dv)
+    assert kernels.run_hopper("up", problem, grad_out, dk, du)
+    expected = fused([q, k, u, v, r], grad_out)
+    for grad, x in zip(grads, expected, strict=False):
+        assert grad.equal(x)
+        assert grad.as_strided((*grad.shape[:3], 64), grad.stride())[..., d:].isnan().all()
+
+
+def beside_nan(x: Tensor) -> Tensor:
+    """Equal to `x`, whose last axis lies in rows of 64 of which the rest is not a number."""
+    memory = x.new_full((*x.shape[:-1], 64), float("nan"))
+    return memory[..., : x.shape[-1]].copy_(x)
+
+
 def test_layouts_for_the_plain_kernels(runs: Iterator[Runs]) -> None:
     (q, *others), grad_out = make()
     check([stored_as(q, (0, 2, 3, 1)), *others], grad_out)
     assert not any(next(runs).values())
 
 
-def test_parts_of_tokens(runs: Iterator[Runs]) -> None:
+@pytest.mark.parametrize("d", [24, 32, 64])
+def test_parts_of_tokens(d: int, runs: Iterator[Runs]) -> None:
     """More tiles than multiprocessors: the last wave is cut into parts."""
-    check(*make(B=1, L=2048, H=16, G=16, E=22, f=64, d=64))
+    check(*make(B=1, L=2048, H=16, G=16, E=22, f=64, d=d))
     assert next(runs) == ALL
 
 

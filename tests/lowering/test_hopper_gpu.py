@@ -140,19 +140,19 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
 def test_widths(d: int, dtype: torch.dtype, pipelined: None) -> None:
     check(make(d=d, dtype=dtype))
 
 
 @pytest.mark.parametrize(("f", "E"), [(171, 8), (341, 22), (2752, 1), (16, 3), (64, 1), (20, 1)])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [32, 64, 128])
 def test_hidden_sizes(f: int, E: int, d: int, pipelined: None) -> None:
     check(make(f=f, E=E, d=d))
 
 
 @pytest.mark.parametrize("L", [256, 257, 1000, 4096])
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [24, 64, 128, 256])
 def test_lengths(L: int, d: int, pipelined: None) -> None:
     """From one tile to several rounds of tiles, of which the last is cut."""
     check(make(B=1, L=L, H=8, G=8, E=2, d=d))
@@ -170,7 +170,7 @@ def test_sequences_that_do_not_join(pipelined: None) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [32, 64, 128])
 def test_activations(activation: str, d: int, pipelined: None) -> None:
     check(make(d=d, E=3, f=171), activation)
 
@@ -189,7 +189,7 @@ def test_small_and_large_arguments(size: float, dtype: torch.dtype, pipelined: N
     [(), ("r",), ("u", "u_bias"), ("r", *BIASES), ("u", *BIASES), ("u", "r", *BIASES)],
     ids=lambda absent: "without " + " ".join(absent) if absent else "complete",
 )
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
 def test_optional_inputs(absent: tuple[str, ...], d: int, pipelined: None) -> None:
     check(make(d=d, E=3, absent=absent), k_scale=1.3, u_scale=0.7, out_scale=0.9)
     check(make(d=d, E=3, absent=absent))
@@ -200,9 +200,30 @@ def test_shared_weights(groups: int, pipelined: None) -> None:
     check(make(G=groups, E=3))
 
 
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
+@pytest.mark.parametrize("d", [8, 24, 32, 64, 96, 128, 256])
 def test_weights_stored_by_columns(d: int, pipelined: None) -> None:
     check(make(d=d, by_columns=True))
+
+
+@pytest.mark.parametrize("d", [8, 24, 32, 40])
+def test_what_lies_beside_narrow_heads(d: int, pipelined: None) -> None:
+    """Their tiles are wider than they are: what that takes in is neither read nor written."""
+    tensors = make(d=d, E=3)
+    for name in ("q", "k", "u", "v"):
+        x = tensors[name]
+        assert x is not None
+        tensors[name] = beside_nan(x)
+    q = tensors["q"]
+    assert q is not None
+    out = beside_nan(q)
+    check(tensors, out=out)
+    assert out.as_strided((*q.shape[:3], 64), q.stride())[..., d:].isnan().all()
+
+
+def beside_nan(x: Tensor) -> Tensor:
+    """Equal to `x`, whose last axis lies in rows of 64 of which the rest is not a number."""
+    memory = x.new_full((*x.shape[:-1], 64), float("nan"))
+    return memory[..., : x.shape[-1]].copy_(x)
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3)])
@@ -238,7 +259,7 @@ def test_what_it_does_not_take_still_runs(change: Callable[[Tensors], Tensors]) 
     check(tensors, out=torch.empty_like(tensors["q"], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
 def test_same_bits_each_time(d: int, pipelined: None) -> None:
     tensors = make(B=3, L=3001, d=d)
     first = forward(tensors)
@@ -252,6 +273,24 @@ def test_same_bits_each_time(d: int, pipelined: None) -> None:
 def test_few_tokens(tokens: int, dtype: torch.dtype) -> None:
     """Several programs share a tile's hidden units."""
     tensors = make(B=tokens, L=1, H=8, G=8, dtype=dtype)
+    check(tensors)
+    assert forward(tensors).equal(forward(tensors))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 100, 256, 300])
+@pytest.mark.parametrize(("heads", "d"), [(1, 256), (1, 96), (2, 64), (3, 40), (5, 128)])
+def test_few_tokens_of_few_heads(
+    heads: int, d: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to 128 programs share a tile, whose workspace holds NaN where nothing was written."""
+    from mhf_compiler.lowering.kernels import launching
+
+    launching.forget_repeats()
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))
+    )
+    tensors = make(B=tokens, L=1, H=heads, G=heads, d=d, E=22, f=512)
     check(tensors)
     assert forward(tensors).equal(forward(tensors))
 

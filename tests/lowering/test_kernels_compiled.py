@@ -150,6 +150,7 @@ def launch_all(
     dtype: torch.dtype = torch.bfloat16,
     *,
     tokens: int = 32768,
+    heads: int = 16,
     groups: int = 16,
     activation: str = "silu",
     gated: bool = True,
@@ -158,7 +159,7 @@ def launch_all(
     by_columns: bool = False,
     backward: bool = True,
 ) -> None:
-    """The forward and the whole backward of 16 heads with 22 sub-networks, on memory never read."""
+    """The forward and the whole backward of heads with 22 sub-networks, on memory never read."""
 
     def weight() -> Tensor:
         if by_columns:
@@ -168,13 +169,13 @@ def launch_all(
     def bias(size: int) -> Tensor | None:
         return torch.empty(groups, 22, size, dtype=dtype) if biased else None
 
-    q = torch.empty(1, tokens, 16, d, dtype=dtype)
+    q = torch.empty(1, tokens, heads, d, dtype=dtype)
     inputs = (
         q,
         weight(),
         weight() if gated else None,
         weight(),
-        torch.empty(1, tokens, 16, 22) if routed else None,
+        torch.empty(1, tokens, heads, 22) if routed else None,
         bias(f),
         bias(f) if gated else None,
         bias(d),
@@ -266,9 +267,10 @@ def test_nothing_overwrites_the_query(
 
 @pytest.mark.parametrize("name", ["hopper_query_kernel", "hopper_down_kernel"])
 @pytest.mark.parametrize(
-    "options", [{}, {"d": 64}, {"d": 64, "f": 171}, {"routed": False}, {"activation": "relu2"}],
+    "options",
+    [{}, {"d": 64}, {"d": 64, "f": 171}, {"d": 32}, {"routed": False}, {"activation": "relu2"}],
     ids=str,
-)  # fmt: skip
+)
 def test_nothing_overwrites_what_the_backward_keeps(
     name: str, options: dict[str, object], compile_all: Compile, tmp_path: Path
 ) -> None:
@@ -283,7 +285,11 @@ def test_nothing_overwrites_what_the_backward_keeps(
         assert not kept & hidden
 
 
-@pytest.mark.parametrize("options", [{}, {"d": 64}, {"d": 96}, {"routed": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"d": 64}, {"d": 96}, {"routed": False}, {"d": 32}, {"d": 8, "by_columns": True}],
+    ids=str,
+)
 def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_path: Path) -> None:
     binaries = compile_all(90, **options)
     for name in ("hopper_query_kernel", "hopper_down_kernel", "hopper_up_kernel"):
@@ -294,13 +300,33 @@ def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_p
         assert binaries[name].count(tmp_path, "UTMALDG"), name
 
 
-@pytest.mark.parametrize("d", [40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
 def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: Path) -> None:
     binary = compile_all(90, d=d, backward=False)["hopper_forward_kernel"]
     assert binary.spilled(tmp_path) == 0
     assert binary.count(tmp_path, "HGMMA")
     # One wait each for the projections and for the rest of a turn; more were serialised products.
     assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("tokens", [1, 128, 256])
+def test_parts_are_added_without_waiting(
+    architecture: int, tokens: int, compile_all: Compile, tmp_path: Path
+) -> None:
+    """The sum of one head's many parts waits for the kernel before it, and then loads at once."""
+    options = {"d": 256, "f": 512, "tokens": tokens, "heads": 1, "groups": 1, "backward": False}
+    binary = compile_all(architecture, **options)["add_parts_kernel"]
+    assert binary.spilled(tmp_path) == 0
+    code = binary.code(tmp_path)
+    loads = re.findall(r"(@!?U?P\d+ +)?LDG\.E\.128", code)
+    assert loads == [""] * 4  # of 4 values each, none of which hangs on a mask
+    assert code.index("ACQBULK") < code.index("LDG")
+
+
+def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
+    """Rows of 40 bytes: plain Triton's, on Hopper too."""
+    assert set(compile_all(90, d=20, backward=False)) == {"forward_kernel"}
 
 
 # Triton refuses to load what needs more shared memory than the driver says there is.

@@ -312,19 +312,41 @@ class TestParts:
         grad_out = torch.zeros_like(out)
         assert relative_error(out, expected(tensors, grad_out, "silu")[0]) < 1e-6
 
+    @pytest.mark.parametrize("tokens", [1, 5, 16, 35])
+    @pytest.mark.parametrize("d", [24, 33])
+    def test_one_head(self, tokens: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its 120 tiles of hidden units go to as many programs."""
+        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels.tiles import Tile
+
+        tile = Tile(16, 16, 4, 2, descriptors=True, parts=128)
+        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        empty = torch.empty
+        monkeypatch.setattr(
+            torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))
+        )
+        tensors = make(Shape(B=1, L=tokens, H=1, d=d, G=1, E=40, f=40))
+        inputs = [tensors[name] for name in NAMES]
+        out = torch.full((1, tokens, 1, d), float("nan"))
+        kernels.forward(*inputs, out, activation="silu", **SCALES)
+        assert relative_error(out, expected(tensors, out, "silu")[0]) < 1e-6
+
     @pytest.mark.parametrize("whole", [0, 1, 3])
-    def test_only_cut_tiles_are_written(self, whole: int) -> None:
-        """Eleven parts, more than are loaded at once, of the tiles of two heads of 40 tokens."""
+    @pytest.mark.parametrize("parts", [2, 11, 128, 300])
+    def test_only_cut_tiles_are_written(self, whole: int, parts: int) -> None:
+        """Up to more parts than are loaded at once, of the tiles of two heads of 40 tokens."""
         from mhf_compiler.lowering.kernels.loads import token_axes
         from mhf_compiler.lowering.kernels.splitting import Split, add_parts
 
         out = torch.full((1, 40, 2, 24), float("nan"))
-        split, tiles = Split(whole, 11), 6
+        split, tiles = Split(whole, parts), 6
         partial = split.workspace(tiles, 16, out)
         assert partial is not None
         partial.normal_()
+        of_tiles = partial.view(tiles - whole, parts, 16, 24)
+        of_tiles[2 - whole % 3 :: 3, :, 8:] = float("nan")  # beyond the last token
         add_parts(partial, out, token_axes(out), split, tiles, 0.5)
-        sums = 0.5 * partial.view(tiles - whole, 11, 16, 24).sum(1)
+        sums = 0.5 * of_tiles.sum(1)
         exact = torch.full((tiles, 16, 24), float("nan"))
         exact[whole:] = sums
         exact = exact.view(2, 48, 24)[:, :40].transpose(0, 1)
