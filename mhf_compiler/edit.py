@@ -35,6 +35,8 @@ from .patterns import (
     quotient,
 )
 
+_ALIGNED_TOKENS = 8  # 16 bytes of 16-bit numbers
+
 
 class EditError(Exception):
     """A site cannot be written into the graph; the message says what is in the way."""
@@ -94,13 +96,16 @@ class _Editor:
 
     def insert(self) -> fx.Node:
         """The op's result in the shape and the place in memory of the value that it replaces."""
-        order = _order_that_keeps_strides(self.site)
+        site = self.site
+        if isinstance(site, RouterProduct) and not site.placed and _aligned_by_tokens(site):
+            return self.router_product(site, [2, 3, 0, 1])  # as the kernels read a router best
+        order = _order_that_keeps_strides(site)
         out_order = None if order in (None, (0, 1, 2, 3)) else list(order)
-        if isinstance(self.site, Site):
-            output = self.network(self.site, out_order)
+        if isinstance(site, Site):
+            output = self.network(site, out_order)
         else:
-            output = self.router_product(self.site, out_order)
-        return output if order is not None else self._with_strides(output, self.site.output)
+            output = self.router_product(site, out_order)
+        return output if order is not None else self._with_strides(output, site.output)
 
     def network(self, site: Site, out_order: list[int] | None) -> fx.Node:
         query = self.argument(site.query)
@@ -359,6 +364,13 @@ class _Editor:
 def _descending(step: Size) -> tuple[int, int]:
     """Sort key: symbolic steps are products with the inner sizes, so they come first."""
     return (1, -step) if isinstance(step, int) else (0, -len(sympy.Mul.make_args(step)))
+
+
+def _aligned_by_tokens(site: RouterProduct) -> bool:
+    """Whether rows of tokens, one for each head and sub-network, all begin at aligned addresses."""
+    batch, length = site.query.shape[:2]
+    row = batch if length == 1 else length
+    return isinstance(row, int) and row % _ALIGNED_TOKENS == 0
 
 
 def _order_that_keeps_strides(site: Site | RouterProduct) -> tuple[int, ...] | None:

@@ -16,14 +16,20 @@ from .axes import Axis, Index, axis_form
 from .canonical import CanonicalCopy, Value
 from .checks import axes_of, check_memory, depends_on, leaves, real, two_token_dims
 from .contractions import MATRIX_PRODUCTS, Contraction, Operand, as_contraction
-from .grammar import is_cast
+from .grammar import is_cast, is_other_pointwise
+from .meaning import POINTWISE
 from .reasons import Declined
 from .rolling import in_reading_order
 from .site import RouterProduct, Site, TensorView
-from .views import behind_views
+from .views import behind_views, is_view
+
+aten = torch.ops.aten
 
 _NARROW = (torch.bfloat16, torch.float16)
 _SOON = 64  # values between a product and the router
+_REDUCTIONS = frozenset(
+    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten._softmax.default}
+)
 
 
 def find_router_products(site: Site, copy: CanonicalCopy) -> list[RouterProduct]:
@@ -32,7 +38,7 @@ def find_router_products(site: Site, copy: CanonicalCopy) -> list[RouterProduct]
     todo = [view.value for view in site.routers]
     seen = set(todo)
     for value in todo:  # grows: the nearest first
-        product = _read(value, copy)
+        product = _read(value, site, copy)
         if product is not None:
             found.append(product)
         elif value.op not in MATRIX_PRODUCTS and len(seen) < _SOON:
@@ -42,7 +48,7 @@ def find_router_products(site: Site, copy: CanonicalCopy) -> list[RouterProduct]
     return found
 
 
-def _read(root: Value, copy: CanonicalCopy) -> RouterProduct | None:
+def _read(root: Value, site: Site, copy: CanonicalCopy) -> RouterProduct | None:
     """The product that a value is, behind views."""
     if root.dtype is not torch.float32 or copy.made_by(root) is None:
         return None
@@ -59,7 +65,8 @@ def _read(root: Value, copy: CanonicalCopy) -> RouterProduct | None:
     ):
         query, weight = _narrow(wide, crossed), _narrow(other, crossed)
         if query.value.dtype in _NARROW:
-            return _proved(contraction, query, weight, root, index, crossed, copy)
+            placed = _is_placed(root, site, copy)
+            return _proved(contraction, query, weight, root, index, crossed, placed, copy)
     return None
 
 
@@ -79,6 +86,7 @@ def _proved(
     root: Value,
     index: Index,
     crossed: set[Value],
+    placed: bool,
     copy: CanonicalCopy,
 ) -> RouterProduct | None:
     """The product over named axes, if each of them plays one of the four roles."""
@@ -125,4 +133,41 @@ def _proved(
         output=root,
         output_node=node,
         output_dims=output_dims,
+        placed=placed,
+    )
+
+
+def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
+    """Whether the place of a value in memory is seen, or handed on, outside of the site.
+
+    What computes each element from those at the same place hands it on, and a sum does so for what
+    is left. A view may not even exist for another place, unless it goes away with the site.
+    """
+    todo = [output]
+    seen = {output}
+    for value in todo:  # grows
+        if value in copy.escaping:
+            return True
+        for reader in value.readers:
+            if reader in site.replaces or reader in seen or not copy.is_live(reader):
+                continue
+            if not is_view(reader):
+                if not _keeps_place(reader):
+                    return True
+                seen.add(reader)
+                todo.append(reader)
+            elif not _goes_away(reader, site, copy):
+                return True
+    return False
+
+
+def _keeps_place(value: Value) -> bool:
+    return value.op in POINTWISE or value.op in _REDUCTIONS or is_other_pointwise(value)
+
+
+def _goes_away(view: Value, site: Site, copy: CanonicalCopy) -> bool:
+    readers = [reader for reader in view.readers if copy.is_live(reader)]
+    return view not in copy.escaping and all(
+        reader in site.replaces or (is_view(reader) and _goes_away(reader, site, copy))
+        for reader in readers
     )

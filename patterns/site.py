@@ -131,7 +131,8 @@ class RouterProduct:
     """A product in float32 of 16-bit queries and weights, from which a site's router is made.
 
     Shapes of the views: query ``(B, L, H, d)``; weight ``(G, d, E)``, with G heads or one. The bias
-    has the dimensions of the output; it is added after the product.
+    has the dimensions of the output; it is added after the product. ``placed`` says whether what
+    stays in the graph may depend on where in memory the output's elements lie.
     """
 
     query: TensorView
@@ -140,6 +141,7 @@ class RouterProduct:
     output: Value
     output_node: fx.Node
     output_dims: tuple[tuple[Axis, ...], ...]
+    placed: bool
     pieces: tuple[Value, ...] = ()
 
     @property

@@ -304,7 +304,7 @@ def test_offsets_beyond_32_bits(width: int) -> None:
 def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
     from mhf_compiler.lowering import kernels
 
-    shape = Shape(B=1, L=65536, H=2, d=32, G=2, E=8, f=256)
+    shape = Shape(B=1, L=131072, H=2, d=32, G=2, E=8, f=256)
     tensors = make(shape, dtype)
     inputs: Any = [tensors[name] for name in NAMES]
     grad_out = torch.randn_like(inputs[0])
@@ -324,6 +324,27 @@ def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
     scratch = torch.cuda.max_memory_allocated() - before - gradients
     one_network = shape.L * shape.H * shape.f * dtype.itemsize  # its hidden activations
     assert scratch < one_network / 4
+
+
+def test_gradients_are_allocated_once() -> None:
+    """Nothing of the size of the query beside its gradient, not even for a moment."""
+    tensors = make(Shape(B=1, L=65536, H=4, d=128, E=2, f=64))
+    q, k, u, v, r = (x.requires_grad_() for name in NAMES[:5] if (x := tensors[name]) is not None)
+    leaves = [q, k, u, v, r]
+    grad_out = torch.randn_like(q)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = torch.ops.mhf_compiler.multi_head_ffn(*leaves)
+        torch.cuda.reset_peak_memory_stats()
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    results = gradients()  # loads the kernels
+    own = sum(x.numel() * x.element_size() for x in results)
+    del results
+    before = torch.cuda.memory_allocated() + q.numel() * q.element_size()  # and the output
+    gradients()
+    scratch = torch.cuda.max_memory_allocated() - before - own
+    assert scratch < q.numel() * q.element_size() / 2
 
 
 def test_a_thread_that_has_run_nothing() -> None:

@@ -114,6 +114,13 @@ def test_the_queries_are_not_widened_and_the_report_says_so():
     assert "the router's product reads q in bfloat16, without a copy" in site.lowered
 
 
+def test_logits_lie_as_kernels_read_them_where_rows_of_tokens_are_aligned():
+    for length, order in ((L, "out_order = [2, 3, 0, 1]"), (L + 1, "out_order = [2, 0, 1, 3]")):
+        x = torch.randn(B, length, H * d).bfloat16()
+        report = mhf_compiler.explain(FlashMHF(), options={"rewrite": "always"})(x)
+        assert order in calls(report)
+
+
 def test_a_router_of_float32_queries_stays():
     module, x = FlashMHF().float(), torch.randn(B, L, H * d)
     report = mhf_compiler.explain(module, options={"rewrite": "always"})(x)

@@ -213,3 +213,31 @@ def test_queries_that_are_overwritten_later_stay():
         return r
 
     assert products(through_data) == []
+
+
+# Where the logits lie in memory.
+
+
+def test_nobody_sees_where_logits_lie():
+    for route in (einsum, narrow_weights, for_all_heads):
+        (product,) = products(route)
+        assert not product.placed
+
+
+def returned(m: nn.Module, q: Tensor) -> Tensor:
+    m.logits = torch.einsum("blhd,hde->blhe", q.float(), m.per_head)
+    return m.logits.sigmoid()
+
+
+def viewed(m: nn.Module, q: Tensor) -> Tensor:
+    rows = (q.float().flatten(0, 1).transpose(0, 1) @ m.per_head).transpose(0, 1)  # (B L, H, E)
+    r = rows.sigmoid()
+    return r.unflatten(0, (B, L)) + r.transpose(0, 1).reshape(-1).view(H, -1).sum() / 1000
+
+
+@pytest.mark.parametrize("route", [returned, viewed, best_two])
+def test_somebody_may_see_where_logits_lie(route: Router):
+    """A caller, a view, an operation with a layout of its own."""
+    found = products(route)
+    assert all(product.placed for product in found)
+    assert found
