@@ -27,6 +27,7 @@ _FLOOR = 1e-6  # of relative errors: float32 against itself
 _WARM_UPS = 2
 # A few repeats of less than a millisecond say more of the host's mood than of the contenders.
 _ENOUGH_SECONDS = 0.25  # of measuring a case, after which the asked repeats suffice
+_BUSY = 4_000_000  # cycles of a card, 2 ms: by then the host has launched what is timed behind them
 _MOST = 50  # times the asked repeats, where a case is still shorter
 
 
@@ -245,7 +246,7 @@ def milliseconds(step: Callable[[], object], device: str, busy: bool) -> tuple[f
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if busy:
-        torch.cuda._sleep(1_000_000)
+        torch.cuda._sleep(_BUSY)
     first.record()
     start = time.perf_counter()
     step()

@@ -6,8 +6,8 @@ again. Weights that lie in separate modules cannot be batched: the original runs
 of them, and the op copies them together. The op never writes the hidden units. Its forward pass is
 limited by the weights when tokens are few, since enough programs share them, and by the matrix
 units when tokens are many; its backward pass by how many programs there are to keep the card busy,
-too, and by the latency of one step of a program's loop. In a small training step, and wherever
-kernels are many, the host that launches them is the limit, except inside a CUDA graph. Constants
+too, and by the latency of one step of a program's loop. In a small training step the host that
+launches the kernels is the limit, except inside a CUDA graph. Constants
 were fitted to ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their
 driver reports.
 
@@ -65,13 +65,14 @@ class Shares(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a call takes the host, which launches the kernels, in seconds."""
+    """What a training step takes the host, which launches the kernels, in seconds.
 
-    inference: float  # the call of a compiled graph, beside its kernels
-    training: float  # the same with autograd, and the call of the backward pass
-    kernel: float  # to launch one kernel of the graph
+    In inference the host is ahead of the card, or a CUDA graph is, or both ways wait for it alike.
+    """
+
+    step: float  # the calls of the two compiled graphs, and autograd
+    kernel: float  # to launch one kernel of the graphs
     op: float  # to launch one kernel of the op, from Python
-    ahead: float  # what the card still has to do when the call begins, which hides as much of it
 
 
 @dataclass(frozen=True)
@@ -142,16 +143,15 @@ def _rewritten(w: Workload, device: Device) -> float:
         total += _call_on_a_cpu(products, w, device)
     copies = w.copied * (2 if w.training else 1)  # of the weights, and of their gradients
     total += copies * (2 * _weight_bytes(w) / device.bandwidth + device.launch)
-    return max(total, _launched(w, device, copies, 4 if w.training else 1))
+    return max(total, _launched(w, device, copies, of_the_op=4))
 
 
 def _launched(w: Workload, device: Device, kernels: int, of_the_op: int = 0) -> float:
-    """When the host has launched the last kernel, counted from where the card is free to begin."""
+    """How long the host takes to launch a training step."""
     host = device.host
-    if host is None or w.captured:
+    if host is None or w.captured or not w.training:
         return 0.0
-    call = host.training if w.training else host.inference
-    return call + kernels * host.kernel + of_the_op * host.op - host.ahead
+    return host.step + kernels * host.kernel + of_the_op * host.op
 
 
 def _call_on_a_cpu(products: int, w: Workload, device: Device) -> float:
@@ -208,8 +208,8 @@ def _weight_bytes(w: Workload) -> float:
     return float(groups * experts * hidden * width * w.dtype.itemsize)
 
 
-#: of an H200's host; the grid keeps the card busy for about ``ahead`` before each call
-_HOST = Host(inference=7e-5, training=9e-4, kernel=1.6e-5, op=9e-5, ahead=4.4e-4)
+#: of an H200's host
+_HOST = Host(step=9e-4, kernel=1.6e-5, op=9e-5)
 #: of an H200; the widest heads' backward pass is plain Triton's
 _HOPPER_SHARES = {
     32: Shares(0.5, 0.19, 0.19),

@@ -209,13 +209,11 @@ def test_the_host_is_no_limit_inside_a_cuda_graph():
         assert seconds(small, way, captured=True) < seconds(small, way, captured=False)
 
 
-def test_the_host_limits_inference_only_where_kernels_are_many():
-    """It is ahead of the card, but by no more than the card has to do."""
+def test_the_host_is_no_limit_to_inference():
+    """It is ahead of the card, or both ways wait for it."""
     small = replace(GPU, batch=1, length=64, training=False)
-    for pieces, limited in ((1, False), (64, True)):
-        apart = replace(small, pieces=(pieces, pieces, pieces))
-        captured, launched = (seconds(apart, "original", captured=c) for c in (True, False))
-        assert (captured < launched) is limited
+    for way in ("rewritten", "original"):
+        assert seconds(small, way, captured=True) == seconds(small, way, captured=False)
 
 
 def test_no_tokens_are_no_error():
