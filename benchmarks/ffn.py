@@ -41,8 +41,8 @@ def cases(settings: Settings) -> Iterator[Case]:
 def cases_of_lengths(settings: Settings) -> Iterator[Case]:
     """The same over the length of eight sequences."""
     base = settings.shapes[0] if settings.shapes else _TINY if settings.quick else PAPER
-    for length in (32, 64) if settings.quick else LENGTHS:
-        for phase in PHASES:
+    for phase in PHASES:
+        for length in (32, 64) if settings.quick else LENGTHS:
             yield case((base[0], length, *base[2:]), phase, settings)
 
 

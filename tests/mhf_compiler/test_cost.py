@@ -118,10 +118,16 @@ def test_weights_in_separate_modules_cost_both_ways_more(
 @everywhere
 @pytest.mark.parametrize("training", [False, True])
 def test_more_modules_cost_the_original_more_and_the_op_nothing(workload: Workload, training: bool):
-    apart = replace(workload, training=training)
+    apart = replace(workload, training=training, captured=True)
     few, many = (replace(apart, pieces=(count, count, count)) for count in (4, 16))
     assert estimate(few).original < estimate(many).original
     assert estimate(few).rewritten == estimate(many).rewritten
+
+
+def test_more_modules_have_more_gradients_for_the_host_to_keep():
+    small = replace(GPU, batch=1, length=64)
+    few, many = (replace(small, pieces=(count, count, count)) for count in (4, 16))
+    assert estimate(few).rewritten < estimate(many).rewritten
 
 
 @both_ways
@@ -181,7 +187,10 @@ def test_hidden_units_that_fit_into_a_cache_are_no_reason_to_rewrite_on_a_cpu(
 def test_the_model_chooses_as_measured(
     results_of: str, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """At nearly all points of a stored grid its choice is within five percent of the better."""
+    """At the points of a stored grid its choice is within five percent of the better.
+
+    At all of a GPU's; on a CPU, whose timings vary, at nearly all.
+    """
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as where the CPU's was measured
     cost._device.cache_clear()
     _, rows = results.read(RESULTS / f"{results_of}_grid.json")
@@ -190,7 +199,8 @@ def test_the_model_chooses_as_measured(
         rewrites = estimate(grid.workload(op, device)).pays
         losses.append((op if rewrites else inductor)["ms"] / min(op["ms"], inductor["ms"]))
     cost._device.cache_clear()
-    assert sum(loss > 1.05 for loss in losses) <= 0.05 * len(losses)
+    lost = sum(loss > 1.05 for loss in losses)
+    assert lost <= (0 if results_of == "h200" else 0.05 * len(losses))
 
 
 def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
