@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import launch, multiprocessors, repeat
-from .loads import Operand, token_axes
+from .loads import Operand, token_axes, token_pointers
 from .tiles import Tile, padded_width
 
 _TOKENS = 64  # of a tile
@@ -112,22 +112,16 @@ def _rest(x, part):
 
 
 @triton.jit
-def _token_pointers(X, strides, b, l, h, c):
-    X += tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[2]
-    return X + l.to(tl.int64)[:, None] * strides[1] + c.to(tl.int64)[None, :] * strides[3]
-
-
-@triton.jit
 def _load(X, strides, b, l, h, c, L, C: tl.constexpr):
     """Tokens l and columns c of one head, zero beyond L and C."""
-    pointers = _token_pointers(X, strides, b, l, h, c)
+    pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
     return tl.load(pointers, mask=(l < L)[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
 def _store(X, value, strides, b, l, h, c, L, C: tl.constexpr):
     """The counterpart of `_load`; rounds `value` once, to the dtype of X."""
-    pointers = _token_pointers(X, strides, b, l, h, c)
+    pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
     value = value.to(X.dtype.element_ty)
     tl.store(pointers, value, mask=(l < L)[:, None] & (c < C)[None, :])
 
