@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
+from .arguments import ArgumentError, differentiates_forward
 from .op import empty_like_in_order, with_strides_of
 
-__all__ = ["router_product", "takes"]
+__all__ = ["router_product", "takes", "trial_run"]
 
 _FORWARD = "mhf_compiler::router_product"
 _BACKWARD = "mhf_compiler::router_product_backward"
@@ -43,8 +43,9 @@ def router_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = 
 
         out[b,l,h,e] = sum over i of q[b,l,h,i] * weight[g,i,e],  g = h // (H / G)
 
-    Products and sums are those of float32 (no TF32, whatever PyTorch allows); overflow is that of
-    bfloat16's range, which is float32's. Differentiable once, in reverse mode.
+    Products and sums are those of float32: no TF32, whatever PyTorch allows. On a GPU, what is not
+    finite in an argument may become NaN where float32 keeps an infinity. Differentiable once, in
+    reverse mode.
 
     Args:
         q (Tensor): query, shape (B, L, H, d), bfloat16 or float16; d is at most 256.
@@ -110,6 +111,11 @@ def _check(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) ->
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
 
 
+def _refuse_forward_mode(q: Tensor) -> None:
+    if differentiates_forward(q):  # or else a tangent would be lost without a word
+        raise NotImplementedError("router_product has no forward-mode derivative.")
+
+
 def _empty_output(q: Tensor, weight: Tensor, out_order: Sequence[int] | None) -> Tensor:
     _check(q, weight, out_order)
     shape = (*q.shape[:3], weight.shape[2])
@@ -126,6 +132,7 @@ def _needed(q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
 
 @torch.autocast("cpu", enabled=False)
 def _forward_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
+    _refuse_forward_mode(q)
     out = _empty_output(q, weight, out_order)
     groups = weight.shape[0]
     wide = weight.float()
@@ -165,6 +172,7 @@ def _blocks(x: Tensor, groups: int) -> list[Tensor]:
 def _forward_on_cuda(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
     from .kernels import router_product as kernels
 
+    _refuse_forward_mode(q)
     out = _empty_output(q, weight, out_order)
     kernels.forward(q, weight, out)
     return out

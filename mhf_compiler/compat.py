@@ -195,7 +195,9 @@ def _compute_arguments_once() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs
 
     ops = torch.ops.mhf_compiler
-    add_needs_realized_inputs([ops.multi_head_ffn, ops.router_product])
+    forward = (ops.multi_head_ffn, ops.router_product)
+    backward = (ops.multi_head_ffn_backward, ops.router_product_backward)
+    add_needs_realized_inputs([*forward, *backward])
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

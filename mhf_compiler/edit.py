@@ -21,6 +21,7 @@ from torch import fx
 
 from .compat import copy_dynamo_metadata
 from .patterns import (
+    RESHAPES,
     STACK,
     Axis,
     CanonicalCopy,
@@ -188,6 +189,12 @@ class _Editor:
     def _recompute(self, value: Value) -> fx.Node:
         if value.op == STACK:
             return self.call(torch.stack, [self.value(v) for v in value.args])
+        for view in value.readers:  # of a linear layer, only a view of its product is held
+            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
+            holder = self.copy.holder_at(view, self.position) if alike else None
+            if holder is not None:
+                sizes = [self.size(size) for size in value.shape]
+                return self.call("reshape", self.nodes[holder], *sizes)
         if isinstance(value.op, str):
             raise EditError(f"no node holds {value}")
         args, kwargs = self._plain(value.args), self._plain(value.kwargs)
@@ -367,10 +374,13 @@ def _descending(step: Size) -> tuple[int, int]:
 
 
 def _aligned_by_tokens(site: RouterProduct) -> bool:
-    """Whether rows of tokens, one for each head and sub-network, all begin at aligned addresses."""
-    batch, length = site.query.shape[:2]
+    """Whether rows of tokens, one for each head and sub-network, all begin at aligned addresses.
+
+    One router for all heads takes these for tokens, too.
+    """
+    batch, length, heads = site.query.shape[:3]
     row = batch if length == 1 else length
-    return isinstance(row, int) and row % _ALIGNED_TOKENS == 0
+    return heads != 1 and isinstance(row, int) and row % _ALIGNED_TOKENS == 0
 
 
 def _order_that_keeps_strides(site: Site | RouterProduct) -> tuple[int, ...] | None:
@@ -426,7 +436,12 @@ def _remove_dead(
     for old in reversed(copy.positions):
         node = nodes[old]
         writes = copy.written.get(old)
-        unseen = writes is not None and not any(v in needed and v not in replaced for v in writes)
+        # Of what nobody read before, either: a hook, or numbers for the backward pass.
+        unseen = (
+            writes is not None
+            and any(copy.is_live(v) for v in writes)
+            and not any(v in needed and v not in replaced for v in writes)
+        )
         stays = node.users or node.op in ("output", "placeholder")
         if not stays and (old in copy.pure or unseen):
             graph.erase_node(node)

@@ -137,8 +137,9 @@ def _write(
     assert copy is not None
     import mhf_compiler.lowering  # noqa: F401  (defines the ops)
 
+    sites = [judged.site for judged in accepted]
     accepted = [
-        replace(judged, products=_router_products(judged.site, copy)) for judged in accepted
+        replace(judged, products=_router_products(judged.site, sites, copy)) for judged in accepted
     ]
     try:
         gm.graph, accepted = _with_products(gm.graph, accepted, copy)
@@ -154,9 +155,11 @@ def _write(
     return accepted
 
 
-def _router_products(site: Site, copy: CanonicalCopy) -> tuple[RouterProduct, ...]:
+def _router_products(
+    site: Site, sites: list[Site], copy: CanonicalCopy
+) -> tuple[RouterProduct, ...]:
     """The products before a site's router that need no float32 copy of the queries."""
-    return tuple(product for product in find_router_products(site, copy) if _runs(product))
+    return tuple(filter(_runs, find_router_products(site, sites, copy)))
 
 
 def _runs(product: RouterProduct) -> bool:

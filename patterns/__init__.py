@@ -22,9 +22,11 @@ from .rolling import STACK
 from .routers import find_router_products
 from .site import Location, RouterProduct, Site, TensorView
 from .source import locate
+from .views import RESHAPES
 
 __all__ = [
     "COPY",
+    "RESHAPES",
     "SCATTER",
     "STACK",
     "Axis",

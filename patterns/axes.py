@@ -184,6 +184,8 @@ def through_reshape(index: Index, shape: Sequence[Size], source: Sequence[Size])
     sides, so the position is written as one form and cut into the digits of ``source``, splitting
     axes where a digit ends inside one. None when the digits are no affine forms.
     """
+    if 0 in shape:
+        return None  # nothing is read
     position = Affine()
     for form, stride in zip(index, contiguous_strides(shape), strict=True):
         part = form.resolved().scaled(stride)

@@ -360,6 +360,8 @@ def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
         return
     if copy.made_by(value) is not None or value.op in (INPUT, OPAQUE, COPY, SCATTER):
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
+    if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
+        raise Declined(Kind.UNKNOWN_OPERATION, "random numbers are drawn", value.origin)
     for operand in value.operands:  # no node holds it: it will be computed again
         _check_readable(operand, copy, position)
 

@@ -3,14 +3,18 @@
     logits = q.float() @ weight [+ bias]        any spelling; q in 16 bits, per head or for all
     router = anything of logits: sigmoid, normalisation, softmax, top-k
 
-The product stays a product, only the copy of the queries in float32 is not needed. So nothing has
-to be known of what is between it and the router, and where something is in the way the router stays
-as it was written.
+The product stays a product, only the copy of the queries in float32 is not needed, so nothing has
+to be known of the numbers between it and the router. What has to be known is that nobody hangs on
+to the copy, and, before its result may lie elsewhere in memory, that nobody sees where. Where
+something is in the way the router stays as it was written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import fx
 
 from .axes import Axis, Index, axis_form
 from .canonical import CanonicalCopy, Value
@@ -21,62 +25,98 @@ from .meaning import POINTWISE
 from .reasons import Declined
 from .rolling import in_reading_order
 from .site import RouterProduct, Site, TensorView
-from .views import behind_views, is_view
+from .views import behind_views, is_view, through_view
 
 aten = torch.ops.aten
 
 _NARROW = (torch.bfloat16, torch.float16)
-_SOON = 64  # values between a product and the router
-_REDUCTIONS = frozenset(
-    {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten._softmax.default}
-)
+_MOST_VISITED = 64  # values behind a site's routers
+_MOST_PRODUCTS = 2  # of one site: a loop over heads or sub-networks would become as many calls
+_REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default})
 
 
-def find_router_products(site: Site, copy: CanonicalCopy) -> list[RouterProduct]:
-    """The products of widened queries that a site's router is computed from."""
+def find_router_products(
+    site: Site, sites: Sequence[Site], copy: CanonicalCopy
+) -> list[RouterProduct]:
+    """The products of widened queries that a site's router is computed from.
+
+    Args:
+        site: whose router it is.
+        sites: all that are rewritten; nothing is looked for in them or behind their outputs.
+        copy: the graph.
+    """
+    others = frozenset(value for one in sites for value in (one.output, *one.pieces, *one.replaces))
     found: list[RouterProduct] = []
-    todo = [view.value for view in site.routers]
+    todo = [view.value for view in site.routers if view.value not in others]
     seen = set(todo)
     for value in todo:  # grows: the nearest first
-        product = _read(value, site, copy)
+        product = _read(value, site, others, copy)
         if product is not None:
             found.append(product)
-        elif value.op not in MATRIX_PRODUCTS and len(seen) < _SOON:
-            new = [operand for operand in value.operands if operand not in seen]
+        elif value.op not in MATRIX_PRODUCTS and len(seen) < _MOST_VISITED:
+            new = [v for v in value.operands if v not in seen and v not in others]
             seen.update(new)
             todo += new
-    return found
+    return found if len(found) <= _MOST_PRODUCTS else []
 
 
-def _read(root: Value, site: Site, copy: CanonicalCopy) -> RouterProduct | None:
+def _read(
+    root: Value, site: Site, others: frozenset[Value], copy: CanonicalCopy
+) -> RouterProduct | None:
     """The product that a value is, behind views."""
-    if root.dtype is not torch.float32 or copy.made_by(root) is None:
+    node = copy.made_by(root)
+    if root.dtype is not torch.float32 or node is None:
         return None
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    crossed: set[Value] = {root}
-    value, at = behind_views(root, index, crossed)
+    crossed: set[Value] = set()
+    value, at = behind_views(root, index, crossed, others)
     contraction = as_contraction(value, at) if value.op in MATRIX_PRODUCTS else None
     if contraction is None or (contraction.scale, contraction.bias_scale) != (1.0, 1.0):
         return None
-    crossed.add(value)
     for wide, other in (
         (contraction.left, contraction.right),
         (contraction.right, contraction.left),
     ):
-        query, weight = _narrow(wide, crossed), _narrow(other, crossed)
-        if query.value.dtype in _NARROW:
-            placed = _is_placed(root, site, copy)
-            return _proved(contraction, query, weight, root, index, crossed, placed, copy)
+        query = _narrow(wide, node, crossed, others, copy)
+        weight = _narrow(other, node, crossed, others, copy)
+        if query is None or weight is None:
+            return None
+        if query.value.dtype in _NARROW and not query.value.is_parameter:
+            between = {root, value, *crossed}
+            return _proved(contraction, query, weight, root, index, between, site, copy)
     return None
 
 
-def _narrow(operand: Operand, crossed: set[Value]) -> Operand:
-    """What an operand was before it was widened; itself, behind views, if it was not."""
-    value, index = behind_views(operand.value, operand.index, crossed)
+def _narrow(
+    operand: Operand,
+    node: fx.Node,
+    crossed: set[Value],
+    others: frozenset[Value],
+    copy: CanonicalCopy,
+) -> Operand | None:
+    """What an operand was before it was widened; itself, behind views, if it was not.
+
+    As far back as a node still holds it where ``node`` is, so that nothing is computed again.
+    """
+    views: set[Value] = set()
+    value, index = behind_views(operand.value, operand.index, views, others)
     if is_cast(value) and value.dtype is torch.float32 and value.source.dtype in _NARROW:
-        crossed.add(value)
-        value, index = behind_views(value.source, index, crossed)
-    return Operand(value, index)
+        crossed |= views | {value}
+        value = value.source
+    else:
+        value, index = operand.value, operand.index
+    found = None
+    passed: list[Value] = []
+    while True:
+        if copy.holder_at(value, copy.positions[node]) is not None:
+            found = Operand(value, index)
+            crossed.update(passed)
+            passed.clear()
+        step = None if value in others else through_view(value, index)
+        if step is None:
+            return found
+        passed.append(value)
+        value, index = step
 
 
 def _proved(
@@ -85,8 +125,8 @@ def _proved(
     weight: Operand,
     root: Value,
     index: Index,
-    crossed: set[Value],
-    placed: bool,
+    between: set[Value],
+    site: Site,
     copy: CanonicalCopy,
 ) -> RouterProduct | None:
     """The product over named axes, if each of them plays one of the four roles."""
@@ -108,56 +148,62 @@ def _proved(
         return None
     if weight.value is query.value or depends_on(weight.value, query.value):
         return None  # both are tokens
-    if len({value.requires_grad_mode for value in crossed}) > 1:
+    if len({value.requires_grad_mode for value in between}) > 1:
         return None
-    operands = [query, weight, *([contraction.bias] if contraction.bias else [])]
+    # The backward pass of eager reads the copy, and a hook on it sees its gradient.
+    if root.requires_grad_mode and any(
+        copy.is_overwritten(value) for value in {query.value, weight.value, *between}
+    ):
+        return None
+    bias = contraction.bias
+    node = copy.made_by(root)
+    assert node is not None
+    if bias is not None and copy.holder_at(bias.value, copy.positions[node]) is None:
+        return None
     try:
-        check_memory(operands, root, copy)
+        check_memory([query, weight, *([bias] if bias else [])], root, copy)
     except Declined:
         return None
-    if root.requires_grad_mode and any(copy.is_overwritten(x.value) for x in (query, weight)):
-        return None  # the backward pass reads them again
 
     batch, length = two_token_dims(tokens, query.index, index)
     heads = in_reading_order(heads, query.index)
     inner = in_reading_order(tuple(width), query.index)
     output_dims = tuple(form.axes() for form in index)
-    node = copy.made_by(root)
-    assert node is not None
     return RouterProduct(
         query=TensorView(query.value, query.index, (batch, length, heads, inner)),
         weight=TensorView(weight.value, weight.index, (heads, inner, networks)),
-        bias=None
-        if contraction.bias is None
-        else TensorView(contraction.bias.value, contraction.bias.index, output_dims),
+        bias=None if bias is None else TensorView(bias.value, bias.index, output_dims),
         output=root,
         output_node=node,
         output_dims=output_dims,
-        placed=placed,
+        placed=_is_placed(root, site, copy),
     )
 
 
 def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
     """Whether the place of a value in memory is seen, or handed on, outside of the site.
 
-    What computes each element from those at the same place hands it on, and a sum does so for what
-    is left. A view may not even exist for another place, unless it goes away with the site.
+    Asked of the nodes that read it, since not every node leaves an operation behind: one that
+    computes each element from those at the same place hands the place on, and a sum does so for
+    what is left. All others see it, unless they go away with the site.
     """
     todo = [output]
     seen = {output}
     for value in todo:  # grows
-        if value in copy.escaping:
+        if value in copy.escaping or copy.is_overwritten(value):
             return True
-        for reader in value.readers:
-            if reader in site.replaces or reader in seen or not copy.is_live(reader):
+        for node, _ in copy.readers_of.get(value, ()):
+            result = copy.value_of.get(node)
+            if result is None or result is value or node not in copy.pure:
+                return True  # a question, an alias, or something that writes
+            if result in seen or _computes(result, site) or _goes_away(result, site, copy):
                 continue
-            if not is_view(reader):
-                if not _keeps_place(reader):
-                    return True
-                seen.add(reader)
-                todo.append(reader)
-            elif not _goes_away(reader, site, copy):
+            if result.op is aten._softmax.default:
+                continue  # it lies contiguously, whatever it was computed from
+            if value not in result.operands or not _keeps_place(result):
                 return True
+            seen.add(result)
+            todo.append(result)
     return False
 
 
@@ -165,9 +211,21 @@ def _keeps_place(value: Value) -> bool:
     return value.op in POINTWISE or value.op in _REDUCTIONS or is_other_pointwise(value)
 
 
+def _computes(result: Value, site: Site) -> bool:
+    """Whether the node of a result computes what the site does, and goes away with it."""
+    while result not in site.replaces and is_view(result):
+        result = result.source
+    return result in site.replaces
+
+
 def _goes_away(view: Value, site: Site, copy: CanonicalCopy) -> bool:
-    readers = [reader for reader in view.readers if copy.is_live(reader)]
-    return view not in copy.escaping and all(
-        reader in site.replaces or (is_view(reader) and _goes_away(reader, site, copy))
-        for reader in readers
+    """Whether it is a view that only the site reads."""
+    if not is_view(view) or view in copy.escaping:
+        return False
+    results = [copy.value_of.get(node) for node, _ in copy.readers_of.get(view, ())]
+    return all(
+        result is not None
+        and result is not view
+        and (_computes(result, site) or _goes_away(result, site, copy))
+        for result in results
     )

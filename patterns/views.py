@@ -210,11 +210,17 @@ def _split(value: Value, index: Index) -> tuple[Value, Index] | None:
     return value.source, tuple(inner)
 
 
+#: the same elements in the same order under another shape
+RESHAPES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten._reshape_alias.default,
+    }
+)
 _RULES: dict[object, Rule] = {
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.reshape.default: _reshape,
-    aten._reshape_alias.default: _reshape,
+    **dict.fromkeys(RESHAPES, _reshape),
     COPY: _copy,
     aten.alias.default: _same,
     aten.clone.default: _same,

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mhf_compiler.lowering import ArgumentError, router, router_product
@@ -105,3 +106,11 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(out.sum(), weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused():
+    q, weight = make()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            router_product(q, dual)

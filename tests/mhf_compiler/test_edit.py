@@ -485,3 +485,88 @@ class BufferFilled(PerHead):
 @pytest.mark.parametrize("model", [BufferAccumulated, BufferFilled])
 def test_a_buffer_that_is_the_output_takes_its_loop_along(model: type[nn.Module]) -> None:
     assert set(names(edit(model()))) <= VIEWS | {"multi_head_ffn.default"}
+
+
+# What stays, although nobody reads it in the forward pass.
+
+
+class HookElsewhere(PerHead):
+    """A hook on a layer that has nothing to do with the heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(H * d, H * d)
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.last(self.heads(split(x)).flatten(2))
+        out = z.tanh()
+        z.register_hook(lambda gradient: gradient * 0)
+        return out
+
+
+class WriteForTheBackwardPass(HookElsewhere):
+    def forward(self, x: Tensor) -> Any:
+        z = self.last(self.heads(split(x)).flatten(2))
+        out = z * z
+        z.data.zero_()
+        return out
+
+
+@pytest.mark.parametrize("kind", [HookElsewhere, WriteForTheBackwardPass])
+def test_what_only_the_backward_pass_sees_stays(kind: type[nn.Module]):
+    model, x = kind(), torch.randn(2, 6, H * d)
+    options = {"rewrite": "always", "strict": True, "fallback": "aot_eager"}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    gradients = []
+    for call in (model, compiled):
+        model.zero_grad()
+        call(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"] == 1
+    assert all(not g.any() for g in gradients[0][:3])  # of the heads
+    for eager, rewritten in zip(*gradients, strict=True):
+        torch.testing.assert_close(rewritten, eager)
+
+
+# What is not computed twice.
+
+
+class ProjectedAndReadAgain(PerHead):
+    """Of a linear layer only a view of its product is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(H * d, H * d, bias=False)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.inputs(x)
+        return self.heads(split(y)).flatten(2) + y
+
+
+def test_a_projection_that_others_read_is_not_computed_again():
+    called = names(edit(ProjectedAndReadAgain()))
+    assert called.count("linear") == 1
+    assert not any("mm" in name for name in called)
+
+
+class Dropped(PerHead):
+    """Random numbers right before the heads, in an operation of which only a view is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(H * d, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.attention(x, x, x, need_weights=False)[0]
+        return self.heads(split(y)).flatten(2)
+
+
+def test_random_numbers_are_not_drawn_again():
+    model, x = Dropped(), torch.randn(2, 6, H * d)
+    options = {"rewrite": "always", "strict": True, "fallback": "aot_eager"}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    results = []
+    for call in (model, compiled):
+        torch.manual_seed(0)
+        results.append(call(x))
+    torch.testing.assert_close(*results)

@@ -303,3 +303,7 @@ def test_a_reshape_that_holds_for_some_values_only_is_not_read():
     """``(n, 4)`` as ``(2, m)``: right when m is 2 n, which nobody knows."""
     token, feature = Axis(n), Axis(4)
     assert through_reshape((axis_form(token), axis_form(feature)), (n, 4), (2, m)) is None
+
+
+def test_nothing_is_read_of_no_elements():
+    assert through_reshape((axis_form(Axis(0)), axis_form(Axis(6))), (0, 6), (0, 2, 3)) is None

@@ -50,7 +50,7 @@ def products(route: Router) -> list[RouterProduct]:
         findings = find_sites(gm)
         assert findings.copy is not None
         (site,) = findings.sites
-        found.extend(find_router_products(site, findings.copy))
+        found.extend(find_router_products(site, findings.sites, findings.copy))
         return gm.forward
 
     model = Network(route)
@@ -171,6 +171,38 @@ def scaled_product(m: nn.Module, q: Tensor) -> Tensor:
     return logits.transpose(0, 1).unflatten(0, (B, L)).sigmoid()
 
 
+def hook_on_the_copy(m: nn.Module, q: Tensor) -> Tensor:
+    wide = (q * m.factor.to(q.dtype)).float()
+    logits = torch.einsum("blhd,hde->blhe", wide, m.per_head)
+    wide.register_hook(torch.zeros_like)
+    return logits.sigmoid()
+
+
+def copy_overwritten_behind_autograd(m: nn.Module, q: Tensor) -> Tensor:
+    wide = q.float()
+    logits = torch.einsum("blhd,hde->blhe", wide, m.per_head)
+    wide.detach().zero_()
+    return logits.sigmoid()
+
+
+def weights_copy_overwritten(m: nn.Module, q: Tensor) -> Tensor:
+    wide = m.narrow.float()
+    logits = torch.einsum("blhd,hde->blhe", q.float(), wide)
+    wide.detach().zero_()
+    return logits.sigmoid()
+
+
+def narrow_weights_of_wide_tokens(m: nn.Module, q: Tensor) -> Tensor:
+    """A float32 input: what is widened are the weights."""
+    return torch.einsum("blhd,hde->blhe", q.double().float(), m.narrow.float())
+
+
+def head_by_head(m: nn.Module, q: Tensor) -> Tensor:
+    """As many calls as heads would not pay."""
+    logits = [q[:, :, h].float() @ m.per_head[h] for h in range(H)]
+    return torch.stack(logits, dim=2).sigmoid()
+
+
 def static(m: nn.Module, q: Tensor) -> Tensor:
     return m.per_head.sum(1).sigmoid().expand(B, L, H, E)
 
@@ -186,6 +218,11 @@ def static(m: nn.Module, q: Tensor) -> Tensor:
         overwritten,
         part_without_gradients,
         scaled_product,
+        hook_on_the_copy,
+        copy_overwritten_behind_autograd,
+        weights_copy_overwritten,
+        narrow_weights_of_wide_tokens,
+        head_by_head,
         static,
     ],
 )
@@ -235,9 +272,46 @@ def viewed(m: nn.Module, q: Tensor) -> Tensor:
     return r.unflatten(0, (B, L)) + r.transpose(0, 1).reshape(-1).view(H, -1).sum() / 1000
 
 
-@pytest.mark.parametrize("route", [returned, viewed, best_two])
+def aliased(m: nn.Module, q: Tensor) -> Tensor:
+    """What is contiguous is not copied by contiguous(); laid out otherwise, it would be."""
+    logits = m.shared(q.float()) * 2.0
+    logits.contiguous().add_(1)
+    return logits.sigmoid()
+
+
+def asserted(m: nn.Module, q: Tensor) -> Tensor:
+    r = m.shared(q.float()).sigmoid()
+    torch._assert_async(r.view(-1).isfinite().all())
+    return r
+
+
+@pytest.mark.parametrize("route", [returned, viewed, best_two, aliased, asserted])
 def test_somebody_may_see_where_logits_lie(route: Router):
     """A caller, a view, an operation with a layout of its own."""
     found = products(route)
     assert all(product.placed for product in found)
     assert found
+
+
+class Two(Network):
+    """A second network, which reads what the first has made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x * 2))
+
+
+def test_nothing_is_looked_for_behind_another_network():
+    found: list[list[RouterProduct]] = []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        findings = find_sites(gm)
+        assert findings.copy is not None
+        for site in findings.sites:
+            found.append(find_router_products(site, findings.sites, findings.copy))
+        return gm.forward
+
+    torch.compile(Two(einsum), backend=backend)(torch.randn(B, L, H * d).bfloat16())
+    (first,), (second,) = found
+    assert first.output is not second.output
+    assert second.query.shape == (B, L, H, d)
+    assert second.query.value.dtype is torch.bfloat16
