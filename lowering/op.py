@@ -18,6 +18,7 @@ __all__ = ["multi_head_ffn"]
 
 _FORWARD = "mhf_compiler::multi_head_ffn"
 _BACKWARD = "mhf_compiler::multi_head_ffn_backward"
+_REFERENCE = "mhf_compiler.lowering.multi_head_ffn_reference"
 _TENSORS = 8  # q, k, u, v, r, k_bias, u_bias, v_bias: the leading arguments of both operators
 _OTHERS = 6  # activation, three scales, out_order, out_dtype: what has no gradient
 
@@ -124,6 +125,24 @@ def multi_head_ffn(
     )  # fmt: skip
 
 
+def refuse_forward_mode(x: Tensor, op: str, instead: str) -> None:
+    """Raise where a tangent of the op's result would be lost without a word."""
+    if differentiates_forward(x):
+        raise NotImplementedError(f"{op} has no forward-mode derivative. For one use {instead}.")
+
+
+def no_second_derivative(op: str, instead: str) -> Callable[..., None]:
+    """The derivative of an op's backward pass, which raises."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op} is differentiable once: its backward pass has no derivative. "
+            f"For second derivatives use {instead}."
+        )
+
+    return refuse
+
+
 def empty_like_in_order(
     like: Tensor, shape: Sequence[int], order: Sequence[int] | None, dtype: torch.dtype
 ) -> Tensor:
@@ -161,11 +180,7 @@ def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
             activation=activation, out_order=out_order, out_dtype=out_dtype,
         )  # fmt: skip
         check_device(q, out_dtype)
-        if differentiates_forward(q):  # or else a tangent would be lost without a word
-            raise NotImplementedError(
-                "multi_head_ffn has no forward-mode derivative. For one use "
-                "mhf_compiler.lowering.multi_head_ffn_reference."
-            )
+        refuse_forward_mode(q, "multi_head_ffn", _REFERENCE)
         out = empty_like_in_order(q, q.shape, out_order, out_dtype or q.dtype)
         if compute is not None:
             compute(
@@ -262,15 +277,8 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return (*(next(gradients) if needed else None for needed in needs), *[None] * _OTHERS)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError(
-        "multi_head_ffn is differentiable once: its backward pass has no derivative. "
-        "For second derivatives use mhf_compiler.lowering.multi_head_ffn_reference."
-    )
-
-
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_inputs)
-torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
+torch.library.register_autograd(_BACKWARD, no_second_derivative("multi_head_ffn", _REFERENCE))
 
 
 def _autocast(device: str) -> Callable[..., Tensor]:

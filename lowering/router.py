@@ -13,13 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError, differentiates_forward
-from .op import empty_like_in_order, with_strides_of
+from .arguments import ArgumentError
+from .op import (
+    empty_like_in_order,
+    no_second_derivative,
+    refuse_forward_mode,
+    with_strides_of,
+)
 
 __all__ = ["router_product", "takes", "trial_run"]
 
 _FORWARD = "mhf_compiler::router_product"
 _BACKWARD = "mhf_compiler::router_product_backward"
+_PLAIN = "q.float() @ weight"
 _NARROW = (torch.bfloat16, torch.float16)
 _WEIGHTS = (torch.float32, *_NARROW)
 _MOST_NETWORKS = 32  # whose logits the kernels hold beside a head's width
@@ -111,11 +117,6 @@ def _check(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) ->
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
 
 
-def _refuse_forward_mode(q: Tensor) -> None:
-    if differentiates_forward(q):  # or else a tangent would be lost without a word
-        raise NotImplementedError("router_product has no forward-mode derivative.")
-
-
 def _empty_output(q: Tensor, weight: Tensor, out_order: Sequence[int] | None) -> Tensor:
     _check(q, weight, out_order)
     shape = (*q.shape[:3], weight.shape[2])
@@ -132,7 +133,7 @@ def _needed(q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
 
 @torch.autocast("cpu", enabled=False)
 def _forward_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
-    _refuse_forward_mode(q)
+    refuse_forward_mode(q, "router_product", _PLAIN)
     out = _empty_output(q, weight, out_order)
     groups = weight.shape[0]
     wide = weight.float()
@@ -172,7 +173,7 @@ def _blocks(x: Tensor, groups: int) -> list[Tensor]:
 def _forward_on_cuda(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
     from .kernels import router_product as kernels
 
-    _refuse_forward_mode(q)
+    refuse_forward_mode(q, "router_product", _PLAIN)
     out = _empty_output(q, weight, out_order)
     kernels.forward(q, weight, out)
     return out
@@ -218,11 +219,5 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     return (*(next(gradients) if needed else None for needed in needs), None)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise NotImplementedError(
-        "router_product is differentiable once: its backward pass has no derivative."
-    )
-
-
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_inputs)
-torch.library.register_autograd(_BACKWARD, _refuse_second_derivative)
+torch.library.register_autograd(_BACKWARD, no_second_derivative("router_product", _PLAIN))

@@ -137,9 +137,11 @@ def _write(
     assert copy is not None
     import mhf_compiler.lowering  # noqa: F401  (defines the ops)
 
-    sites = [judged.site for judged in accepted]
+    # The products before the sites' routers that need no float32 copy of the queries.
+    found = find_router_products([judged.site for judged in accepted], copy)
     accepted = [
-        replace(judged, products=_router_products(judged.site, sites, copy)) for judged in accepted
+        replace(judged, products=tuple(filter(_runs, products)))
+        for judged, products in zip(accepted, found, strict=True)
     ]
     try:
         gm.graph, accepted = _with_products(gm.graph, accepted, copy)
@@ -153,13 +155,6 @@ def _write(
         return _write(gm, rest, findings, report)
     gm.recompile()
     return accepted
-
-
-def _router_products(
-    site: Site, sites: list[Site], copy: CanonicalCopy
-) -> tuple[RouterProduct, ...]:
-    """The products before a site's router that need no float32 copy of the queries."""
-    return tuple(filter(_runs, find_router_products(site, sites, copy)))
 
 
 def _runs(product: RouterProduct) -> bool:

@@ -35,17 +35,16 @@ _MOST_PRODUCTS = 2  # of one site: a loop over heads or sub-networks would becom
 _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default})
 
 
-def find_router_products(
-    site: Site, sites: Sequence[Site], copy: CanonicalCopy
-) -> list[RouterProduct]:
-    """The products of widened queries that a site's router is computed from.
+def find_router_products(sites: Sequence[Site], copy: CanonicalCopy) -> list[list[RouterProduct]]:
+    """For each site, the products of widened queries that its router is computed from.
 
-    Args:
-        site: whose router it is.
-        sites: all that are rewritten; nothing is looked for in them or behind their outputs.
-        copy: the graph.
+    ``sites`` are all that are rewritten: nothing is looked for in them or behind their outputs.
     """
     others = frozenset(value for one in sites for value in (one.output, *one.pieces, *one.replaces))
+    return [_products_of(site, others, copy) for site in sites]
+
+
+def _products_of(site: Site, others: frozenset[Value], copy: CanonicalCopy) -> list[RouterProduct]:
     found: list[RouterProduct] = []
     todo = [view.value for view in site.routers if view.value not in others]
     seen = set(todo)

@@ -50,7 +50,7 @@ def products(route: Router) -> list[RouterProduct]:
         findings = find_sites(gm)
         assert findings.copy is not None
         (site,) = findings.sites
-        found.extend(find_router_products(site, findings.sites, findings.copy))
+        found.extend(*find_router_products([site], findings.copy))
         return gm.forward
 
     model = Network(route)
@@ -306,8 +306,7 @@ def test_nothing_is_looked_for_behind_another_network():
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         findings = find_sites(gm)
         assert findings.copy is not None
-        for site in findings.sites:
-            found.append(find_router_products(site, findings.sites, findings.copy))
+        found.extend(find_router_products(findings.sites, findings.copy))
         return gm.forward
 
     torch.compile(Two(einsum), backend=backend)(torch.randn(B, L, H * d).bfloat16())
