@@ -6,6 +6,7 @@ Tested on the oldest and the newest supported release.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
+    "load_cpp",
     "make_fx",
     "no_fake_mode",
     "no_new_guards",
@@ -227,3 +229,13 @@ def reset_cuda_graphs() -> None:
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None:
         trees.reset_cudagraph_trees()
+
+
+def load_cpp(source: str) -> ctypes.CDLL:
+    """A C++ library, built for this machine by Inductor's toolchain, or found in its cache.
+
+    Inductor's flags fit PyTorch's vectors (ATen/cpu/vec), and its OpenMP is its own kernels'.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)

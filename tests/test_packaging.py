@@ -71,13 +71,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_the_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_every_source(wheel: zipfile.ZipFile) -> None:
     installed = {"mhf_compiler": "mhf_compiler"}
     installed |= {room: f"mhf_compiler/{room}" for room in ("patterns", "lowering")}
     expected = {
         f"{target}/{source.relative_to(ROOT / room).as_posix()}"
         for room, target in installed.items()
-        for source in (ROOT / room).rglob("*.py")
+        for source in (ROOT / room).rglob("*")
+        if source.suffix in (".py", ".cpp", ".h")
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected | {"mhf_compiler/py.typed"}

@@ -1,4 +1,4 @@
-"""The CPU path: right for every shape, stride, dtype and way of cutting it into blocks."""
+"""The CPU paths: right for every shape, stride, dtype and way of cutting it into blocks."""
 
 import itertools
 import json
@@ -8,13 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.profiler import ProfilerActivity, profile
 
-from mhf_compiler.lowering import cpu, multi_head_ffn, multi_head_ffn_reference
+from mhf_compiler import compat
+from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.cpu import blocked, compiled
 
 NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
 SCALES = {"k_scale": 0.7, "u_scale": 1.3, "out_scale": 0.4}
+
+
+@pytest.fixture(autouse=True, params=["compiled", "blocked"])
+def path(request, monkeypatch) -> str:
+    """Every test runs in C++ and in PyTorch's operations."""
+    monkeypatch.setattr(compiled, "takes", lambda q, activation: request.param == "compiled")
+    return request.param
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ SHAPES = {
     "no length": Shape(B=9, L=1),
     "no batch": Shape(B=1, L=9),
     "prime": Shape(B=3, L=7, H=5, d=11, G=5, E=3, f=13),
+    "more than a block": Shape(B=2, L=150, H=2, d=5, G=1, E=2, f=70),
+    "whole vectors": Shape(B=2, L=48, H=2, d=16, G=2, E=2, f=64),
 }
 
 
@@ -118,13 +130,14 @@ def test_shapes(shape: Shape, absent: tuple[str, ...]):
     assert_same(leaves(make(shape, absent=absent)), **SCALES)
 
 
+@pytest.mark.parametrize("path", ["blocked"], indirect=True)
 @pytest.mark.parametrize("elements", [1, 7, 40, 150, 1000])
 @pytest.mark.parametrize("absent", [(), ("u", "u_bias"), ("r",)], ids=["all", "un-gated", "no r"])
 def test_blocks_of_any_size(monkeypatch, elements: int, absent: tuple[str, ...]):
     """Small buffers split groups, tokens, networks and hidden units, with uneven last blocks."""
-    monkeypatch.setattr(cpu, "_FORWARD_ELEMENTS", elements)
-    monkeypatch.setattr(cpu, "_BACKWARD_ELEMENTS", elements)
-    monkeypatch.setattr(cpu, "_TOKENS", 4)
+    monkeypatch.setattr(blocked, "_FORWARD_ELEMENTS", elements)
+    monkeypatch.setattr(blocked, "_BACKWARD_ELEMENTS", elements)
+    monkeypatch.setattr(blocked, "_TOKENS", 4)
     assert_same(leaves(make(SHAPES["all different"], absent=absent)), **SCALES)
     half = make(SHAPES["prime"], torch.bfloat16, absent)  # converted weights cut differently
     found = run(multi_head_ffn, leaves(half))
@@ -238,6 +251,64 @@ def test_sums_are_kept_in_float32_and_rounded_once():
     assert out.item() == 512.0
 
 
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 12])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_threads(threads, count: int, groups: int):
+    """A thread takes whole groups of heads, or its part of every group's tokens."""
+    threads(count)
+    tensors = leaves(make(Shape(B=2, L=70, H=12, d=3, G=groups)))
+    assert_same(tensors, **SCALES)
+    first, second = run(multi_head_ffn, tensors), run(multi_head_ffn, tensors)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_is_written_before_it_is_read(dtype: torch.dtype):
+    """PyTorch fills new memory with NaN here, in buffers and results."""
+    tensors = leaves(make(SHAPES["prime"], dtype))
+    expected = run(multi_head_ffn, tensors)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        found = run(multi_head_ffn, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+EXTREMES = [x for size in (1e-30, 1, 10, 50, 88, 90, 104, 1e3, 1e10) for x in (size, -size)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_pre_activations(activation: str):
+    q = torch.tensor([*EXTREMES, torch.nan]).view(1, -1, 1, 1).requires_grad_()
+    one = torch.ones(1, 1, 1, 1)
+    found = multi_head_ffn(q, one, None, one, activation=activation)
+    expected = multi_head_ffn_reference(q, one, None, one, activation=activation)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    (slope,) = torch.autograd.grad(found.sum(), q)
+    (expected,) = torch.autograd.grad(expected.sum(), q)
+    torch.testing.assert_close(slope[0, :-1], expected[0, :-1])  # at NaN they may say 0 or 1
+
+
+def test_an_infinite_weight_that_no_token_feels():
+    """A ReLU's unit that is off for every token stays off, also beside the last token."""
+    q = torch.full((1, 3, 1, 2), -1.0)
+    k = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]]).view(1, 1, 2, 2)
+    v = torch.ones(1, 1, 2, 2, requires_grad=True)
+    out = multi_head_ffn(q, k, None, v, activation="relu")
+    (gradient,) = torch.autograd.grad(out.sum(), v)
+    assert out.count_nonzero() == 0
+    assert gradient.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_memory_does_not_grow_with_tokens_times_units(tmp_path, training: bool):
     """What the allocator held at most is less than a single hidden activation of the call."""
@@ -253,3 +324,57 @@ def test_memory_does_not_grow_with_tokens_times_units(tmp_path, training: bool):
     held = list(itertools.accumulate(change for _, change in sorted(changes)))
     hidden = 4 * shape.B * shape.L * shape.H * shape.E * shape.f
     assert 0 < max(held) < (hidden if training else hidden / 2)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="needs the wider vectors, too")
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+def test_narrower_vectors():
+    """Half as wide, and half as many registers: other tiles, and other panels of tokens."""
+    compiled._library.cache_clear()
+    try:
+        with inductor_config.patch({"cpp.simdlen": 256}):
+            for shape in ("prime", "more than a block", "whole vectors"):
+                assert_same(leaves(make(SHAPES[shape])), **SCALES)
+    finally:
+        compiled._library.cache_clear()
+
+
+# Which of the two is taken.
+
+
+@pytest.fixture
+def choice(monkeypatch, threads) -> None:
+    monkeypatch.undo()
+    compiled._library.cache_clear()
+    threads(2)
+    yield
+    compiled._library.cache_clear()
+
+
+@pytest.mark.usefixtures("choice")
+@pytest.mark.parametrize("path", ["compiled"], indirect=True)
+class TestChoice:
+    def test_c_plus_plus(self):
+        assert compiled.takes(torch.empty(1, 17, 1, 8), "silu")
+        assert compiled.takes(torch.empty(1, 1, 2, 8), "silu")
+
+    def test_fewer_tokens_than_give_each_thread_a_vector(self):
+        assert not compiled.takes(torch.empty(1, 16, 1, 8), "silu")
+
+    def test_an_activation_that_has_no_c_plus_plus(self):
+        assert not compiled.takes(torch.empty(1, 64, 4, 8), "an activation of tomorrow")
+
+    def test_every_activation_has(self):
+        assert all(compiled.takes(torch.empty(1, 64, 4, 8), name) for name in ACTIVATIONS)
+
+    def test_no_compiler(self, monkeypatch, caplog):
+        """The result is the same, with one warning."""
+
+        def fail(source: str):
+            raise RuntimeError("no compiler")
+
+        monkeypatch.setattr(compat, "load_cpp", fail)
+        tensors = leaves(make(Shape(L=40)))
+        assert_same(tensors, **SCALES)
+        assert_same(tensors, **SCALES)
+        assert [record.getMessage().endswith("no compiler") for record in caplog.records] == [True]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .activations import ACTIVATIONS, Activation
+from ..activations import ACTIVATIONS, Activation
 
 __all__ = ["backward", "forward"]
 
@@ -238,8 +238,6 @@ def forward(
     out_scale: float,
 ) -> None:
     """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides."""
-    if out.numel() == 0:
-        return
     compute = torch.promote_types(q.dtype, torch.float32)
     groups = k.shape[0]
     phi = ACTIVATIONS[activation]
@@ -340,25 +338,17 @@ def backward(
     k_bias: Tensor | None,
     u_bias: Tensor | None,
     v_bias: Tensor | None,
+    gradients: Sequence[Tensor | None],
     *,
     activation: str,
     k_scale: float,
     u_scale: float,
     out_scale: float,
-    needs: Sequence[bool],
-) -> list[Tensor]:
-    """The gradients of the flagged tensors, in the order of the arguments.
+) -> None:
+    """Fill the gradients of the eight tensors, those that are not None.
 
     The hidden activations are recomputed block by block; nothing of the forward pass is read.
     """
-    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
-    gradients = [
-        torch.empty_like(x) if needed and x is not None else None
-        for x, needed in zip(inputs, needs, strict=True)
-    ]
-    wanted = [gradient for gradient in gradients if gradient is not None]
-    if q.numel() == 0 or not wanted:
-        return [gradient.zero_() for gradient in wanted]
     grad_q, grad_k, grad_u, grad_v, grad_r, grad_k_bias, grad_u_bias, grad_v_bias = gradients
 
     compute = torch.promote_types(q.dtype, torch.float32)
@@ -419,7 +409,6 @@ def backward(
         ):
             if gradient is not None and total is not None:
                 gradient[some].copy_(total.view(gradient[some].shape))
-    return wanted
 
 
 def _differentiate_down_bias(block: _Block, v_bias: Tensor | None, total: Tensor | None) -> None:

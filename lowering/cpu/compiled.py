@@ -1,0 +1,160 @@
+"""Calls of `blocks.cpp`: what it is told, when it is built, and which calls it takes."""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["backward", "forward", "takes"]
+
+logger = logging.getLogger(__name__)
+
+_SOURCES = ("products.h", "activations.h", "blocks.cpp")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
+_GRADIENTS = ("dq", "dk", "du", "dv", "dr", "dk_bias", "du_bias", "dv_bias")
+_INPUTS = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
+_ALIGNMENT = 64  # bytes, of every buffer
+_TOKENS = 16  # of one head, below which another thread is not worth it
+
+
+class _View(ctypes.Structure):
+    """A tensor of four dimensions; one that is not there has no address."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((size, ctypes.c_int64) for size in ("B", "L", "H", "d", "G", "E", "f")),
+        *((name, ctypes.c_int64) for name in ("dtype", "activation", "threads")),
+        *((scale, ctypes.c_double) for scale in ("k_scale", "u_scale", "out_scale")),
+        *((name, _View) for name in (*_INPUTS, "out", *_GRADIENTS)),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled `blocks.cpp`; None, and a warning, where it cannot be had."""
+    from mhf_compiler.compat import load_cpp
+
+    try:
+        library = load_cpp("\n".join(map(_read, _SOURCES)))
+    except Exception as error:
+        logger.warning(
+            "No C++ for the op on the CPU, PyTorch's operations are used instead: %s", error
+        )
+        return None
+    for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
+        function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
+        function.restype = ctypes.c_int64
+    return library
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
+
+
+def takes(q: Tensor, activation: str) -> bool:
+    """Whether a call is better made here: every thread gets whole vectors of tokens."""
+    batch, length, heads, _ = q.shape
+    pieces = heads * -(-batch * length // _TOKENS)
+    few = pieces < torch.get_num_threads()
+    return activation in _ACTIVATIONS and not few and _library() is not None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None,
+    k_bias: Tensor | None,
+    u_bias: Tensor | None,
+    v_bias: Tensor | None,
+    out: Tensor,
+    *,
+    activation: str,
+    k_scale: float,
+    u_scale: float,
+    out_scale: float,
+) -> None:
+    """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides."""
+    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+    call = _call(inputs, out, (None,) * 8, activation, (k_scale, u_scale, out_scale))
+    _run("multi_head_ffn_forward", call, q)
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    r: Tensor | None,
+    k_bias: Tensor | None,
+    u_bias: Tensor | None,
+    v_bias: Tensor | None,
+    gradients: Sequence[Tensor | None],
+    *,
+    activation: str,
+    k_scale: float,
+    u_scale: float,
+    out_scale: float,
+) -> None:
+    """Fill the gradients of the eight tensors, those that are not None."""
+    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+    call = _call(inputs, grad_out, gradients, activation, (k_scale, u_scale, out_scale))
+    _run("multi_head_ffn_backward", call, q)
+
+
+def _call(
+    inputs: Sequence[Tensor | None],
+    out: Tensor,
+    gradients: Sequence[Tensor | None],
+    activation: str,
+    scales: Sequence[float],
+) -> _Call:
+    q, k = inputs[:2]
+    assert q is not None
+    assert k is not None
+    compute = torch.promote_types(q.dtype, torch.float32)
+    return _Call(
+        *(*q.shape, *k.shape[:3]),
+        *(_DTYPES.index(compute), _ACTIVATIONS.index(activation), torch.get_num_threads()),
+        *scales,
+        *map(_view, (*_four(inputs), out, *_four(gradients))),
+    )
+
+
+def _four(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors with four dimensions: biases as one column [G, E, f, 1], one row [G, E, 1, d]."""
+    k_bias, u_bias, v_bias = tensors[5:]
+    return [
+        *tensors[:5],
+        None if k_bias is None else k_bias.unsqueeze(3),
+        None if u_bias is None else u_bias.unsqueeze(3),
+        None if v_bias is None else v_bias.unsqueeze(2),
+    ]
+
+
+def _view(x: Tensor | None) -> _View:
+    if x is None:
+        return _View()
+    return _View(x.data_ptr(), _DTYPES.index(x.dtype), x.stride())
+
+
+def _run(name: str, call: _Call, like: Tensor) -> None:
+    function = getattr(_library(), name)
+    size = function(call, None) + _ALIGNMENT
+    memory = like.new_empty(size, dtype=torch.uint8)
+    start = -(-memory.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    function(call, start)
