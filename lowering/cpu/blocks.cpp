@@ -542,6 +542,28 @@ void write_sums(const Call& call, const Cut& cut, int64_t group, const Sums<T>* 
   write(call.dv_bias, &Sums<T>::v_bias, 1, call.d, cut.width);
 }
 
+// Threads that share a group: each sums up the weights' gradients over its part of the tokens.
+// `teams` groups are at work at once.
+struct Teams {
+  int64_t parts, teams;
+};
+
+Teams form_teams(const Call& call, int64_t threads) {
+  // A part has so many tokens that its sums, [E * f, d], take at most a quarter of what one hidden
+  // activation of them would, [tokens, E * f].
+  const int64_t tokens = call.B * call.L * (call.H / call.G);
+  const int64_t most = std::clamp<int64_t>(tokens / (4 * call.d), 1, threads);
+  Teams best{1, threads};
+  auto time = [&](const Teams& t) {  // of all groups, in units of one thread's for one group
+    return static_cast<double>(ceil_div(call.G, t.teams)) / static_cast<double>(t.parts);
+  };
+  for (int64_t parts = 2; parts <= most; ++parts) {
+    const Teams teams{parts, threads / parts};
+    if (time(teams) < time(best)) best = teams;
+  }
+  return best;
+}
+
 template <typename T>
 int64_t backward(const Call& call, char* memory) {
   const Cut cut = cut_tokens<T>(call, 4);
@@ -554,32 +576,26 @@ int64_t backward(const Call& call, char* memory) {
   for (int64_t id = 0; id < call.threads; ++id) {
     sums.emplace_back(call, cut, memory + call.threads * bytes + id * sum_bytes);
   }
-  auto run = [&](int64_t group, int64_t from, int64_t to, const BackwardScratch<T>& scratch,
-                 const Sums<T>& sum) {
-    sum.clear();
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t first = i % blocks * cut.block();
-      const Tokens some{first, std::min(cut.block(), tokens - first), group * heads + i / blocks};
-      backward_block(call, cut, some, scratch, sum);
-    }
-  };
 #pragma omp parallel num_threads(call.threads)
   {
-    const int64_t id = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t id = omp_get_thread_num();
     const BackwardScratch<T> scratch(call, cut, memory + id * bytes);
-    if (call.G % threads == 0 || call.G >= 4 * threads) {  // whole groups keep all threads busy
-#pragma omp for schedule(dynamic)
-      for (int64_t group = 0; group < call.G; ++group) {
-        run(group, 0, all, scratch, sums[id]);
-        write_sums(call, cut, group, &sums[id], 1, 0, 1);
+    const auto [parts, teams] = form_teams(call, omp_get_num_threads());
+    const int64_t team = id / parts, part = id % parts;
+    for (int64_t round = 0; round < call.G; round += teams) {
+      const int64_t group = round + team;
+      const bool works = team < teams && group < call.G;
+      if (works) {
+        sums[id].clear();
+        for (int64_t i = all * part / parts; i < all * (part + 1) / parts; ++i) {
+          const int64_t first = i % blocks * cut.block(), head = group * heads + i / blocks;
+          const Tokens some{first, std::min(cut.block(), tokens - first), head};
+          backward_block(call, cut, some, scratch, sums[id]);
+        }
       }
-    } else {
-      for (int64_t group = 0; group < call.G; ++group) {
-        run(group, all * id / threads, all * (id + 1) / threads, scratch, sums[id]);
 #pragma omp barrier
-        write_sums(call, cut, group, sums.data(), threads, id, threads);
+      if (works) write_sums(call, cut, group, &sums[team * parts], parts, part, parts);
 #pragma omp barrier
-      }
     }
   }
   return 0;

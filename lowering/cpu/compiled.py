@@ -20,6 +20,7 @@ _GRADIENTS = ("dq", "dk", "du", "dv", "dr", "dk_bias", "du_bias", "dv_bias")
 _INPUTS = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
 _ALIGNMENT = 64  # bytes, of every buffer
 _TOKENS = 16  # of one head, below which another thread is not worth it
+_PRODUCTS = 1 << 19  # of numbers, some 20 us of a thread's time: so much for each
 
 
 class _View(ctypes.Structure):
@@ -129,10 +130,15 @@ def _call(
     compute = torch.promote_types(q.dtype, torch.float32)
     return _Call(
         *(*q.shape, *k.shape[:3]),
-        *(_DTYPES.index(compute), _ACTIVATIONS.index(activation), torch.get_num_threads()),
+        *(_DTYPES.index(compute), _ACTIVATIONS.index(activation), _threads(q, k)),
         *scales,
         *map(_view, (*_four(inputs), out, *_four(gradients))),
     )
+
+
+def _threads(q: Tensor, k: Tensor) -> int:
+    products = q.numel() * k.shape[1] * k.shape[2]
+    return max(1, min(torch.get_num_threads(), products // _PRODUCTS))
 
 
 def _four(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -258,12 +258,14 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("length", [1, 70])
 @pytest.mark.parametrize("groups", [1, 2, 3, 12])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_threads(threads, count: int, groups: int):
-    """A thread takes whole groups of heads, or its part of every group's tokens."""
+def test_threads(monkeypatch, threads, count: int, groups: int, length: int):
+    """A thread takes whole groups of heads, or a part of a group's tokens, or finds none left."""
+    monkeypatch.setattr(compiled, "_PRODUCTS", 1)
     threads(count)
-    tensors = leaves(make(Shape(B=2, L=70, H=12, d=3, G=groups)))
+    tensors = leaves(make(Shape(B=2, L=length, H=12, d=3, G=groups)))
     assert_same(tensors, **SCALES)
     first, second = run(multi_head_ffn, tensors), run(multi_head_ffn, tensors)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
