@@ -346,16 +346,21 @@ def backward(
     u_scale: float,
     out_scale: float,
     needs: Sequence[bool],
+    dq_place: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of the flagged tensors, in the order of the arguments.
 
     The hidden activations are recomputed block by block; nothing of the forward pass is read.
+    That of q goes to ``dq_place`` if there is one. It may be the memory of ``grad_out``: each block
+    of tokens is read before it is written.
     """
     inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
     gradients = [
         torch.empty_like(x) if needed and x is not None else None
         for x, needed in zip(inputs, needs, strict=True)
     ]
+    if dq_place is not None:
+        gradients[0] = dq_place
     wanted = [gradient for gradient in gradients if gradient is not None]
     if q.numel() == 0 or not wanted:
         return [gradient.zero_() for gradient in wanted]
