@@ -41,9 +41,9 @@ ABSENT = [(), ("r",), ("u", "u_bias"), ("k_bias", "u_bias", "v_bias")]
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks along every axis, also of hidden units and of groups."""
+    """Several blocks along every axis, of tokens, of hidden units and of groups."""
     for name in ("_FORWARD_ELEMENTS", "_BACKWARD_ELEMENTS"):
-        monkeypatch.setattr(cpu, name, 64)
+        monkeypatch.setattr(cpu, name, 8)
 
 
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
