@@ -96,7 +96,10 @@ def heads_first(module: Network, x: Tensor) -> Tensor:
 def routed(module: Network, x: Tensor) -> Tensor:
     """The router reads the queries, but before the op."""
     q = module.queries(x)
-    r = (q @ module.gate[0, :, 0].T).softmax(-1)
+    return weighted(module, q, (q @ module.gate[0, :, 0].T).softmax(-1))
+
+
+def weighted(module: Network, q: Tensor, r: Tensor) -> Tensor:
     gate = torch.einsum("blhd,hefd->blhef", q, module.gate)
     hidden = gate.relu() * torch.einsum("blhd,hefd->blhef", q, module.up) * r[..., None]
     return module.project(torch.einsum("blhef,hefd->blhd", hidden, module.down))
@@ -155,6 +158,7 @@ KEPT: dict[str, Run] = {
     "in another dtype": lambda m, x: (
         torch.zeros(B, L, H, d) + m.network(m.queries(x).bfloat16()).float()
     ),
+    "a part of it routes": lambda m, x: weighted(m, q := m.queries(x), q[..., :E]),
     "the result in another order": lambda m, x: m.network(m.queries(x)),  # heads outermost
 }
 
