@@ -227,21 +227,28 @@ def _backward(compute: Callable[..., list[Tensor]] | None) -> Callable[..., list
     return multi_head_ffn_backward_on_device
 
 
-def _cuda_forward(*args: Any, **kwargs: Any) -> None:
+def cuda_forward(*args: Any, **kwargs: Any) -> None:
     # Imported by the first call: the package must import where there is no Triton.
     from . import kernels
 
     kernels.forward(*args, **kwargs)
 
 
-def _cuda_backward(
-    grad_out: Tensor, *inputs: Any, needs: Sequence[bool], **constants: Any
+def cuda_backward(
+    grad_out: Tensor,
+    *inputs: Any,
+    needs: Sequence[bool],
+    dq_place: Tensor | None = None,
+    **constants: Any,
 ) -> list[Tensor]:
     from . import kernels
 
-    gradients = kernels.backward(grad_out, *inputs, needs=needs, **constants)
+    gradients = kernels.backward(grad_out, *inputs, needs=needs, dq_place=dq_place, **constants)
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+    return [
+        gradient if gradient is dq_place else with_strides_of(x, gradient)
+        for x, gradient in zip(wanted, gradients, strict=True)
+    ]
 
 
 def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
@@ -253,10 +260,10 @@ def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
 
 
 torch.library.impl(_FORWARD, "cpu", _forward(cpu.forward))
-torch.library.impl(_FORWARD, "cuda", _forward(_cuda_forward))
+torch.library.impl(_FORWARD, "cuda", _forward(cuda_forward))
 torch.library.register_fake(_FORWARD, _forward(None))
 torch.library.impl(_BACKWARD, "cpu", _backward(cpu.backward))
-torch.library.impl(_BACKWARD, "cuda", _backward(_cuda_backward))
+torch.library.impl(_BACKWARD, "cuda", _backward(cuda_backward))
 torch.library.register_fake(_BACKWARD, _backward(None))
 
 

@@ -37,6 +37,7 @@ def flashmhf(
     """
     from .compat import compile_graph, counters
     from .options import inductor_config, parse_options
+    from .reusing import with_reuse
     from .rewriting import MhfCompilerWarning, rewrite_graph
 
     parsed = parse_options(mode, options)
@@ -55,7 +56,8 @@ def flashmhf(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    return compile_graph(parsed.fallback, gm, example_inputs, inductor_config(parsed))
+    config = with_reuse(gm, inductor_config(parsed))
+    return compile_graph(parsed.fallback, gm, example_inputs, config)
 
 
 def _reset() -> None:

@@ -10,6 +10,8 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
@@ -19,10 +21,14 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
+from torch._inductor import custom_graph_pass
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "TorchDispatchMode",
+    "auto_functionalized",
     "cache_folder",
     "compile_graph",
     "copy_dynamo_metadata",
@@ -40,19 +47,25 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "load_cpp",
     "make_fx",
+    "named_arguments",
     "no_fake_mode",
     "no_new_guards",
     "reason_of_graph_break",
     "reset_cuda_graphs",
     "run_pass",
+    "set_example",
     "size_hint",
     "source_name",
+    "statically_known_true",
+    "storage_of",
     "symbolic_size",
     "trace_artifact",
     "tracing_shape_env",
+    "with_pass",
 ]
 
 no_fake_mode = unset_fake_temporarily
+auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
@@ -144,6 +157,79 @@ def run_pass(
     return bool(GraphTransformObserver(gm, name, "pre_grad_passes").apply_gm_pass(ran))
 
 
+class _PassBehindTheUsers(CustomGraphPass):
+    """A pass over Inductor's graphs, behind one that the user has given."""
+
+    def __init__(self, run: Callable[[torch.fx.Graph], None], file: str, users: Any) -> None:
+        self.run = run
+        self.file = file
+        self.users = users
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.users is not None:
+            self.users(graph)
+        self.run(graph)
+
+    def uuid(self) -> Any | None:
+        """What Inductor's cache knows the pass by; None, to cache nothing, as for a mere function.
+
+        Inductor asks often, so the file is read once.
+        """
+        if self.users is None:
+            return self._own
+        theirs = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
+        return None if theirs is None else (theirs, self._own)
+
+    @cached_property
+    def _own(self) -> str:
+        return sha256(Path(self.file).read_bytes()).hexdigest()
+
+
+def with_pass(
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], file: str
+) -> dict[str, Any]:
+    """Inductor's settings with a pass, written in ``file``, over graphs that are differentiated.
+
+    It comes just before Inductor decides what to write in place. A pass of the user's own, from
+    these settings or from the global ones, runs first.
+    """
+    import torch._inductor.config
+
+    name = "post_grad_custom_post_pass"
+    users = config.get(name, getattr(torch._inductor.config, name))
+    several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
+    if several is None:  # before torch 2.13 there is one pass, not a list of them
+        return config | {name: _PassBehindTheUsers(run, file, users or None)}
+    ours = _PassBehindTheUsers(run, file, None)
+    return config | {name: [*several(users), ours]}
+
+
+def storage_of(node: torch.fx.Node) -> int | None:
+    """A number for the memory that a node's tensor lies in, if it has one tensor with memory."""
+    from torch._inductor.fx_utils import get_node_storage
+
+    return get_node_storage(node)
+
+
+def named_arguments(node: torch.fx.Node) -> dict[str, Any]:
+    """The arguments of an op's call by name, those that were left out among them."""
+    parameters = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}
+
+
+def set_example(node: torch.fx.Node) -> None:
+    """Give a new node of Inductor's graph the fake tensors that its function makes."""
+
+    def example(argument: Any) -> Any:
+        return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
+
+    args, kwargs = map_arg((node.args, node.kwargs), example)
+    tensors = [x for x in kwargs.values() if isinstance(x, FakeTensor)]
+    with tensors[0].fake_mode:
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
     """Write an artifact to ``TORCH_TRACE``, if it is on; tlparse shows it beside Dynamo's."""
     trace_structured(
@@ -167,6 +253,7 @@ def compile_graph(
 
         _import_op_in_repros()
         _compute_arguments_once()
+        _overwrite_without_a_copy()
         return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
     from torch._dynamo.backends.registry import lookup_backend
 
@@ -197,9 +284,32 @@ def _compute_arguments_once() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs
 
     ops = torch.ops.mhf_compiler
-    forward = (ops.multi_head_ffn, ops.router_product)
-    backward = (ops.multi_head_ffn_backward, ops.router_product_backward)
+    forward = (ops.multi_head_ffn, ops.multi_head_ffn_over_query, ops.router_product)
+    backward = (
+        ops.multi_head_ffn_backward,
+        ops.multi_head_ffn_backward_over_gradient,
+        ops.router_product_backward,
+    )
     add_needs_realized_inputs([*forward, *backward])
+
+
+def _overwrite_without_a_copy() -> None:
+    """Make Inductor give the ops that write to an argument its memory, not that of a copy.
+
+    It would copy a view of what it has not yet computed to get its strides, and the result back.
+    """
+    if "mhf_compiler.lowering" not in sys.modules:
+        return
+    from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
+
+    def in_memory(node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
+        overwritten = args[0] if args else next(iter(kwargs.values()))
+        overwritten.realize()
+        return constrain_to_fx_strides(node, *args, **kwargs)
+
+    ops = torch.ops.mhf_compiler
+    for op in (ops.multi_head_ffn_over_query, ops.multi_head_ffn_backward_over_gradient):
+        make_fallback(op.default, layout_constraint=in_memory, warn=False)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -290,7 +290,8 @@ class _Editor:
         inner = [[a for a in dim if a.size != 1] for dim in site.result_dims]
         for dim in reversed(range(4)):
             if not inner[dim]:
-                node = self.call("select", node, dim, 0)
+                # Not a selection, whose gradient would be written into zeros, a copy of it.
+                node = self.call("squeeze", node, dim)
             elif len(inner[dim]) > 1:
                 sizes = [axis.size for axis in inner[dim]]
                 known = [size if isinstance(size, int) else None for size in sizes]

@@ -36,7 +36,11 @@ def forward(
     u_scale: float,
     out_scale: float,
 ) -> None:
-    """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides."""
+    """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides.
+
+    It may be the memory of ``q``, in the same strides: each block of tokens is read before it is
+    written.
+    """
     if out.numel() == 0:
         return
     path = compiled if compiled.takes(q, activation) else blocked
@@ -62,13 +66,20 @@ def backward(
     u_scale: float,
     out_scale: float,
     needs: Sequence[bool],
+    dq_place: Tensor | None = None,
 ) -> list[Tensor]:
-    """The gradients of the flagged tensors, in the order of the arguments."""
+    """The gradients of the flagged tensors, in the order of the arguments.
+
+    That of q goes to ``dq_place`` if there is one. It may be the memory of ``grad_out``, as the
+    output of ``forward`` may be that of q.
+    """
     inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
     gradients = [
         torch.empty_like(x) if needed and x is not None else None
         for x, needed in zip(inputs, needs, strict=True)
     ]
+    if dq_place is not None:
+        gradients[0] = dq_place
     wanted = [gradient for gradient in gradients if gradient is not None]
     if q.numel() == 0:
         return [gradient.zero_() for gradient in wanted]

@@ -54,7 +54,11 @@ def forward(
     u_scale: float = 1.0,
     out_scale: float = 1.0,
 ) -> None:
-    """Write the op's output to `out` (B, L, H, d), of any strides and floating dtype."""
+    """Write the op's output to `out` (B, L, H, d), of any strides and floating dtype.
+
+    It may be the memory of `q`, in the same strides: a tile of Q is read by one program alone, and
+    before that writes it. Where several programs share a tile, a second kernel writes it.
+    """
     if out.numel() == 0:
         return
     problem = Problem(
@@ -84,15 +88,19 @@ def backward(
     u_scale: float = 1.0,
     out_scale: float = 1.0,
     needs: Sequence[bool],
+    dq_place: Tensor | None = None,
 ) -> list[Tensor]:
     """The gradients of those of (q, k, u, v, r, k_bias, u_bias, v_bias) that `needs` marks.
 
-    Each comes in its input's dtype and shape, and in its memory layout where that is dense.
+    Each comes in its input's dtype and shape, and in its memory layout where that is dense. That of
+    q goes to `dq_place` if there is one. As the output of `forward` in that of q, it may be the
+    memory of `grad_out`, in the same strides and dtype.
     """
     inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+    places = (dq_place, *[None] * 7)
     grads = [
-        torch.empty_like(x) if need and x is not None else None
-        for x, need in zip(inputs, needs, strict=True)
+        (torch.empty_like(x) if place is None else place) if need and x is not None else None
+        for x, need, place in zip(inputs, needs, places, strict=True)
     ]
     wanted = [grad for grad in grads if grad is not None]
     if grad_out.numel() == 0:
@@ -124,9 +132,10 @@ def _run_backward(
     du_bias: Tensor | None,
     dv_bias: Tensor | None,
 ) -> None:
-    """Fill the gradients that are not None, each kernel in the fastest form that takes it."""
-    if (dq is not None or dr is not None) and not run_hopper("query", problem, grad_out, dq, dr):
-        _run_plain("query", problem, lambda tile: run_query(problem, grad_out, dq, dr, tile))
+    """Fill the gradients that are not None, each kernel in the fastest form that takes it.
+
+    The query kernel comes last: dQ may lie where the other kernels read dOut.
+    """
     if dv is not None and not run_hopper("down", problem, grad_out, dv):
         _run_plain("down", problem, lambda tile: run_down(problem, grad_out, dv, tile))
     up = (dk, du, dk_bias, du_bias)
@@ -134,6 +143,8 @@ def _run_backward(
         _run_plain("up", problem, lambda tile: run_up(problem, grad_out, *up, tile))
     if dv_bias is not None:
         _run_plain("down", problem, lambda tile: run_down_bias(problem, grad_out, dv_bias, tile))
+    if (dq is not None or dr is not None) and not run_hopper("query", problem, grad_out, dq, dr):
+        _run_plain("query", problem, lambda tile: run_query(problem, grad_out, dq, dr, tile))
 
 
 def run_hopper(kernel: Kernel, problem: Problem, *tensors: Tensor | None) -> bool:

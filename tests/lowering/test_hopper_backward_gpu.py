@@ -296,3 +296,25 @@ def test_only_some_gradients() -> None:
         )
         error = (grad.double() - every[i].double()).norm() / every[i].double().norm()
         assert error < 5e-3, NAMES[i]
+
+
+@pytest.mark.parametrize("d", [16, 64, 96, 128])
+@pytest.mark.parametrize(("B", "L"), [(2, 640), (1, 1031), (3, 1000)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_the_querys_gradient_over_that_of_the_result(
+    order: tuple[int, ...], B: int, L: int, d: int, runs: Iterator[Runs]
+) -> None:
+    """The other kernels have read it before; and so they have when launches are repeated."""
+    (q, *others), grad_out = make(B=B, L=L, d=d)
+    inputs = [stored_as(q, order), *others]
+    grad_out = stored_as(grad_out, order)
+    expected = fused(inputs, grad_out)
+    needs = [*(x is not None for x in inputs), False, False, False]
+    for _ in range(3):
+        place = grad_out.clone()
+        found = torch.ops.mhf_compiler.multi_head_ffn_backward_over_gradient(
+            place, *inputs, None, None, None, "silu", 1.0, 1.0, 1.0, needs
+        )
+        for x, right in zip((place, *found[:4]), expected, strict=True):
+            assert x.equal(right)
+    assert next(runs) == ALL

@@ -314,3 +314,31 @@ def test_inside_a_graph(pipelined: None) -> None:
     out.zero_()
     graph.replay()
     assert out.equal(expected)
+
+
+@pytest.mark.usefixtures("pipelined")
+@pytest.mark.parametrize("d", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("L", [640, 1031])
+@pytest.mark.parametrize("absent", [BIASES, ("u", "u_bias"), ()], ids=str)
+def test_the_result_over_the_query(d: int, L: int, absent: tuple[str, ...]) -> None:
+    """Whole tiles, and those of the last round that several programs share; and repeated."""
+    tensors = make(L=L, d=d, absent=absent)
+    expected = forward(tensors)
+    inputs: Any = [tensors[name] for name in NAMES]
+    for _ in range(3):
+        q = inputs[0].clone()
+        torch.ops.mhf_compiler.multi_head_ffn_over_query(q, *inputs[1:], "silu", 1.0, 1.0, 1.0)
+        assert q.equal(expected)
+
+
+@pytest.mark.usefixtures("pipelined")
+@pytest.mark.parametrize("B", [3, 9])
+def test_many_tiles_over_the_query(B: int) -> None:
+    """A program stores a tile while it already loads the next one."""
+    tensors = make(B=B, L=4096, H=8, G=8, E=2, f=64)
+    expected = forward(tensors)
+    inputs: Any = [tensors[name] for name in NAMES]
+    for _ in range(3):
+        q = inputs[0].clone()
+        torch.ops.mhf_compiler.multi_head_ffn_over_query(q, *inputs[1:], "silu", 1.0, 1.0, 1.0)
+        assert q.equal(expected)

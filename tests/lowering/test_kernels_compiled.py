@@ -324,6 +324,16 @@ def test_parts_are_added_without_waiting(
     assert code.index("ACQBULK") < code.index("LDG")
 
 
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("options", [{}, {"d": 20}, {"tokens": 64}], ids=str)
+def test_nothing_is_read_as_if_it_never_changed(
+    architecture: int, options: dict[str, object], compile_all: Compile, tmp_path: Path
+) -> None:
+    """Results may be written over what is read, so no load may go by the cache for constants."""
+    for name, binary in compile_all(architecture, **options).items():
+        assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT"), name
+
+
 def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
     """Rows of 40 bytes: plain Triton's, on Hopper too."""
     assert set(compile_all(90, d=20, backward=False)) == {"forward_kernel"}

@@ -347,6 +347,72 @@ def test_gradients_are_allocated_once() -> None:
     assert scratch < q.numel() * q.element_size() / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("absent", [BIASES, ("u", "u_bias"), ()], ids=str)
+@pytest.mark.parametrize("d", [20, 64, 96, 128, 256])
+def test_results_over_what_they_are_computed_from(
+    d: int, absent: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    check_overwriting(make(Shape(d=d, E=3), dtype, absent))
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 5, 64, 300])
+def test_few_tokens_over_themselves(tokens: int, d: int) -> None:
+    """Several programs share a tile of tokens, and a second kernel writes it."""
+    check_overwriting(make(Shape(B=1, L=tokens, d=d)))
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 2, 3, 1)])
+def test_layouts_over_themselves(order: tuple[int, ...]) -> None:
+    check_overwriting(make(Shape(f=171, E=3)), order)
+
+
+def check_overwriting(tensors: Tensors, order: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    """The ops that overwrite give the bits of those that do not, and again when repeated."""
+    from mhf_compiler.lowering.kernels import launching
+
+    launching.forget_repeats()
+    ops = torch.ops.mhf_compiler
+    tensors["q"] = stored_as(tensors["q"], order)
+    inputs: Any = [tensors[name] for name in NAMES]
+    grad_out = stored_as(torch.randn_like(inputs[0]), order)
+    needs = [x is not None for x in inputs]
+    constants = ("silu", 1.0, 1.0, 1.0)
+    out = ops.multi_head_ffn(*inputs, *constants, order)
+    gradients = ops.multi_head_ffn_backward(grad_out, *inputs, *constants, needs)
+    for _ in range(3):  # chosen, written down, repeated
+        place = grad_out.clone()
+        others = ops.multi_head_ffn_backward_over_gradient(place, *inputs, *constants, needs)
+        found = [place, *(x for x, needed in zip(others, needs[1:], strict=True) if needed)]
+        for x, right in zip(found, gradients, strict=True):
+            assert x.equal(right)
+        q = inputs[0].clone()
+        assert q.stride() == inputs[0].stride()
+        ops.multi_head_ffn_over_query(q, *inputs[1:], *constants)
+        assert q.equal(out)
+
+
+def test_overwriting_allocates_nothing_of_the_querys_size() -> None:
+    tensors = make(Shape(B=1, L=65536, H=4, d=128, E=2, f=64))
+    inputs: Any = [tensors[name] for name in NAMES]
+    grad_out = torch.randn_like(inputs[0])
+    ops = torch.ops.mhf_compiler
+    needs = [True, *[False] * 7]
+
+    def run() -> None:
+        constants = ("silu", 1.0, 1.0, 1.0)
+        ops.multi_head_ffn_backward_over_gradient(grad_out, *inputs, *constants, needs)
+        ops.multi_head_ffn_over_query(*inputs, *constants)
+
+    run()  # loads the kernels
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    size = inputs[0].numel() * inputs[0].element_size()
+    assert torch.cuda.max_memory_allocated() - before < size / 2
+
+
 def test_a_thread_that_has_run_nothing() -> None:
     """As autograd's, when the op's backward pass is the first that runs in it."""
     from mhf_compiler.lowering import kernels

@@ -353,6 +353,69 @@ class TestParts:
         torch.testing.assert_close(out[0], exact, equal_nan=True)
 
 
+class TestOverwriting:
+    """Results in the memory of what they are computed from: the same bits as elsewhere."""
+
+    __test__ = INTERPRETING
+
+    ORDERS = ((0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2))
+
+    @pytest.mark.usefixtures("tile")
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_forward(self, order: tuple[int, ...]) -> None:
+        self.check_forward(make(Shape()), order)
+
+    @pytest.mark.parametrize("parts", [2, 100])
+    @pytest.mark.parametrize("order", ORDERS[:2])
+    def test_parts(
+        self, order: tuple[int, ...], parts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels.tiles import Tile
+
+        tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
+        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        self.check_forward(make(Shape()), order)
+
+    @pytest.mark.parametrize("shape", [SMALL, Shape(B=1, L=70, H=1, E=1, f=130), Shape(L=1)])
+    def test_chosen_tiles(self, shape: Shape) -> None:
+        self.check_forward(make(shape), (0, 1, 2, 3))
+        self.check_backward(make(shape), (0, 1, 2, 3))
+
+    @pytest.mark.usefixtures("tile")
+    @pytest.mark.parametrize(
+        ("order", "absent"),
+        [*((order, ()) for order in ORDERS), (ORDERS[0], ("u", "u_bias")), (ORDERS[0], ("r",))],
+    )
+    def test_backward(self, order: tuple[int, ...], absent: tuple[str, ...]) -> None:
+        self.check_backward(make(Shape(), absent=absent), order)
+
+    def check_forward(self, tensors: Tensors, order: tuple[int, ...]) -> None:
+        from mhf_compiler.lowering import kernels
+
+        q = tensors["q"] = stored_as(tensors["q"], order)
+        inputs = [tensors[name] for name in NAMES]
+        out = torch.full_like(q, float("nan"))
+        kernels.forward(*inputs, out, activation="silu", **SCALES)
+        kernels.forward(*inputs, q.detach(), activation="silu", **SCALES)
+        assert q.equal(out)
+
+    def check_backward(self, tensors: Tensors, order: tuple[int, ...]) -> None:
+        from mhf_compiler.lowering import kernels
+
+        q = tensors["q"] = stored_as(tensors["q"], order)
+        inputs = [tensors[name] for name in NAMES]
+        grad_out = stored_as(torch.randn(q.shape), order)
+        needs = [x is not None for x in inputs]
+        options = {"activation": "silu", **SCALES, "needs": needs}
+        elsewhere = kernels.backward(grad_out, *inputs, **options)
+        place = grad_out.detach()
+        found = kernels.backward(grad_out, *inputs, **options, dq_place=place)
+        assert found[0] is place
+        for x, y in zip(found, elsewhere, strict=True):
+            assert x.equal(y)
+
+
 class TestChosenTiles:
     __test__ = INTERPRETING
 

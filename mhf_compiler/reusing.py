@@ -1,0 +1,193 @@
+"""Memory that nobody needs any more, for what the op writes.
+
+In inference the queries are dead behind the op, in the backward pass the gradient of its result is:
+each as large as what the op then writes. The op itself stays functional, in Dynamo's graph and
+through autograd. Only where Inductor is about to decide what is written in place, when the readers
+of every tensor are known, are calls replaced by those of ops that write to an argument.
+
+They are put there in the functional form that PyTorch has for such ops, so Inductor has the last
+word: where it finds another reader of that memory, it copies. That would take more memory than
+before, so a call is replaced only if all of this holds:
+
+- what is overwritten is dense, fills its memory, and has the dtype, the shape and the strides that
+  the result has;
+- its memory is no input's or parameter's, nor that of another argument;
+- nothing reads it behind the op, the graph's output included, and nothing that Inductor computes
+  late, when it is read, would have read it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compat import (
+    auto_functionalized,
+    named_arguments,
+    set_example,
+    statically_known_true,
+    storage_of,
+    with_pass,
+)
+
+# What writes its result at once. Anything else may be computed where it is read, in one kernel with
+# its reader, and would have to be written to memory for that reader before the op.
+_AT_ONCE = frozenset({"mm", "bmm", "addmm", "baddbmm", "router_product", "multi_head_ffn"})
+
+
+def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's settings for a graph of Dynamo's, with the pass below if the graph has the op."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    if not any(_calls_op(node) for graph in graphs for node in graph.nodes):
+        return config
+    return with_pass(config, reuse_memory, __file__)
+
+
+def _calls_op(node: fx.Node) -> bool:
+    return node.op == "call_function" and _name(node) == "multi_head_ffn"
+
+
+def _name(node: fx.Node) -> str:
+    """The name of a node's op, without its namespace."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", ""))
+
+
+def reuse_memory(graph: fx.Graph) -> None:
+    """Let the op write over the queries, and its backward pass over the gradient that it read."""
+    ops = torch.ops.mhf_compiler
+    replace = {
+        ops.multi_head_ffn.default: (_may_write_over_query, _write_over_query),
+        ops.multi_head_ffn_backward.default: (_may_write_over_gradient, _write_over_gradient),
+    }
+    calls = [node for node in graph.nodes if node.target in replace]
+    if not calls:
+        return
+    memory = _Memory(graph)
+    # All are judged before the first is replaced: new nodes have no place in the graph's memory.
+    for node in [node for node in calls if replace[node.target][0](node, memory)]:
+        replace[node.target][1](graph, node)
+
+
+class _Memory:
+    """Where the nodes of a graph stand, and which of them lie in the same memory."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.position = {node: place for place, node in enumerate(graph.nodes)}
+        self.sharing: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            storage = storage_of(node)
+            if storage is not None:
+                self.sharing[storage].append(node)
+
+    def is_dead_behind(self, old: fx.Node, node: fx.Node) -> bool:
+        """Whether only this graph knows the memory of ``old``, and ``node`` is its last reader."""
+        storage = storage_of(old)
+        if storage is None:
+            return False
+        sharing = self.sharing[storage]
+        if any(other.op in ("placeholder", "get_attr") for other in sharing):
+            return False
+        arguments = [x for x in named_arguments(node).values() if isinstance(x, fx.Node)]
+        if [x for x in arguments if x in sharing] != [old]:
+            return False
+        readers = {reader for other in sharing for reader in other.users} - {node}
+        return not self._read_behind(readers, self.position[node])
+
+    def _read_behind(self, readers: set[fx.Node], place: int) -> bool:
+        """Whether some of the readers come behind a place, or may be computed only there."""
+        rest = list(readers)
+        seen = set(readers)
+        while rest:
+            reader = rest.pop()
+            if self.position[reader] > place:
+                return True
+            if _name(reader) not in _AT_ONCE:
+                new = {user for user in reader.users if self.position[user] != place} - seen
+                seen |= new
+                rest += new
+        return False
+
+
+def _may_write_over_query(node: fx.Node, memory: _Memory) -> bool:
+    q = named_arguments(node)["q"]
+    return _takes_the_same_memory(q, node.meta.get("val")) and memory.is_dead_behind(q, node)
+
+
+def _may_write_over_gradient(node: fx.Node, memory: _Memory) -> bool:
+    arguments = named_arguments(node)
+    grad_out, gradients = arguments["grad_out"], node.meta.get("val", ())
+    return (
+        bool(arguments["needs"][0])
+        and all(reader.target is operator.getitem for reader in node.users)
+        and _takes_the_same_memory(grad_out, next(iter(gradients), None))
+        and memory.is_dead_behind(grad_out, node)
+    )
+
+
+def _takes_the_same_memory(node: fx.Node, new: Any) -> bool:
+    """Whether two tensors are alike, and the first is all that there is in its memory."""
+    old = node.meta.get("val")
+    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+        return False
+    if old.dtype is not new.dtype or old.device != new.device or old.dim() != new.dim():
+        return False
+    size = old.untyped_storage().nbytes()
+    equal = zip((*old.shape, *old.stride()), (*new.shape, *new.stride()), strict=True)
+    return (
+        all(statically_known_true(one == other) for one, other in equal)
+        and statically_known_true(old.storage_offset() == 0)
+        and statically_known_true(size == old.numel() * old.element_size())
+    )
+
+
+def _write_over_query(graph: fx.Graph, node: fx.Node) -> None:
+    arguments = named_arguments(node)
+    for name in ("out_order", "out_dtype"):  # they are those of q
+        del arguments[name]
+    op = torch.ops.mhf_compiler.multi_head_ffn_over_query.default
+    with graph.inserting_before(node):
+        call = _call(graph, node, op, arguments)
+        _replace(node, call, 1)  # behind what the op returns, which is nothing
+    graph.erase_node(node)
+
+
+def _write_over_gradient(graph: fx.Graph, node: fx.Node) -> None:
+    arguments = named_arguments(node)
+    op = torch.ops.mhf_compiler.multi_head_ffn_backward_over_gradient.default
+    wanted = [i for i, needed in enumerate(arguments["needs"]) if needed]
+    with graph.inserting_before(node):
+        call = _call(graph, node, op, arguments)
+        for reader in list(node.users):
+            (_, index) = reader.args
+            which = wanted[int(index)]  # type: ignore[arg-type]
+            # The memory of the gradient that was read comes behind the seven that are returned.
+            _replace(reader, call, 7 if which == 0 else which - 1)
+            graph.erase_node(reader)
+    graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, old: fx.Node, op: Any, arguments: dict[str, Any]) -> fx.Node:
+    """The functional form of a call of an op that writes to an argument."""
+    call = graph.call_function(auto_functionalized, (op,), arguments)
+    _copy_origin(old, call)
+    set_example(call)
+    return call
+
+
+def _replace(old: fx.Node, call: fx.Node, index: int) -> None:
+    """Read an item of what a call returns in place of a node."""
+    item = old.graph.call_function(operator.getitem, (call, index))
+    _copy_origin(old, item)
+    item.meta["val"] = old.meta["val"]
+    old.replace_all_uses_with(item)
+
+
+def _copy_origin(old: fx.Node, new: fx.Node) -> None:
+    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
