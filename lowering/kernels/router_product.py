@@ -48,7 +48,18 @@ def forward(q: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """The gradients of those of (q, weight) that `needs` marks, each in its input's dtype."""
-    dq = torch.empty_like(q) if needs[0] else None
+    if grad_out.numel() == 0:
+        empty = [x for x, needed in zip((q, weight), needs, strict=True) if needed]
+        return [torch.zeros_like(x) for x in empty]
+    gradients = [torch.empty_like(q)] if needs[0] else []
+    total = _run_backward(grad_out, q, weight, gradients[0] if gradients else None, needs[1])
+    return gradients if total is None else [*gradients, total.to(weight.dtype)]
+
+
+def _run_backward(
+    grad_out: Tensor, q: Tensor, weight: Tensor, dq: Tensor | None, needs_weight: bool
+) -> Tensor | None:
+    """Fill `dq`, and return the gradient of the weight in float32, if they are wanted."""
     groups, width, networks = weight.shape
     heads = q.shape[2]
     axes = token_axes(grad_out, q, dq)
@@ -56,7 +67,7 @@ def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool])
     blocks = triton.cdiv(width, _COLUMNS)
     parts = max(1, min(tiles, _PROGRAMS * multiprocessors(q.device) // (heads * blocks)))
     shape = (heads, parts, width, networks)
-    partial = q.new_empty(shape, dtype=torch.float32) if needs[1] else None
+    partial = q.new_empty(shape, dtype=torch.float32) if needs_weight else None
 
     def run() -> None:
         tile, operands, scalars = _shared(q, weight)
@@ -70,15 +81,8 @@ def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool])
         programs = heads * parts * blocks
         launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
 
-    if grad_out.numel() == 0:
-        empty = [x for x, needed in zip((q, weight), needs, strict=True) if needed]
-        return [torch.zeros_like(x) for x in empty]
     repeat("router backward", (grad_out, q, weight, dq, partial), run)
-    gradients = [] if dq is None else [dq]
-    if partial is not None:
-        of_group = partial.view(groups, -1, width, networks)
-        gradients.append(of_group.sum(1).to(weight.dtype))
-    return gradients
+    return None if partial is None else partial.view(groups, -1, width, networks).sum(1)
 
 
 def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[str, object]]:

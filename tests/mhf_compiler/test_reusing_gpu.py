@@ -12,7 +12,7 @@ from mhf_compiler import reusing
 
 pytestmark = pytest.mark.gpu
 
-B, L, H, E, d, f = 2, 4096, 8, 4, 128, 128
+B, L, H, E, d, f = 2, 4096, 8, 16, 128, 32
 QUERY = B * L * H * d * 2  # bytes
 
 
@@ -74,7 +74,7 @@ def test_inference_takes_two_queries(monkeypatch: pytest.MonkeyPatch) -> None:
 
     reused, elsewhere = peaks(monkeypatch, make_run)
     assert reused <= 2.1
-    assert reused <= elsewhere - 0.05  # the queries, the result and R at once
+    assert reused <= elsewhere - 0.1  # the queries, the result and R, an eighth of them, at once
 
 
 def test_training_saves_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
