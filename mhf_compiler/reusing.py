@@ -34,9 +34,10 @@ from .compat import (
     with_pass,
 )
 
-# What writes its result at once. Anything else may be computed where it is read, in one kernel with
-# its reader, and would have to be written to memory for that reader before the op.
-_AT_ONCE = frozenset({"mm", "bmm", "addmm", "baddbmm", "router_product", "multi_head_ffn"})
+# What writes its result at once: ops of which Inductor knows nothing. Anything else may be computed
+# where it is read, in one kernel with its reader, and would then read the memory behind the op. So
+# may matrix products: of a narrow one Inductor makes multiplications and sums.
+_AT_ONCE = frozenset({"router_product", "multi_head_ffn"})
 
 
 def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:

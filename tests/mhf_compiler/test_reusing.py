@@ -105,6 +105,14 @@ def weighted(module: Network, q: Tensor, r: Tensor) -> Tensor:
     return module.project(torch.einsum("blhef,hefd->blhd", hidden, module.down))
 
 
+def narrow_product(module: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    """It weighs the sub-networks, so it comes before the op, and is returned as well."""
+    q = module.queries(x)
+    product = q.reshape(B * L, H * d // 2, 2) @ module.query.view(B * L, -1, 1)[:, :2]
+    r = product[:, : H * E].view(B, L, H, E).sigmoid()
+    return weighted(module, q, r), product
+
+
 REUSED: dict[str, tuple[Run, int]] = {
     "between two projections": (ffn, 1),
     "of two layers": (lambda m, x: ffn(m, ffn(m, x)), 2),
@@ -149,6 +157,7 @@ KEPT: dict[str, Run] = {
     "a part in front": lambda m, x: of(m, m.queries(x)[:1]),
     "in another dtype": lambda m, x: (m.network(m.queries(x).bfloat16()).float()).flatten(2),
     "a part of it routes": lambda m, x: weighted(m, q := m.queries(x), q[..., :E]),
+    "a narrow product of it is returned": narrow_product,
     "the result in another order": lambda m, x: m.network(m.queries(x)),  # heads outermost
 }
 
