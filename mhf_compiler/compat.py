@@ -160,9 +160,11 @@ def run_pass(
 class _PassBehindTheUsers(CustomGraphPass):
     """A pass over Inductor's graphs, behind one that the user has given."""
 
-    def __init__(self, run: Callable[[torch.fx.Graph], None], file: str, users: Any) -> None:
+    def __init__(
+        self, run: Callable[[torch.fx.Graph], None], files: tuple[str, ...], users: Any
+    ) -> None:
         self.run = run
-        self.file = file
+        self.files = files
         self.users = users
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -173,7 +175,7 @@ class _PassBehindTheUsers(CustomGraphPass):
     def uuid(self) -> Any | None:
         """What Inductor's cache knows the pass by; None, to cache nothing, as for a mere function.
 
-        Inductor asks often, so the file is read once.
+        Inductor asks often, so the files are read once.
         """
         if self.users is None:
             return self._own
@@ -182,13 +184,13 @@ class _PassBehindTheUsers(CustomGraphPass):
 
     @cached_property
     def _own(self) -> str:
-        return sha256(Path(self.file).read_bytes()).hexdigest()
+        return sha256(b"".join(Path(file).read_bytes() for file in self.files)).hexdigest()
 
 
 def with_pass(
-    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], file: str
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], files: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Inductor's settings with a pass, written in ``file``, over graphs that are differentiated.
+    """Inductor's settings with a pass, written in ``files``, over graphs that are differentiated.
 
     It comes just before Inductor decides what to write in place. A pass of the user's own, from
     these settings or from the global ones, runs first.
@@ -199,8 +201,8 @@ def with_pass(
     users = config.get(name, getattr(torch._inductor.config, name))
     several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
     if several is None:  # before torch 2.13 there is one pass, not a list of them
-        return config | {name: _PassBehindTheUsers(run, file, users or None)}
-    ours = _PassBehindTheUsers(run, file, None)
+        return config | {name: _PassBehindTheUsers(run, files, users or None)}
+    ours = _PassBehindTheUsers(run, files, None)
     return config | {name: [*several(users), ours]}
 
 

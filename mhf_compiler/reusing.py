@@ -5,9 +5,10 @@ each as large as what the op then writes. The op itself stays functional, in Dyn
 through autograd. Only where Inductor is about to decide what is written in place, when the readers
 of every tensor are known, are calls replaced by those of ops that write to an argument.
 
-They are put there in the functional form that PyTorch has for such ops, so Inductor has the last
-word: where it finds another reader of that memory, it copies. That would take more memory than
-before, so a call is replaced only if all of this holds:
+They are put there in the functional form that PyTorch has for such ops: where Inductor finds
+another reader in the graph, it copies. That would take more memory than before, and Inductor does
+not see who reads late: what it computes only where it is used, in one kernel with its reader. So a
+call is replaced only if all of this holds, and the last of it is what makes the result right:
 
 - what is overwritten is dense, fills its memory, and has the dtype, the shape and the strides that
   the result has;
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import compat
 from .compat import (
     auto_functionalized,
     named_arguments,
@@ -37,25 +39,23 @@ from .compat import (
 # What writes its result at once: ops of which Inductor knows nothing. Anything else may be computed
 # where it is read, in one kernel with its reader, and would then read the memory behind the op. So
 # may matrix products: of a narrow one Inductor makes multiplications and sums.
-_AT_ONCE = frozenset({"router_product", "multi_head_ffn"})
+_AT_ONCE = ("multi_head_ffn", "router_product")
 
 
 def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
     """Inductor's settings for a graph of Dynamo's, with the pass below if the graph has the op."""
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    if not any(_calls_op(node) for graph in graphs for node in graph.nodes):
+    if not any(_calls(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
         return config
-    return with_pass(config, reuse_memory, __file__)
+    from .lowering import overwriting
+
+    return with_pass(config, reuse_memory, (__file__, compat.__file__, overwriting.__file__))
 
 
-def _calls_op(node: fx.Node) -> bool:
-    return node.op == "call_function" and _name(node) == "multi_head_ffn"
-
-
-def _name(node: fx.Node) -> str:
-    """The name of a node's op, without its namespace."""
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return str(getattr(packet, "__name__", ""))
+def _calls(node: fx.Node, *names: str) -> bool:
+    """Whether a node calls one of our ops."""
+    ops = torch.ops.mhf_compiler
+    return any(node.target in (op, op.default) for op in (getattr(ops, name) for name in names))
 
 
 def reuse_memory(graph: fx.Graph) -> None:
@@ -97,18 +97,18 @@ class _Memory:
         if [x for x in arguments if x in sharing] != [old]:
             return False
         readers = {reader for other in sharing for reader in other.users} - {node}
-        return not self._read_behind(readers, self.position[node])
+        return not self._read_behind(readers, node)
 
-    def _read_behind(self, readers: set[fx.Node], place: int) -> bool:
-        """Whether some of the readers come behind a place, or may be computed only there."""
+    def _read_behind(self, readers: set[fx.Node], node: fx.Node) -> bool:
+        """Whether some of the readers come behind a node, or may be computed only there."""
         rest = list(readers)
-        seen = set(readers)
+        seen = readers | {node}
         while rest:
             reader = rest.pop()
-            if self.position[reader] > place:
+            if self.position[reader] > self.position[node]:
                 return True
-            if _name(reader) not in _AT_ONCE:
-                new = {user for user in reader.users if self.position[user] != place} - seen
+            if not _calls(reader, *_AT_ONCE):
+                new = set(reader.users) - seen
                 seen |= new
                 rest += new
         return False
@@ -166,8 +166,8 @@ def _write_over_gradient(graph: fx.Graph, node: fx.Node) -> None:
         for reader in list(node.users):
             (_, index) = reader.args
             which = wanted[int(index)]  # type: ignore[arg-type]
-            # The memory of the gradient that was read comes behind the seven that are returned.
-            _replace(reader, call, 7 if which == 0 else which - 1)
+            # What is written over comes behind the gradients of all arguments but the queries.
+            _replace(reader, call, len(arguments["needs"]) - 1 if which == 0 else which - 1)
             graph.erase_node(reader)
     graph.erase_node(node)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhf_compiler.lowering import ArgumentError, cpu, overwriting
+from mhf_compiler.lowering import ArgumentError, overwriting
 from mhf_compiler.lowering.cpu import blocked, compiled
 from mhf_compiler.lowering.overwriting import ours_alone
 
