@@ -7,9 +7,12 @@ of them, and the op copies them together. The op never writes the hidden units. 
 limited by the weights when tokens are few, since enough programs share them, and by the matrix
 units when tokens are many; its backward pass by how many programs there are to keep the card busy,
 too, and by the latency of one step of a program's loop. In a small training step the host that
-launches the kernels is the limit, except inside a CUDA graph. Constants
-were fitted to ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their
-driver reports.
+launches the kernels is the limit, except inside a CUDA graph. Constants were fitted to
+``python -m benchmarks run grid`` on an H200; other cards are scaled by what their driver reports.
+
+On a CPU nothing runs beside anything else, so times add up, and each way has a price for a call.
+The op computes in float32 whatever the dtype, and the two cores that the constants were fitted to
+have products for bfloat16: there it does not pay.
 
 Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
 """
@@ -17,7 +20,7 @@ Where the number of tokens is dynamic it is taken to be large: that is where rew
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,13 +31,9 @@ from .workload import Workload
 _MANY_TOKENS = 8192
 _TIE = 1.05
 _ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
-_FEWEST_TOKENS = 16  # of a tile, padded or not
+_FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
-_WIDTHS = (32, 64, 128, 256)  # of padded heads
-_CPU_CACHE = 4e6  # bytes of hidden units that the next product finds in a cache
-_CPU_CACHED = 3  # times the bandwidth
-_CPU_CALL = 2.65e-4  # seconds before a block of tokens is at work, on a CPU
-_CPU_GRAPH = 8.5e-5  # seconds for the call of a compiled graph, beside its kernels, on a CPU
+_WIDTHS = (16, 32, 64, 128, 256)  # of padded heads
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Device:
     bandwidth: float
     units: int  # multiprocessors, or cores
     launch: float  # one small kernel, in a stream of kernels
-    host: Host | None  # None where the host is the device
+    host: Host
     step: float  # the least time of one step of a kernel's loop
     start: float  # the least time of the op's forward pass, beside a launch
     shares: Mapping[int, Shares]  # by padded head width
@@ -93,6 +92,8 @@ class Device:
 
 def estimate(workload: Workload) -> Estimate:
     """Estimate both ways of running a workload."""
+    if workload.device.type == "cpu":
+        return _estimate_on_a_cpu(workload)
     device = _device(workload.device.type, workload.device.index, workload.dtype)
     if device is None:
         return Estimate(0.0, 0.0)
@@ -110,13 +111,9 @@ def _original(w: Workload, device: Device) -> float:
         passes += 4 * products + 1
         products *= 3
     compute = products * flops / device.matrix
-    cached = w.device.type == "cpu" and not w.training and hidden <= _CPU_CACHE
-    memory = passes * hidden / (device.bandwidth * (_CPU_CACHED if cached else 1))
-    memory += products * _weight_bytes(w) / device.bandwidth
+    memory = (passes * hidden + products * _weight_bytes(w)) / device.bandwidth
     kernels = _original_kernels(w)
     busy = compute * 0.3 + memory + kernels * device.launch
-    if w.device.type == "cpu":
-        busy += _CPU_GRAPH * (2 if w.training else 1)
     return _with_host(busy, w, device, kernels)
 
 
@@ -135,14 +132,11 @@ def _rewritten(w: Workload, device: Device) -> float:
     flops = _product_flops(w)
     forward, backward = _shares(w, device)
     total = device.launch + device.start + products * flops / (device.matrix * forward)
-    if w.device.type == "cuda":
-        total += products * _weight_bytes(w) / device.bandwidth
+    total += products * _weight_bytes(w) / device.bandwidth
     if w.training:
         # dQ and dR; dV; dK and dU: each recomputes the hidden units.
         executed = 4 * products + 1 if w.gated else 3 * products + 1
         total += _backward(executed, flops, w, device, backward) + 3 * device.launch
-    if w.device.type == "cpu":
-        total += _call_on_a_cpu(products, w, device)
     copies = w.copied * (2 if w.training else 1)  # of the weights, and of their gradients
     total += copies * (2 * _weight_bytes(w) / device.bandwidth + device.launch)
     return _with_host(total, w, device, copies, of_the_op=4)
@@ -154,24 +148,15 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
     The op's kernels are few and long: the card has nothing to do while one is being launched.
     """
     host = device.host
-    if host is None or w.captured or not w.training:
+    if w.captured or not w.training:
         return busy
     launches = host.step + sum(w.products) * host.weight + kernels * host.kernel
     return max(launches + of_the_op * host.op, busy + host.idle + of_the_op * host.op)
 
 
-def _call_on_a_cpu(products: int, w: Workload, device: Device) -> float:
-    """What does not grow with tokens: the blocks' buffers, and passes over weights in float32."""
-    passes = 1 if w.dtype.itemsize >= 4 else 2  # half precision is converted first
-    if w.training:
-        passes += 7  # read again; gradients cleared, summed, and copied into place
-    weights = 4.0 * products * _weight_bytes(w) / w.dtype.itemsize
-    return _CPU_CALL * (5 if w.training else 1) + passes * weights / device.bandwidth
-
-
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
-    shares = device.shares[max(_WIDTHS[0], min(_WIDTHS[-1], 1 << (w.head_dim - 1).bit_length()))]
+    shares = device.shares[_padded_width(w)]
     many = _tokens(w) >= _HOPPER_BACKWARD_TOKENS
     own = w.gated and not any(w.biased[:2]) and many
     return shares.forward, shares.backward if own else shares.plain_backward
@@ -180,8 +165,6 @@ def _shares(w: Workload, device: Device) -> tuple[float, float]:
 def _backward(products: int, flops: float, w: Workload, device: Device, share: float) -> float:
     """Kernels whose programs each take a tile of tokens of one head through all hidden units."""
     busy = products * flops / (device.matrix * share)
-    if w.device.type != "cuda":
-        return busy
     tile = 128
     while tile > 16 and -(-_tokens(w) // tile) * w.heads < _ENOUGH_PROGRAMS:
         tile //= 2
@@ -192,17 +175,18 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
     return max(waves * max(full, steps * device.step * products / 3), busy)
 
 
+def _padded_width(w: Workload) -> int:
+    return max(_WIDTHS[0], min(_WIDTHS[-1], 1 << (w.head_dim - 1).bit_length()))
+
+
 def _tokens(w: Workload) -> int:
     return _MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
 
 
 def _product_flops(w: Workload) -> float:
     """One of the products between the width and the hidden units, with the padding of tiles."""
-    width = w.head_dim
-    if w.device.type == "cuda":
-        width = max(64, 1 << (width - 1).bit_length())
-    tokens = max(_tokens(w), _FEWEST_TOKENS) if w.device.type == "cuda" else _tokens(w)
-    return 2.0 * tokens * w.heads * w.experts * w.expert_dim * width
+    width = max(64, 1 << (w.head_dim - 1).bit_length())
+    return 2.0 * max(_tokens(w), _FEWEST_TOKENS) * w.heads * w.experts * w.expert_dim * width
 
 
 def _hidden_bytes(w: Workload) -> float:
@@ -214,10 +198,63 @@ def _weight_bytes(w: Workload) -> float:
     return float(groups * experts * hidden * width * w.dtype.itemsize)
 
 
+@dataclass(frozen=True)
+class Cores:
+    """What limits a CPU: rates of one thread in FLOP/s and bytes/s, times in seconds."""
+
+    op: Mapping[int, float]  # the op's products, by padded head width
+    products: Mapping[bool, float]  # the library's, in half precision and in float32
+    bandwidth: float
+    weights: Mapping[bool, float]  # how fast the library reads them, in training and in inference
+    call: Mapping[bool, float]  # of the op, in training and in inference
+    graph: Mapping[bool, float]  # of a compiled graph without it
+    kernel: float  # of each kernel in it that weights in separate tensors add
+
+
+#: fitted to the same grid on two cores of an AMD EPYC with 512-bit vectors and bfloat16 products
+_CORES = Cores(
+    op={16: 4e10, 32: 6e10, 64: 8e10, 128: 8.75e10, 256: 8.75e10},
+    products={True: 1.35e11, False: 9.6e10},
+    bandwidth=1.05e10,
+    weights={True: 1.8e10, False: 5.5e10},
+    call={True: 5.8e-4, False: 1.8e-4},
+    graph={True: 3.5e-4, False: 5.9e-5},
+    kernel=3e-6,
+)
+
+
+def _estimate_on_a_cpu(w: Workload) -> Estimate:
+    """Both ways on as many threads as PyTorch has: products, passes over memory, and the call."""
+    threads, products = torch.get_num_threads(), len(w.products)
+    half = w.dtype.itemsize < 4
+    units = float(w.heads * w.experts * w.expert_dim)
+    flops = 2.0 * units * w.head_dim  # of one product, for each token
+    weights = float(products * _weight_bytes(w))
+
+    # Forward, and in training each product's gradients; the op recomputes the products as well.
+    executed = (5 * products - 4 if w.gated else 4 * products - 1) if w.training else products
+    tokens = max(_tokens(w), _FEWEST_TOKENS)
+    rewritten = executed * tokens * flops / (_CORES.op[_padded_width(w)] * threads)
+    # Half precision is converted; gradients are cleared, summed, and copied into place.
+    passes = 0.56 * half + 2.2 * w.training + w.copied / products * (4 if w.training else 2)
+    rewritten += passes * (weights * 4 / w.dtype.itemsize) / (0.5e10 * threads)
+    rewritten += _CORES.call[w.training]
+
+    times = 3 if w.training else 1
+    passes = 2 * products + (4 * products + 1) * w.training
+    original = times * products * _tokens(w) * flops / (_CORES.products[half] * threads)
+    original += passes * _hidden_bytes(w) / (_CORES.bandwidth * threads)
+    original += times * weights / (_CORES.weights[w.training] * threads)
+    added = _original_kernels(w) - _original_kernels(replace(w, pieces=(1, 1, 1)))
+    original += _CORES.graph[w.training] + added * _CORES.kernel
+    return Estimate(rewritten, original)
+
+
 #: of an H200's host
 _HOST = Host(step=8.7e-4, weight=3.3e-5, kernel=2e-5, op=1.75e-4, idle=2.5e-4)
 #: of an H200; the widest heads' backward pass is plain Triton's
 _HOPPER_SHARES = {
+    16: Shares(0.65, 0.42, 0.19),
     32: Shares(0.65, 0.42, 0.19),
     64: Shares(0.75, 0.7, 0.55),
     128: Shares(1.05, 1.0, 0.7),
@@ -228,10 +265,6 @@ _HOPPER_SHARES = {
 @lru_cache
 def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
     """The limits of a device, or None where nothing is known of it."""
-    if kind == "cpu":
-        threads = torch.get_num_threads()  # rates of one, fitted to the same on two cores
-        shares = dict.fromkeys(_WIDTHS, Shares(0.8, 1.6, 1.6))
-        return Device(5e10 * threads, 5e9 * threads, threads, 3e-6, None, 0.0, 0.0, shares)
     if kind != "cuda" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -172,35 +173,35 @@ def test_converting_weights_costs_half_precision_more():
     assert estimate(half).rewritten > estimate(few).rewritten
 
 
-def test_hidden_units_that_fit_into_a_cache_are_no_reason_to_rewrite_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    cost._device.cache_clear()
-    for batch, pays in ((8, False), (64, True)):
-        narrow = replace(CPU, batch=batch, length=256, head_dim=16, experts=3, expert_dim=32)
-        assert estimate(replace(narrow, training=False)).pays is pays
-    cost._device.cache_clear()
+def test_half_precision_does_not_pay_on_a_cpu_that_has_products_for_it():
+    """The op computes in float32."""
+    many = replace(CPU, batch=64, training=False)
+    assert estimate(many).pays
+    assert not estimate(replace(many, dtype=torch.bfloat16, out_dtype=torch.bfloat16)).pays
+
+
+def points(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The op at each point of a grid, and behind it the original in every spelling."""
+    starts = [i for i, row in enumerate(rows) if row["contender"] == "op"]
+    for start, end in pairwise([*starts, len(rows)]):
+        yield rows[start:end]
 
 
 @pytest.mark.parametrize(("results_of", "device"), [("cpu", "cpu"), ("h200", "cuda:63")])
 def test_the_model_chooses_as_measured(
     results_of: str, device: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """At the points of a stored grid its choice is within five percent of the better.
-
-    At all of a GPU's; on a CPU, whose timings vary, at nearly all.
-    """
+    """At every point of a stored grid its choice is within five percent of the better."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as where the CPU's was measured
     cost._device.cache_clear()
     _, rows = results.read(RESULTS / f"{results_of}_grid.json")
     losses = []
-    for op, inductor in zip(rows[::2], rows[1::2], strict=True):
+    for op, *others in points(rows):
+        fastest = min(row["ms"] for row in others)
         rewrites = estimate(grid.workload(op, device)).pays
-        losses.append((op if rewrites else inductor)["ms"] / min(op["ms"], inductor["ms"]))
+        losses.append((op["ms"] if rewrites else fastest) / min(op["ms"], fastest))
     cost._device.cache_clear()
-    lost = sum(loss > 1.05 for loss in losses)
-    assert lost <= (0 if results_of == "h200" else 0.05 * len(losses))
+    assert max(losses) <= 1.05
 
 
 def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
