@@ -73,7 +73,8 @@ class Workload:
 def trial_run(workload: Workload) -> None:
     """Run the op once on the workload's device, so that a kernel that cannot run shows here.
 
-    Compiles the kernels that the workload will use. On the CPU there is nothing to compile.
+    Compiles the kernels that the workload will use. On the CPU there is nothing to try: what cannot
+    be compiled has PyTorch's operations behind it.
 
     Raises:
         Exception: whatever the compiler or the launch raised.

@@ -50,9 +50,8 @@ def _library() -> ctypes.CDLL | None:
     try:
         library = load_cpp("\n".join(map(_read, _SOURCES)))
     except Exception as error:
-        logger.warning(
-            "No C++ for the op on the CPU, PyTorch's operations are used instead: %s", error
-        )
+        (why, *_) = str(error).splitlines() or [type(error).__name__]
+        logger.warning("No C++ for the op on the CPU, so it runs in PyTorch's operations: %s", why)
         return None
     for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
         function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
