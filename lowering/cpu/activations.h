@@ -11,16 +11,25 @@
 namespace {
 
 template <typename T>
-struct Silu {
-  static Vec<T> value(Vec<T> x) { return x * sigmoid(x); }
+struct Sigmoid {
+  // The fast exponential, exp_u20, is less exact, and a NaN gets lost in it.
+  static Vec<T> value(Vec<T> x) {
+    return Vec<T>(T(1)) / (Vec<T>(T(1)) + x.neg().exp());
+  }
   static Vec<T> with_slope(Vec<T> x, Vec<T>& slope) {
-    const Vec<T> s = sigmoid(x), y = x * s;
+    const Vec<T> s = value(x);
+    slope = s * (Vec<T>(T(1)) - s);
+    return s;
+  }
+};
+
+template <typename T>
+struct Silu {
+  static Vec<T> value(Vec<T> x) { return x * Sigmoid<T>::value(x); }
+  static Vec<T> with_slope(Vec<T> x, Vec<T>& slope) {
+    const Vec<T> s = Sigmoid<T>::value(x), y = x * s;
     slope = at::vec::fmadd(y, Vec<T>(T(1)) - s, s);
     return y;
-  }
-  // The fast exponential loses a NaN, which the factor x brings back.
-  static Vec<T> sigmoid(Vec<T> x) {
-    return Vec<T>(T(1)) / (Vec<T>(T(1)) + x.neg().exp_u20());
   }
 };
 
@@ -72,18 +81,6 @@ struct Relu2 {
     const Vec<T> y = Relu<T>::value(x);
     slope = y + y;
     return y * y;
-  }
-};
-
-template <typename T>
-struct Sigmoid {
-  static Vec<T> value(Vec<T> x) {
-    return Vec<T>(T(1)) / (Vec<T>(T(1)) + x.neg().exp());
-  }
-  static Vec<T> with_slope(Vec<T> x, Vec<T>& slope) {
-    const Vec<T> s = value(x);
-    slope = s * (Vec<T>(T(1)) - s);
-    return s;
   }
 };
 

@@ -300,6 +300,23 @@ def test_extreme_pre_activations(activation: str):
     torch.testing.assert_close(slope[0, :-1], expected[0, :-1])  # at NaN they may say 0 or 1
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_as_exact_as_pytorchs(activation: str):
+    """In float32, where nothing but the activation and its slope is computed."""
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    one = torch.ones(1, 1, 1, 1)
+    q = x.float().view(1, -1, 1, 1).requires_grad_()
+    found = multi_head_ffn(q, one, None, one, activation=activation)
+    function = ACTIVATIONS[activation].function
+    values = [found.flatten(), *(function(x.to(dtype)) for dtype in (torch.float32, torch.float64))]
+    slopes = [torch.autograd.grad(found.sum(), q)[0].flatten()]
+    for dtype in (torch.float32, torch.float64):
+        leaf = x.to(dtype).requires_grad_()
+        slopes += torch.autograd.grad(function(leaf).sum(), leaf)
+    for ours, plain, exact in (values, slopes):
+        assert (ours - exact).norm() <= 2 * (plain - exact).norm()
+
+
 def test_an_infinite_weight_that_no_token_feels():
     """A ReLU's unit that is off for every token stays off, also beside the last token."""
     q = torch.full((1, 3, 1, 2), -1.0)

@@ -17,6 +17,7 @@ from mhf_compiler.command import commands
 from mhf_compiler.environment import Check
 from mhf_compiler.given import GivenError, TensorSpec, parse_tensor
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.cpu import compiled
 
 MODELS = """
 import torch
@@ -190,6 +191,7 @@ def test_a_site_that_is_not_there_is_one_line(model: str, site: str, message: st
 
 
 def test_no_times_where_the_numbers_disagree(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "takes", lambda q, activation: False)
     monkeypatch.setitem(ACTIVATIONS, "relu", ACTIVATIONS["silu"])
     done = bench("Heads", "--site", "0")
     assert done.exit_code == 1
