@@ -22,18 +22,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from .workload import Workload
+
+_T = TypeVar("_T")
 
 _MANY_TOKENS = 8192
 _TIE = 1.05
 _ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
 _FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
-_WIDTHS = (16, 32, 64, 128, 256)  # of padded heads
+_WIDTHS = (32, 64, 128, 256)  # of padded heads
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
 
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
-    shares = device.shares[_padded_width(w)]
+    shares = _by_width(device.shares, w)
     many = _tokens(w) >= _HOPPER_BACKWARD_TOKENS
     own = w.gated and not any(w.biased[:2]) and many
     return shares.forward, shares.backward if own else shares.plain_backward
@@ -175,8 +177,9 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
     return max(waves * max(full, steps * device.step * products / 3), busy)
 
 
-def _padded_width(w: Workload) -> int:
-    return max(_WIDTHS[0], min(_WIDTHS[-1], 1 << (w.head_dim - 1).bit_length()))
+def _by_width(rates: Mapping[int, _T], w: Workload) -> _T:
+    """The entry for heads of at most that width; of the widest, for all that are wider."""
+    return rates[next((width for width in rates if w.head_dim <= width), max(rates))]
 
 
 def _tokens(w: Workload) -> int:
@@ -234,7 +237,7 @@ def _estimate_on_a_cpu(w: Workload) -> Estimate:
     # Forward, and in training each product's gradients; the op recomputes the products as well.
     executed = (5 * products - 4 if w.gated else 4 * products - 1) if w.training else products
     tokens = max(_tokens(w), _FEWEST_TOKENS)
-    rewritten = executed * tokens * flops / (_CORES.op[_padded_width(w)] * threads)
+    rewritten = executed * tokens * flops / (_by_width(_CORES.op, w) * threads)
     # Half precision is converted; gradients are cleared, summed, and copied into place.
     passes = 0.56 * half + 2.2 * w.training + w.copied / products * (4 if w.training else 2)
     rewritten += passes * (weights * 4 / w.dtype.itemsize) / (0.5e10 * threads)
@@ -254,7 +257,6 @@ def _estimate_on_a_cpu(w: Workload) -> Estimate:
 _HOST = Host(step=8.7e-4, weight=3.3e-5, kernel=2e-5, op=1.75e-4, idle=2.5e-4)
 #: of an H200; the widest heads' backward pass is plain Triton's
 _HOPPER_SHARES = {
-    16: Shares(0.65, 0.42, 0.19),
     32: Shares(0.65, 0.42, 0.19),
     64: Shares(0.75, 0.7, 0.55),
     128: Shares(1.05, 1.0, 0.7),

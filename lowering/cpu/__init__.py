@@ -43,9 +43,12 @@ def forward(
     """
     if out.numel() == 0:
         return
-    path = compiled if compiled.takes(q, activation) else blocked
-    path.forward(
-        q, k, u, v, r, k_bias, u_bias, v_bias, out,
+    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
+    if compiled.takes(q, activation):
+        compiled.forward(inputs, out, activation, (k_scale, u_scale, out_scale))
+        return
+    blocked.forward(
+        *inputs, out,
         activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
     )  # fmt: skip
 
@@ -83,9 +86,13 @@ def backward(
     wanted = [gradient for gradient in gradients if gradient is not None]
     if q.numel() == 0:
         return [gradient.zero_() for gradient in wanted]
-    if wanted:
-        path = compiled if compiled.takes(q, activation) else blocked
-        path.backward(
+    if not wanted:
+        return []
+    if compiled.takes(q, activation):
+        scales = (k_scale, u_scale, out_scale)
+        compiled.backward(inputs, grad_out, gradients, activation, scales)
+    else:
+        blocked.backward(
             grad_out, *inputs, gradients,
             activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
         )  # fmt: skip

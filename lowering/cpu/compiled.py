@@ -72,48 +72,22 @@ def takes(q: Tensor, activation: str) -> bool:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    r: Tensor | None,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
-    v_bias: Tensor | None,
-    out: Tensor,
-    *,
-    activation: str,
-    k_scale: float,
-    u_scale: float,
-    out_scale: float,
+    inputs: Sequence[Tensor | None], out: Tensor, activation: str, scales: Sequence[float]
 ) -> None:
-    """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides."""
-    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
-    call = _call(inputs, out, (None,) * 8, activation, (k_scale, u_scale, out_scale))
-    _run("multi_head_ffn_forward", call, q)
+    """Write the op's result, of q, k, u, v, r and the three biases, into ``out``."""
+    _run("multi_head_ffn_forward", _call(inputs, out, (None,) * 8, activation, scales), out)
 
 
 def backward(
+    inputs: Sequence[Tensor | None],
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    r: Tensor | None,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
-    v_bias: Tensor | None,
     gradients: Sequence[Tensor | None],
-    *,
     activation: str,
-    k_scale: float,
-    u_scale: float,
-    out_scale: float,
+    scales: Sequence[float],
 ) -> None:
     """Fill the gradients of the eight tensors, those that are not None."""
-    inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
-    call = _call(inputs, grad_out, gradients, activation, (k_scale, u_scale, out_scale))
-    _run("multi_head_ffn_backward", call, q)
+    call = _call(inputs, grad_out, gradients, activation, scales)
+    _run("multi_head_ffn_backward", call, grad_out)
 
 
 def _call(
