@@ -1,6 +1,6 @@
 """What replaces a multi-head feed-forward network: one op, its specification, its kernels."""
 
-from . import overwriting as overwriting  # defines two more ops
+from . import overwriting as overwriting  # defines three more ops
 from .arguments import ArgumentError
 from .op import multi_head_ffn
 from .reference import multi_head_ffn_reference

@@ -1,7 +1,8 @@
 """The op and its backward pass over memory that nobody needs any more: the result in the query's
-place, the query's gradient in that of the result's gradient.
+place, the query's gradient in that of the result's gradient, and the router's part of the query's
+gradient added to the rest of it.
 
-Each saves a tensor of the query's size. Nothing calls these two by itself: a graph that has been
+Each saves a tensor of the query's size. Nothing calls these three by itself: a graph that has been
 differentiated and scheduled knows who reads what, and mhf_compiler/reusing.py puts them where they
 are right. Every kernel reads a tile of what it overwrites before it writes that tile, reads no
 other one, and is the last to read any. What cannot be proved is computed elsewhere and copied.
@@ -22,12 +23,14 @@ from .arguments import (
     check_backward_arguments,
     check_device,
 )
-from .op import cuda_backward, cuda_forward
+from .op import cuda_backward, cuda_forward, with_strides_of
+from .router import add_gradients_on_cpu, add_gradients_on_cuda, check_product
 
 __all__ = ["ours_alone"]
 
 _FORWARD = "mhf_compiler::multi_head_ffn_over_query"
 _BACKWARD = "mhf_compiler::multi_head_ffn_backward_over_gradient"
+_ROUTER = "mhf_compiler::router_product_backward_onto"
 
 torch.library.define(
     _FORWARD,
@@ -41,6 +44,11 @@ torch.library.define(
     "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
     "float out_scale, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    _ROUTER,
+    "(Tensor(a!) dq, Tensor grad_out, Tensor q, Tensor weight, bool needs_weight) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -139,6 +147,35 @@ def _backward(
     return multi_head_ffn_backward_over_gradient_on_device
 
 
+def _router(
+    compute: Callable[..., Tensor | None] | None,
+) -> Callable[..., Tensor]:
+    """The router's backward operator on one device, whose arithmetic is ``compute``.
+
+    ``compute`` adds to a gradient of memory of its own, and returns the weight's if it is wanted.
+    """
+
+    def router_product_backward_onto_on_device(
+        dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
+    ) -> Tensor:
+        check_product(q, weight)
+        if dq.shape != q.shape or dq.dtype != q.dtype or dq.device != q.device:
+            raise ArgumentError(
+                f"dq is {dq.dtype} of shape {tuple(dq.shape)} on {dq.device}, must be as q: "
+                f"{q.dtype} of shape {tuple(q.shape)} on {q.device}"
+            )
+        if compute is None:
+            return torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+        safe = ours_alone(dq, (grad_out, q, weight))
+        onto = dq.detach() if safe else dq.clone()
+        found = compute(onto, grad_out, q, weight, needs_weight)
+        if not safe:
+            dq.copy_(onto)
+        return weight.new_empty(0) if found is None else with_strides_of(weight, found)
+
+    return router_product_backward_onto_on_device
+
+
 def _wanted(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
     return [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
 
@@ -149,3 +186,6 @@ torch.library.register_fake(_FORWARD, _forward(None))
 torch.library.impl(_BACKWARD, "cpu", _backward(cpu.backward))
 torch.library.impl(_BACKWARD, "cuda", _backward(cuda_backward))
 torch.library.register_fake(_BACKWARD, _backward(None))
+torch.library.impl(_ROUTER, "cpu", _router(add_gradients_on_cpu))
+torch.library.impl(_ROUTER, "cuda", _router(add_gradients_on_cuda))
+torch.library.register_fake(_ROUTER, _router(None))

@@ -95,7 +95,8 @@ def trial_run(
     torch.cuda.synchronize(device)
 
 
-def _check(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> None:
+def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> None:
+    """Raise ArgumentError where the operators do not take such arguments."""
     if q.dim() != 4 or weight.dim() != 3 or q.shape[3] != weight.shape[1]:
         raise ArgumentError(
             f"weight has shape {tuple(weight.shape)}, must have shape (G, d, E) "
@@ -118,13 +119,13 @@ def _check(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) ->
 
 
 def _empty_output(q: Tensor, weight: Tensor, out_order: Sequence[int] | None) -> Tensor:
-    _check(q, weight, out_order)
+    check_product(q, weight, out_order)
     shape = (*q.shape[:3], weight.shape[2])
     return empty_like_in_order(q, shape, out_order, torch.float32)
 
 
 def _needed(q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    _check(q, weight)
+    check_product(q, weight)
     return [x for x, needed in zip((q, weight), needs, strict=True) if needed]
 
 
@@ -142,23 +143,31 @@ def _forward_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None =
     return out
 
 
-@torch.autocast("cpu", enabled=False)
 def _backward_on_cpu(
     grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
     wanted = _needed(q, weight, needs)
+    dq = torch.zeros_like(q)
+    total = add_gradients_on_cpu(dq if needs[0] else None, grad_out, q, weight, needs[1])
+    gradients = [x for x in (dq if needs[0] else None, total) if x is not None]
+    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+
+
+@torch.autocast("cpu", enabled=False)
+def add_gradients_on_cpu(
+    dq: Tensor | None, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
+) -> Tensor | None:
+    """Add the gradient of ``q`` to ``dq``, if there is one, and return the weight's if wanted."""
     groups = weight.shape[0]
     wide = weight.float()
-    dq = torch.empty_like(q)
     total = torch.zeros_like(wide)
-    rows = zip(*(_blocks(x, groups) for x in (grad_out, q, dq)), strict=True)
+    rows = zip(*(_blocks(x, groups) for x in (grad_out, q, q if dq is None else dq)), strict=True)
     for grad, some, result in rows:
-        if needs[0]:
-            result.copy_(torch.einsum("tgse,gde->tgsd", grad, wide))
-        if needs[1]:
+        if dq is not None:
+            result.copy_(result.float() + torch.einsum("tgse,gde->tgsd", grad, wide))
+        if needs_weight:
             total += torch.einsum("tgsd,tgse->gde", some.float(), grad)
-    gradients = [dq] * bool(needs[0]) + [total.to(weight.dtype)] * bool(needs[1])
-    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+    return total.to(weight.dtype) if needs_weight else None
 
 
 def _blocks(x: Tensor, groups: int) -> list[Tensor]:
@@ -187,6 +196,15 @@ def _backward_on_cuda(
     wanted = _needed(q, weight, needs)
     gradients = kernels.backward(grad_out, q, weight, needs)
     return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+
+
+def add_gradients_on_cuda(
+    dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
+) -> Tensor | None:
+    """Add the gradient of ``q`` to ``dq``, and return the weight's if wanted."""
+    from .kernels import router_product as kernels
+
+    return kernels.backward_onto(dq, grad_out, q, weight, needs_weight)
 
 
 torch.library.impl(_FORWARD, "cpu", _forward_on_cpu)

@@ -15,6 +15,9 @@ call is replaced only if all of this holds, and the last of it is what makes the
 - its memory is no input's or parameter's, nor that of another argument;
 - nothing reads it behind the op, the graph's output included, and nothing that Inductor computes
   late, when it is read, would have read it.
+
+A router that reads the queries has a part in their gradient, another tensor as large. Where both
+parts are only read to be added, the router's backward pass adds its own to the op's.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ def _calls(node: fx.Node, *names: str) -> bool:
 
 def reuse_memory(graph: fx.Graph) -> None:
     """Let the op write over the queries, and its backward pass over the gradient that it read."""
+    _add_parts_in_place(graph)
     ops = torch.ops.mhf_compiler
     replace = {
         ops.multi_head_ffn.default: (_may_write_over_query, _write_over_query),
@@ -172,6 +176,60 @@ def _write_over_gradient(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+def _add_parts_in_place(graph: fx.Graph) -> None:
+    """Let routers' backward passes add to the gradient of the queries that is there before them."""
+    ops = torch.ops.mhf_compiler
+    calls = [node for node in graph.nodes if node.target is ops.router_product_backward.default]
+    computed = set()  # by the op, or by what stands below
+    for node in graph.nodes:
+        if node.target is ops.multi_head_ffn_backward.default and named_arguments(node)["needs"][0]:
+            computed |= set(_items(node, 0))
+    for node in calls:
+        parts = _items(node, 0) if named_arguments(node)["needs"][0] else []
+        totals = [total for part in parts for total in part.users]
+        if len(totals) == 1 and _may_add_onto(totals[0], parts[0], node, computed):
+            computed.add(_add_onto(graph, node, parts[0], totals[0]))
+
+
+def _items(node: fx.Node, index: int) -> list[fx.Node]:
+    """The readers of one of the tensors that a call returns."""
+    return [x for x in node.users if x.target is operator.getitem and x.args[1] == index]
+
+
+def _may_add_onto(total: fx.Node, part: fx.Node, node: fx.Node, computed: set[fx.Node]) -> bool:
+    """Whether a sum adds a part to a gradient that is there before, and nothing else reads it."""
+    if total.target is not torch.ops.aten.add.Tensor or total.kwargs or len(total.args) != 2:
+        return False
+    left, right = total.args
+    onto = left if right is part else right
+    return (
+        isinstance(onto, fx.Node)
+        and onto in computed
+        and onto < node
+        and len(onto.users) == 1
+        and onto.meta["val"].dtype is part.meta["val"].dtype
+        and _takes_the_same_memory(onto, total.meta["val"])
+    )
+
+
+def _add_onto(graph: fx.Graph, node: fx.Node, part: fx.Node, total: fx.Node) -> fx.Node:
+    """Add in place, and return the sum."""
+    arguments = named_arguments(node)
+    (onto,) = set(total.args) - {part}
+    (_, needs_weight) = arguments.pop("needs")
+    arguments |= {"dq": onto, "needs_weight": needs_weight}
+    op = torch.ops.mhf_compiler.router_product_backward_onto.default
+    with graph.inserting_before(node):
+        call = _call(graph, node, op, arguments)
+        for reader in _items(node, 1):
+            _replace(reader, call, 0)
+            graph.erase_node(reader)
+        result = _replace(total, call, 1)  # what is added to comes behind what is returned
+    for old in (total, part, node):
+        graph.erase_node(old)
+    return result
+
+
 def _call(graph: fx.Graph, old: fx.Node, op: Any, arguments: dict[str, Any]) -> fx.Node:
     """The functional form of a call of an op that writes to an argument."""
     call = graph.call_function(auto_functionalized, (op,), arguments)
@@ -180,12 +238,13 @@ def _call(graph: fx.Graph, old: fx.Node, op: Any, arguments: dict[str, Any]) -> 
     return call
 
 
-def _replace(old: fx.Node, call: fx.Node, index: int) -> None:
+def _replace(old: fx.Node, call: fx.Node, index: int) -> fx.Node:
     """Read an item of what a call returns in place of a node."""
     item = old.graph.call_function(operator.getitem, (call, index))
     _copy_origin(old, item)
     item.meta["val"] = old.meta["val"]
     old.replace_all_uses_with(item)
+    return item
 
 
 def _copy_origin(old: fx.Node, new: fx.Node) -> None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch, multiprocessors, repeat
+from .launching import capability, launch, multiprocessors, repeat
 from .loads import Operand, token_axes, token_pointers
 from .tiles import Tile, padded_width
 
@@ -56,10 +56,29 @@ def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool])
     return gradients if total is None else [*gradients, total.to(weight.dtype)]
 
 
-def _run_backward(
-    grad_out: Tensor, q: Tensor, weight: Tensor, dq: Tensor | None, needs_weight: bool
+def backward_onto(
+    dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
 ) -> Tensor | None:
-    """Fill `dq`, and return the gradient of the weight in float32, if they are wanted."""
+    """Add the gradient of q to `dq`, which no other argument shares memory with.
+
+    Returns the gradient of the weight, if it is wanted.
+    """
+    if grad_out.numel() == 0:
+        return torch.zeros_like(weight) if needs_weight else None
+    total = _run_backward(grad_out, q, weight, dq, needs_weight, onto=True)
+    return None if total is None else total.to(weight.dtype)
+
+
+def _run_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    dq: Tensor | None,
+    needs_weight: bool,
+    *,
+    onto: bool = False,
+) -> Tensor | None:
+    """Fill `dq`, or add to it, and return the weight's gradient in float32, if they are wanted."""
     groups, width, networks = weight.shape
     heads = q.shape[2]
     axes = token_axes(grad_out, q, dq)
@@ -71,17 +90,19 @@ def _run_backward(
 
     def run() -> None:
         tile, operands, scalars = _shared(q, weight)
+        if onto and q.dtype == torch.float16 and capability(q.device)[0] == 8:
+            scalars["BM"] = _TOKENS // 2  # with both parts of Q, and dQ, whole tiles spill
         operands |= {
             "Q": Operand(q, axes.strides(q), None),
             "Grad": Operand(grad_out, axes.strides(grad_out), None),
             "dQ": Operand(dq, None if dq is None else axes.strides(dq), None),
             "Part": Operand(partial, None, None),
         }
-        scalars |= {"B": axes.batch, "L": axes.length, "PARTS": parts}
+        scalars |= {"B": axes.batch, "L": axes.length, "PARTS": parts, "ONTO": onto}
         programs = heads * parts * blocks
         launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
 
-    repeat("router backward", (grad_out, q, weight, dq, partial), run)
+    repeat(("router backward", onto), (grad_out, q, weight, dq, partial), run)
     return None if partial is None else partial.view(groups, -1, width, networks).sum(1)
 
 
@@ -181,12 +202,13 @@ def router_backward_kernel(
     Q, W, Grad, dQ, Part, Q_strides, W_strides, Grad_strides, dQ_strides, Part_strides,
     B, L, PARTS,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
-    Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
+    Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr, ONTO: tl.constexpr,
     BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Some columns of dQ for a share of one head's tokens, and that share's sum of dW.
 
-    Part holds the sums, of which each program writes its columns: [H, PARTS, D, E].
+    dQ is added to what is there if told so, and their sum is rounded once. Part holds the sums, of
+    which each program writes its columns: [H, PARTS, D, E].
     """
     token_tiles = tl.cdiv(L, BM)
     BLOCKS: tl.constexpr = (D + BD - 1) // BD
@@ -212,7 +234,11 @@ def router_backward_kernel(
         g_rest = _rest(grad, g0)
         g1 = _leading(g_rest)
         if dQ is not None:
-            dq = tl.dot(g1, w0)
+            if ONTO:
+                dq = _load(dQ, dQ_strides, b, l, h, c, L, D).to(tl.float32)
+            else:
+                dq = tl.zeros((BM, BD), tl.float32)
+            dq = tl.dot(g1, w0, dq)
             if W_PARTS > 1:
                 dq = tl.dot(g0, w1, dq)
             dq = tl.dot(g0, w0, dq)  # [BM, BD]

@@ -124,7 +124,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     def of(architecture: int) -> PretendedDriver:
         driver = PretendedDriver(architecture)
         triton.runtime.driver.set_active(driver)
-        for module in (kernels, splitting):
+        for module in (kernels, router_product, splitting):
             monkeypatch.setattr(module, "capability", lambda device: divmod(architecture, 10))
         return driver
 
@@ -382,7 +382,8 @@ def test_router_products(
     logits = torch.empty(2, 1000, 16, 32)
     router_product.forward(q, weight, logits)
     router_product.backward(logits, q, weight, [True, True])
-    assert len(driver.loaded) == 2
+    router_product.backward_onto(torch.empty_like(q), logits, q, weight, True)
+    assert len(driver.loaded) == 3
     for binary in driver.loaded:
         assert binary.spilled(tmp_path) == 0, binary.name
         assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))

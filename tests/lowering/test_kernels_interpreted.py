@@ -487,3 +487,17 @@ class TestRouterProduct:
         both = router_product.backward(grad, q, weight, [True, True])
         (one,) = router_product.backward(grad, q, weight, needs)
         assert torch.equal(one, both[needs.index(True)])
+
+    @pytest.mark.parametrize("needs_weight", [False, True])
+    def test_a_gradient_is_added_to_what_is_there(self, needs_weight: bool) -> None:
+        from mhf_compiler.lowering.kernels import router_product
+
+        torch.manual_seed(0)
+        q, weight = torch.randn(2, 70, 2, 24).half(), torch.randn(2, 24, 3)
+        grad, there = torch.randn(2, 70, 2, 3), torch.randn(2, 70, 2, 24).half()
+        alone, dw = router_product.backward(grad, q, weight, [True, True])
+        onto = there.clone()
+        found = router_product.backward_onto(onto, grad, q, weight, needs_weight)
+        # Alone, the part was rounded before it could be added.
+        torch.testing.assert_close(onto, there + alone, rtol=2e-3, atol=2e-3)
+        assert found is not None and found.equal(dw) if needs_weight else found is None

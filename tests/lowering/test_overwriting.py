@@ -12,6 +12,7 @@ from mhf_compiler.lowering.overwriting import ours_alone
 OPS = torch.ops.mhf_compiler
 OVER_QUERY = OPS.multi_head_ffn_over_query.default
 OVER_GRADIENT = OPS.multi_head_ffn_backward_over_gradient.default
+ONTO = OPS.router_product_backward_onto.default
 SCALES = (1.3, 0.7, 0.9)
 SHAPE = (3, 70, 4, 8)
 
@@ -134,6 +135,49 @@ def test_a_gradient_that_lies_in_the_query_is_written_at_the_end():
     others = OVER_GRADIENT(q, *arguments, "silu", *SCALES, needs)
     for found, right in zip((q, *others), expected, strict=True):
         torch.testing.assert_close(found, right)
+
+
+def of_router(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A gradient to add to, and the arguments of a router's backward pass."""
+    torch.manual_seed(0)
+    B, L, H, d = SHAPE
+    return {
+        "dq": torch.randn(SHAPE).to(dtype),
+        "grad_out": torch.randn(B, L, H, 3),
+        "q": torch.randn(SHAPE).to(dtype),
+        "weight": torch.randn(2, d, 3),
+    }
+
+
+@pytest.mark.parametrize("needs_weight", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_routers_part_is_added_and_rounded_once(dtype: torch.dtype, needs_weight: bool):
+    given = of_router(dtype)
+    weight = given["weight"].repeat_interleave(2, 0)
+    total = given["dq"].float() + torch.einsum("blhe,hde->blhd", given["grad_out"], weight)
+    (expected,) = OPS.router_product_backward(*list(given.values())[1:], [False, True])
+    found = ONTO(*given.values(), needs_weight)
+    torch.testing.assert_close(given["dq"], total.to(dtype), rtol=1e-6, atol=0)
+    assert found.equal(expected) if needs_weight else found.numel() == 0
+
+
+def test_a_part_whose_memory_others_read_is_added_at_the_end():
+    given = of_router()
+    alone = given | {"dq": given["q"].clone()}
+    ONTO(*alone.values(), True)
+    ONTO(*(given | {"dq": given["q"]}).values(), True)
+    assert given["q"].equal(alone["dq"])
+
+
+@pytest.mark.parametrize("needs_weight", [False, True])
+def test_opcheck_of_the_routers_part(needs_weight: bool):
+    opcheck(ONTO, (*of_router().values(), needs_weight))
+
+
+def test_a_part_must_be_as_the_query():
+    for wrong in (torch.randn(SHAPE), torch.randn(SHAPE).bfloat16()[..., :4]):
+        with pytest.raises(ArgumentError, match=r"dq is .* must be as q"):
+            ONTO(*(of_router() | {"dq": wrong}).values(), True)
 
 
 def test_ours_alone():

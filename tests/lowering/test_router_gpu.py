@@ -72,6 +72,23 @@ def test_matches(
         assert error(x, reference) <= 2 * error(other, reference) + 1e-7, name
 
 
+@pytest.mark.parametrize("shape", [(2, 333, 4, 128, 22), (1, 4097, 2, 256, 32), (3, 70, 6, 24, 1)])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_gradient_is_added_to_what_is_there(shape: tuple[int, ...], dtype: torch.dtype):
+    q, weight = make(shape, dtype, torch.float32, shape[2])
+    grad, there = torch.randn(*shape[:3], shape[4], device="cuda"), torch.randn_like(q)
+    onto = there.clone()
+    op = torch.ops.mhf_compiler.router_product_backward_onto
+    dw = op(onto, grad, q, weight, True)
+    wide = [x.double().requires_grad_() for x in (q, weight)]
+    part, exact_dw = torch.autograd.grad(spell(*wide, torch.float64), wide, grad.double())
+    exact = there.double() + part
+    assert error(onto, exact) <= 1.1 * error(exact.to(dtype), exact) + 1e-7
+    (own_dw,) = torch.ops.mhf_compiler.router_product_backward(grad, q, weight, [False, True])
+    assert dw.equal(own_dw)
+    assert error(dw, exact_dw) <= 1e-5
+
+
 def test_the_same_bits_each_time():
     leaves = [x.requires_grad_() for x in make((4, 2000, 4, 128, 22), *NARROW[:1] * 2, 4)]
     results = []

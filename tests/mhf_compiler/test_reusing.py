@@ -18,6 +18,8 @@ OVER_QUERY = "multi_head_ffn_over_query.default("
 OVER_GRADIENT = "multi_head_ffn_backward_over_gradient.default("
 ELSEWHERE = "multi_head_ffn.default("
 GRADIENT_ELSEWHERE = "multi_head_ffn_backward.default("
+ONTO = "router_product_backward_onto.default("
+PART_ELSEWHERE = "router_product_backward.default("
 
 
 class Network(nn.Module):
@@ -269,6 +271,57 @@ def test_the_gradient_of_the_result_stays(run: Run):
     code = train(run)
     assert OVER_GRADIENT not in code
     assert GRADIENT_ELSEWHERE in code
+
+
+def weigh(module: Network, q: Tensor, of_router: Tensor) -> Tensor:
+    """A network in 16 bits, whose router reads queries in 32."""
+    weight = module.gate[:, 0, :E].transpose(1, 2)
+    r = torch.einsum("blhd,hde->blhe", of_router.float(), weight).softmax(-1)
+    k, u, v = (w.bfloat16() for w in (module.gate, module.up, module.down))
+    gate, up = (torch.einsum("blhd,hefd->blhef", q, w) for w in (k, u))
+    hidden = gate.relu() * up * r.bfloat16().unsqueeze(-1)
+    return torch.einsum("blhef,hefd->blhd", hidden, v).float()
+
+
+def in_float32(module: Network, x: Tensor, *others: Callable[[Tensor], Tensor]) -> Tensor:
+    """The same queries for both, and others that read them if there are any."""
+    q = module.queries(x).bfloat16()
+    return module.project(sum((other(q) for other in others), weigh(module, q, q)))
+
+
+ONTO_ANOTHER: dict[str, tuple[Run, int]] = {
+    "a router in float32": (in_float32, 1),
+    "of two layers": (lambda m, x: in_float32(m, x + in_float32(m, x)), 2),
+}
+APART: dict[str, Run] = {
+    "the query of the network needs none": lambda m, x: m.project(
+        weigh(m, (q := m.queries(x).bfloat16()).detach(), q)
+    ),
+    "the query of the router needs none": lambda m, x: m.project(
+        weigh(m, q := m.queries(x).bfloat16(), q.detach())
+    ),
+    "both are read apart": lambda m, x: m.project(
+        weigh(m, m.queries(x).bfloat16(), m.outputs(x).unflatten(-1, (H, d)).bfloat16())
+    ),
+}
+
+
+@pytest.mark.parametrize(("run", "calls"), ONTO_ANOTHER.values(), ids=ONTO_ANOTHER)
+def test_a_routers_part_of_the_gradient_is_added_in_place(run: Run, calls: int):
+    code = train(run)
+    assert code.count(ONTO) == calls
+    assert PART_ELSEWHERE not in code
+    assert "clone" not in code
+
+
+@pytest.mark.parametrize("run", APART.values(), ids=APART)
+def test_parts_that_are_not_added_stay_apart(run: Run):
+    assert ONTO not in train(run)
+
+
+@pytest.mark.parametrize("other", [torch.sin, lambda q: q * q.sum(-1, keepdim=True)])
+def test_what_else_reads_the_query_has_its_part(other: Callable[[Tensor], Tensor]):
+    train(lambda m, x: in_float32(m, x, other))
 
 
 def test_a_gradient_that_is_looked_at_is_not_written_over():
