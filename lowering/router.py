@@ -21,7 +21,7 @@ from .op import (
     with_strides_of,
 )
 
-__all__ = ["router_product", "takes", "trial_run"]
+__all__ = ["check_product", "product_on_cpu", "router_product", "takes", "trial_run"]
 
 _FORWARD = "mhf_compiler::router_product"
 _BACKWARD = "mhf_compiler::router_product_backward"
@@ -133,7 +133,7 @@ def _needed(q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
 
 
 @torch.autocast("cpu", enabled=False)
-def _forward_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
+def product_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
     refuse_forward_mode(q, "router_product", _PLAIN)
     out = _empty_output(q, weight, out_order)
     groups = weight.shape[0]
@@ -207,7 +207,7 @@ def add_gradients_on_cuda(
     return kernels.backward_onto(dq, grad_out, q, weight, needs_weight)
 
 
-torch.library.impl(_FORWARD, "cpu", _forward_on_cpu)
+torch.library.impl(_FORWARD, "cpu", product_on_cpu)
 torch.library.impl(_FORWARD, "cuda", _forward_on_cuda)
 torch.library.impl(_BACKWARD, "cpu", _backward_on_cpu)
 torch.library.impl(_BACKWARD, "cuda", _backward_on_cuda)

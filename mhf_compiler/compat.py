@@ -227,7 +227,7 @@ def set_example(node: torch.fx.Node) -> None:
         return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
 
     args, kwargs = map_arg((node.args, node.kwargs), example)
-    tensors = [x for x in kwargs.values() if isinstance(x, FakeTensor)]
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, FakeTensor)]
     with tensors[0].fake_mode:
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -286,7 +286,12 @@ def _compute_arguments_once() -> None:
     from torch._inductor.lowering import add_needs_realized_inputs
 
     ops = torch.ops.mhf_compiler
-    forward = (ops.multi_head_ffn, ops.multi_head_ffn_over_query, ops.router_product)
+    forward = (
+        ops.multi_head_ffn,
+        ops.multi_head_ffn_over_query,
+        ops.router_product,
+        ops.norm_and_route,
+    )
     backward = (
         ops.multi_head_ffn_backward,
         ops.multi_head_ffn_backward_over_gradient,
@@ -310,7 +315,11 @@ def _overwrite_without_a_copy() -> None:
         return constrain_to_fx_strides(node, *args, **kwargs)
 
     ops = torch.ops.mhf_compiler
-    for op in (ops.multi_head_ffn_over_query, ops.multi_head_ffn_backward_over_gradient):
+    for op in (
+        ops.multi_head_ffn_over_query,
+        ops.multi_head_ffn_backward_over_gradient,
+        ops.norm_and_route,
+    ):
         make_fallback(op.default, layout_constraint=in_memory, warn=False)
 
 

@@ -23,42 +23,37 @@ parts are only read to be added, the router's backward pass adds its own to the 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import compat
-from .compat import (
-    auto_functionalized,
-    named_arguments,
-    set_example,
-    statically_known_true,
-    storage_of,
-    with_pass,
-)
-
-# What writes its result at once: ops of which Inductor knows nothing. Anything else may be computed
-# where it is read, in one kernel with its reader, and would then read the memory behind the op. So
-# may matrix products: of a narrow one Inductor makes multiplications and sums.
-_AT_ONCE = ("multi_head_ffn", "router_product")
+from . import compat, norming, replacing
+from .compat import named_arguments, with_pass
+from .norming import join_norms
+from .replacing import Memory, call_over, is_call_of, replace_by_item, takes_the_same_memory
 
 
 def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
-    """Inductor's settings for a graph of Dynamo's, with the pass below if the graph has the op."""
+    """Inductor's settings for a graph of Dynamo's, with our passes if the graph has the op.
+
+    What is differentiated keeps its norms.
+    """
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    if not any(_calls(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
+    if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
         return config
-    from .lowering import overwriting
+    from .lowering import normed_router, overwriting
 
-    return with_pass(config, reuse_memory, (__file__, compat.__file__, overwriting.__file__))
+    files = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
+    if torch.is_grad_enabled():
+        return with_pass(config, reuse_memory, files)
+    more = (norming.__file__, normed_router.__file__)
+    return with_pass(config, _join_norms_and_reuse_memory, (*files, *more))
 
 
-def _calls(node: fx.Node, *names: str) -> bool:
-    """Whether a node calls one of our ops."""
-    ops = torch.ops.mhf_compiler
-    return any(node.target in (op, op.default) for op in (getattr(ops, name) for name in names))
+def _join_norms_and_reuse_memory(graph: fx.Graph) -> None:
+    join_norms(graph)  # the normalised queries are dead behind the op, too
+    reuse_memory(graph)
 
 
 def reuse_memory(graph: fx.Graph) -> None:
@@ -72,81 +67,25 @@ def reuse_memory(graph: fx.Graph) -> None:
     calls = [node for node in graph.nodes if node.target in replace]
     if not calls:
         return
-    memory = _Memory(graph)
+    memory = Memory(graph)
     # All are judged before the first is replaced: new nodes have no place in the graph's memory.
     for node in [node for node in calls if replace[node.target][0](node, memory)]:
         replace[node.target][1](graph, node)
 
 
-class _Memory:
-    """Where the nodes of a graph stand, and which of them lie in the same memory."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.position = {node: place for place, node in enumerate(graph.nodes)}
-        self.sharing: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in graph.nodes:
-            storage = storage_of(node)
-            if storage is not None:
-                self.sharing[storage].append(node)
-
-    def is_dead_behind(self, old: fx.Node, node: fx.Node) -> bool:
-        """Whether only this graph knows the memory of ``old``, and ``node`` is its last reader."""
-        storage = storage_of(old)
-        if storage is None:
-            return False
-        sharing = self.sharing[storage]
-        if any(other.op in ("placeholder", "get_attr") for other in sharing):
-            return False
-        arguments = [x for x in named_arguments(node).values() if isinstance(x, fx.Node)]
-        if [x for x in arguments if x in sharing] != [old]:
-            return False
-        readers = {reader for other in sharing for reader in other.users} - {node}
-        return not self._read_behind(readers, node)
-
-    def _read_behind(self, readers: set[fx.Node], node: fx.Node) -> bool:
-        """Whether some of the readers come behind a node, or may be computed only there."""
-        rest = list(readers)
-        seen = readers | {node}
-        while rest:
-            reader = rest.pop()
-            if self.position[reader] > self.position[node]:
-                return True
-            if not _calls(reader, *_AT_ONCE):
-                new = set(reader.users) - seen
-                seen |= new
-                rest += new
-        return False
-
-
-def _may_write_over_query(node: fx.Node, memory: _Memory) -> bool:
+def _may_write_over_query(node: fx.Node, memory: Memory) -> bool:
     q = named_arguments(node)["q"]
-    return _takes_the_same_memory(q, node.meta.get("val")) and memory.is_dead_behind(q, node)
+    return takes_the_same_memory(q, node.meta.get("val")) and memory.is_dead_behind(q, node)
 
 
-def _may_write_over_gradient(node: fx.Node, memory: _Memory) -> bool:
+def _may_write_over_gradient(node: fx.Node, memory: Memory) -> bool:
     arguments = named_arguments(node)
     grad_out, gradients = arguments["grad_out"], node.meta.get("val", ())
     return (
         bool(arguments["needs"][0])
         and all(reader.target is operator.getitem for reader in node.users)
-        and _takes_the_same_memory(grad_out, next(iter(gradients), None))
+        and takes_the_same_memory(grad_out, next(iter(gradients), None))
         and memory.is_dead_behind(grad_out, node)
-    )
-
-
-def _takes_the_same_memory(node: fx.Node, new: Any) -> bool:
-    """Whether two tensors are alike, and the first is all that there is in its memory."""
-    old = node.meta.get("val")
-    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
-        return False
-    if old.dtype is not new.dtype or old.device != new.device or old.dim() != new.dim():
-        return False
-    size = old.untyped_storage().nbytes()
-    equal = zip((*old.shape, *old.stride()), (*new.shape, *new.stride()), strict=True)
-    return (
-        all(statically_known_true(one == other) for one, other in equal)
-        and statically_known_true(old.storage_offset() == 0)
-        and statically_known_true(size == old.numel() * old.element_size())
     )
 
 
@@ -156,8 +95,8 @@ def _write_over_query(graph: fx.Graph, node: fx.Node) -> None:
         del arguments[name]
     op = torch.ops.mhf_compiler.multi_head_ffn_over_query.default
     with graph.inserting_before(node):
-        call = _call(graph, node, op, arguments)
-        _replace(node, call, 1)  # behind what the op returns, which is nothing
+        call = call_over(graph, node, op, arguments)
+        replace_by_item(node, call, 1)  # behind what the op returns, which is nothing
     graph.erase_node(node)
 
 
@@ -166,12 +105,13 @@ def _write_over_gradient(graph: fx.Graph, node: fx.Node) -> None:
     op = torch.ops.mhf_compiler.multi_head_ffn_backward_over_gradient.default
     wanted = [i for i, needed in enumerate(arguments["needs"]) if needed]
     with graph.inserting_before(node):
-        call = _call(graph, node, op, arguments)
+        call = call_over(graph, node, op, arguments)
         for reader in list(node.users):
             (_, index) = reader.args
             which = wanted[int(index)]  # type: ignore[arg-type]
             # What is written over comes behind the gradients of all arguments but the queries.
-            _replace(reader, call, len(arguments["needs"]) - 1 if which == 0 else which - 1)
+            item = len(arguments["needs"]) - 1 if which == 0 else which - 1
+            replace_by_item(reader, call, item)
             graph.erase_node(reader)
     graph.erase_node(node)
 
@@ -208,7 +148,7 @@ def _may_add_onto(total: fx.Node, part: fx.Node, node: fx.Node, computed: set[fx
         and onto < node
         and len(onto.users) == 1
         and onto.meta["val"].dtype is part.meta["val"].dtype
-        and _takes_the_same_memory(onto, total.meta["val"])
+        and takes_the_same_memory(onto, total.meta["val"])
     )
 
 
@@ -220,34 +160,11 @@ def _add_onto(graph: fx.Graph, node: fx.Node, part: fx.Node, total: fx.Node) -> 
     arguments |= {"dq": onto, "needs_weight": needs_weight}
     op = torch.ops.mhf_compiler.router_product_backward_onto.default
     with graph.inserting_before(node):
-        call = _call(graph, node, op, arguments)
+        call = call_over(graph, node, op, arguments)
         for reader in _items(node, 1):
-            _replace(reader, call, 0)
+            replace_by_item(reader, call, 0)
             graph.erase_node(reader)
-        result = _replace(total, call, 1)  # what is added to comes behind what is returned
+        result = replace_by_item(total, call, 1)  # what is added to comes behind what is returned
     for old in (total, part, node):
         graph.erase_node(old)
     return result
-
-
-def _call(graph: fx.Graph, old: fx.Node, op: Any, arguments: dict[str, Any]) -> fx.Node:
-    """The functional form of a call of an op that writes to an argument."""
-    call = graph.call_function(auto_functionalized, (op,), arguments)
-    _copy_origin(old, call)
-    set_example(call)
-    return call
-
-
-def _replace(old: fx.Node, call: fx.Node, index: int) -> fx.Node:
-    """Read an item of what a call returns in place of a node."""
-    item = old.graph.call_function(operator.getitem, (call, index))
-    _copy_origin(old, item)
-    item.meta["val"] = old.meta["val"]
-    old.replace_all_uses_with(item)
-    return item
-
-
-def _copy_origin(old: fx.Node, new: fx.Node) -> None:
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node"):
-        if key in old.meta:
-            new.meta[key] = old.meta[key]

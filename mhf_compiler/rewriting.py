@@ -169,7 +169,7 @@ def _runs(product: RouterProduct) -> bool:
         with no_fake_mode():
             trial_run(query.dtype, weight.dtype, shape, query.device, torch.is_grad_enabled())
     except Exception as error:
-        _warn_of_failure("the product before a router", locate(product.output_node), error)
+        warn_of_failure("the product before a router", locate(product.output_node), error)
         return False
     return True
 
@@ -224,12 +224,12 @@ def _objection(judged: _Judged, options: Options) -> Reason | None:
                     tune(judged.workload, cache_folder(), say)
             trial_run(judged.workload)
     except Exception as error:
-        _warn_of_failure("the MH-FFN", site.location, error)
+        warn_of_failure("the MH-FFN", site.location, error)
         return Reason(Kind.KERNEL_FAILED, str(error).splitlines()[0], site.output_node)
     return None
 
 
-def _warn_of_failure(what: str, location: Location | None, error: Exception) -> None:
+def warn_of_failure(what: str, location: Location | None, error: Exception | str) -> None:
     warnings.warn(
         f"the kernel for {what} at {_place(location)} failed; "
         f"it stays in its original spelling: {error}",

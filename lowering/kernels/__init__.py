@@ -6,6 +6,7 @@
     backward_pass.py  dQ and dR; dV; dK and dU: three kernels, each recomputing the hidden units
     hopper_backward.py the same for Hopper, in Gluon
     router_product.py 16-bit queries times a float32 router: an op of its own
+    normed_router.py  the norm of the queries before it, and the weights behind it, in one kernel
     activations.py    the activations and their slopes
     sums.py           sums of products over a loop
     loads.py          tensor descriptors, pointers and masks

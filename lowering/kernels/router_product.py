@@ -108,20 +108,23 @@ def _run_backward(
 
 def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[str, object]]:
     """What the two kernels have in common."""
+    scalars = product_constants(q, weight) | {"BM": _TOKENS}
+    tile = Tile(_TOKENS, scalars["BE"], 4, 2, descriptors=False)
+    return tile, {"W": Operand(weight, weight.stride(), None)}, dict(scalars)
+
+
+def product_constants(q: Tensor, weight: Tensor) -> dict[str, int]:
+    """The sizes and parts that a product is compiled for, by the names of kernel parameters."""
     groups, width, networks = weight.shape
-    columns = max(16, triton.next_power_of_2(networks))
-    tile = Tile(_TOKENS, columns, 4, 2, descriptors=False)
-    scalars: dict[str, object] = {
+    return {
         "E": networks,
         "D": width,
         "HEADS_PER_GROUP": q.shape[2] // groups,
         "Q_PARTS": 1 if q.dtype == torch.bfloat16 else 2,
         "W_PARTS": {torch.float32: 3, torch.float16: 2}.get(weight.dtype, 1),
-        "BM": _TOKENS,
-        "BE": columns,
+        "BE": max(16, triton.next_power_of_2(networks)),
         "BD": min(_COLUMNS, padded_width(width)),
     }
-    return tile, {"W": Operand(weight, weight.stride(), None)}, scalars
 
 
 @triton.jit
@@ -137,26 +140,46 @@ def _rest(x, part):
 
 
 @triton.jit
-def _load(X, strides, b, l, h, c, L, C: tl.constexpr):
+def load_head(X, strides, b, l, h, c, L, C: tl.constexpr):
     """Tokens l and columns c of one head, zero beyond L and C."""
     pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
     return tl.load(pointers, mask=(l < L)[:, None] & (c < C)[None, :], other=0.0)
 
 
 @triton.jit
-def _store(X, value, strides, b, l, h, c, L, C: tl.constexpr):
-    """The counterpart of `_load`; rounds `value` once, to the dtype of X."""
+def store_head(X, value, strides, b, l, h, c, L, C: tl.constexpr):
+    """The counterpart of `load_head`; rounds `value` once, to the dtype of X."""
     pointers = token_pointers(X, strides, b, l[:, None], h, c[None, :])
     value = value.to(X.dtype.element_ty)
     tl.store(pointers, value, mask=(l < L)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def _load_weights(W, strides, g, c, e, D: tl.constexpr, E: tl.constexpr):
+def load_router_weights(W, strides, g, c, e, D: tl.constexpr, E: tl.constexpr):
     """Columns c of one group's weights, the width innermost: [BE, BD]."""
     W += tl.cast(g, tl.int64) * strides[0]
     pointers = W + c.to(tl.int64)[None, :] * strides[1] + e.to(tl.int64)[:, None] * strides[2]
     return tl.load(pointers, mask=(e < E)[:, None] & (c < D)[None, :], other=0.0)
+
+
+@triton.jit
+def exact_product(q, w, Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr):
+    """Some columns of queries [BM, BD] times those of weights [BE, BD], as float32: [BM, BE]."""
+    q0, w0 = _leading(q), _leading(w)
+    # Matrix units cut what they add to a sum they began with: the small products have a sum of
+    # their own, and so has every block of columns.
+    small = tl.zeros((q.shape[0], w.shape[0]), tl.float32)
+    if W_PARTS > 1:
+        w_rest = _rest(w, w0)
+        w1 = _leading(w_rest)
+        if W_PARTS > 2:
+            small = tl.dot(q0, _leading(_rest(w_rest, w1)).T, small)
+        if Q_PARTS > 1:
+            small = tl.dot(_leading(_rest(q, q0)), w1.T, small)
+        small = tl.dot(q0, w1.T, small)
+    if Q_PARTS > 1:
+        small = tl.dot(_leading(_rest(q, q0)), w0.T, small)
+    return tl.dot(q0, w0.T) + small
 
 
 @triton.jit
@@ -177,24 +200,10 @@ def router_kernel(
     out = tl.zeros((BM, BE), tl.float32)
     for c0 in tl.static_range(0, D, BD):
         c = c0 + tl.arange(0, BD)
-        q = _load(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
-        w = _load_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
-        q0, w0 = _leading(q), _leading(w)
-        # Matrix units cut what they add to a sum they began with: the small products have a sum of
-        # their own, and so has every block of columns.
-        small = tl.zeros((BM, BE), tl.float32)
-        if W_PARTS > 1:
-            w_rest = _rest(w, w0)
-            w1 = _leading(w_rest)
-            if W_PARTS > 2:
-                small = tl.dot(q0, _leading(_rest(w_rest, w1)).T, small)
-            if Q_PARTS > 1:
-                small = tl.dot(_leading(_rest(q, q0)), w1.T, small)
-            small = tl.dot(q0, w1.T, small)
-        if Q_PARTS > 1:
-            small = tl.dot(_leading(_rest(q, q0)), w0.T, small)
-        out += tl.dot(q0, w0.T) + small  # [BM, BE]
-    _store(Out, out, Out_strides, b, l, h, e, L, E)
+        q = load_head(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
+        w = load_router_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
+        out += exact_product(q, w, Q_PARTS, W_PARTS)  # [BM, BE]
+    store_head(Out, out, Out_strides, b, l, h, e, L, E)
 
 
 @triton.jit
@@ -222,29 +231,29 @@ def router_backward_kernel(
     e = tl.arange(0, BE)
 
     if dQ is not None:
-        w = _load_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
+        w = load_router_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
         w0 = _leading(w)
         w1 = _leading(_rest(w, w0))
     dw = tl.zeros((BD, BE), tl.float32)
     for tile in tl.range(first, last):
         b = tile // token_tiles
         l = (tile % token_tiles) * BM + tl.arange(0, BM)
-        grad = _load(Grad, Grad_strides, b, l, h, e, L, E)  # [BM, BE]
+        grad = load_head(Grad, Grad_strides, b, l, h, e, L, E)  # [BM, BE]
         g0 = _leading(grad)
         g_rest = _rest(grad, g0)
         g1 = _leading(g_rest)
         if dQ is not None:
             if ONTO:
-                dq = _load(dQ, dQ_strides, b, l, h, c, L, D).to(tl.float32)
+                dq = load_head(dQ, dQ_strides, b, l, h, c, L, D).to(tl.float32)
             else:
                 dq = tl.zeros((BM, BD), tl.float32)
             dq = tl.dot(g1, w0, dq)
             if W_PARTS > 1:
                 dq = tl.dot(g0, w1, dq)
             dq = tl.dot(g0, w0, dq)  # [BM, BD]
-            _store(dQ, dq, dQ_strides, b, l, h, c, L, D)
+            store_head(dQ, dq, dQ_strides, b, l, h, c, L, D)
         if Part is not None:
-            q = _load(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
+            q = load_head(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
             q0 = _leading(q)
             dw = tl.dot(q0.T, _leading(_rest(g_rest, g1)), dw)
             if Q_PARTS > 1:

@@ -24,7 +24,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mhf_compiler.lowering import kernels  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import router_product, splitting  # noqa: E402
+from mhf_compiler.lowering.kernels import (  # noqa: E402
+    normed_router,
+    router_product,
+    splitting,
+)
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
@@ -387,6 +391,61 @@ def test_router_products(
     for binary in driver.loaded:
         assert binary.spilled(tmp_path) == 0, binary.name
         assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
+
+
+def norm_and_route(
+    d: int, dtype: torch.dtype, weights: torch.dtype, tokens_innermost: bool = True
+) -> None:
+    """On memory never read, at the most sub-networks that are taken."""
+    order = (2, 3, 0, 1) if tokens_innermost else (0, 1, 2, 3)
+    r = torch.empty(2, 1024, 16, 32, dtype=dtype).permute(order).contiguous()
+    normed_router.norm_and_route(
+        torch.empty(2, 1024, 16, d, dtype=dtype),
+        torch.empty(d, dtype=weights),
+        torch.empty(16, d, 32, dtype=weights),
+        r.permute([order.index(axis) for axis in range(4)]),
+        norm_eps=1e-6,
+        rounds_first=False,
+        routing="normalised",
+        sum_floor=1e-20,
+        sum_eps=0.0,
+    )
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_norm_and_router(
+    architecture: int,
+    d: int,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    pretend: Pretend,
+    tmp_path: Path,
+) -> None:
+    """In registers; queries are read once, and all memory is met in 16 bytes at a time."""
+    driver = pretend(architecture)
+    norm_and_route(d, dtype, weights)
+    (binary,) = driver.loaded
+    # Ampere's instructions take the parts of both factors from registers.
+    parts = (dtype, weights) == (torch.float16, torch.float32)
+    tight = architecture < 90 and d >= 128 and parts
+    assert binary.spilled(tmp_path) <= (32 if tight else 0)
+    assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
+    threads = 32 * (4 if d <= 128 else 8)
+    stores = 64 * d * 2 / 16 / threads + 64 * 32 * 2 / 16 / threads
+    assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.") == stores
+    assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT")
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_weights_of_a_router_by_tokens(architecture: int, pretend: Pretend, tmp_path: Path) -> None:
+    driver = pretend(architecture)
+    norm_and_route(128, torch.bfloat16, torch.bfloat16, tokens_innermost=False)
+    (binary,) = driver.loaded
+    assert binary.spilled(tmp_path) == 0
+    assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -501,3 +501,107 @@ class TestRouterProduct:
         # Alone, the part was rounded before it could be added.
         torch.testing.assert_close(onto, there + alone, rtol=2e-3, atol=2e-3)
         assert found is not None and found.equal(dw) if needs_weight else found is None
+
+
+@pytest.mark.usefixtures("bfloat16_products", "poison")
+class TestNormAndRoute:
+    """The norm rounds once or twice; the weights are those of the queries that were written."""
+
+    __test__ = INTERPRETING
+
+    def check(
+        self,
+        q: Tensor,
+        norm_weight: Tensor | None,
+        weight: Tensor,
+        r: Tensor,
+        routing: str = "normalised",
+        rounds_first: bool = False,
+        sum_floor: float = 1e-20,
+        sum_eps: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        from mhf_compiler.lowering.kernels import normed_router
+
+        exact = q.double()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
+        if norm_weight is not None:
+            exact = exact * norm_weight.double()
+        normed_router.norm_and_route(
+            q,
+            norm_weight,
+            weight,
+            r,
+            norm_eps=norm_eps,
+            rounds_first=rounds_first,
+            routing=routing,
+            sum_floor=sum_floor,
+            sum_eps=sum_eps,
+        )
+        # The interpreter cuts where a GPU rounds to bfloat16: one unit instead of half of one.
+        unit = 2.0**-7 if q.dtype == torch.bfloat16 else 2.0**-10
+        allowed = unit * (3 if rounds_first else 1)
+        torch.testing.assert_close(q.double(), exact, rtol=allowed, atol=1e-6)
+        wide = weight.double().repeat_interleave(q.shape[2] // weight.shape[0], 0)
+        expected = torch.einsum("blhd,hde->blhe", q.double(), wide)
+        if routing != "none":
+            expected = expected.sigmoid()
+        if routing == "normalised":
+            expected = expected / (expected.sum(-1, keepdim=True).clamp_min(sum_floor) + sum_eps)
+        rounded = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[r.dtype]
+        torch.testing.assert_close(r.double(), expected, rtol=rounded, atol=1e-5)
+
+    @pytest.mark.parametrize("width", [5, 24, 64, 96, 200])
+    @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_matches_the_definition(
+        self, dtype: torch.dtype, weights: torch.dtype, width: int
+    ) -> None:
+        torch.manual_seed(0)
+        q = 3 * torch.randn(2, 70, 2, width)
+        r = torch.full((2, 5, 2, 70), float("nan")).permute(2, 3, 0, 1).to(dtype)
+        weight = torch.randn(2, width, 5) / width**0.5
+        self.check(q.to(dtype), torch.rand(width).to(weights), weight.to(weights), r)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"routing": "none"},
+            {"routing": "sigmoid"},
+            {"sum_floor": 0.0, "sum_eps": 0.5},
+            {"sum_floor": 2.0},
+            {"norm_eps": 0.25},
+            {"rounds_first": True},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("scaled", ["not at all", "alike", "by heads"])
+    def test_other_formulas(self, scaled: str, options: dict) -> None:
+        torch.manual_seed(0)
+        q, weight = torch.randn(1, 33, 4, 8).bfloat16(), torch.randn(2, 8, 17)
+        scale = {"not at all": None, "alike": torch.rand(8), "by heads": torch.rand(4, 8)}[scaled]
+        self.check(q, scale, weight, torch.full((1, 33, 4, 17), float("nan")), **options)
+
+    def test_other_memory_is_not_written(self) -> None:
+        memory = torch.full((2, 40, 3, 30), 7.0).half()
+        inner = (slice(None), slice(1, 39), slice(0, 2), slice(3, 27))
+        memory[inner] = torch.randn(2, 38, 2, 24).half()
+        r = torch.full((2, 40, 2, 6), 7.0)
+        self.check(memory[inner], None, torch.randn(2, 24, 5), r[:, :38, :, :5])
+        memory[inner], r[:, :38, :, :5] = 7.0, 7.0
+        assert memory.eq(7.0).all()
+        assert r.eq(7.0).all()
+
+    def test_what_is_not_a_number_stays_in_its_token(self) -> None:
+        from mhf_compiler.lowering.kernels import normed_router
+
+        q, weight = torch.randn(1, 4, 1, 16).bfloat16(), torch.randn(1, 16, 3)
+        q[0, 1, 0, 5] = float("nan")
+        r = torch.zeros(1, 4, 1, 3)
+        normed_router.norm_and_route(
+            q, None, weight, r,
+            norm_eps=1e-6, rounds_first=False, routing="normalised", sum_floor=0.0, sum_eps=0.0,
+        )  # fmt: skip
+        expected = torch.tensor([False, True, False, False])
+        assert torch.equal(q.isnan().all(-1).flatten(), expected)
+        assert torch.equal(r.isnan().all(-1).flatten(), expected)

@@ -1,0 +1,193 @@
+"""A per-head norm of queries and the weights of their router, by one op over the queries' memory.
+
+In inference the norm, the router's product and what makes weights of its logits each read or write
+as much as the queries or a good part of it, and compute almost nothing. This op reads the queries
+once, writes the normalised ones in their place, and returns the weights in their final dtype.
+
+Nothing calls it by itself: mhf_compiler/norming.py puts it where a graph has all of this and nobody
+else reads what lies in between. It rounds where the graph does: the norm computes in float32 and
+rounds to the queries' dtype, before its weight or behind it, and the product reads what was
+rounded.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import ArgumentError
+from .op import empty_like_in_order
+from .overwriting import ours_alone
+from .router import check_product, product_on_cpu
+
+__all__ = ["ROUTINGS", "trial_run"]
+
+_NAME = "mhf_compiler::norm_and_route"
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+ROUTINGS = ("none", "sigmoid", "normalised")
+
+# In the terms of the arguments, for tokens t, heads h, columns i and sub-networks e:
+#
+#     q[t,h,i] = q[t,h,i] * rsqrt(mean over i of q[t,h,i]^2 + norm_eps) * norm_weight[h,i]
+#     x[t,h,e] = sum over i of q[t,h,i] * weight[g,i,e]
+#     r[t,h,e] = x                                                            "none"
+#              = sigmoid(x)                                                   "sigmoid"
+#              = sigmoid(x) / (max(sum over e of sigmoid(x), sum_floor) + sum_eps)  "normalised"
+#
+# all of it in float32, but that q is rounded to its own dtype behind the norm and, if rounds_first,
+# before norm_weight as well, and r to r_dtype.
+torch.library.define(
+    _NAME,
+    "(Tensor(a!) q, Tensor? norm_weight, Tensor weight, float norm_eps, bool rounds_first, "
+    "str routing, float sum_floor, float sum_eps, ScalarType r_dtype, int[]? out_order=None) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def trial_run(
+    q: torch.dtype,
+    heads: int,
+    norm_weight: tuple[torch.dtype, tuple[int, ...]] | None,
+    weight: tuple[torch.dtype, tuple[int, ...]],
+    constants: tuple[Any, ...],
+    device: torch.device,
+) -> None:
+    """Compile and run the kernel once; nothing on the CPU.
+
+    The two weights are given by dtype and shape, and ``constants`` are what the op takes behind
+    them, up to ``r_dtype``.
+
+    Raises:
+        Exception: whatever the compiler or the launch raised.
+    """
+    if device.type == "cpu":
+        return
+
+    def zeros(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    with torch.no_grad():
+        torch.ops.mhf_compiler.norm_and_route(
+            zeros(q, (1, 1, heads, weight[1][1])),
+            None if norm_weight is None else zeros(*norm_weight),
+            zeros(*weight),
+            *constants,
+        )
+    torch.cuda.synchronize(device)
+
+
+def _check(
+    q: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    routing: str,
+    r_dtype: torch.dtype,
+    out_order: Sequence[int] | None,
+) -> None:
+    check_product(q, weight, out_order)
+    if norm_weight is not None:
+        allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
+        if tuple(norm_weight.shape) not in allowed:
+            raise ArgumentError(
+                f"norm_weight has shape {tuple(norm_weight.shape)}, must have shape (d) or (H, d), "
+                f"here {allowed[0]} or {allowed[1]}"
+            )
+        if norm_weight.dtype not in _WEIGHTS:
+            raise ArgumentError(
+                f"norm_weight is {norm_weight.dtype}, must be float32, bfloat16 or float16"
+            )
+        if norm_weight.device != q.device:
+            raise ArgumentError(
+                f"norm_weight is on {norm_weight.device}, must be on {q.device} as q"
+            )
+    if routing not in ROUTINGS:
+        raise ArgumentError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
+    if r_dtype not in _WEIGHTS:
+        raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {r_dtype}")
+
+
+def _empty_output(
+    q: Tensor, weight: Tensor, r_dtype: torch.dtype, out_order: Sequence[int] | None
+) -> Tensor:
+    return empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
+
+
+@torch.autocast("cpu", enabled=False)
+def _on_cpu(
+    q: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    norm_eps: float,
+    rounds_first: bool,
+    routing: str,
+    sum_floor: float,
+    sum_eps: float,
+    r_dtype: torch.dtype,
+    out_order: Sequence[int] | None = None,
+) -> Tensor:
+    _check(q, norm_weight, weight, routing, r_dtype, out_order)
+    x = q.float()
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm_eps)
+    if norm_weight is not None:
+        x = (x.to(q.dtype) if rounds_first else x).float() * norm_weight.float()
+    q.copy_(x)
+    r = product_on_cpu(q, weight)
+    if routing != "none":
+        r = r.sigmoid()
+    if routing == "normalised":
+        r = r / (r.sum(-1, keepdim=True).clamp_min(sum_floor) + sum_eps)
+    return _empty_output(q, weight, r_dtype, out_order).copy_(r)
+
+
+def _on_cuda(
+    q: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    norm_eps: float,
+    rounds_first: bool,
+    routing: str,
+    sum_floor: float,
+    sum_eps: float,
+    r_dtype: torch.dtype,
+    out_order: Sequence[int] | None = None,
+) -> Tensor:
+    # Triton's kernels, imported by the first call.
+    from .kernels import normed_router as kernels
+
+    _check(q, norm_weight, weight, routing, r_dtype, out_order)
+    r = _empty_output(q, weight, r_dtype, out_order)
+    safe = ours_alone(q, (norm_weight, weight))
+    # A tensor of its own in either case: launches are repeated by which tensor goes where.
+    normed = q.detach() if safe else q.clone()
+    kernels.norm_and_route(
+        normed, norm_weight, weight, r,
+        norm_eps=norm_eps, rounds_first=rounds_first,
+        routing=routing, sum_floor=sum_floor, sum_eps=sum_eps,
+    )  # fmt: skip
+    if not safe:
+        q.copy_(normed)
+    return r
+
+
+torch.library.impl(_NAME, "cpu", _on_cpu)
+torch.library.impl(_NAME, "cuda", _on_cuda)
+
+
+@torch.library.register_fake(_NAME)
+def _fake(
+    q: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    norm_eps: float,
+    rounds_first: bool,
+    routing: str,
+    sum_floor: float,
+    sum_eps: float,
+    r_dtype: torch.dtype,
+    out_order: Sequence[int] | None = None,
+) -> Tensor:
+    _check(q, norm_weight, weight, routing, r_dtype, out_order)
+    return _empty_output(q, weight, r_dtype, out_order)
