@@ -21,11 +21,12 @@ from .op import empty_like_in_order
 from .overwriting import ours_alone
 from .router import check_product, product_on_cpu
 
-__all__ = ["ROUTINGS", "trial_run"]
+__all__ = ["MOST_WIDTH", "ROUTINGS", "trial_run"]
 
 _NAME = "mhf_compiler::norm_and_route"
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
+MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
 ROUTINGS = ("none", "sigmoid", "normalised")
 
 # In the terms of the arguments, for tokens t, heads h, columns i and sub-networks e:
@@ -88,6 +89,8 @@ def _check(
     out_order: Sequence[int] | None,
 ) -> None:
     check_product(q, weight, out_order)
+    if q.shape[3] > MOST_WIDTH:
+        raise ArgumentError(f"q has heads of width {q.shape[3]}, must have at most {MOST_WIDTH}")
     if norm_weight is not None:
         allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
         if tuple(norm_weight.shape) not in allowed:

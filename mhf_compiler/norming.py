@@ -113,9 +113,13 @@ def join_norms(graph: fx.Graph) -> None:
 
 def _read(product: fx.Node, memory: Memory) -> _Site | None:
     """What computes and reads the argument of a router's product, if the op can stand for it."""
+    from .lowering.normed_router import MOST_WIDTH
+
     argument = named_arguments(product)["q"]
     example = _example(argument)
     if example.device.type not in _DEVICES or example.dtype not in _NARROW:
+        return None
+    if not statically_known_true(example.shape[3] <= MOST_WIDTH):
         return None
     views = _views_down_to(argument)
     q = unit_view_of(views[0]) if views else argument

@@ -413,7 +413,7 @@ def norm_and_route(
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("d", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_norm_and_router(
@@ -428,13 +428,9 @@ def test_norm_and_router(
     driver = pretend(architecture)
     norm_and_route(d, dtype, weights)
     (binary,) = driver.loaded
-    # Ampere's instructions take the parts of both factors from registers.
-    parts = (dtype, weights) == (torch.float16, torch.float32)
-    tight = architecture < 90 and d >= 128 and parts
-    assert binary.spilled(tmp_path) <= (32 if tight else 0)
+    assert binary.spilled(tmp_path) == 0
     assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
-    threads = 32 * (4 if d <= 128 else 8)
-    stores = 64 * d * 2 / 16 / threads + 64 * 32 * 2 / 16 / threads
+    stores = 64 * (d + 32) * 2 / 16 / 128  # of 128 threads
     assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.") == stores
     assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT")
 

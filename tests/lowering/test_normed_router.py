@@ -142,6 +142,14 @@ def test_autocast_leaves_it_in_float32():
         ({"routing": "softmax"}, "must be one of none, sigmoid, normalised, got 'softmax'"),
         ({"r_dtype": torch.float64}, "r_dtype must be float32, bfloat16 or float16"),
         ({"out_order": [0, 1, 2, 2]}, "must be a permutation"),
+        (
+            {
+                "q": torch.randn(B, L, H, 136).bfloat16(),
+                "norm_weight": None,
+                "weight": torch.randn(H, 136, E),
+            },
+            "q has heads of width 136, must have at most 128",
+        ),
     ],
 )
 def test_errors_say_what_is_allowed(replaced: dict[str, Any], message: str):

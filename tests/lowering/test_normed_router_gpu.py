@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
+from mhf_compiler.lowering import normed_router
 
 pytestmark = pytest.mark.gpu
 
@@ -68,14 +69,14 @@ def check(given: dict[str, Any]) -> Tensor:
     return r
 
 
-@pytest.mark.parametrize("order", [None, [2, 3, 0, 1], [2, 0, 1, 3]], ids=str)
-@pytest.mark.parametrize("width", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("order", [None, [2, 3, 0, 1]], ids=str)
+@pytest.mark.parametrize("width", [32, 96, normed_router.MOST_WIDTH])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_matches(
     dtype: torch.dtype, weights: torch.dtype, width: int, order: list[int] | None
 ) -> None:
-    for length in (1, 200, 333):
+    for length in (1, 333):
         r = check(make((2, length, 4, width, 22), dtype, weights) | {"out_order": order})
         assert r.permute(order or (0, 1, 2, 3)).is_contiguous()
 
@@ -94,11 +95,14 @@ def test_matches(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("networks", [1, 8, 32])
-def test_other_formulas(replaced: dict[str, Any], networks: int) -> None:
-    check(make((2, 130, 6, 40, networks), torch.bfloat16, torch.float32, 3) | replaced)
+def test_other_formulas(replaced: dict[str, Any]) -> None:
+    check(make((2, 130, 6, 40, 8), torch.bfloat16, torch.float32, 3) | replaced)
+
+
+@pytest.mark.parametrize("networks", [1, 32])
+def test_other_numbers_of_networks(networks: int) -> None:
     by_heads = {"norm_weight": torch.rand(6, 40, device="cuda")}
-    check(make((2, 130, 6, 40, networks), torch.float16, torch.float32, 3) | by_heads | replaced)
+    check(make((2, 130, 6, 40, networks), torch.float16, torch.float32, 3) | by_heads)
 
 
 def test_strided_queries() -> None:

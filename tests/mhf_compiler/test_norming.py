@@ -289,6 +289,14 @@ def test_the_norm_stays(run: Run):
     assert CALL not in infer(run)
 
 
+def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
+    run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
+    monkeypatch.setattr(normed_router, "MOST_WIDTH", d)
+    assert CALL in infer(run)
+    monkeypatch.setattr(normed_router, "MOST_WIDTH", d - 1)
+    assert CALL not in infer(run)
+
+
 def test_two_networks_may_read_what_is_normalised():
     """The last of them writes over it."""
 
