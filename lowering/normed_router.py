@@ -10,7 +10,7 @@ rounds to the queries' dtype, before its weight or behind it, and the product re
 rounded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -112,85 +112,76 @@ def _check(
         raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {r_dtype}")
 
 
-def _empty_output(
-    q: Tensor, weight: Tensor, r_dtype: torch.dtype, out_order: Sequence[int] | None
-) -> Tensor:
-    return empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
+def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
+    """The operator on one device, whose arithmetic is ``compute`` (none: shapes only).
+
+    ``compute`` writes to queries that lie alone, and to the weights of their router.
+    """
+
+    def norm_and_route_on_device(
+        q: Tensor,
+        norm_weight: Tensor | None,
+        weight: Tensor,
+        norm_eps: float,
+        rounds_first: bool,
+        routing: str,
+        sum_floor: float,
+        sum_eps: float,
+        r_dtype: torch.dtype,
+        out_order: Sequence[int] | None = None,
+    ) -> Tensor:
+        _check(q, norm_weight, weight, routing, r_dtype, out_order)
+        r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
+        if compute is None:
+            return r
+        safe = ours_alone(q, (norm_weight, weight))
+        # A tensor of its own in either case: launches are repeated by which tensor goes where.
+        normed = q.detach() if safe else q.clone()
+        compute(
+            normed, norm_weight, weight, r,
+            norm_eps=norm_eps, rounds_first=rounds_first,
+            routing=routing, sum_floor=sum_floor, sum_eps=sum_eps,
+        )  # fmt: skip
+        if not safe:
+            q.copy_(normed)
+        return r
+
+    return norm_and_route_on_device
 
 
 @torch.autocast("cpu", enabled=False)
-def _on_cpu(
+def _compute_on_cpu(
     q: Tensor,
     norm_weight: Tensor | None,
     weight: Tensor,
+    r: Tensor,
+    *,
     norm_eps: float,
     rounds_first: bool,
     routing: str,
     sum_floor: float,
     sum_eps: float,
-    r_dtype: torch.dtype,
-    out_order: Sequence[int] | None = None,
-) -> Tensor:
-    _check(q, norm_weight, weight, routing, r_dtype, out_order)
+) -> None:
     x = q.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm_eps)
     if norm_weight is not None:
         x = (x.to(q.dtype) if rounds_first else x).float() * norm_weight.float()
     q.copy_(x)
-    r = product_on_cpu(q, weight)
+    weights = product_on_cpu(q, weight)
     if routing != "none":
-        r = r.sigmoid()
+        weights = weights.sigmoid()
     if routing == "normalised":
-        r = r / (r.sum(-1, keepdim=True).clamp_min(sum_floor) + sum_eps)
-    return _empty_output(q, weight, r_dtype, out_order).copy_(r)
+        weights = weights / (weights.sum(-1, keepdim=True).clamp_min(sum_floor) + sum_eps)
+    r.copy_(weights)
 
 
-def _on_cuda(
-    q: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    norm_eps: float,
-    rounds_first: bool,
-    routing: str,
-    sum_floor: float,
-    sum_eps: float,
-    r_dtype: torch.dtype,
-    out_order: Sequence[int] | None = None,
-) -> Tensor:
+def _compute_on_cuda(*tensors: Tensor | None, **constants: Any) -> None:
     # Triton's kernels, imported by the first call.
-    from .kernels import normed_router as kernels
+    from .kernels.normed_router import norm_and_route
 
-    _check(q, norm_weight, weight, routing, r_dtype, out_order)
-    r = _empty_output(q, weight, r_dtype, out_order)
-    safe = ours_alone(q, (norm_weight, weight))
-    # A tensor of its own in either case: launches are repeated by which tensor goes where.
-    normed = q.detach() if safe else q.clone()
-    kernels.norm_and_route(
-        normed, norm_weight, weight, r,
-        norm_eps=norm_eps, rounds_first=rounds_first,
-        routing=routing, sum_floor=sum_floor, sum_eps=sum_eps,
-    )  # fmt: skip
-    if not safe:
-        q.copy_(normed)
-    return r
+    norm_and_route(*tensors, **constants)  # type: ignore[arg-type]
 
 
-torch.library.impl(_NAME, "cpu", _on_cpu)
-torch.library.impl(_NAME, "cuda", _on_cuda)
-
-
-@torch.library.register_fake(_NAME)
-def _fake(
-    q: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    norm_eps: float,
-    rounds_first: bool,
-    routing: str,
-    sum_floor: float,
-    sum_eps: float,
-    r_dtype: torch.dtype,
-    out_order: Sequence[int] | None = None,
-) -> Tensor:
-    _check(q, norm_weight, weight, routing, r_dtype, out_order)
-    return _empty_output(q, weight, r_dtype, out_order)
+torch.library.impl(_NAME, "cpu", _operator(_compute_on_cpu))
+torch.library.impl(_NAME, "cuda", _operator(_compute_on_cuda))
+torch.library.register_fake(_NAME, _operator(None))
