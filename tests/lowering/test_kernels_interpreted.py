@@ -551,7 +551,7 @@ class TestNormAndRoute:
         rounded = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[r.dtype]
         torch.testing.assert_close(r.double(), expected, rtol=rounded, atol=1e-5)
 
-    @pytest.mark.parametrize("width", [5, 24, 64, 96, 200])
+    @pytest.mark.parametrize("width", [5, 24, 64, 96, 128])
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_matches_the_definition(
@@ -562,6 +562,32 @@ class TestNormAndRoute:
         r = torch.full((2, 5, 2, 70), float("nan")).permute(2, 3, 0, 1).to(dtype)
         weight = torch.randn(2, width, 5) / width**0.5
         self.check(q.to(dtype), torch.rand(width).to(weights), weight.to(weights), r)
+
+    @pytest.mark.parametrize("processors", [1, 2])
+    def test_a_program_goes_on_to_further_tokens(
+        self, processors: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mhf_compiler.lowering.kernels import normed_router
+
+        monkeypatch.setattr(normed_router, "multiprocessors", lambda device: processors)
+        torch.manual_seed(0)
+        q, weight = torch.randn(2, 170, 3, 24).bfloat16(), torch.randn(3, 24, 5)
+        self.check(q, torch.rand(24), weight, torch.full((2, 170, 3, 5), float("nan")))
+
+    def test_the_operator_runs_the_kernel(self) -> None:
+        """As on a GPU: it passes on what it is given, in the order of the kernel's parameters."""
+        from mhf_compiler.lowering import normed_router
+
+        torch.manual_seed(0)
+        q, scale, weight = torch.randn(1, 9, 2, 8).half(), torch.rand(8), torch.randn(2, 8, 3)
+        constants = (1e-6, True, "normalised", 0.5, 0.25, torch.bfloat16, [2, 3, 0, 1])
+        expected_q = q.clone()
+        expected = torch.ops.mhf_compiler.norm_and_route(expected_q, scale, weight, *constants)
+        r = normed_router._operator(normed_router._compute_on_cuda)(q, scale, weight, *constants)
+        assert r.dtype is expected.dtype
+        assert r.stride() == expected.stride()
+        torch.testing.assert_close(q, expected_q, rtol=2.0**-9, atol=1e-6)
+        torch.testing.assert_close(r, expected, rtol=2.0**-7, atol=1e-3)
 
     @pytest.mark.parametrize(
         "options",

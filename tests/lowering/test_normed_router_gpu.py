@@ -105,6 +105,12 @@ def test_other_numbers_of_networks(networks: int) -> None:
     check(make((2, 130, 6, 40, networks), torch.float16, torch.float32, 3) | by_heads)
 
 
+def test_a_program_goes_on_to_further_tokens() -> None:
+    check(
+        make((2, 8200, 16, 128, 22), torch.bfloat16, torch.bfloat16) | {"out_order": [2, 3, 0, 1]}
+    )
+
+
 def test_strided_queries() -> None:
     given = make((3, 77, 4, 128, 22), torch.bfloat16, torch.bfloat16)
     memory = torch.full((3, 4, 80, 132), 7.0, device="cuda", dtype=torch.bfloat16)
