@@ -296,6 +296,7 @@ def _compute_arguments_once() -> None:
         ops.multi_head_ffn_backward,
         ops.multi_head_ffn_backward_over_gradient,
         ops.router_product_backward,
+        ops.router_product_backward_onto,
     )
     add_needs_realized_inputs([*forward, *backward])
 
@@ -318,6 +319,7 @@ def _overwrite_without_a_copy() -> None:
     for op in (
         ops.multi_head_ffn_over_query,
         ops.multi_head_ffn_backward_over_gradient,
+        ops.router_product_backward_onto,
         ops.norm_and_route,
     ):
         make_fallback(op.default, layout_constraint=in_memory, warn=False)

@@ -100,13 +100,9 @@ class _Site(NamedTuple):
 
 def join_norms(graph: fx.Graph) -> None:
     """Let one op normalise queries and compute the weights of their router."""
-    products = [node for node in graph.nodes if is_call_of(node, "router_product")]
-    if not products:
-        return
-    memory = Memory(graph)
-    # All are read before the first is replaced: new nodes have no place in the graph's memory.
-    sites = [_read(product, memory) for product in products]
-    for site in sites:
+    for product in [node for node in graph.nodes if is_call_of(node, "router_product")]:
+        memory = Memory(graph)  # anew: what one site makes, the next may read
+        site = _read(product, memory)
         if site is not None and _runs(site):
             _replace(graph, site, memory)
 
@@ -378,7 +374,7 @@ def _over_last_dim(node: Any, target: Any) -> fx.Node | None:
 
 def _runs(site: _Site) -> bool:
     """Whether the kernel runs on this machine."""
-    q, weight = _example(site.q), _example(named_arguments(site.product)["weight"])
+    q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
     error = _error_of_trial(
         q.dtype,

@@ -37,7 +37,7 @@ from .replacing import Memory, call_over, is_call_of, replace_by_item, takes_the
 def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
     """Inductor's settings for a graph of Dynamo's, with our passes if the graph has the op.
 
-    What is differentiated keeps its norms.
+    Where gradients are recorded, norms stay: their backward pass reads what they read.
     """
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):

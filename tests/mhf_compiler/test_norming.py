@@ -330,6 +330,86 @@ def test_dimensions_of_one(networks: Any, tokens: tuple[int, int]):
     assert code.count("'normalised', 1e-20, 0.0, torch.") == 2
 
 
+class Plain(nn.Module):
+    """A network of some heads, whose queries others make."""
+
+    def __init__(self, heads: int, width: int = 16) -> None:
+        super().__init__()
+        self.inputs, self.norm = nn.Linear(heads * width, heads * width), nn.RMSNorm(width)
+        self.router = nn.Parameter(torch.randn(heads, width, E) / width**0.5)
+        shape = heads, E, f, width
+        self.gate, self.up = (nn.Parameter(torch.randn(shape) / width**0.5) for _ in range(2))
+        self.down = nn.Parameter(torch.randn(shape) / f**0.5)
+        self.bfloat16()
+
+    def logits(self, q: Tensor) -> Tensor:
+        return torch.einsum("blhd,hde->blhe", q.float(), self.router.float())
+
+    def network(self, q: Tensor, r: Tensor) -> Tensor:
+        return batched(q, self.gate, self.up, self.down, r)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.network(q, self.logits(q).sigmoid())
+
+
+QUERIES: dict[str, tuple[int, tuple[int, ...], Callable[[Plain, Tensor], Tensor]]] = {
+    "one head, of a sequence": (1, (24, 16), lambda m, x: m.norm(m.inputs(x))[None, :, None]),
+    "one head": (1, (2, 24, 16), lambda m, x: m.norm(m.inputs(x))[:, :, None]),
+    "of a sequence": (6, (24, 96), lambda m, x: m.norm(m.inputs(x).view(24, 6, 16))[None]),
+    "of a dimension more": (
+        6,
+        (2, 24, 96),
+        lambda m, x: m.norm(m.inputs(x).view(2, 1, 24, 6, 16)).squeeze(1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("heads", "shape", "queries"), QUERIES.values(), ids=QUERIES)
+def test_a_norm_of_queries_of_another_rank(
+    heads: int,
+    shape: tuple[int, ...],
+    queries: Callable[[Plain, Tensor], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tried: list[Any] = []
+    monkeypatch.setattr(normed_router, "trial_run", lambda *arguments: tried.append(arguments))
+    module, x = Plain(heads), torch.randn(shape).bfloat16()
+    run = lambda x: module(queries(module, x))  # noqa: E731
+    options = {"rewrite": "always", "strict": True}
+    with torch.no_grad(), fresh_cache():
+        found, codes = run_and_get_code(torch.compile(run, backend="flashmhf", options=options), x)
+        right = run(x)
+    assert (found - right).norm() <= 2e-2 * right.norm()
+    assert "\n".join(codes).count(CALL) == 1
+    assert [arguments[1] for arguments in tried] == [heads]
+
+
+def test_another_rank_does_not_fix_the_length():
+    module, x = Plain(6), torch.randn(2, 24, 96).bfloat16()
+    torch._dynamo.mark_dynamic(x, 1)
+    run = lambda x: module(module.norm(module.inputs(x).view(2, 1, -1, 6, 16)).squeeze(1))  # noqa: E731
+    with torch.no_grad(), fresh_cache():
+        torch.compile(run, backend="flashmhf", options={"rewrite": "always"}, fullgraph=True)(x)
+
+
+def test_a_routers_weights_as_another_norms_weight():
+    """What the first call returns takes the place of what the second read."""
+    one, two = Plain(1), Plain(6, width=E)
+    x, y = torch.randn(1, 6, 16).bfloat16(), torch.randn(2, 24, 6 * E).bfloat16()
+
+    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        q = one.norm(one.inputs(x))[:, :, None]
+        r = one.logits(q).view(6, E).sigmoid()
+        other = (scaled(two.inputs(y).view(2, 24, 6, E)) * r).bfloat16()
+        return one.network(q, r[None, :, None]), two(other)
+
+    options = {"rewrite": "always", "strict": True}
+    with torch.no_grad(), fresh_cache():
+        results = torch.compile(run, backend="flashmhf", options=options)(x, y)
+        for found, right in zip(results, run(x, y), strict=True):
+            assert (found - right).norm() <= 2e-2 * right.norm()
+
+
 def test_dynamic_shapes():
     module = MultiHeadFFN(H, d, E, f, batched).bfloat16()
     options = {"rewrite": "always", "strict": True}
