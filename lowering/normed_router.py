@@ -11,7 +11,7 @@ rounded.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,17 @@ _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
 ROUTINGS = ("none", "sigmoid", "normalised")
+
+
+class Formula(NamedTuple):
+    """The constants of the definition below."""
+
+    norm_eps: float
+    rounds_first: bool
+    routing: str
+    sum_floor: float
+    sum_eps: float
+
 
 # In the terms of the arguments, for tokens t, heads h, columns i and sub-networks e:
 #
@@ -137,11 +148,8 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
         safe = ours_alone(q, (norm_weight, weight))
         # A tensor of its own in either case: launches are repeated by which tensor goes where.
         normed = q.detach() if safe else q.clone()
-        compute(
-            normed, norm_weight, weight, r,
-            norm_eps=norm_eps, rounds_first=rounds_first,
-            routing=routing, sum_floor=sum_floor, sum_eps=sum_eps,
-        )  # fmt: skip
+        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps)
+        compute(normed, norm_weight, weight, r, formula)
         if not safe:
             q.copy_(normed)
         return r
@@ -151,35 +159,29 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
 
 @torch.autocast("cpu", enabled=False)
 def _compute_on_cpu(
-    q: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    r: Tensor,
-    *,
-    norm_eps: float,
-    rounds_first: bool,
-    routing: str,
-    sum_floor: float,
-    sum_eps: float,
+    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
 ) -> None:
     x = q.float()
-    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm_eps)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + formula.norm_eps)
     if norm_weight is not None:
-        x = (x.to(q.dtype) if rounds_first else x).float() * norm_weight.float()
+        x = (x.to(q.dtype) if formula.rounds_first else x).float() * norm_weight.float()
     q.copy_(x)
     weights = product_on_cpu(q, weight)
-    if routing != "none":
+    if formula.routing != "none":
         weights = weights.sigmoid()
-    if routing == "normalised":
-        weights = weights / (weights.sum(-1, keepdim=True).clamp_min(sum_floor) + sum_eps)
+    if formula.routing == "normalised":
+        total = weights.sum(-1, keepdim=True).clamp_min(formula.sum_floor)
+        weights = weights / (total + formula.sum_eps)
     r.copy_(weights)
 
 
-def _compute_on_cuda(*tensors: Tensor | None, **constants: Any) -> None:
+def _compute_on_cuda(
+    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
+) -> None:
     # Triton's kernels, imported by the first call.
     from .kernels.normed_router import norm_and_route
 
-    norm_and_route(*tensors, **constants)  # type: ignore[arg-type]
+    norm_and_route(q, norm_weight, weight, r, formula)
 
 
 torch.library.impl(_NAME, "cpu", _operator(_compute_on_cpu))

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..normed_router import Formula
 from .launching import launch, multiprocessors, repeat
 from .loads import Operand, token_axes
 from .router_product import (
@@ -30,16 +31,7 @@ _PROGRAMS = 4  # on each multiprocessor: as many as have room for their register
 
 
 def norm_and_route(
-    q: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    r: Tensor,
-    *,
-    norm_eps: float,
-    rounds_first: bool,
-    routing: str,
-    sum_floor: float,
-    sum_eps: float,
+    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
 ) -> None:
     """Normalise `q` (B, L, H, d) where it lies, and write the weights to `r` (B, L, H, E)."""
     if q.numel() == 0:
@@ -58,21 +50,16 @@ def norm_and_route(
             "B": axes.batch,
             "H": q.shape[2],
             "L": axes.length,
-            "NORM_EPS": norm_eps,
-            "ROUNDS_FIRST": rounds_first,
-            "ROUTING": routing,
-            "SUM_FLOOR": sum_floor,
-            "SUM_EPS": sum_eps,
             "BM": _TOKENS,
         }
+        scalars |= {name.upper(): constant for name, constant in formula._asdict().items()}
         heads = q.shape[2]
         tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
         programs = heads * min(tiles, max(1, _PROGRAMS * multiprocessors(q.device) // heads))
         tile = Tile(_TOKENS, constants["BE"], 4, 2, descriptors=False)
         launch(norm_and_route_kernel, programs, tile, q.device, operands, scalars)
 
-    what = ("norm and route", norm_eps, rounds_first, routing, sum_floor, sum_eps)
-    repeat(what, (q, norm_weight, weight, r), run)
+    repeat(("norm and route", formula), (q, norm_weight, weight, r), run)
 
 
 def _strides_by_head(norm_weight: Tensor | None) -> tuple[int, ...] | None:

@@ -29,6 +29,7 @@ from mhf_compiler.lowering.kernels import (  # noqa: E402
     router_product,
     splitting,
 )
+from mhf_compiler.lowering.normed_router import Formula  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
@@ -404,11 +405,7 @@ def norm_and_route(
         torch.empty(d, dtype=weights),
         torch.empty(16, d, 32, dtype=weights),
         r.permute([order.index(axis) for axis in range(4)]),
-        norm_eps=1e-6,
-        rounds_first=False,
-        routing="normalised",
-        sum_floor=1e-20,
-        sum_eps=0.0,
+        Formula(1e-6, False, "normalised", 1e-20, 0.0),
     )
 
 

@@ -522,22 +522,14 @@ class TestNormAndRoute:
         norm_eps: float = 1e-6,
     ) -> None:
         from mhf_compiler.lowering.kernels import normed_router
+        from mhf_compiler.lowering.normed_router import Formula
 
         exact = q.double()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
         if norm_weight is not None:
             exact = exact * norm_weight.double()
-        normed_router.norm_and_route(
-            q,
-            norm_weight,
-            weight,
-            r,
-            norm_eps=norm_eps,
-            rounds_first=rounds_first,
-            routing=routing,
-            sum_floor=sum_floor,
-            sum_eps=sum_eps,
-        )
+        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps)
+        normed_router.norm_and_route(q, norm_weight, weight, r, formula)
         # The interpreter cuts where a GPU rounds to bfloat16: one unit instead of half of one.
         unit = 2.0**-7 if q.dtype == torch.bfloat16 else 2.0**-10
         allowed = unit * (3 if rounds_first else 1)
@@ -620,14 +612,13 @@ class TestNormAndRoute:
 
     def test_what_is_not_a_number_stays_in_its_token(self) -> None:
         from mhf_compiler.lowering.kernels import normed_router
+        from mhf_compiler.lowering.normed_router import Formula
 
         q, weight = torch.randn(1, 4, 1, 16).bfloat16(), torch.randn(1, 16, 3)
         q[0, 1, 0, 5] = float("nan")
         r = torch.zeros(1, 4, 1, 3)
-        normed_router.norm_and_route(
-            q, None, weight, r,
-            norm_eps=1e-6, rounds_first=False, routing="normalised", sum_floor=0.0, sum_eps=0.0,
-        )  # fmt: skip
+        formula = Formula(1e-6, False, "normalised", 0.0, 0.0)
+        normed_router.norm_and_route(q, None, weight, r, formula)
         expected = torch.tensor([False, True, False, False])
         assert torch.equal(q.isnan().all(-1).flatten(), expected)
         assert torch.equal(r.isnan().all(-1).flatten(), expected)
