@@ -8,7 +8,8 @@ share that accumulator.
 Hidden units beyond F meet zero rows of V, and tokens beyond L are not stored: neither needs a mask.
 
 Few tokens make few tiles, and then the weights have to be streamed by more programs than that: each
-tile's hidden units are cut in parts, one program each (splitting.py).
+tile's hidden units are cut in parts, one program each (splitting.py). These kernels take some
+microseconds, so their launches overlap with what runs before and behind them.
 """
 
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .launching import Problem, launch
+from .launching import Problem, early_launch, launch
 from .loads import (
     Operand,
     bias_operand,
@@ -57,6 +58,7 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
         "Part": Operand(partial, None, None),
     }
     scalars = problem.scalars(axes, tile) | {"PARTS": split.parts}
+    scalars |= early_launch(out.device, partial is not None)
     launch(forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
     if partial is not None:
         add_parts(partial, out, axes, split, tiles, problem.out_scale)
@@ -74,9 +76,11 @@ def forward_kernel(
     APPROXIMATE: tl.constexpr, PRECISION: tl.constexpr, COMPENSATED: tl.constexpr,
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     V_layout: tl.constexpr, R_layout: tl.constexpr, Out_layout: tl.constexpr,
-    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Out, or with Part the partial sums of every tile's PARTS parts: [.., BM, D] in float32."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     # Token tiles fastest: programs that run together read the same head's weights from L2.
     token_tiles = tl.cdiv(L, BM)
     program = tl.program_id(0)
@@ -100,6 +104,8 @@ def forward_kernel(
     for i in tl.range(first, last):
         e = i // F_TILES
         f0 = (i % F_TILES) * BF
+        if R is not None:  # first, so that it arrives while the products run
+            r = load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]  # [BM, 1]
         k = load_weights(K, K_strides, g, e, f0, F, D, BF, BD, K_layout)  # [BF, BD]
         m = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BF]
         if K_SCALE != 1.0:
@@ -115,10 +121,10 @@ def forward_kernel(
             if U_bias is not None:
                 n += load_bias(U_bias, U_bias_strides, g, e, f0, F, BF)[None, :]
             if R is not None:
-                n *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
+                n *= r
             a *= n
         elif R is not None:
-            a *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
+            a *= r
         v = load_weights(V, V_strides, g, e, f0, F, D, BF, BD, V_layout)
         acc, carry = add_product(acc, carry, a.to(v.dtype), v, COMPENSATED, PRECISION)  # [BM, BD]
 
@@ -128,6 +134,8 @@ def forward_kernel(
             if R is not None:
                 v_bias *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
             acc += v_bias
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     if Part is not None:
         rows = tl.arange(0, BM)
         c = tl.arange(0, BD)

@@ -84,6 +84,17 @@ def allows_approximation(dtype: torch.dtype) -> bool:
     return dtype.itemsize == 2 and torch.version.hip is None and not interpreted()
 
 
+def early_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
+    """What launches a kernel while the one before it still runs, if `wanted` and possible there.
+
+    Such a kernel (programmatic dependent launch) calls `gdc_wait` in all of its programs before it
+    touches memory: it returns when everything before the kernel has ended and can be seen. With
+    `gdc_launch_dependents` it lets the next kernel start in the same way.
+    """
+    early = wanted and not interpreted() and capability(device)[0] >= 9
+    return {"EARLY": early} | ({"launch_pdl": True} if early else {})
+
+
 def launch(
     kernel: Any,
     programs: int,

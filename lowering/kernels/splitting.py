@@ -22,13 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import capability, interpreted, launch
+from .launching import early_launch, launch
 from .loads import Operand, TokenAxes, token_pointers
 from .tiles import Tile
 
 _MOST_TOGETHER = 128  # parts that a program of the second kernel loads at once; more take turns
-_WARPS = 8  # of such a program
-_LOADED = 32 * _WARPS * 16  # values that it loads: of more for each thread, some wait for others
+_LOADED = 32 * 32  # values that its one warp loads: of more for each thread, some wait for others
 
 
 class Split(NamedTuple):
@@ -77,8 +76,6 @@ def add_parts(
         "Part": Operand(partial, None, None),
         "Out": Operand(out, axes.strides(out), None),
     }
-    # Started while the first kernel still runs, it waits for that one's results only.
-    early = not interpreted() and capability(out.device)[0] >= 9
     scalars = {
         "FIRST_TILE": split.whole,
         "PARTS": split.parts,
@@ -89,13 +86,11 @@ def add_parts(
         "BM": tokens,
         "TOGETHER": together,
         "ELEMENTS": elements,
-        "EARLY": early,
     }
-    if early:
-        scalars["launch_pdl"] = True
+    scalars |= early_launch(out.device)
     shares = triton.cdiv(min(tokens, axes.length) * width, elements)
     programs = (tiles - split.whole) * shares
-    block = Tile(tokens, 1, _WARPS, 1, False)
+    block = Tile(tokens, 1, 1, 1, False)
     launch(add_parts_kernel, programs, block, out.device, operands, scalars)
 
 
@@ -107,8 +102,6 @@ def add_parts_kernel(
     TOGETHER: tl.constexpr, ELEMENTS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Part holds, for each cut tile, the sums of its parts one after the other: [BM, D] each."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     shares = tl.cdiv(tl.minimum(BM, L) * D, ELEMENTS)  # of a tile
     cut = tl.program_id(0) // shares
     tile = FIRST_TILE + cut
@@ -118,7 +111,12 @@ def add_parts_kernel(
     h = tile // token_tiles // B
 
     here = tl.program_id(0) % shares * ELEMENTS + tl.arange(0, ELEMENTS)
+    l = l0 + here // D
+    pointers = token_pointers(Out, Out_strides, b, l, h, here % D)
     Part += cut.to(tl.int64) * PARTS * (BM * D)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros((ELEMENTS,), tl.float32)
     for first in tl.range(0, PARTS, TOGETHER):
         part = first + tl.arange(0, TOGETHER)
@@ -126,6 +124,4 @@ def add_parts_kernel(
         there = tl.minimum(part, PARTS - 1) * (BM * D)
         values = tl.load(Part + there[:, None] + here[None, :])  # [TOGETHER, ELEMENTS]
         total += tl.sum(tl.where((part < PARTS)[:, None], values, 0.0), 0)
-    l = l0 + here // D
-    pointers = token_pointers(Out, Out_strides, b, l, h, here % D)
     tl.store(pointers, (total * SCALE).to(Out.dtype.element_ty), mask=l < L)

@@ -24,11 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mhf_compiler.lowering import kernels  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import (  # noqa: E402
-    normed_router,
-    router_product,
-    splitting,
-)
+from mhf_compiler.lowering.kernels import launching, normed_router, router_product  # noqa: E402
 from mhf_compiler.lowering.normed_router import Formula  # noqa: E402
 
 pytestmark = [
@@ -129,7 +125,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     def of(architecture: int) -> PretendedDriver:
         driver = PretendedDriver(architecture)
         triton.runtime.driver.set_active(driver)
-        for module in (kernels, router_product, splitting):
+        for module in (kernels, launching, router_product):
             monkeypatch.setattr(module, "capability", lambda device: divmod(architecture, 10))
         return driver
 
@@ -325,8 +321,36 @@ def test_parts_are_added_without_waiting(
     assert binary.spilled(tmp_path) == 0
     code = binary.code(tmp_path)
     loads = re.findall(r"(@!?U?P\d+ +)?LDG\.E\.128", code)
-    assert loads == [""] * 4  # of 4 values each, none of which hangs on a mask
+    assert loads == [""] * 8  # of 4 values each, none of which hangs on a mask
+    assert "BAR.SYNC" not in code
     assert code.index("ACQBULK") < code.index("LDG")
+
+
+@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize(
+    "options", [{"tokens": 1}, {"tokens": 64}, {"tokens": 64, "d": 20}], ids=str
+)
+def test_an_early_launch_waits_before_it_reads(
+    architecture: int, options: dict[str, object], compile_all: Compile, tmp_path: Path
+) -> None:
+    """What the kernel before it writes, or reads of the memory that it will write, comes first."""
+    code = compile_all(architecture, backward=False, **options)["forward_kernel"].code(tmp_path)
+    accesses = [match.start() for match in re.finditer(r"\b(LDG|STG|UTMALDG|LDGSTS)\b", code)]
+    assert code.index("ACQBULK") < accesses[0]
+    assert code.index("PREEXIT") < accesses[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens": 64}, {"d": 20}], ids=str)
+def test_other_launches_wait_for_all_before_them(
+    options: dict[str, object], compile_all: Compile, tmp_path: Path
+) -> None:
+    """None before Hopper can be early, and none of many tokens is."""
+    binaries = compile_all(80, backward=False, **options)
+    if "tokens" not in options:
+        binaries |= compile_all(90, backward=False, **options)
+        binaries.pop("add_parts_kernel", None)
+    for name, binary in binaries.items():
+        assert "ACQBULK" not in binary.code(tmp_path), name
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
