@@ -140,7 +140,7 @@ def _proved(
         not real(width) <= of_query & of_weight
         or real(order) != named
         or not real(of_query | of_weight) <= named | width
-        or not tokens
+        or not (tokens or site.query.shape[:2] == (1, 1))
         or not all(isinstance(axis.size, int) for axis in (*width, *heads, *networks))
         or root.memory_order() is None
     ):

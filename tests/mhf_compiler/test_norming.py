@@ -319,7 +319,7 @@ def test_the_models_of_the_benchmarks(networks: Any):
     assert ("'normalised', 1e-20, 0.0, torch.float32" in code) == (networks is loop)
 
 
-@pytest.mark.parametrize("tokens", [(1, 16), (1, 9), (3, 1)])
+@pytest.mark.parametrize("tokens", [(1, 16), (1, 9), (3, 1), (1, 1)])
 @pytest.mark.parametrize("networks", [batched, loop])
 def test_dimensions_of_one(networks: Any, tokens: tuple[int, int]):
     """A single sequence, and a decoding step: the op sees views without such a dimension."""

@@ -1,5 +1,6 @@
 """Products of widened queries before a router: which are taken, and which stay as they are."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ class Network(nn.Module):
         return torch.einsum("blhef,hefd,blhe->blhd", hidden, self.down, r).flatten(2)
 
 
-def products(route: Router) -> list[RouterProduct]:
+def products(route: Router, tokens: tuple[int, int] = (B, L)) -> list[RouterProduct]:
     found: list[RouterProduct] = []
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -54,7 +55,7 @@ def products(route: Router) -> list[RouterProduct]:
         return gm.forward
 
     model = Network(route)
-    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(B, L, H * d).bfloat16())
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(*tokens, H * d).bfloat16())
     return found
 
 
@@ -72,7 +73,7 @@ def matmul(m: nn.Module, q: Tensor) -> Tensor:
 
 def bmm(m: nn.Module, q: Tensor) -> Tensor:
     rows = q.to(torch.float32).flatten(0, 1).transpose(0, 1)  # (H, B L, d)
-    return torch.bmm(rows, m.per_head).transpose(0, 1).unflatten(0, (B, L)).sigmoid()
+    return torch.bmm(rows, m.per_head).transpose(0, 1).unflatten(0, q.shape[:2]).sigmoid()
 
 
 def cast_afterwards(m: nn.Module, q: Tensor) -> Tensor:
@@ -108,6 +109,16 @@ def test_spellings_of_one_product(route: Router):
     assert product.weight.shape == (H, d, E)
     assert product.query.value.dtype is torch.bfloat16
     assert product.bias is None
+
+
+@pytest.mark.parametrize("route", PER_HEAD)
+@pytest.mark.parametrize("tokens", [(1, 1), (1, L), (B, 1)], ids=str)
+def test_few_tokens(route: Router, tokens: tuple[int, int]):
+    """Down to the one of a decoding step, which leaves no axis of tokens."""
+    (product,) = products(route, tokens)
+    assert math.prod(product.query.shape[:2]) == math.prod(tokens)
+    assert product.query.shape[2:] == (H, d)
+    assert product.weight.shape == (H, d, E)
 
 
 def test_narrow_weights_are_read_as_they_are():
@@ -207,6 +218,12 @@ def static(m: nn.Module, q: Tensor) -> Tensor:
     return m.per_head.sum(1).sigmoid().expand(B, L, H, E)
 
 
+def static_product(m: nn.Module, q: Tensor) -> Tensor:
+    """It reads no tokens."""
+    prompt = (m.gate[:, 0, :, 0] * 2).float()
+    return torch.einsum("hd,hde->he", prompt, m.per_head).sigmoid().expand(B, L, H, E)
+
+
 @pytest.mark.parametrize(
     "route",
     [
@@ -224,6 +241,7 @@ def static(m: nn.Module, q: Tensor) -> Tensor:
         narrow_weights_of_wide_tokens,
         head_by_head,
         static,
+        static_product,
     ],
 )
 def test_other_products_stay(route: Router):
