@@ -140,6 +140,8 @@ def forward_kernel(
         rows = tl.arange(0, BM)
         c = tl.arange(0, BD)
         mask = (l0 + rows < L)[:, None] & (c < D)[None, :]
-        tl.store(Part + rows[:, None] * D + c[None, :], acc, mask=mask)
+        # Weights that stream through the cache would push them out to memory before they are added.
+        pointers = Part + rows[:, None] * D + c[None, :]
+        tl.store(pointers, acc, mask=mask, eviction_policy="evict_last")
     else:
         store_tokens(Out, acc * OUT_SCALE, Out_strides, b, l0, h, L, D, BM, BD, Out_layout)

@@ -116,7 +116,6 @@ def add_parts_kernel(
     Part += cut.to(tl.int64) * PARTS * (BM * D)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros((ELEMENTS,), tl.float32)
     for first in tl.range(0, PARTS, TOGETHER):
         part = first + tl.arange(0, TOGETHER)

@@ -148,7 +148,7 @@ def test_what_is_not_a_number_stays_in_its_token() -> None:
 
 
 @pytest.mark.parametrize("networks", [batched, loop])
-@pytest.mark.parametrize("tokens", [(2, 512), (1, 304), (8, 1)])
+@pytest.mark.parametrize("tokens", [(2, 512), (1, 304), (8, 1), (1, 1)])
 def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
     """Multiples of 8 tokens: Inductor may pad other products, and then the queries are a part."""
     torch.manual_seed(0)
