@@ -429,12 +429,17 @@ def _bias(X, strides, g, e, f0, F: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.co
     return gl.load(X + f * strides[2], mask=f < F, other=0.0).to(gl.float32).expand_dims(0)
 
 
+@gluon.constexpr_function
+def _is_bfloat16(X):
+    return X is not None and X.dtype.element_ty == gl.bfloat16
+
+
 @gluon.jit
 def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
               F: gl.constexpr, F_TILES: gl.constexpr, ACTIVATION: gl.constexpr,
               K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
               HALVED: gl.constexpr, GATED: gl.constexpr, BF: gl.constexpr,
-              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr):  # fmt: skip
+              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr, TRAILING: gl.constexpr):  # fmt: skip
     """R act(m) n for hidden tile i, ready to be multiplied by V: [64, BF]."""
     R, K_bias, U_bias, _, _, _ = operands
     R_strides, K_bias_strides, U_bias_strides, _ = strides
@@ -453,9 +458,13 @@ def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
         a = m * activate(m, "tanh", APPROXIMATE) + m
     else:
         a = activate(m, ACTIVATION, APPROXIMATE)
+    # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
+    # which has the exponents of float32, that costs a second rounding and no range.
+    PAIRED: gl.constexpr = not TRAILING and dtype == gl.bfloat16 and _is_bfloat16(R)
     if R is not None:
         r = gl.load(r_row + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0)
-        a *= r.to(gl.float32).expand_dims(1)
+        if not PAIRED:
+            a *= r.to(gl.float32).expand_dims(1)
     if GATED:
         n = gl.convert_layout(n, HIDDEN)
         if U_SCALE != 1.0:
@@ -463,7 +472,10 @@ def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
         if U_bias is not None:
             n += _bias(U_bias, U_bias_strides, g, e, f0, F, BF, HIDDEN)
         a *= n
-    return gl.convert_layout(a.to(dtype), A_OPERAND)
+    a = a.to(dtype)
+    if PAIRED:
+        a *= r.expand_dims(1)
+    return gl.convert_layout(a, A_OPERAND)
 
 
 @gluon.jit
@@ -523,7 +535,7 @@ def _consume(
             mn = warpgroup_mma_wait(0, [mn])
             a = _activate(mn, first, g, r_row, inside, operands, strides, dtype, F, F_TILES,
                           ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                          BF, HIDDEN, A_OPERAND)  # fmt: skip
+                          BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
             for i in range(first + 1, last):
                 trailing = slot
                 trailing_lap = lap
@@ -539,7 +551,7 @@ def _consume(
                 mn = warpgroup_mma_wait(1, [mn])
                 a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
                               ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                              BF, HIDDEN, A_OPERAND)  # fmt: skip
+                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(trailing), count=1)
             mbarrier.wait(v_full.index(slot), lap)
@@ -556,7 +568,7 @@ def _consume(
                 mn = warpgroup_mma_wait(0, [mn])
                 a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
                               ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                              BF, HIDDEN, A_OPERAND)  # fmt: skip
+                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
                 mbarrier.wait(v_full.index(slot), lap)
                 acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
                 mbarrier.arrive(empty.index(slot), count=1)

@@ -156,6 +156,7 @@ def launch_all(
     activation: str = "silu",
     gated: bool = True,
     routed: bool = True,
+    router: torch.dtype = torch.float32,
     biased: bool = False,
     by_columns: bool = False,
     backward: bool = True,
@@ -176,7 +177,7 @@ def launch_all(
         weight(),
         weight() if gated else None,
         weight(),
-        torch.empty(1, tokens, heads, 22) if routed else None,
+        torch.empty(1, tokens, heads, 22, dtype=router) if routed else None,
         bias(f),
         bias(f) if gated else None,
         bias(d),
@@ -308,6 +309,20 @@ def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: P
     assert binary.count(tmp_path, "HGMMA")
     # One wait each for the projections and for the rest of a turn; more were serialised products.
     assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+
+
+@pytest.mark.parametrize("d", [16, 64])
+def test_narrow_heads_meet_the_router_in_pairs(
+    d: int, compile_all: Compile, tmp_path: Path
+) -> None:
+    """Their activations are what takes time: two elements to a multiplication."""
+    counts = []
+    for router in (torch.float32, torch.bfloat16):
+        binary = compile_all(90, d=d, router=router, backward=False)["hopper_forward_kernel"]
+        assert binary.spilled(tmp_path) == 0
+        counts.append([binary.count(tmp_path, rf"\b{name}\b") for name in ("FMUL", "HMUL2")])
+    (singles, pairs), (fewer, more) = counts
+    assert singles - fewer == 2 * (more - pairs) > 0
 
 
 @pytest.mark.parametrize("architecture", [90, 100])
