@@ -30,9 +30,9 @@ _AT_ONCE = ("multi_head_ffn", "router_product")
 
 
 def is_call_of(node: fx.Node, *names: str) -> bool:
-    """Whether a node calls one of our ops."""
-    ops = torch.ops.mhf_compiler
-    return any(node.target in (op, op.default) for op in (getattr(ops, name) for name in names))
+    """Whether a node calls one of our ops, which are defined when the first site is found."""
+    found = (getattr(torch.ops.mhf_compiler, name, None) for name in names)
+    return any(node.target in (op, op.default) for op in found if op is not None)
 
 
 def _writes(node: fx.Node) -> bool:

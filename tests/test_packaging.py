@@ -58,6 +58,36 @@ def test_loading_the_entry_point_leaves_recogniser_and_kernels_alone() -> None:
     assert {"mhf_compiler.patterns", "mhf_compiler.lowering"}.isdisjoint(modules)
 
 
+NO_SITE = """
+import torch
+from torch import nn
+
+class SwiGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+for model, rewrite, fallback in (
+    (nn.Linear(8, 8), "auto", "inductor"),
+    (SwiGLU(), "always", "aot_eager"),
+    (SwiGLU(), "never", "eager"),
+):
+    options = {"rewrite": rewrite, "fallback": fallback, "strict": True}
+    compiled = torch.compile(model, backend="flashmhf", options=options, fullgraph=True)
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+"""
+
+
+def test_a_process_that_never_meets_a_site() -> None:
+    """It needs neither the op, which is not defined then, nor its kernels."""
+    assert "mhf_compiler.lowering" not in modules_after(NO_SITE)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, since setuptools would take stale files from a `build` folder."""

@@ -88,9 +88,9 @@ def early_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
     """What launches a kernel while the one before it still runs, if `wanted` and possible there.
 
     Such a kernel (programmatic dependent launch) calls `gdc_wait` in all of its programs before it
-    touches memory: it returns when everything before the kernel has ended and can be seen. With
-    `gdc_launch_dependents` it lets the next kernel start before it ends itself, if that one is
-    launched so.
+    touches memory: it returns when the kernel before it has ended and its results can be seen, with
+    those of all that this one had waited for. With `gdc_launch_dependents` it lets the next kernel
+    start before it ends itself, if that one is launched so.
     """
     early = wanted and not interpreted() and capability(device)[0] >= 9
     return {"EARLY": early} | ({"launch_pdl": True} if early else {})
