@@ -56,7 +56,7 @@ def flashmhf(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    config = with_reuse(gm, inductor_config(parsed))
+    config = with_reuse(gm, inductor_config(parsed), strict=parsed.strict)
     return compile_graph(parsed.fallback, gm, example_inputs, config)
 
 

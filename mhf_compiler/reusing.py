@@ -23,18 +23,22 @@ parts are only read to be added, the router's backward pass adds its own to the 
 from __future__ import annotations
 
 import operator
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
 from . import compat, norming, replacing
-from .compat import named_arguments, with_pass
+from .compat import counters, named_arguments, with_pass
 from .norming import join_norms
 from .replacing import Memory, call_over, is_call_of, replace_by_item, takes_the_same_memory
+from .rewriting import MhfCompilerWarning
 
 
-def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
+def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> dict[str, Any]:
     """Inductor's settings for a graph of Dynamo's, with our passes if the graph has the op.
 
     Where gradients are recorded, norms stay: their backward pass reads what they read.
@@ -46,14 +50,31 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any]) -> dict[str, Any]:
 
     files = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
     if torch.is_grad_enabled():
-        return with_pass(config, reuse_memory, files)
+        return with_pass(config, partial(_run, [reuse_memory], strict), files)
     more = (norming.__file__, normed_router.__file__)
-    return with_pass(config, _join_norms_and_reuse_memory, (*files, *more))
+    # In this order: the queries that were normalised are dead behind the op, too.
+    return with_pass(config, partial(_run, [join_norms, reuse_memory], strict), (*files, *more))
 
 
-def _join_norms_and_reuse_memory(graph: fx.Graph) -> None:
-    join_norms(graph)  # the normalised queries are dead behind the op, too
-    reuse_memory(graph)
+def _run(passes: Sequence[Callable[[fx.Graph], None]], strict: bool, graph: fx.Graph) -> None:
+    """Run all passes; where one fails, leave the graph as it was and warn, or raise if told so."""
+    before = fx.Graph()
+    before.output(before.graph_copy(graph, {}))
+    try:
+        for run in passes:
+            run(graph)
+    except Exception as error:
+        if strict:
+            raise
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        graph.output(graph.graph_copy(before, {}))
+        counters["flashmhf"]["failures"] += 1
+        warnings.warn(
+            f"memory is not reused, since a pass failed: {type(error).__name__}: {error}",
+            MhfCompilerWarning,
+            stacklevel=2,
+        )
 
 
 def reuse_memory(graph: fx.Graph) -> None:

@@ -1,6 +1,7 @@
 """Where compiled graphs write the op's results over what it read, and where they must not."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
+from mhf_compiler import reusing
 from mhf_compiler.compat import counters
 from mhf_compiler.reusing import with_reuse
+from mhf_compiler.rewriting import MhfCompilerWarning
 
 B, L, H, E, d, f = 2, 8, 4, 2, 8, 16
 OVER_QUERY = "multi_head_ffn_over_query.default("
@@ -397,7 +400,7 @@ def test_what_was_compiled_is_found_again():
 
 def test_a_graph_without_the_op_is_inductors_alone():
     config: dict[str, Any] = {"max_autotune": False}
-    assert with_reuse(torch.fx.symbolic_trace(nn.Linear(3, 3)), config) is config
+    assert with_reuse(torch.fx.symbolic_trace(nn.Linear(3, 3)), config, strict=True) is config
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
@@ -412,3 +415,35 @@ def test_other_fallbacks_write_nothing_over(fallback: str):
     module, x = Network(), torch.randn(B, L, H * d)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ffn, fallback=fallback)(module, x), ffn(module, x))
+
+
+# A pass that fails.
+
+
+def fails_behind(run: Callable[[torch.fx.Graph], None], graph: torch.fx.Graph) -> None:
+    run(graph)
+    raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("name", ["reuse_memory", "join_norms"])
+def test_a_graph_whose_pass_fails_stays_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reusing, name, partial(fails_behind, reusing.reuse_memory))
+    with pytest.warns(MhfCompilerWarning, match="RuntimeError: no more"):
+        code = infer(ffn, strict=False)
+    assert ELSEWHERE in code
+    assert OVER_QUERY not in code
+    assert counters["flashmhf"]["failures"] == 1
+
+
+def test_graphs_for_training_stay_as_they_were(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reusing, "reuse_memory", partial(fails_behind, reusing.reuse_memory))
+    with pytest.warns(MhfCompilerWarning, match="RuntimeError: no more"):
+        code = train(ffn, strict=False)
+    assert GRADIENT_ELSEWHERE in code
+    assert OVER_GRADIENT not in code
+
+
+def test_a_pass_that_fails_raises_if_told_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reusing, "reuse_memory", partial(fails_behind, reusing.reuse_memory))
+    with pytest.raises(Exception, match="no more"):
+        infer(ffn)
