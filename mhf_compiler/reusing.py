@@ -59,7 +59,7 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
 def _run(passes: Sequence[Callable[[fx.Graph], None]], strict: bool, graph: fx.Graph) -> None:
     """Run all passes; where one fails, leave the graph as it was and warn, or raise if told so."""
     before = fx.Graph()
-    before.output(before.graph_copy(graph, {}))
+    _copy(graph, before)
     try:
         for run in passes:
             run(graph)
@@ -68,13 +68,19 @@ def _run(passes: Sequence[Callable[[fx.Graph], None]], strict: bool, graph: fx.G
             raise
         for node in reversed(graph.nodes):
             graph.erase_node(node)
-        graph.output(graph.graph_copy(before, {}))
+        _copy(before, graph)
         counters["flashmhf"]["failures"] += 1
         warnings.warn(
             f"memory is not reused, since a pass failed: {type(error).__name__}: {error}",
             MhfCompilerWarning,
             stacklevel=2,
         )
+
+
+def _copy(graph: fx.Graph, empty: fx.Graph) -> None:
+    """Copy all of a graph: what Inductor has to keep of its results stands at the output."""
+    output = empty.output(empty.graph_copy(graph, {}))
+    output.meta.update(graph.output_node().meta)
 
 
 def reuse_memory(graph: fx.Graph) -> None:

@@ -435,6 +435,23 @@ def test_a_graph_whose_pass_fails_stays_as_it_was(name: str, monkeypatch: pytest
     assert counters["flashmhf"]["failures"] == 1
 
 
+def test_what_is_known_of_nodes_stays_as_well():
+    """Inductor notes the strides that results must have at the output node."""
+    graph = torch.fx.symbolic_trace(lambda x: (x.sin().cos(), x)).graph
+    for number, node in enumerate(graph.nodes):
+        node.meta["number"] = number
+
+    def fails(graph: torch.fx.Graph) -> None:
+        list(graph.nodes)[1].target = "exp"
+        raise RuntimeError("no more")
+
+    with pytest.warns(MhfCompilerWarning):
+        reusing._run([fails], False, graph)
+    graph.lint()
+    assert [node.target for node in graph.nodes] == ["x", "sin", "cos", "output"]
+    assert [node.meta["number"] for node in graph.nodes] == [0, 1, 2, 3]
+
+
 def test_graphs_for_training_stay_as_they_were(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reusing, "reuse_memory", partial(fails_behind, reusing.reuse_memory))
     with pytest.warns(MhfCompilerWarning, match="RuntimeError: no more"):
