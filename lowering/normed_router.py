@@ -2,54 +2,28 @@
 
 In inference the norm, the router's product and what makes weights of its logits each read or write
 as much as the queries or a good part of it, and compute almost nothing. This op reads the queries
-once, writes the normalised ones in their place, and returns the weights in their final dtype.
+once, writes the normalised ones in their place, and returns the weights in their final dtype
+(routing.py says which).
 
 Nothing calls it by itself: mhf_compiler/norming.py puts it where a graph has all of this and nobody
-else reads what lies in between. It rounds where the graph does: the norm computes in float32 and
-rounds to the queries' dtype, before its weight or behind it, and the product reads what was
-rounded.
+else reads what lies in between.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
 from .op import empty_like_in_order
 from .overwriting import ours_alone
 from .router import check_product, product_on_cpu
+from .routing import Formula, NormedRouter
 
-__all__ = ["MOST_WIDTH", "ROUTINGS", "trial_run"]
+__all__ = ["norm_and_route_on_cpu", "trial_run"]
 
 _NAME = "mhf_compiler::norm_and_route"
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
-MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
-ROUTINGS = ("none", "sigmoid", "normalised")
-
-
-class Formula(NamedTuple):
-    """The constants of the definition below."""
-
-    norm_eps: float
-    rounds_first: bool
-    routing: str
-    sum_floor: float
-    sum_eps: float
-
-
-# In the terms of the arguments, for tokens t, heads h, columns i and sub-networks e:
-#
-#     q[t,h,i] = q[t,h,i] * rsqrt(mean over i of q[t,h,i]^2 + norm_eps) * norm_weight[h,i]
-#     x[t,h,e] = sum over i of q[t,h,i] * weight[g,i,e]
-#     r[t,h,e] = x                                                            "none"
-#              = sigmoid(x)                                                   "sigmoid"
-#              = sigmoid(x) / (max(sum over e of sigmoid(x), sum_floor) + sum_eps)  "normalised"
-#
-# all of it in float32, but that q is rounded to its own dtype behind the norm and, if rounds_first,
-# before norm_weight as well, and r to r_dtype.
 torch.library.define(
     _NAME,
     "(Tensor(a!) q, Tensor? norm_weight, Tensor weight, float norm_eps, bool rounds_first, "
@@ -91,38 +65,6 @@ def trial_run(
     torch.cuda.synchronize(device)
 
 
-def _check(
-    q: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    routing: str,
-    r_dtype: torch.dtype,
-    out_order: Sequence[int] | None,
-) -> None:
-    check_product(q, weight, out_order)
-    if q.shape[3] > MOST_WIDTH:
-        raise ArgumentError(f"q has heads of width {q.shape[3]}, must have at most {MOST_WIDTH}")
-    if norm_weight is not None:
-        allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
-        if tuple(norm_weight.shape) not in allowed:
-            raise ArgumentError(
-                f"norm_weight has shape {tuple(norm_weight.shape)}, must have shape (d) or (H, d), "
-                f"here {allowed[0]} or {allowed[1]}"
-            )
-        if norm_weight.dtype not in _WEIGHTS:
-            raise ArgumentError(
-                f"norm_weight is {norm_weight.dtype}, must be float32, bfloat16 or float16"
-            )
-        if norm_weight.device != q.device:
-            raise ArgumentError(
-                f"norm_weight is on {norm_weight.device}, must be on {q.device} as q"
-            )
-    if routing not in ROUTINGS:
-        raise ArgumentError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
-    if r_dtype not in _WEIGHTS:
-        raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {r_dtype}")
-
-
 def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
     """The operator on one device, whose arithmetic is ``compute`` (none: shapes only).
 
@@ -141,15 +83,17 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
         r_dtype: torch.dtype,
         out_order: Sequence[int] | None = None,
     ) -> Tensor:
-        _check(q, norm_weight, weight, routing, r_dtype, out_order)
+        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r_dtype)
+        router = NormedRouter(norm_weight, weight, formula)
+        router.check(q)
+        check_product(q, weight, out_order)
         r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
         if compute is None:
             return r
         safe = ours_alone(q, (norm_weight, weight))
         # A tensor of its own in either case: launches are repeated by which tensor goes where.
         normed = q.detach() if safe else q.clone()
-        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps)
-        compute(normed, norm_weight, weight, r, formula)
+        compute(normed, router, r)
         if not safe:
             q.copy_(normed)
         return r
@@ -158,9 +102,9 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
 
 
 @torch.autocast("cpu", enabled=False)
-def _compute_on_cpu(
-    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
-) -> None:
+def norm_and_route_on_cpu(q: Tensor, router: NormedRouter, r: Tensor) -> None:
+    """Normalise ``q`` (B, L, H, d) where it lies, and write the weights to ``r`` (B, L, H, E)."""
+    norm_weight, weight, formula = router
     x = q.float()
     x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + formula.norm_eps)
     if norm_weight is not None:
@@ -175,15 +119,13 @@ def _compute_on_cpu(
     r.copy_(weights)
 
 
-def _compute_on_cuda(
-    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
-) -> None:
+def _compute_on_cuda(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     # Triton's kernels, imported by the first call.
     from .kernels.normed_router import norm_and_route
 
-    norm_and_route(q, norm_weight, weight, r, formula)
+    norm_and_route(q, router, r)
 
 
-torch.library.impl(_NAME, "cpu", _operator(_compute_on_cpu))
+torch.library.impl(_NAME, "cpu", _operator(norm_and_route_on_cpu))
 torch.library.impl(_NAME, "cuda", _operator(_compute_on_cuda))
 torch.library.register_fake(_NAME, _operator(None))

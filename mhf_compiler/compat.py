@@ -289,6 +289,7 @@ def _compute_arguments_once() -> None:
     forward = (
         ops.multi_head_ffn,
         ops.multi_head_ffn_over_query,
+        ops.normed_multi_head_ffn_over_query,
         ops.router_product,
         ops.norm_and_route,
     )
@@ -321,6 +322,7 @@ def _overwrite_without_a_copy() -> None:
         ops.multi_head_ffn_backward_over_gradient,
         ops.router_product_backward_onto,
         ops.norm_and_route,
+        ops.normed_multi_head_ffn_over_query,
     ):
         make_fallback(op.default, layout_constraint=in_memory, warn=False)
 

@@ -43,9 +43,11 @@ from .replacing import (
     is_call_of,
     item_of,
     replace_by_item,
+    replace_with_views,
     takes_the_same_memory,
     unit_view_of,
     viewed,
+    views_down_to,
 )
 from .rewriting import warn_of_failure
 
@@ -109,7 +111,7 @@ def join_norms(graph: fx.Graph) -> None:
 
 def _read(product: fx.Node, memory: Memory) -> _Site | None:
     """What computes and reads the argument of a router's product, if the op can stand for it."""
-    from .lowering.normed_router import MOST_WIDTH
+    from .lowering.routing import MOST_WIDTH
 
     argument = named_arguments(product)["q"]
     example = _example(argument)
@@ -117,7 +119,7 @@ def _read(product: fx.Node, memory: Memory) -> _Site | None:
         return None
     if not statically_known_true(example.shape[3] <= MOST_WIDTH):
         return None
-    views = _views_down_to(argument)
+    views = views_down_to(argument)
     q = unit_view_of(views[0]) if views else argument
     assert q is not None
     readers = _readers(q)
@@ -133,16 +135,6 @@ def _read(product: fx.Node, memory: Memory) -> _Site | None:
         return None
     routing = list(_routings_of(product))[-1]
     return _Site(q, views, list(dict.fromkeys(seen for _, seen in readers)), product, norm, routing)
-
-
-def _views_down_to(node: fx.Node) -> list[fx.Node]:
-    """The chain of views that drop and add dimensions of one, of which a node is the last."""
-    chain: list[fx.Node] = []
-    source: fx.Node | None = node
-    while source is not None and (above := unit_view_of(source)) is not None:
-        chain.insert(0, source)
-        source = above
-    return chain
 
 
 def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -245,7 +237,7 @@ def _routings_of(product: fx.Node) -> Iterator[_Routing]:
     if len(readers) != 1:
         return
     ((_, logits),) = readers  # perhaps a view of them
-    views = tuple(_views_down_to(logits))
+    views = tuple(views_down_to(logits))
     last = _Routing(logits, views, inside=(product, *views[:-1]))
     for longer in _activations(last):
         if _lies_alike(longer.result, logits):
@@ -418,11 +410,11 @@ def _replace(graph: fx.Graph, site: _Site, memory: Memory) -> None:
         arguments |= {"out_order": product["out_order"]}
         call = call_over(graph, site.product, op, arguments)
         r = viewed(item_of(site.product, call, 0), routing.views)
-        routing.result.replace_all_uses_with(r)
+        replace_with_views(routing.result, r)
         for seen in site.seen:
             replace_by_item(seen, call, 1)  # behind what the op returns
     replaced = {*norm.inside, site.q, *site.seen, *routing.inside, routing.result, site.product}
     for seen in site.seen:
-        replaced |= {*_views_down_to(seen)}
+        replaced |= {*views_down_to(seen)}
     for node in sorted(replaced, key=memory.position.__getitem__, reverse=True):
         graph.erase_node(node)

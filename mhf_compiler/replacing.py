@@ -1,8 +1,8 @@
 """What lies where in a differentiated graph, and calls of ops that write to an argument.
 
 This is what the passes share that run just before Inductor decides what is written in place:
-norming.py and reusing.py. They put such calls in the functional form that PyTorch has for them:
-where Inductor finds another reader in the graph, it copies.
+norming.py, reusing.py and joining.py. They put such calls in the functional form that PyTorch has
+for them: where Inductor finds another reader in the graph, it copies.
 """
 
 from __future__ import annotations
@@ -112,6 +112,16 @@ def unit_view_of(view: fx.Node) -> fx.Node | None:
     return source if alike else None
 
 
+def views_down_to(node: fx.Node) -> list[fx.Node]:
+    """The chain of such views, of which a node is the last."""
+    chain: list[fx.Node] = []
+    source: fx.Node | None = node
+    while source is not None and (above := unit_view_of(source)) is not None:
+        chain.insert(0, source)
+        source = above
+    return chain
+
+
 def _places(x: torch.Tensor) -> list[Any]:
     """What tells where numbers lie: sizes and strides beside those of one, and where they begin.
 
@@ -160,6 +170,19 @@ def item_of(old: fx.Node, call: fx.Node, index: int) -> fx.Node:
     _copy_origin(old, item)
     item.meta["val"] = call.meta["val"][index]
     return item
+
+
+def replace_with_views(old: fx.Node, new: fx.Node) -> None:
+    """Read another node in place of one, and note that its views lie in other memory now."""
+    views, seen = [], [old]
+    while seen:
+        node = seen.pop(0)
+        found = [reader for reader in node.users if unit_view_of(reader) is node]
+        views += found
+        seen += found
+    old.replace_all_uses_with(new)
+    for view in views:
+        set_example(view)
 
 
 def viewed(node: fx.Node, views: Sequence[fx.Node]) -> fx.Node:

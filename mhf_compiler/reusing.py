@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, norming, replacing
+from . import compat, joining, norming, replacing
 from .compat import counters, named_arguments, with_pass
+from .joining import join_networks
 from .norming import join_norms
 from .replacing import Memory, call_over, is_call_of, replace_by_item, takes_the_same_memory
 from .rewriting import MhfCompilerWarning
@@ -46,14 +47,15 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
         return config
-    from .lowering import normed_router, overwriting
+    from .lowering import normed_network, normed_router, overwriting, routing
 
     files = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
     if torch.is_grad_enabled():
         return with_pass(config, partial(_run, [reuse_memory], strict), files)
-    more = (norming.__file__, normed_router.__file__)
     # In this order: the queries that were normalised are dead behind the op, too.
-    return with_pass(config, partial(_run, [join_norms, reuse_memory], strict), (*files, *more))
+    passes = [join_norms, reuse_memory, join_networks]
+    more = [norming.__file__, joining.__file__, normed_router.__file__, normed_network.__file__]
+    return with_pass(config, partial(_run, passes, strict), (*files, *more, routing.__file__))
 
 
 def _run(passes: Sequence[Callable[[fx.Graph], None]], strict: bool, graph: fx.Graph) -> None:

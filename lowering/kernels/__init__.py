@@ -7,6 +7,7 @@
     hopper_backward.py the same for Hopper, in Gluon
     router_product.py 16-bit queries times a float32 router: an op of its own
     normed_router.py  the norm of the queries before it, and the weights behind it, in one kernel
+    hopper_routing.py the same inside of hopper_forward.py
     activations.py    the activations and their slopes
     sums.py           sums of products over a loop
     loads.py          tensor descriptors, pointers and masks
@@ -23,20 +24,31 @@ and no order of addition depends on scheduling: equal inputs give equal bits.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from ..routing import NormedRouter
 from . import tuned
 from .backward_pass import run_down, run_down_bias, run_query, run_up
 from .forward_pass import run_forward
 from .launching import Problem, capability, interpreted, repeat
 from .loads import token_axes, tokens_innermost
-from .tiles import Kernel, Row, Tile, choose, choose_pipelined, choose_streamed
+from .normed_router import run_norm_and_route
+from .tiles import (
+    Kernel,
+    Row,
+    Tile,
+    choose,
+    choose_pipelined,
+    choose_routing,
+    choose_streamed,
+)
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "normed_forward"]
 
 
 def forward(
@@ -66,11 +78,41 @@ def forward(
         q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
     )
 
-    def run() -> None:
-        if not run_hopper("forward", problem, out):
-            _run_plain("forward", problem, lambda tile: run_forward(problem, out, tile))
-
+    run = partial(_run_forward, problem, out)
     repeat(("forward", *problem[8:]), (*problem[:8], out), run)
+
+
+def normed_forward(
+    q: Tensor,
+    router: NormedRouter,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    *,
+    activation: str,
+    k_scale: float = 1.0,
+    u_scale: float = 1.0,
+    out_scale: float = 1.0,
+) -> None:
+    """Write to `q` (B, L, H, d) the output for its normalised tokens, routed by `router`.
+
+    Hopper's kernel does it all, where it takes the problem. Elsewhere q is overwritten twice.
+    """
+    if q.numel() == 0:
+        return
+    problem = Problem(q, k, u, v, None, None, None, None, activation, k_scale, u_scale, out_scale)
+
+    def run() -> None:
+        if _run_pipelined(problem, q, router):
+            return
+        shape = (q.shape[2], router.weight.shape[2], *q.shape[:2])
+        r = torch.empty(shape, dtype=router.formula.r_dtype, device=q.device)
+        r = r.permute(2, 3, 0, 1)  # (B, L, H, E), the tokens side by side
+        run_norm_and_route(q, router, r)
+        _run_forward(problem._replace(r=r), q)
+
+    norm_weight, weight, formula = router
+    repeat(("normed forward", formula, *problem[8:]), (q, norm_weight, weight, k, u, v), run)
 
 
 def backward(
@@ -148,6 +190,12 @@ def _run_backward(
         _run_plain("query", problem, lambda tile: run_query(problem, grad_out, dq, dr, tile))
 
 
+def _run_forward(problem: Problem, out: Tensor) -> None:
+    """Fill `out` by the fastest kernel that takes the problem."""
+    if not run_hopper("forward", problem, out):
+        _run_plain("forward", problem, lambda tile: run_forward(problem, out, tile))
+
+
 def run_hopper(kernel: Kernel, problem: Problem, *tensors: Tensor | None) -> bool:
     """Run Hopper's own kernel on its tensors, as the plain one takes them, if it takes them too."""
     if kernel == "forward":
@@ -192,16 +240,22 @@ def _run_plain(kernel: Kernel, problem: Problem, run: Callable[[Tile], None]) ->
         run(_tile(kernel, problem))  # it was timed on tensors whose layout takes less room
 
 
-def _run_pipelined(problem: Problem, out: Tensor) -> bool:
-    """Run Hopper's own forward kernel, if the problem and the device suit it."""
+def _run_pipelined(problem: Problem, out: Tensor, router: NormedRouter | None = None) -> bool:
+    """Run Hopper's own forward kernel, if the problem and the device suit it.
+
+    With a router, it normalises the queries first and computes their R, which is not in `problem`.
+    """
     batch, length, _, width = problem.q.shape
-    tile = choose_pipelined(
-        tokens=batch * length,
-        hidden=problem.k.shape[2],
-        width=width,
-        itemsize=problem.q.element_size(),
-        capability=capability(problem.q.device),
-    )
+    sizes: dict[str, Any] = {
+        "tokens": batch * length,
+        "hidden": problem.k.shape[2],
+        "width": width,
+        "capability": capability(problem.q.device),
+    }
+    if router is None:
+        tile = choose_pipelined(itemsize=problem.q.element_size(), **sizes)
+    else:
+        tile = choose_routing(dtype=problem.q.dtype, gated=problem.u is not None, **sizes)
     if tile is None or interpreted():
         return False
     # Imported by the first call that may need it: other devices need not have Gluon.
@@ -210,7 +264,7 @@ def _run_pipelined(problem: Problem, out: Tensor) -> bool:
     planned = plan(problem, out, tile)
     if planned is None:
         return False
-    run_hopper_forward(problem, out, planned)
+    run_hopper_forward(problem, out, planned, router)
     return True
 
 

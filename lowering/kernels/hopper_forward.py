@@ -45,7 +45,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..routing import NormedRouter
 from .activations import activate
+from .hopper_routing import (
+    Routing,
+    load_router,
+    normed_queries,
+    route,
+    router_logits,
+    router_tiles,
+    routing_operands,
+)
 from .launching import Problem, launch, multiprocessors
 from .loads import (
     Operand,
@@ -108,8 +118,10 @@ def plan(problem: Problem, out: Tensor, tile: PipelinedTile) -> Plan | None:
     return Plan(axes, operands, tile)
 
 
-def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
-    """Fill `out` (B, L, H, d)."""
+def run_hopper_forward(
+    problem: Problem, out: Tensor, plan: Plan, router: NormedRouter | None = None
+) -> None:
+    """Fill `out` (B, L, H, d); with a router, for the queries that it normalises and routes."""
     axes, operands, tile = plan
     networks, hidden = problem.k.shape[1:3]
     rows = tile.consumers * _TOKENS
@@ -138,6 +150,8 @@ def run_hopper_forward(problem: Problem, out: Tensor, plan: Plan) -> None:
         "TRAILING": tile.trailing,
     }
     operands = operands | {"Part": Operand(partial, None, None)}
+    operands |= routing_operands(router)
+    scalars["ROUTING"] = None if router is None else Routing.of(router, problem.q.shape[2])
     programs = min(programs, split.pieces(tiles))
     launch(hopper_forward_kernel, programs, block, out.device, operands, scalars)
     if partial is not None:
@@ -179,9 +193,10 @@ def _shared_layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLay
 
 @gluon.jit(do_not_specialize=["TILES", "WHOLE", "PARTS"])
 def hopper_forward_kernel(
-    Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part,
+    Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part, N, W,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,
+    N_strides, W_strides,
     B, L, TILES, WHOLE, PARTS,
     E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
     ACTIVATION: gl.constexpr,
@@ -191,6 +206,7 @@ def hopper_forward_kernel(
     BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
+    ROUTING: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype
     BLOCKS: gl.constexpr = (D + 63) // 64
@@ -218,11 +234,15 @@ def hopper_forward_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
 
-    memory = (q_tiles, out_tiles, ku_ring, v_ring)
+    if ROUTING is None:
+        memory = (q_tiles, out_tiles, ku_ring, v_ring, None)
+    else:
+        r_tiles = router_tiles(ROUTING, CONSUMERS)
+        memory = (q_tiles, out_tiles, ku_ring, v_ring, r_tiles)
     barriers = (q_full, q_empty, ku_full, v_full, empty)
     work = (B, L, TILES, WHOLE, PARTS)
-    operands = (R, K_bias, U_bias, V_bias, Out, Part)
-    strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides)
+    operands = (R, K_bias, U_bias, V_bias, Out, Part, N)
+    strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides, N_strides)
     # Constants stay constants only where they are written out.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -230,14 +250,16 @@ def hopper_forward_kernel(
                 (_consume, (
                     0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
                 (_consume, (
                     1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
                 (_produce, (
-                    Q, K, U, V, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
+                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
@@ -248,18 +270,21 @@ def hopper_forward_kernel(
                 (_consume, (
                     0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
                 (_consume, (
                     1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
                 (_consume, (
                     2, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
                     ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING)),
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
                 (_produce, (
-                    Q, K, U, V, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES)),
+                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
@@ -293,13 +318,14 @@ def _pieces(work):
 
 @gluon.jit
 def _produce(
-    Q, K, U, V, memory, barriers, work,
+    Q, K, U, V, W, memory, barriers, work,
     E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
     K_layout: gl.constexpr, V_layout: gl.constexpr,
     BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    ROUTING: gl.constexpr,
 ):  # fmt: skip
     """One warp: keeps the ring full, and loads the next tile's Q as soon as its place is free."""
-    q_tiles, _, ku_ring, v_ring = memory
+    q_tiles, _, ku_ring, v_ring, _ = memory
     q_full, q_empty, ku_full, v_full, empty = barriers
     F_TILES: gl.constexpr = (F + BF - 1) // BF
     BLOCKS: gl.constexpr = (D + 63) // 64
@@ -318,6 +344,14 @@ def _produce(
                 q_tile = q_tiles.index(c * (BD // 64) + j)
                 tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
+        if ROUTING is not None:  # a turn of its own, in which nobody waits for V
+            mbarrier.wait(empty.index(slot), lap)
+            load_router(W, h, ku_ring, ku_full.index(slot), slot, ROUTING, BLOCKS, STAGES)
+            mbarrier.arrive(v_full.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
         for i in range(first, last):
             e = i // F_TILES
             f0 = i % F_TILES * BF
@@ -429,20 +463,32 @@ def _bias(X, strides, g, e, f0, F: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.co
     return gl.load(X + f * strides[2], mask=f < F, other=0.0).to(gl.float32).expand_dims(0)
 
 
-@gluon.constexpr_function
-def _is_bfloat16(X):
-    return X is not None and X.dtype.element_ty == gl.bfloat16
+@gluon.jit
+def _router_weights(i, router, F_TILES: gl.constexpr, CONSUMER: gl.constexpr,
+                    LAYOUT: gl.constexpr):  # fmt: skip
+    """R of a consumer's tokens for hidden tile i, ones where there is none: [64].
+
+    To be called before the products of the tile, so that it is there when they are.
+    """
+    R_row, step, inside, r_tiles = router
+    e = i // F_TILES
+    if r_tiles is not None:
+        return r_tiles.index(CONSUMER * 32 + e).load(LAYOUT)
+    elif R_row is not None:
+        return gl.load(R_row + gl.cast(e, gl.int64) * step, mask=inside, other=0.0)
+    else:
+        return gl.full([64], 1.0, gl.float32, LAYOUT)
 
 
 @gluon.jit
-def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
+def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr,
               F: gl.constexpr, F_TILES: gl.constexpr, ACTIVATION: gl.constexpr,
               K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
               HALVED: gl.constexpr, GATED: gl.constexpr, BF: gl.constexpr,
               HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr, TRAILING: gl.constexpr):  # fmt: skip
     """R act(m) n for hidden tile i, ready to be multiplied by V: [64, BF]."""
-    R, K_bias, U_bias, _, _, _ = operands
-    R_strides, K_bias_strides, U_bias_strides, _ = strides
+    _, K_bias, U_bias, _, _, _, _ = operands
+    _, K_bias_strides, U_bias_strides, _, _ = strides
     e = i // F_TILES
     f0 = i % F_TILES * BF
     if GATED:
@@ -460,11 +506,9 @@ def _activate(mn, i, g, r_row, inside, operands, strides, dtype: gl.constexpr,
         a = activate(m, ACTIVATION, APPROXIMATE)
     # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
     # which has the exponents of float32, that costs a second rounding and no range.
-    PAIRED: gl.constexpr = not TRAILING and dtype == gl.bfloat16 and _is_bfloat16(R)
-    if R is not None:
-        r = gl.load(r_row + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0)
-        if not PAIRED:
-            a *= r.to(gl.float32).expand_dims(1)
+    PAIRED: gl.constexpr = not TRAILING and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
+    if not PAIRED:
+        a *= r.to(gl.float32).expand_dims(1)
     if GATED:
         n = gl.convert_layout(n, HIDDEN)
         if U_SCALE != 1.0:
@@ -488,11 +532,12 @@ def _consume(
     BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
+    ROUTING: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 tokens of each of the program's tiles."""
-    R, _, _, V_bias, Out, Part = operands
-    R_strides, _, _, V_bias_strides = strides
-    q_tiles, out_tiles, ku_ring, v_ring = memory
+    R, _, _, V_bias, Out, Part, N = operands
+    R_strides, _, _, V_bias_strides, N_strides = strides
+    q_tiles, out_tiles, ku_ring, v_ring, r_tiles = memory
     q_full, q_empty, ku_full, v_full, empty = barriers
     _, L, _, WHOLE, _ = work
     dtype: gl.constexpr = q_tiles.dtype
@@ -504,6 +549,7 @@ def _consume(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     Q_OPERAND: gl.constexpr = gl.DotOperandLayout(0, PROJECTED, 2)
     A_OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(1, HIDDEN)
     nothing = gl.zeros([64, PAIR * BF], gl.float32, PROJECTED)
     rows = CONSUMER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HIDDEN))
     slot = 0
@@ -516,24 +562,41 @@ def _consume(
         if R is not None:
             r_row = R + (gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2])
             r_row += (l0 + rows).to(gl.int64) * R_strides[1]
+            router = (r_row, R_strides[3], inside, r_tiles)
         else:
-            r_row = None
+            router = (R, 0, inside, r_tiles)
         mbarrier.wait(q_full.index(CONSUMER), turn)
         turn ^= 1
-        q = _queries(
-            q_tiles, CONSUMER * (BD // 64), BLOCKS, HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND
-        )
+        if ROUTING is None:
+            q = _queries(
+                q_tiles, CONSUMER * (BD // 64), BLOCKS, HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND
+            )
+        else:
+            q = normed_queries(
+                q_tiles, CONSUMER * (BD // 64), N, N_strides, h, D, BLOCKS, ROUTING,
+                HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND,
+            )  # fmt: skip
         if Q_IN_REGISTERS:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        elif HALVED:
+        elif HALVED or ROUTING is not None:
             fence_async_shared()
 
+        if ROUTING is not None:
+            mbarrier.wait(ku_full.index(slot), lap)
+            logits = router_logits(q, ku_ring, slot, ROUTING, HALVED, BLOCKS, LAST, STAGES)
+            route(logits, r_tiles, CONSUMER, CONSUMERS, E, ROUTING)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
         acc = gl.zeros([64, BD], gl.float32, OUTPUT)
         if TRAILING:
             mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
                           BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+            r = _router_weights(first, router, F_TILES, CONSUMER, R_LAYOUT)
             mn = warpgroup_mma_wait(0, [mn])
-            a = _activate(mn, first, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+            a = _activate(mn, first, g, r, operands, strides, dtype, F, F_TILES,
                           ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
                           BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
             for i in range(first + 1, last):
@@ -543,13 +606,14 @@ def _consume(
                 if slot == STAGES:
                     slot = 0
                     lap ^= 1
+                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
                 mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
                               BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
                 mbarrier.wait(v_full.index(trailing), trailing_lap)
                 v = _value(v_ring, trailing, BF, BD, V_layout)
                 acc = warpgroup_mma(a, v, acc, is_async=True)
                 mn = warpgroup_mma_wait(1, [mn])
-                a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
                               ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
                               BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
                 acc = warpgroup_mma_wait(0, [acc])
@@ -563,10 +627,11 @@ def _consume(
                 lap ^= 1
         else:
             for i in range(first, last):
+                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
                 mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
                               BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
                 mn = warpgroup_mma_wait(0, [mn])
-                a = _activate(mn, i, g, r_row, inside, operands, strides, dtype, F, F_TILES,
+                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
                               ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
                               BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
                 mbarrier.wait(v_full.index(slot), lap)
@@ -580,12 +645,9 @@ def _consume(
         if V_bias is not None:
             for e in range(0, gl.where(first == 0, E, 0)):  # once for each tile
                 bias = _bias(V_bias, V_bias_strides, g, e, 0, D, BD, OUTPUT)
-                if R is not None:
-                    r = gl.load(r_row + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0)
-                    r = gl.convert_layout(r.to(gl.float32), gl.SliceLayout(1, OUTPUT))
-                    acc += r.expand_dims(1) * bias
-                else:
-                    acc += bias
+                weight = _router_weights(e, router, 1, CONSUMER, R_LAYOUT).to(gl.float32)
+                weight = gl.convert_layout(weight, gl.SliceLayout(1, OUTPUT))
+                acc += weight.expand_dims(1) * bias
         if piece < WHOLE:
             out_tile = out_tiles.index(CONSUMER)
             tma.store_wait(0)  # the last tile has left its place

@@ -147,6 +147,12 @@ def bias_operand(x: Tensor | None) -> Operand:
     return Operand(x, None if x is None else x.stride(), None)
 
 
+def norm_operand(x: Tensor | None) -> Operand:
+    """The weight of a norm (H, d), or one (d) that all heads share."""
+    strides = None if x is None else (0,) * (2 - x.dim()) + x.stride()
+    return Operand(x, strides, None)
+
+
 def _describe(
     x: Tensor, shape: list[int], strides: list[int], block: list[int]
 ) -> TensorDescriptor | None:

@@ -10,13 +10,15 @@ once: so a program goes on to further tokens of its head, and loads the next whi
 A program reads a tile of tokens before it writes the first of them, and no other program's.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..normed_router import Formula
+from ..routing import NormedRouter
 from .launching import launch, multiprocessors, repeat
-from .loads import Operand, token_axes
+from .loads import Operand, norm_operand, token_axes
 from .router_product import (
     exact_product,
     load_head,
@@ -30,43 +32,40 @@ _TOKENS = 64  # of a tile
 _PROGRAMS = 4  # on each multiprocessor: as many as have room for their registers
 
 
-def norm_and_route(
-    q: Tensor, norm_weight: Tensor | None, weight: Tensor, r: Tensor, formula: Formula
-) -> None:
+def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     """Normalise `q` (B, L, H, d) where it lies, and write the weights to `r` (B, L, H, E)."""
     if q.numel() == 0:
         return
-
-    def run() -> None:
-        axes = token_axes(q, r)
-        constants = product_constants(q, weight)
-        operands = {
-            "Q": Operand(q, axes.strides(q), None),
-            "N": Operand(norm_weight, _strides_by_head(norm_weight), None),
-            "W": Operand(weight, weight.stride(), None),
-            "R": Operand(r, axes.strides(r), None),
-        }
-        scalars = constants | {
-            "B": axes.batch,
-            "H": q.shape[2],
-            "L": axes.length,
-            "BM": _TOKENS,
-        }
-        scalars |= {name.upper(): constant for name, constant in formula._asdict().items()}
-        heads = q.shape[2]
-        tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
-        programs = heads * min(tiles, max(1, _PROGRAMS * multiprocessors(q.device) // heads))
-        tile = Tile(_TOKENS, constants["BE"], 4, 2, descriptors=False)
-        launch(norm_and_route_kernel, programs, tile, q.device, operands, scalars)
-
+    norm_weight, weight, formula = router
+    run = partial(run_norm_and_route, q, router, r)
     repeat(("norm and route", formula), (q, norm_weight, weight, r), run)
 
 
-def _strides_by_head(norm_weight: Tensor | None) -> tuple[int, ...] | None:
-    """The strides of a weight (H, d), or of one (d) that all heads share."""
-    if norm_weight is None:
-        return None
-    return (0,) * (2 - norm_weight.dim()) + norm_weight.stride()
+def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
+    """The same, with the launch described anew."""
+    norm_weight, weight, formula = router
+    axes = token_axes(q, r)
+    constants = product_constants(q, weight)
+    operands = {
+        "Q": Operand(q, axes.strides(q), None),
+        "N": norm_operand(norm_weight),
+        "W": Operand(weight, weight.stride(), None),
+        "R": Operand(r, axes.strides(r), None),
+    }
+    scalars = constants | {
+        "B": axes.batch,
+        "H": q.shape[2],
+        "L": axes.length,
+        "BM": _TOKENS,
+    }
+    # R's dtype is seen from R.
+    scalars |= {name.upper(): constant for name, constant in formula._asdict().items()}
+    del scalars["R_DTYPE"]
+    heads = q.shape[2]
+    tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
+    programs = heads * min(tiles, max(1, _PROGRAMS * multiprocessors(q.device) // heads))
+    tile = Tile(_TOKENS, constants["BE"], 4, 2, descriptors=False)
+    launch(norm_and_route_kernel, programs, tile, q.device, operands, scalars)
 
 
 @triton.jit

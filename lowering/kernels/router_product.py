@@ -24,8 +24,11 @@ from .launching import capability, launch, multiprocessors, repeat
 from .loads import Operand, token_axes, token_pointers
 from .tiles import Tile, padded_width
 
+PART_ROWS = 32  # of a router that is cut: no product has more sub-networks
+
 _TOKENS = 64  # of a tile
 _COLUMNS = 64
+_CUT_COLUMNS = 32  # that a program cuts
 _PROGRAMS = 4  # of the backward kernel on each multiprocessor: its loads overlap
 
 
@@ -121,10 +124,37 @@ def product_constants(q: Tensor, weight: Tensor) -> dict[str, int]:
         "D": width,
         "HEADS_PER_GROUP": q.shape[2] // groups,
         "Q_PARTS": 1 if q.dtype == torch.bfloat16 else 2,
-        "W_PARTS": {torch.float32: 3, torch.float16: 2}.get(weight.dtype, 1),
+        "W_PARTS": parts_of(weight.dtype),
         "BE": max(16, triton.next_power_of_2(networks)),
         "BD": min(_COLUMNS, padded_width(width)),
     }
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many bfloat16 numbers make one of a router's weights."""
+    return {torch.float32: 3, torch.float16: 2}.get(dtype, 1)
+
+
+def cut_router(weight: Tensor) -> Tensor:
+    """The parts of a router's weights (G, d, E), for kernels that load them by descriptors.
+
+    Returns bfloat16 (G, parts * 32, d), the width rounded up to multiples of 8: each part's
+    sub-networks, and zeros in place of those that are not there.
+    """
+    groups, width, networks = weight.shape
+    parts, padded = parts_of(weight.dtype), 8 * triton.cdiv(width, 8)
+    shape = (groups, parts * PART_ROWS, padded)
+    out = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
+    operands = {
+        "W": Operand(weight, weight.stride(), None),
+        "Out": Operand(out, None, None),
+    }
+    scalars = {"E": networks, "D": width, "PADDED": padded, "W_PARTS": parts}
+    scalars |= {"BE": PART_ROWS, "BD": _CUT_COLUMNS}
+    programs = groups * triton.cdiv(padded, _CUT_COLUMNS)
+    tile = Tile(PART_ROWS, _CUT_COLUMNS, 4, 1, descriptors=False)
+    launch(cut_router_kernel, programs, tile, weight.device, operands, scalars)
+    return out
 
 
 @triton.jit
@@ -265,3 +295,22 @@ def router_backward_kernel(
     if Part is not None:
         Part += share.to(tl.int64) * (D * E)
         tl.store(Part + c[:, None] * E + e[None, :], dw, mask=(c < D)[:, None] & (e < E)[None, :])
+
+
+@triton.jit
+def cut_router_kernel(
+    W, Out, W_strides, Out_strides,
+    E: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, W_PARTS: tl.constexpr,
+    BE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one group's weights, part by part: Out [G, W_PARTS, BE, PADDED]."""
+    blocks = tl.cdiv(PADDED, BD)
+    g = tl.program_id(0) // blocks
+    c = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    e = tl.arange(0, BE)
+    w = load_router_weights(W, W_strides, g, c, e, D, E)  # [BE, BD]
+    Out += g.to(tl.int64) * (W_PARTS * BE * PADDED) + e[:, None] * PADDED + c[None, :]
+    for part in tl.static_range(W_PARTS):
+        leading = _leading(w)
+        tl.store(Out + part * BE * PADDED, leading, mask=(c < PADDED)[None, :])
+        w = _rest(w, leading)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
+import torch
+
 Kernel = Literal["forward", "query", "down", "up"]
 
 _SMALLEST = 16  # the least extent of a matrix instruction's operand
@@ -234,6 +236,28 @@ def choose_pipelined(
         return None
     tile = _PIPELINED.get(padded_width(width))
     return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
+
+
+@lru_cache
+def choose_routing(
+    *,
+    tokens: int,
+    hidden: int,
+    width: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    gated: bool,
+) -> PipelinedTile | None:
+    """The same where that kernel is to normalise and route its queries, too.
+
+    The router's parts are in bfloat16, and take the place of a K and a U tile of 64 hidden units.
+    """
+    if dtype is not torch.bfloat16 or not gated or padded_width(width) > 128:
+        return None
+    tile = choose_pipelined(
+        tokens=tokens, hidden=hidden, width=width, itemsize=2, capability=capability
+    )
+    return tile if tile is not None and tile.hidden == 64 else None
 
 
 @lru_cache

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from mhf_compiler.lowering import kernels  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
 from mhf_compiler.lowering.kernels import launching, normed_router, router_product  # noqa: E402
-from mhf_compiler.lowering.normed_router import Formula  # noqa: E402
+from mhf_compiler.lowering.routing import Formula, NormedRouter  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
@@ -439,13 +439,13 @@ def norm_and_route(
     """On memory never read, at the most sub-networks that are taken."""
     order = (2, 3, 0, 1) if tokens_innermost else (0, 1, 2, 3)
     r = torch.empty(2, 1024, 16, 32, dtype=dtype).permute(order).contiguous()
-    normed_router.norm_and_route(
-        torch.empty(2, 1024, 16, d, dtype=dtype),
+    router = NormedRouter(
         torch.empty(d, dtype=weights),
         torch.empty(16, d, 32, dtype=weights),
-        r.permute([order.index(axis) for axis in range(4)]),
-        Formula(1e-6, False, "normalised", 1e-20, 0.0),
+        Formula(1e-6, False, "normalised", 1e-20, 0.0, dtype),
     )
+    r = r.permute([order.index(axis) for axis in range(4)])
+    normed_router.norm_and_route(torch.empty(2, 1024, 16, d, dtype=dtype), router, r)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
@@ -484,6 +484,97 @@ def test_weights_of_a_router_by_tokens(architecture: int, pretend: Pretend, tmp_
     (binary,) = driver.loaded
     assert binary.spilled(tmp_path) == 0
     assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.")
+
+
+def normed_forward(
+    d: int,
+    router: torch.dtype,
+    r: torch.dtype,
+    *,
+    f: int = 256,
+    by_columns: bool = False,
+    routing: str = "normalised",
+) -> None:
+    """The network of 32 sub-networks with its norm and router, on memory never read."""
+    shape = (16, 32, d, f) if by_columns else (16, 32, f, d)
+    weights = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(3)]
+    if by_columns:
+        weights = [x.transpose(2, 3) for x in weights]
+    formula = Formula(1e-6, False, routing, 1e-20, 0.0, r)
+    kernels.normed_forward(
+        torch.empty(1, 32768, 16, d, dtype=torch.bfloat16),
+        NormedRouter(torch.empty(d), torch.empty(16, d, 32, dtype=router), formula),
+        *weights,
+        activation="silu",
+    )
+
+
+@pytest.mark.parametrize("d", [16, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize(
+    ("router", "r"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+    ],
+)
+def test_norm_router_and_network(
+    d: int, router: torch.dtype, r: torch.dtype, pretend: Pretend, tmp_path: Path
+) -> None:
+    """On Hopper: in registers, no product serialised, and two launches in all for full rounds."""
+    driver = pretend(90)
+    normed_forward(d, router, r)
+    names = [binary.name for binary in driver.loaded if binary.name != "add_parts_kernel"]
+    assert names == ["cut_router_kernel", "hopper_forward_kernel"]
+    binary = driver.loaded[1]
+    assert binary.spilled(tmp_path) == 0
+    assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+    assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT")
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("routing", ["none", "sigmoid"])
+def test_other_routers_of_a_network(
+    routing: str, by_columns: bool, pretend: Pretend, tmp_path: Path
+) -> None:
+    driver = pretend(90)
+    normed_forward(128, torch.float32, torch.float32, by_columns=by_columns, routing=routing)
+    assert driver.loaded[1].name == "hopper_forward_kernel"
+    assert driver.loaded[1].spilled(tmp_path) == 0
+
+
+def test_nothing_overwrites_the_query_of_a_router(pretend: Pretend, tmp_path: Path) -> None:
+    """As above: Q meets the router, K and U, and other registers meet V."""
+    driver = pretend(90)
+    normed_forward(128, torch.bfloat16, torch.bfloat16)
+    found = products(driver.loaded[1].code(tmp_path))
+    for own in (found[: len(found) // 2], found[len(found) // 2 :]):
+        query = {r for product in own if not product.transposed for r in product.left}
+        hidden = {r for product in own if product.transposed for r in product.left}
+        assert query
+        assert hidden
+        assert not query & hidden
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+def test_other_cards_norm_and_route_first(architecture: int, pretend: Pretend) -> None:
+    driver = pretend(architecture)
+    normed_forward(128, torch.float32, torch.float32, f=32)
+    names = {binary.name for binary in driver.loaded}
+    forward = "hopper_forward_kernel" if architecture == 90 else "forward_kernel"
+    assert names >= {"norm_and_route_kernel", forward}
+    assert "cut_router_kernel" not in names
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_routers_parts(
+    architecture: int, weights: torch.dtype, pretend: Pretend, tmp_path: Path
+) -> None:
+    driver = pretend(architecture)
+    router_product.cut_router(torch.empty(16, 96, 22, dtype=weights))
+    (binary,) = driver.loaded
+    assert binary.spilled(tmp_path) == 0
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -503,6 +503,50 @@ class TestRouterProduct:
         assert found is not None and found.equal(dw) if needs_weight else found is None
 
 
+@pytest.mark.usefixtures("poison")
+class TestCutRouter:
+    """The parts of a router's weights, which make them again, and zeros around them."""
+
+    __test__ = INTERPRETING
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("width", [5, 64, 96])
+    def test_parts(self, width: int, dtype: torch.dtype) -> None:
+        from mhf_compiler.lowering.kernels.router_product import cut_router, parts_of
+
+        torch.manual_seed(0)
+        weight = torch.randn(3, 5, width).to(dtype).transpose(1, 2)
+        parts = cut_router(weight).unflatten(1, (parts_of(dtype), 32))  # (G, parts, E, d)
+        assert parts.dtype == torch.bfloat16
+        # The interpreter cuts where a GPU rounds to bfloat16: a bit is lost with each part.
+        unit = {torch.float32: 2.0**-21, torch.bfloat16: 0.0, torch.float16: 0.0}[dtype]
+        made = parts.double().sum(1)[:, :5, :width].transpose(1, 2)
+        torch.testing.assert_close(made, weight.double(), rtol=unit, atol=0.0)
+        assert parts[:, :, 5:].eq(0).all()
+        assert parts[..., width:].eq(0).all()
+
+
+@pytest.mark.usefixtures("bfloat16_products", "poison")
+class TestNormedForward:
+    """Where there is no kernel that does all of it, two follow each other in the same memory."""
+
+    __test__ = INTERPRETING
+
+    def test_matches_the_operator(self) -> None:
+        from mhf_compiler.lowering import normed_network
+
+        torch.manual_seed(0)
+        q, scale, router = torch.randn(2, 9, 2, 16).half(), torch.rand(16), torch.randn(2, 16, 3)
+        weights = [torch.randn(2, 3, 24, 16).half() / 4 for _ in range(3)]
+        constants = (1e-6, True, "normalised", 0.5, 0.25, torch.float32, "silu", 1.0, 0.5, 2.0)
+        expected, found = q.clone(), q.clone()
+        op = torch.ops.mhf_compiler.normed_multi_head_ffn_over_query
+        op(expected, scale, router, *weights, *constants)
+        compute = normed_network._operator(normed_network._compute_on_cuda)
+        compute(found, scale, router, *weights, *constants)
+        torch.testing.assert_close(found, expected, rtol=2.0**-8, atol=2e-3)
+
+
 @pytest.mark.usefixtures("bfloat16_products", "poison")
 class TestNormAndRoute:
     """The norm rounds once or twice; the weights are those of the queries that were written."""
@@ -522,14 +566,14 @@ class TestNormAndRoute:
         norm_eps: float = 1e-6,
     ) -> None:
         from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.normed_router import Formula
+        from mhf_compiler.lowering.routing import Formula, NormedRouter
 
         exact = q.double()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
         if norm_weight is not None:
             exact = exact * norm_weight.double()
-        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps)
-        normed_router.norm_and_route(q, norm_weight, weight, r, formula)
+        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r.dtype)
+        normed_router.norm_and_route(q, NormedRouter(norm_weight, weight, formula), r)
         # The interpreter cuts where a GPU rounds to bfloat16: one unit instead of half of one.
         unit = 2.0**-7 if q.dtype == torch.bfloat16 else 2.0**-10
         allowed = unit * (3 if rounds_first else 1)
@@ -612,13 +656,13 @@ class TestNormAndRoute:
 
     def test_what_is_not_a_number_stays_in_its_token(self) -> None:
         from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.normed_router import Formula
+        from mhf_compiler.lowering.routing import Formula, NormedRouter
 
         q, weight = torch.randn(1, 4, 1, 16).bfloat16(), torch.randn(1, 16, 3)
         q[0, 1, 0, 5] = float("nan")
         r = torch.zeros(1, 4, 1, 3)
-        formula = Formula(1e-6, False, "normalised", 0.0, 0.0)
-        normed_router.norm_and_route(q, None, weight, r, formula)
+        formula = Formula(1e-6, False, "normalised", 0.0, 0.0, r.dtype)
+        normed_router.norm_and_route(q, NormedRouter(None, weight, formula), r)
         expected = torch.tensor([False, True, False, False])
         assert torch.equal(q.isnan().all(-1).flatten(), expected)
         assert torch.equal(r.isnan().all(-1).flatten(), expected)

@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler import norming
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_router
+from mhf_compiler.lowering import normed_router, routing
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 CALL = "mhf_compiler.norm_and_route.default("
@@ -291,9 +291,9 @@ def test_the_norm_stays(run: Run):
 
 def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
     run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
-    monkeypatch.setattr(normed_router, "MOST_WIDTH", d)
+    monkeypatch.setattr(routing, "MOST_WIDTH", d)
     assert CALL in infer(run)
-    monkeypatch.setattr(normed_router, "MOST_WIDTH", d - 1)
+    monkeypatch.setattr(routing, "MOST_WIDTH", d - 1)
     assert CALL not in infer(run)
 
 

@@ -1,0 +1,140 @@
+"""A norm, a router and the network that reads both, as one op.
+
+The last of the passes over Inductor's graph. Behind the first two, a network may stand in it as two
+calls that write to the same memory:
+
+    r, q = norm_and_route(query, ..)              put there by norming.py
+    out  = multi_head_ffn_over_query(q, .., r)    put there by reusing.py
+
+If nobody else reads q and r, and the machine has a kernel that does all of it, one call takes the
+place of the two: the queries are then read and written once, and r is never written.
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+
+from .compat import auto_functionalized, no_fake_mode, statically_known_true
+from .patterns import locate
+from .replacing import call_over, replace_by_item, views_down_to
+from .rewriting import warn_of_failure
+
+_CONSTANTS = ("norm_eps", "rounds_first", "routing", "sum_floor", "sum_eps", "r_dtype")
+_SCALES = ("activation", "k_scale", "u_scale", "out_scale")
+
+
+def join_networks(graph: fx.Graph) -> None:
+    """Let one op do what ``norm_and_route`` and the network behind it do."""
+    for network in [node for node in graph.nodes if _calls(node, "multi_head_ffn_over_query")]:
+        router = _router_of(network)
+        if router is None:
+            continue
+        arguments = _arguments(router, network)
+        if _pays(network, arguments) and _runs(network, arguments):
+            _replace(graph, router, network, arguments)
+
+
+def _calls(node: fx.Node, name: str) -> bool:
+    """Whether a node is the functional form of a call of one of our ops."""
+    op = getattr(torch.ops.mhf_compiler, name, None)
+    return node.target is auto_functionalized and op is not None and node.args[0] is op.default
+
+
+def _router_of(network: fx.Node) -> fx.Node | None:
+    """The call that makes what a network reads, if all of that is read by this network alone."""
+    given = network.kwargs
+    q, r = given["q"], given["r"]
+    if not isinstance(q, fx.Node) or not isinstance(r, fx.Node):
+        return None
+    if any(given[name] is not None for name in ("k_bias", "u_bias", "v_bias")):
+        return None
+    views = views_down_to(r)
+    weights = views[0].args[0] if views else r
+    if not isinstance(weights, fx.Node) or weights.target is not operator.getitem:
+        return None
+    router = weights.args[0]
+    if not isinstance(router, fx.Node) or not _calls(router, "norm_and_route"):
+        return None
+    read = {item for item in router.users if item.users}
+    if read != {q, weights} or (weights.args[1], q.args[1]) != (0, 1):
+        return None
+    if any(len(node.users) != 1 for node in (q, weights, *views)):
+        return None
+    made, read = weights.meta["val"].shape, r.meta["val"].shape
+    alike = len(made) == len(read) and all(map(statically_known_true, map(operator.eq, made, read)))
+    return router if alike else None
+
+
+def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
+    """Those of the op."""
+    one, other = router.kwargs, network.kwargs
+    return {
+        "q": one["q"],
+        "norm_weight": one["norm_weight"],
+        "router": one["weight"],
+        **{name: other[name] for name in ("k", "u", "v")},
+        **{name: one[name] for name in _CONSTANTS},
+        **{name: other[name] for name in _SCALES},
+    }
+
+
+def _pays(network: fx.Node, arguments: dict[str, Any]) -> bool:
+    from .lowering import normed_network
+
+    q = arguments["q"].meta["val"]
+    tokens = q.shape[0] * q.shape[1]
+    return normed_network.may_pay(
+        tokens if isinstance(tokens, int) else None,
+        _like(arguments["k"]),
+        arguments["u"] is not None,
+        q.device,
+    )
+
+
+def _runs(network: fx.Node, arguments: dict[str, Any]) -> bool:
+    """Whether the kernel runs on this machine."""
+    q = arguments["q"].meta["val"]
+    names = ("norm_weight", "router", "k", "u", "v")
+    tensors = tuple(None if arguments[x] is None else _like(arguments[x]) for x in names)
+    constants = tuple(arguments[name] for name in (*_CONSTANTS, *_SCALES))
+    error = _error_of_trial(int(q.shape[2]), tensors, constants, q.device)
+    if error is not None:
+        warn_of_failure("the norm before a network", locate(network), error)
+    return error is None
+
+
+@cache
+def _error_of_trial(*arguments: Any) -> str | None:
+    """Why the kernel fails, if it does; found out once for all layers that are alike."""
+    from .lowering import normed_network
+
+    try:
+        with no_fake_mode():
+            normed_network.trial_run(*arguments)
+    except Exception as error:
+        return str(error)
+    return None
+
+
+def _like(node: fx.Node) -> Any:
+    from .lowering.normed_network import Like
+
+    x = node.meta["val"]
+    return Like(x.dtype, *(tuple(map(int, sizes)) for sizes in (x.shape, x.stride())))
+
+
+def _replace(graph: fx.Graph, router: fx.Node, network: fx.Node, arguments: dict[str, Any]) -> None:
+    op = torch.ops.mhf_compiler.normed_multi_head_ffn_over_query.default
+    views = views_down_to(network.kwargs["r"])  # type: ignore[arg-type]
+    with graph.inserting_before(network):
+        call = call_over(graph, network, op, arguments)
+        for item in list(network.users):
+            replace_by_item(item, call, 1)  # behind what the op returns, which is nothing
+            graph.erase_node(item)
+    for node in (network, *reversed(views), *list(router.users), router):
+        graph.erase_node(node)
