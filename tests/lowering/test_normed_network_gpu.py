@@ -88,7 +88,7 @@ def check(given: dict[str, Any]) -> None:
     assert error <= 2e-4  # one in a hundred results a unit of bfloat16 off would be 4e-4
 
 
-@pytest.mark.parametrize("width", [16, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("width", [40, 64, 72, 96, 128])
 @pytest.mark.parametrize("router", [torch.float32, torch.bfloat16, torch.float16])
 def test_matches_two_ops(router: torch.dtype, width: int) -> None:
     for tokens in ((2, 300), (1, 256)):
@@ -143,6 +143,7 @@ def test_programs_go_on_to_further_tokens(router: torch.dtype) -> None:
         {"shape": (8, 1, 4, 128, 22, 64)},
         {"shape": (2, 300, 4, 128, 22, 20)},
         {"shape": (2, 300, 4, 20, 22, 64)},
+        {"shape": (2, 300, 4, 32, 22, 64)},
     ],
     ids=str,
 )
@@ -227,7 +228,7 @@ def test_one_kernel_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     forget_repeats()
     monkeypatch.setattr(kernels, "run_norm_and_route", fail)
-    for width in (16, 64, 96, 128):
+    for width in (40, 64, 96, 128):
         call(make((2, 300, 4, width, 22, 64)))
     forget_repeats()
 
