@@ -19,6 +19,10 @@ The kernel is persistent, one program to a multiprocessor, so that the producer 
 tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
 the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
 
+R is asked for before the products of the tile that it weights, since some of its loads miss the
+cache. Where the op is to normalise and route the queries as well, each consumer does so with its
+own and finds R in shared memory (hopper_routing.py).
+
 Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
 there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
 product with V and the output are padded to a power of two, and to 64 at least: tiles of heads
