@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cpu
 from .arguments import ArgumentError, check_arguments, check_device
-from .normed_router import norm_and_route_on_cpu
+from .normed_router import check_normed_router, norm_and_route_on_cpu
 from .overwriting import ours_alone
 from .routing import Formula, NormedRouter
 
@@ -118,7 +118,7 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., None]:
     ) -> None:
         formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r_dtype)
         normed_router = NormedRouter(norm_weight, router, formula)
-        normed_router.check(q)
+        check_normed_router(q, normed_router)
         check_arguments(q, k, u, v, None, None, None, None, activation=activation)
         check_device(q)
         if router.shape[2] != k.shape[1]:

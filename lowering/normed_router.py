@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import ArgumentError
 from .op import empty_like_in_order
 from .overwriting import ours_alone
 from .router import check_product, product_on_cpu
-from .routing import Formula, NormedRouter
+from .routing import ROUTINGS, Formula, NormedRouter
 
-__all__ = ["norm_and_route_on_cpu", "trial_run"]
+__all__ = ["MOST_WIDTH", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
 
 _NAME = "mhf_compiler::norm_and_route"
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
 
 torch.library.define(
     _NAME,
@@ -65,6 +69,35 @@ def trial_run(
     torch.cuda.synchronize(device)
 
 
+def check_normed_router(q: Tensor, router: NormedRouter) -> None:
+    """Raise ArgumentError where the ops do not take a norm and a router of such queries."""
+    norm_weight, weight, formula = router
+    check_product(q, weight)
+    if q.shape[3] > MOST_WIDTH:
+        raise ArgumentError(f"q has heads of width {q.shape[3]}, must have at most {MOST_WIDTH}")
+    if norm_weight is not None:
+        allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
+        if tuple(norm_weight.shape) not in allowed:
+            raise ArgumentError(
+                f"norm_weight has shape {tuple(norm_weight.shape)}, must have shape (d) or (H, d), "
+                f"here {allowed[0]} or {allowed[1]}"
+            )
+        if norm_weight.dtype not in _WEIGHTS:
+            raise ArgumentError(
+                f"norm_weight is {norm_weight.dtype}, must be float32, bfloat16 or float16"
+            )
+        if norm_weight.device != q.device:
+            raise ArgumentError(
+                f"norm_weight is on {norm_weight.device}, must be on {q.device} as q"
+            )
+    if formula.routing not in ROUTINGS:
+        raise ArgumentError(
+            f"routing must be one of {', '.join(ROUTINGS)}, got {formula.routing!r}"
+        )
+    if formula.r_dtype not in _WEIGHTS:
+        raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {formula.r_dtype}")
+
+
 def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
     """The operator on one device, whose arithmetic is ``compute`` (none: shapes only).
 
@@ -85,7 +118,7 @@ def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
     ) -> Tensor:
         formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r_dtype)
         router = NormedRouter(norm_weight, weight, formula)
-        router.check(q)
+        check_normed_router(q, router)
         check_product(q, weight, out_order)
         r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
         if compute is None:

@@ -17,15 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
-from .router import check_product
+__all__ = ["ROUTINGS", "Formula", "NormedRouter"]
 
-__all__ = ["MOST_WIDTH", "ROUTINGS", "Formula", "NormedRouter"]
-
-MOST_WIDTH = 128  # of a head; beyond it one kernel is no faster than the three that it replaces
 ROUTINGS = ("none", "sigmoid", "normalised")
-
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Formula(NamedTuple):
@@ -45,35 +39,3 @@ class NormedRouter(NamedTuple):
     norm_weight: Tensor | None  # (d) or (H, d)
     weight: Tensor  # (G, d, E)
     formula: Formula
-
-    def check(self, q: Tensor) -> None:
-        """Raise ArgumentError where the ops do not take this beside such queries."""
-        norm_weight, weight, formula = self
-        check_product(q, weight)
-        if q.shape[3] > MOST_WIDTH:
-            raise ArgumentError(
-                f"q has heads of width {q.shape[3]}, must have at most {MOST_WIDTH}"
-            )
-        if norm_weight is not None:
-            allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
-            if tuple(norm_weight.shape) not in allowed:
-                raise ArgumentError(
-                    f"norm_weight has shape {tuple(norm_weight.shape)}, must have shape (d) or "
-                    f"(H, d), here {allowed[0]} or {allowed[1]}"
-                )
-            if norm_weight.dtype not in _WEIGHTS:
-                raise ArgumentError(
-                    f"norm_weight is {norm_weight.dtype}, must be float32, bfloat16 or float16"
-                )
-            if norm_weight.device != q.device:
-                raise ArgumentError(
-                    f"norm_weight is on {norm_weight.device}, must be on {q.device} as q"
-                )
-        if formula.routing not in ROUTINGS:
-            raise ArgumentError(
-                f"routing must be one of {', '.join(ROUTINGS)}, got {formula.routing!r}"
-            )
-        if formula.r_dtype not in _WEIGHTS:
-            raise ArgumentError(
-                f"r_dtype must be float32, bfloat16 or float16, got {formula.r_dtype}"
-            )

@@ -13,16 +13,13 @@ place of the two: the queries are then read and written once, and r is never wri
 from __future__ import annotations
 
 import operator
-from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from .compat import auto_functionalized, no_fake_mode, statically_known_true
-from .patterns import locate
-from .replacing import call_over, replace_by_item, views_down_to
-from .rewriting import warn_of_failure
+from .compat import auto_functionalized, statically_known_true
+from .replacing import call_over, replace_by_item, runs, views_down_to
 
 _CONSTANTS = ("norm_eps", "rounds_first", "routing", "sum_floor", "sum_eps", "r_dtype")
 _SCALES = ("activation", "k_scale", "u_scale", "out_scale")
@@ -98,27 +95,14 @@ def _pays(network: fx.Node, arguments: dict[str, Any]) -> bool:
 
 def _runs(network: fx.Node, arguments: dict[str, Any]) -> bool:
     """Whether the kernel runs on this machine."""
+    from .lowering.normed_network import trial_run
+
     q = arguments["q"].meta["val"]
     names = ("norm_weight", "router", "k", "u", "v")
     tensors = tuple(None if arguments[x] is None else _like(arguments[x]) for x in names)
     constants = tuple(arguments[name] for name in (*_CONSTANTS, *_SCALES))
-    error = _error_of_trial(int(q.shape[2]), tensors, constants, q.device)
-    if error is not None:
-        warn_of_failure("the norm before a network", locate(network), error)
-    return error is None
-
-
-@cache
-def _error_of_trial(*arguments: Any) -> str | None:
-    """Why the kernel fails, if it does; found out once for all layers that are alike."""
-    from .lowering import normed_network
-
-    try:
-        with no_fake_mode():
-            normed_network.trial_run(*arguments)
-    except Exception as error:
-        return str(error)
-    return None
+    what = "the norm before a network"
+    return runs(what, network, trial_run, int(q.shape[2]), tensors, constants, q.device)
 
 
 def _like(node: fx.Node) -> Any:

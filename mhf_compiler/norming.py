@@ -29,14 +29,12 @@ The call comes in functional form, as those of reusing.py, whose pass runs behin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from .compat import named_arguments, no_fake_mode, statically_known_true
-from .patterns import locate
+from .compat import named_arguments, statically_known_true
 from .replacing import (
     Memory,
     call_over,
@@ -44,12 +42,12 @@ from .replacing import (
     item_of,
     replace_by_item,
     replace_with_views,
+    runs,
     takes_the_same_memory,
     unit_view_of,
     viewed,
     views_down_to,
 )
-from .rewriting import warn_of_failure
 
 _DEVICES = ("cuda",)  # on a CPU Inductor's own loops are as good
 _NARROW = (torch.bfloat16, torch.float16)
@@ -111,7 +109,7 @@ def join_norms(graph: fx.Graph) -> None:
 
 def _read(product: fx.Node, memory: Memory) -> _Site | None:
     """What computes and reads the argument of a router's product, if the op can stand for it."""
-    from .lowering.routing import MOST_WIDTH
+    from .lowering.normed_router import MOST_WIDTH
 
     argument = named_arguments(product)["q"]
     example = _example(argument)
@@ -366,9 +364,14 @@ def _over_last_dim(node: Any, target: Any) -> fx.Node | None:
 
 def _runs(site: _Site) -> bool:
     """Whether the kernel runs on this machine."""
+    from .lowering.normed_router import trial_run
+
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
-    error = _error_of_trial(
+    return runs(
+        "the norm before a router",
+        site.product,
+        trial_run,
         q.dtype,
         int(q.shape[2]),
         None if norm_weight is None else (norm_weight.dtype, _sizes(norm_weight)),
@@ -376,22 +379,6 @@ def _runs(site: _Site) -> bool:
         site.constants(),
         q.device,
     )
-    if error is not None:
-        warn_of_failure("the norm before a router", locate(site.product), error)
-    return error is None
-
-
-@cache
-def _error_of_trial(*arguments: Any) -> str | None:
-    """Why the kernel fails, if it does; found out once for all layers that are alike."""
-    from .lowering import normed_router
-
-    try:
-        with no_fake_mode():
-            normed_router.trial_run(*arguments)
-    except Exception as error:
-        return str(error)
-    return None
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from torch import fx
 from .compat import (
     auto_functionalized,
     named_arguments,
+    no_fake_mode,
     set_example,
     statically_known_true,
     storage_of,
 )
+from .patterns import locate
+from .rewriting import warn_of_failure
 
 # What writes its result at once: ops of which Inductor knows nothing. Anything else may be computed
 # where it is read, in one kernel with its reader, and would then read the memory behind the op. So
@@ -146,6 +150,27 @@ def takes_the_same_memory(node: fx.Node, new: Any) -> bool:
         and statically_known_true(old.storage_offset() == 0)
         and statically_known_true(size == old.numel() * old.element_size())
     )
+
+
+def runs(what: str, node: fx.Node, trial_run: Callable[..., None], *arguments: Any) -> bool:
+    """Whether a kernel runs on this machine, by trying it; if it does not, with a warning.
+
+    What a call failed for is kept, so that it is tried once for all layers that are alike.
+    """
+    error = _error_of(trial_run, *arguments)
+    if error is not None:
+        warn_of_failure(what, locate(node), error)
+    return error is None
+
+
+@cache
+def _error_of(trial_run: Callable[..., None], *arguments: Any) -> str | None:
+    try:
+        with no_fake_mode():
+            trial_run(*arguments)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def call_over(graph: fx.Graph, old: fx.Node, op: Any, arguments: dict[str, Any]) -> fx.Node:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler.lowering import routing
+from mhf_compiler.lowering import normed_router
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +70,7 @@ def check(given: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [None, [2, 3, 0, 1]], ids=str)
-@pytest.mark.parametrize("width", [32, 96, routing.MOST_WIDTH])
+@pytest.mark.parametrize("width", [32, 96, normed_router.MOST_WIDTH])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_matches(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler import joining, norming
+from mhf_compiler import joining, norming, replacing
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering import normed_network
 from mhf_compiler.lowering.normed_network import Like
@@ -26,10 +26,9 @@ APART = ("mhf_compiler.norm_and_route.default(", "mhf_compiler.multi_head_ffn_ov
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(norming, "_DEVICES", ("cpu",))
     monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: True)
-    for trial in (norming._error_of_trial, joining._error_of_trial):
-        trial.cache_clear()
+    replacing._error_of.cache_clear()
     yield
-    joining._error_of_trial.cache_clear()
+    replacing._error_of.cache_clear()
 
 
 class Network(MultiHeadFFN):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler import norming
+from mhf_compiler import norming, replacing
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_router, routing
+from mhf_compiler.lowering import normed_router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 CALL = "mhf_compiler.norm_and_route.default("
@@ -27,9 +27,9 @@ OVER_QUERY = "mhf_compiler.multi_head_ffn_over_query.default("
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(norming, "_DEVICES", ("cpu",))
-    norming._error_of_trial.cache_clear()
+    replacing._error_of.cache_clear()
     yield
-    norming._error_of_trial.cache_clear()
+    replacing._error_of.cache_clear()
 
 
 class Network(nn.Module):
@@ -291,9 +291,9 @@ def test_the_norm_stays(run: Run):
 
 def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
     run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
-    monkeypatch.setattr(routing, "MOST_WIDTH", d)
+    monkeypatch.setattr(normed_router, "MOST_WIDTH", d)
     assert CALL in infer(run)
-    monkeypatch.setattr(routing, "MOST_WIDTH", d - 1)
+    monkeypatch.setattr(normed_router, "MOST_WIDTH", d - 1)
     assert CALL not in infer(run)
 
 
