@@ -417,9 +417,12 @@ def _redirect_readers(
     copy: CanonicalCopy,
     after: int,
 ) -> None:
-    """Every node that reads the value from a position on reads the result instead."""
+    """Every node that reads the value from a position on reads the result instead.
+
+    But in an input's memory, where it was copied: who changes what is returned changes the input.
+    """
     for reader, argument in copy.readers_of.get(value, ()):
-        if copy.positions[reader] > after:
+        if copy.positions[reader] > after and not copy.is_outside(argument):
             nodes[reader].replace_input_with(nodes[argument], result)
 
 
@@ -438,10 +441,11 @@ def _remove_dead(
         node = nodes[old]
         writes = copy.written.get(old)
         # Of what nobody read before, either: a hook, or numbers for the backward pass.
+        outside = copy.written_outside.get(old, ())
         unseen = (
             writes is not None
             and any(copy.is_live(v) for v in writes)
-            and not any(v in needed and v not in replaced for v in writes)
+            and not any(v in needed and (v not in replaced or v in outside) for v in writes)
         )
         stays = node.users or node.op in ("output", "placeholder")
         if not stays and (old in copy.pure or unseen):

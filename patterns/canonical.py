@@ -183,6 +183,8 @@ class CanonicalCopy:
     positions: dict[fx.Node, int] = field(default_factory=dict)
     #: what each node writes into memory that existed before it
     written: dict[fx.Node, list[Value]] = field(default_factory=dict)
+    #: the same, into memory that outlives the graph: an input's
+    written_outside: dict[fx.Node, list[Value]] = field(default_factory=dict)
     #: the states of memory in which a node found what had been written into a part of it
     looked_into: dict[fx.Node, list[Value]] = field(default_factory=dict)
     #: nodes that do nothing but compute their result
@@ -251,6 +253,11 @@ class CanonicalCopy:
             for holding in self._holdings.get(value, ())
             for writer in self._ends(holding, len(self.positions))
         )
+
+    def is_outside(self, node: fx.Node) -> bool:
+        """Whether a node's tensor lies in memory that outlives the graph."""
+        storage = self._storage_of.get(node)
+        return storage is not None and storage.is_input
 
     def _ends(self, holding: _Holding, upto: int) -> list[fx.Node]:
         """The nodes that write the memory between the start of a holding and a position."""
@@ -648,6 +655,8 @@ class _Recorder(TorchDispatchMode):
         storage.version += 1
         storage.writers.append(self.node)
         self._note_write(self.node, value)
+        if storage.is_input:
+            self.copy.written_outside.setdefault(self.node, []).append(value)
         if storage not in self._just_written:
             self._just_written.append(storage)
         alias.version = storage.version

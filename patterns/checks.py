@@ -286,6 +286,7 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
     if copy.is_overwritten(piece):
         raise Declined(Kind.MUTATION, "the output of one head", node)
+    _check_copied_outside(piece, copy, _maker(root, copy))
     if piece.memory_order() is None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "a head's output has gaps in memory", node)
     merged = copy.positions[_maker(root, copy)]
@@ -309,11 +310,21 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
+    _check_copied_outside(root, copy, node)
     for reader, seen in copy.changed_reads(root):
         if seen is not root and root in _ancestors(seen):
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in operands:
         _check_readable(operand.value, copy, copy.positions[node])
+
+
+def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
+    """What writes the value into an input copies it there, behind the place of the op."""
+    for writer, values in copy.written_outside.items():
+        if value in values and not (
+            copy.positions[writer] > copy.positions[op] and value in copy.reads[writer].values()
+        ):
+            raise Declined(Kind.MUTATION, "its output is computed in an input's memory", writer)
 
 
 def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
