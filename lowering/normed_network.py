@@ -44,9 +44,10 @@ class Like(NamedTuple):
     strides: tuple[int, ...]
 
     def zeros(self, device: torch.device) -> Tensor:
-        return torch.empty_strided(
-            self.shape, self.strides, dtype=self.dtype, device=device
-        ).zero_()
+        """Dense, whatever this is a part of, and with its dimensions in the same order."""
+        order = sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim])
+        dense = torch.zeros([self.shape[dim] for dim in order], dtype=self.dtype, device=device)
+        return dense.permute([order.index(dim) for dim in range(len(order))])
 
 
 def may_pay(tokens: int | None, k: Like, gated: bool, device: torch.device) -> bool:

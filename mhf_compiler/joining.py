@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .compat import auto_functionalized, statically_known_true
+from .compat import auto_functionalized, has_symbols, statically_known_true
 from .replacing import call_over, replace_by_item, runs, views_down_to
 
+# The op's arguments behind the queries.
+_TENSORS = ("norm_weight", "router", "k", "u", "v")
 _CONSTANTS = ("norm_eps", "rounds_first", "routing", "sum_floor", "sum_eps", "r_dtype")
-_SCALES = ("activation", "k_scale", "u_scale", "out_scale")
+_NETWORK = ("activation", "k_scale", "u_scale", "out_scale")
 
 
 def join_networks(graph: fx.Graph) -> None:
@@ -32,7 +34,7 @@ def join_networks(graph: fx.Graph) -> None:
         if router is None:
             continue
         arguments = _arguments(router, network)
-        if _pays(network, arguments) and _runs(network, arguments):
+        if _runs(network, arguments):
             _replace(graph, router, network, arguments)
 
 
@@ -57,8 +59,8 @@ def _router_of(network: fx.Node) -> fx.Node | None:
     router = weights.args[0]
     if not isinstance(router, fx.Node) or not _calls(router, "norm_and_route"):
         return None
-    read = {item for item in router.users if item.users}
-    if read != {q, weights} or (weights.args[1], q.args[1]) != (0, 1):
+    items = {item for item in router.users if item.users}
+    if items != {q, weights} or (weights.args[1], q.args[1]) != (0, 1):
         return None
     if any(len(node.users) != 1 for node in (q, weights, *views)):
         return None
@@ -76,40 +78,29 @@ def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
         "router": one["weight"],
         **{name: other[name] for name in ("k", "u", "v")},
         **{name: one[name] for name in _CONSTANTS},
-        **{name: other[name] for name in _SCALES},
+        **{name: other[name] for name in _NETWORK},
     }
 
 
-def _pays(network: fx.Node, arguments: dict[str, Any]) -> bool:
-    from .lowering import normed_network
-
-    q = arguments["q"].meta["val"]
-    tokens = q.shape[0] * q.shape[1]
-    return normed_network.may_pay(
-        tokens if isinstance(tokens, int) else None,
-        _like(arguments["k"]),
-        arguments["u"] is not None,
-        q.device,
-    )
-
-
 def _runs(network: fx.Node, arguments: dict[str, Any]) -> bool:
-    """Whether the kernel runs on this machine."""
-    from .lowering.normed_network import trial_run
+    """Whether this machine has a kernel for it, which runs."""
+    from .lowering.normed_network import Like, may_pay, trial_run
 
     q = arguments["q"].meta["val"]
-    names = ("norm_weight", "router", "k", "u", "v")
-    tensors = tuple(None if arguments[x] is None else _like(arguments[x]) for x in names)
-    constants = tuple(arguments[name] for name in (*_CONSTANTS, *_SCALES))
+    tensors = [arguments[name] and arguments[name].meta["val"] for name in _TENSORS]
+    if has_symbols([q.shape[2], *tensors]):
+        return False  # to ask would fix what is dynamic
+    likes = tuple(x if x is None else Like(x.dtype, *map(tuple, (x.shape, x.stride())))
+                  for x in tensors)  # fmt: skip
+    tokens = q.shape[0] * q.shape[1]
+    known = tokens if isinstance(tokens, int) else None
+    k = likes[_TENSORS.index("k")]
+    assert k is not None
+    if not may_pay(known, k, arguments["u"] is not None, q.device):
+        return False
+    constants = tuple(arguments[name] for name in (*_CONSTANTS, *_NETWORK))
     what = "the norm before a network"
-    return runs(what, network, trial_run, int(q.shape[2]), tensors, constants, q.device)
-
-
-def _like(node: fx.Node) -> Any:
-    from .lowering.normed_network import Like
-
-    x = node.meta["val"]
-    return Like(x.dtype, *(tuple(map(int, sizes)) for sizes in (x.shape, x.stride())))
+    return runs(what, network, trial_run, q.shape[2], likes, constants, q.device)
 
 
 def _replace(graph: fx.Graph, router: fx.Node, network: fx.Node, arguments: dict[str, Any]) -> None:

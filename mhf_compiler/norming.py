@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .compat import named_arguments, statically_known_true
+from .compat import has_symbols, named_arguments, statically_known_true
 from .replacing import (
     Memory,
     call_over,
@@ -368,6 +368,8 @@ def _runs(site: _Site) -> bool:
 
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
+    if any(has_symbols(x.shape) for x in (weight, norm_weight) if x is not None):
+        return False  # to ask would fix what is dynamic
     return runs(
         "the norm before a router",
         site.product,

@@ -26,6 +26,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,34 +50,37 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
         return config
     from .lowering import normed_network, normed_router, overwriting, routing
 
-    files = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
+    files: tuple[str, ...] = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
     if torch.is_grad_enabled():
         return with_pass(config, partial(_run, [reuse_memory], strict), files)
     # In this order: the queries that were normalised are dead behind the op, too.
     passes = [join_norms, reuse_memory, join_networks]
-    more = [norming.__file__, joining.__file__, normed_router.__file__, normed_network.__file__]
-    return with_pass(config, partial(_run, passes, strict), (*files, *more, routing.__file__))
+    modules = (norming, joining, normed_router, normed_network, routing)
+    files += tuple(str(module.__file__) for module in modules)
+    # Where it pays to join a network is decided there; to import it would ask for Triton.
+    files += (str(Path(routing.__file__).parent / "kernels" / "tiles.py"),)
+    return with_pass(config, partial(_run, passes, strict), files)
 
 
 def _run(passes: Sequence[Callable[[fx.Graph], None]], strict: bool, graph: fx.Graph) -> None:
-    """Run all passes; where one fails, leave the graph as it was and warn, or raise if told so."""
-    before = fx.Graph()
-    _copy(graph, before)
-    try:
-        for run in passes:
+    """Run all passes; where one fails, undo it and warn, or raise if told so."""
+    for run in passes:
+        before = fx.Graph()
+        _copy(graph, before)
+        try:
             run(graph)
-    except Exception as error:
-        if strict:
-            raise
-        for node in reversed(graph.nodes):
-            graph.erase_node(node)
-        _copy(before, graph)
-        counters["flashmhf"]["failures"] += 1
-        warnings.warn(
-            f"memory is not reused, since a pass failed: {type(error).__name__}: {error}",
-            MhfCompilerWarning,
-            stacklevel=2,
-        )
+        except Exception as error:
+            if strict:
+                raise
+            for node in reversed(graph.nodes):
+                graph.erase_node(node)
+            _copy(before, graph)
+            counters["flashmhf"]["failures"] += 1
+            warnings.warn(
+                f"not all memory is reused, since a pass failed: {type(error).__name__}: {error}",
+                MhfCompilerWarning,
+                stacklevel=2,
+            )
 
 
 def _copy(graph: fx.Graph, empty: fx.Graph) -> None:

@@ -231,8 +231,7 @@ def _objection(judged: _Judged, options: Options) -> Reason | None:
 
 def warn_of_failure(what: str, location: Location | None, error: Exception | str) -> None:
     warnings.warn(
-        f"the kernel for {what} at {_place(location)} failed; "
-        f"it stays in its original spelling: {error}",
+        f"the kernel for {what} at {_place(location)} failed; it is left as it was: {error}",
         MhfCompilerWarning,
         stacklevel=2,
     )

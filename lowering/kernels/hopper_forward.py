@@ -56,6 +56,7 @@ from .hopper_routing import (
     load_router,
     normed_queries,
     route,
+    routed,
     router_logits,
     router_tiles,
     routing_operands,
@@ -477,7 +478,7 @@ def _router_weights(i, router, F_TILES: gl.constexpr, CONSUMER: gl.constexpr,
     R_row, step, inside, r_tiles = router
     e = i // F_TILES
     if r_tiles is not None:
-        return r_tiles.index(CONSUMER * 32 + e).load(LAYOUT)
+        return routed(r_tiles, e, CONSUMER, LAYOUT)
     elif R_row is not None:
         return gl.load(R_row + gl.cast(e, gl.int64) * step, mask=inside, other=0.0)
     else:

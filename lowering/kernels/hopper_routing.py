@@ -45,14 +45,17 @@ class Routing:
     formula: Formula
     parts: int  # of each weight
     heads: int  # that share weights
-    dtype: gl.dtype  # of R
+
+    @property
+    def dtype(self) -> gl.dtype:
+        """Of R."""
+        return _DTYPES[self.formula.r_dtype]
 
     @classmethod
     def of(cls, router: NormedRouter, heads: int) -> "Routing":
         """For queries of so many heads."""
         _, weight, formula = router
-        groups = weight.shape[0]
-        return cls(formula, parts_of(weight.dtype), heads // groups, _DTYPES[formula.r_dtype])
+        return cls(formula, parts_of(weight.dtype), heads // weight.shape[0])
 
 
 def routing_operands(router: NormedRouter | None) -> dict[str, Operand]:
@@ -176,6 +179,12 @@ def router_logits(q, ku_ring, slot, ROUTING: gl.constexpr, HALVED: gl.constexpr,
     if HALVED:
         logits *= 2.0
     return logits
+
+
+@gluon.jit
+def routed(r_tiles, e, CONSUMER: gl.constexpr, LAYOUT: gl.constexpr):
+    """R of a consumer's tokens for one sub-network: [64]."""
+    return r_tiles.index(CONSUMER * _ROWS + e).load(LAYOUT)
 
 
 @gluon.jit

@@ -100,6 +100,30 @@ def test_every_layer():
     assert code.count(JOINED) == 3
 
 
+def test_heads_that_share_weights():
+    """Of the network, not of the router: one router for all heads takes them for tokens."""
+
+    def run(m: Network, x: Tensor) -> Tensor:
+        q = m.queries(x)
+        gate, up, down = (w[::2].repeat_interleave(2, 0) for w in (m.gate, m.up, m.down))
+        return m.outputs(m.networks(q, gate, up, down, m.route(q)).flatten(2))
+
+    assert infer(run).count(JOINED) == 1
+
+
+def test_numbers_that_change_in_between():
+    """The weights are read where the network stands, the router's where that stands."""
+
+    def run(m: Network, x: Tensor) -> Tensor:
+        scale = torch.ones(1).bfloat16()
+        q = m.queries(x)
+        r = torch.einsum("blhd,hde->blhe", q.float(), (m.router * scale).float()).sigmoid()
+        scale.mul_(3)
+        return m.outputs(m.networks(q, m.gate * scale, m.up, m.down, r).flatten(2))
+
+    assert infer(run).count(JOINED) == 1
+
+
 def kept_q(m: Network, x: Tensor) -> tuple[Tensor, Tensor]:
     q = m.queries(x)
     return m.outputs(m.network(q, m.route(q)).flatten(2)), q
@@ -236,6 +260,44 @@ def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
     assert len(set(codes)) == 1
     assert JOINED in codes[0]
     assert asked[0][0] is None
+
+
+STRIDED: dict[str, Callable[..., Tensor]] = {
+    "gate": lambda m, q, packed: m.networks(q, packed[..., 0], m.up, m.down, m.route(q)),
+    "down": lambda m, q, packed: m.networks(q, m.gate, m.up, packed[..., 0], m.route(q)),
+}
+
+
+@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("network", STRIDED.values(), ids=STRIDED)
+def test_dynamic_strides_stay_dynamic(
+    network: Callable[..., Tensor], pays: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: pays)
+    module, x = Network(), torch.randn(B, L, H * d).bfloat16()
+    run = lambda x, packed: module.outputs(  # noqa: E731
+        network(module, module.queries(x), packed).flatten(2)
+    )
+    model = torch.compile(run, backend="flashmhf", options={"rewrite": "always", "strict": True})
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    with torch.no_grad(), fresh_cache():
+        for size in (3, 4, 6):
+            packed = (torch.randn(H, E, f, d, size) / 4).bfloat16()
+            torch._dynamo.mark_dynamic(packed, 4)
+            right = run(x, packed)
+            assert (model(x, packed) - right).norm() <= 2e-2 * right.norm()
+    assert counters["stats"]["unique_graphs"] == before + 1
+
+
+def test_a_pass_that_fails_leaves_what_the_others_did(monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no such node")
+
+    monkeypatch.setattr(joining, "_replace", fail)
+    with pytest.warns(match="since a pass failed: RuntimeError: no such node"):
+        code = infer(lambda m, x: m(x), strict=False)
+    assert all(code.count(call) == 1 for call in APART)
 
 
 def test_training_keeps_all_of_it_apart():
