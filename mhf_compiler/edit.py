@@ -420,10 +420,30 @@ def _redirect_readers(
     """Every node that reads the value from a position on reads the result instead.
 
     But in an input's memory, where it was copied: who changes what is returned changes the input.
+    And equal results that lie apart stay apart, for the same reason.
     """
+    returned = {memory for _, memory in copy.returned}
+    places: dict[int | None, fx.Node] = {}
     for reader, argument in copy.readers_of.get(value, ()):
-        if copy.positions[reader] > after and not copy.is_outside(argument):
-            nodes[reader].replace_input_with(nodes[argument], result)
+        if copy.positions[reader] <= after or copy.is_outside(argument):
+            continue
+        memory = copy.memory_of(argument)
+        if memory not in returned:
+            place = result
+        elif memory in places:
+            place = places[memory]
+        else:
+            place = places[memory] = _copied(result) if places else result
+        nodes[reader].replace_input_with(nodes[argument], place)
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    with node.graph.inserting_after(node):
+        copied = node.graph.call_function(torch.clone, (node,))
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            copied.meta[key] = node.meta[key]
+    return copied
 
 
 def _remove_dead(

@@ -56,6 +56,13 @@ OPAQUE = "opaque"  # a result that the copy does not look into
 SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
 
 
+#: what gives a tensor other memory
+_SWAPS = frozenset(
+    getattr(packet, name)
+    for packet in (torch.ops.aten.set_, torch.ops.aten.resize_)
+    for name in packet.overloads()
+)
+
 #: views through which a write reaches the whole of what they show
 _WHOLE = frozenset({torch.ops.aten.alias.default})
 
@@ -131,6 +138,8 @@ class _Storage:
     version: int = 0
     is_input: bool = False
     writers: list[fx.Node] = field(default_factory=list)  # the Dynamo nodes that wrote
+    #: all that are known to lie in the same memory, this one among them, or none
+    same: list[_Storage] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
 
 
@@ -178,6 +187,8 @@ class CanonicalCopy:
     readers_of: dict[Value, list[tuple[fx.Node, fx.Node]]] = field(default_factory=dict)
     #: values that live on after the graph: returned, or left in an input
     escaping: set[Value] = field(default_factory=set)
+    #: what the graph returns: the node, and the memory that its tensor lies in
+    returned: list[tuple[fx.Node, int]] = field(default_factory=list)
     #: what a higher-order operation was given, by each of its results
     made_from: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
     positions: dict[fx.Node, int] = field(default_factory=dict)
@@ -195,6 +206,8 @@ class CanonicalCopy:
     _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
     #: by memory: nodes that saw an argument overwritten since it was made, and what they saw
     _changed: dict[int, list[tuple[fx.Node, Value]]] = field(default_factory=dict)
+    _parts: set[fx.Node] = field(default_factory=set)  # whose tensor is a view of its memory
+    _strides: dict[fx.Node, tuple[Size, ...]] = field(default_factory=dict)
     _live: set[Value] = field(default_factory=set)
 
     def made_by(self, value: Value) -> fx.Node | None:
@@ -253,6 +266,25 @@ class CanonicalCopy:
             for holding in self._holdings.get(value, ())
             for writer in self._ends(holding, len(self.positions))
         )
+
+    def memory_of(self, node: fx.Node) -> int | None:
+        """A number for the memory that a node's tensor lies in."""
+        storage = self._storage_of.get(node)
+        return None if storage is None else id(storage)
+
+    def returned_as_part(self, value: Value) -> fx.Node | None:
+        """A node that is returned as this value, but lies elsewhere than the value was made.
+
+        It views memory of which more is returned, or has other strides.
+        """
+        for reader, argument in self.readers_of.get(value, ()):
+            if reader.op != "output":
+                continue
+            memory = self.memory_of(argument)
+            several = len({node for node, where in self.returned if where == memory}) > 1
+            if (argument in self._parts and several) or self._strides[argument] != value.strides:
+                return argument
+        return None
 
     def is_outside(self, node: fx.Node) -> bool:
         """Whether a node's tensor lies in memory that outlives the graph."""
@@ -347,6 +379,7 @@ class _Recorder(TorchDispatchMode):
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
         self._writers: dict[Value, fx.Node] = {}
+        self._by_memory: dict[int, list[_Storage]] = {}
 
     # The Dynamo side.
 
@@ -366,6 +399,9 @@ class _Recorder(TorchDispatchMode):
                     self.copy._changed.setdefault(memory, []).append((node, value))
             if node.op == "output":
                 self.copy.escaping.update(self._read(t) for t in tensors_in(result))
+                self.copy.returned += [
+                    (argument, id(self._alias(t).storage)) for t in tensors_in(result)
+                ]
         self.copy.reads[node] = seen
 
     def end(self, node: fx.Node, result: Any) -> None:
@@ -386,8 +422,24 @@ class _Recorder(TorchDispatchMode):
             self.copy.value_of[node] = value
             self._hold(value, node)
             self.copy._storage_of[node] = alias.storage
+            self.copy._strides[node] = _sizes(result)[1]
             if all(step.op in _WHOLE for step in alias.chain):
                 alias.storage.nodes.append(node)
+            else:
+                self.copy._parts.add(node)
+            self._note_memory(alias.storage, node)
+
+    def _note_memory(self, storage: _Storage, node: fx.Node) -> None:
+        """Find the storages in whose memory a node's tensor lies by what Dynamo knows of it.
+
+        Inputs may be views of each other, and so may the results of higher-order operations.
+        """
+        example = node.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            same = self._by_memory.setdefault(example.untyped_storage()._cdata, [])
+            if storage not in same:
+                same.append(storage)
+                storage.same = same
 
     def _hold(self, value: Value, node: fx.Node) -> None:
         self.copy._holdings.setdefault(value, []).append(_Holding(node, self.node))
@@ -451,14 +503,21 @@ class _Recorder(TorchDispatchMode):
 
     def _record(self, call: Call) -> None:
         schema = call.func._schema
-        if schema.is_mutable or torch.Tag.nondeterministic_seeded in call.func.tags:
+        unsaid = call.unsaid_writes()
+        if schema.is_mutable or unsaid or torch.Tag.nondeterministic_seeded in call.func.tags:
             self._effects = True
+        if torch.Tag.inplace_view in call.func.tags or call.func in _SWAPS:
+            name = schema.name.split("::")[1]
+            raise UntraceableGraph(f"{name} makes a tensor a view of something else")
         if schema.is_mutable:
-            self._record_write(call.func, call.args, call.kwargs)
+            self._record_write(call.func, call.args, call.kwargs, call.result)
         elif any(r.alias_info is not None for r in schema.returns):
             self._record_view(call.func, call.args, call.kwargs, call.result)
         else:
             self._record_pure(call.func, call.args, call.kwargs, call.result)
+        for target in unsaid:
+            read = call.args, tuple(call.kwargs.values())
+            self._write(self._alias(target), self._opaque(target, read))
 
     def _record_pure(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         args, kwargs = map_tensors(self._read, args), map_tensors(self._read, kwargs)
@@ -491,7 +550,7 @@ class _Recorder(TorchDispatchMode):
             if not _is_read_from(value, source):
                 self._aliases[id(tensor)].looked_into = source
 
-    def _record_write(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _record_write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An in-place or ``out=`` operation gives the written tensors new values."""
         written: list[torch.Tensor] = []
         for argument, given in zip(func._schema.arguments, args, strict=False):
@@ -512,8 +571,14 @@ class _Recorder(TorchDispatchMode):
             inputs = map_tensors(self._read, args), map_tensors(self._read, kwargs)
             self._write(self._alias(target), self._value(functional, *inputs, target))
         else:
+            # Before any of it is written.
+            read = map_tensors(self._read, (args, tuple(kwargs.values())))
             for target in written:
-                self._write(self._alias(target), self._opaque(target))
+                self._write(self._alias(target), self._opaque(target, read))
+            for tensor in tensors_in(result):
+                if id(tensor) not in self._aliases:
+                    value = self._opaque(tensor, read)
+                    self._add_alias(tensor, _Storage(value), (), value)
 
     # Values, aliases and storages.
 
@@ -549,8 +614,10 @@ class _Recorder(TorchDispatchMode):
             self._known[key] = value
         return value
 
-    def _opaque(self, like: torch.Tensor) -> Value:
-        return self._value(OPAQUE, (len(self.copy.values),), {}, like)
+    def _opaque(self, like: Any, *read: Any) -> Value:
+        """A new value, made of those that are read in a way that is not looked into."""
+        operands = map_tensors(self._read, read)
+        return self._value(OPAQUE, (len(self.copy.values), *_values_in(operands)), {}, like)
 
     def _fresh(self, example: torch.Tensor) -> torch.Tensor:
         fake = torch.empty_strided(
@@ -660,6 +727,22 @@ class _Recorder(TorchDispatchMode):
         if storage not in self._just_written:
             self._just_written.append(storage)
         alias.version = storage.version
+        for other in storage.same:
+            if other is not storage:
+                self._overwrite(other, value)
+
+    def _overwrite(self, storage: _Storage, by: Value) -> None:
+        """A write to other memory that turns out to be the same."""
+        now = storage.current
+        like = Like(now.shape, now.dtype, now.device, now.strides)
+        storage.current = self._opaque(like, now, by)
+        storage.version += 1
+        storage.writers.append(self.node)
+        self._note_write(self.node, storage.current)
+        if storage.is_input:
+            self.copy.written_outside.setdefault(self.node, []).append(storage.current)
+        if storage not in self._just_written:
+            self._just_written.append(storage)
 
 
 def written_range(scatter: Value) -> Range | None:

@@ -287,6 +287,7 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
     if copy.is_overwritten(piece):
         raise Declined(Kind.MUTATION, "the output of one head", node)
     _check_copied_outside(piece, copy, _maker(root, copy))
+    _check_returned_alone(piece, copy)
     if piece.memory_order() is None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "a head's output has gaps in memory", node)
     merged = copy.positions[_maker(root, copy)]
@@ -311,6 +312,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
     _check_copied_outside(root, copy, node)
+    _check_returned_alone(root, copy)
     for reader, seen in copy.changed_reads(root):
         if seen is not root and root in _ancestors(seen):
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
@@ -325,6 +327,13 @@ def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> Non
             copy.positions[writer] > copy.positions[op] and value in copy.reads[writer].values()
         ):
             raise Declined(Kind.MUTATION, "its output is computed in an input's memory", writer)
+
+
+def _check_returned_alone(value: Value, copy: CanonicalCopy) -> None:
+    """Results that are views of the same memory stay so: who changes one changes the other."""
+    node = copy.returned_as_part(value)
+    if node is not None:
+        raise Declined(Kind.MUTATION, "its output is returned in other memory", node)
 
 
 def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:

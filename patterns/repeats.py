@@ -19,6 +19,14 @@ from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
 
 from .axes import Size
 
+_UNSAID_WRITES = frozenset(
+    {
+        torch.ops.aten.native_batch_norm.default,
+        torch.ops.aten.cudnn_batch_norm.default,
+        torch.ops.aten.miopen_batch_norm.default,
+    }
+)
+
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Like:
@@ -42,6 +50,16 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
+
+    def unsaid_writes(self) -> list[Any]:
+        """The tensors that the operation writes although its schema does not say so."""
+        if self.func not in _UNSAID_WRITES:
+            return []
+        names = [argument.name for argument in self.func._schema.arguments]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        written = [given.get(name) for name in ("running_mean", "running_var")]
+        training = given.get("training", given.get("use_input_stats"))
+        return [tensor for tensor in written if tensor is not None] if training else []
 
     def mapped(self, function: Callable[[Any], Any]) -> Call:
         """The call with other tensors."""
@@ -107,7 +125,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
         return None
     for call in calls:
         seeded = torch.Tag.nondeterministic_seeded in call.func.tags
-        if seeded or call.func._schema.is_mutable:
+        if seeded or call.func._schema.is_mutable or call.unsaid_writes():
             return None
         if any(id(x) not in known for x in tensors_in((call.args, call.kwargs))):
             return None  # a constant, whose number matters

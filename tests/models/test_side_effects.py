@@ -1,0 +1,282 @@
+"""What can be seen of a model beside the numbers that it returns.
+
+Which results share memory, and with what: whoever changes one changes the others. What is written
+where: inputs that are views of each other, statistics that a norm keeps, tensors that an operation
+writes without returning them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from models.harness import flashmhf, tally, tensors_in
+from models.parts import B, E, H, L, Network, d, f
+
+SHAPE = (B, L, H * d)
+
+Run = Callable[[Network, Tensor, Tensor], Any]
+
+
+class Kept(Network):
+    """With memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("statistics", torch.zeros(H * d))
+        self.register_buffer("units", torch.zeros(B, L, H, E, f))
+        self.double()
+
+
+def gates(m: Kept, x: Tensor) -> Tensor:
+    return torch.einsum("blhd,hefd->blhef", x.unflatten(-1, (H, d)), m.gate)
+
+
+def ups(m: Kept, x: Tensor) -> Tensor:
+    return torch.einsum("blhd,hefd->blhef", x.unflatten(-1, (H, d)), m.up)
+
+
+def merged(m: Kept, hidden: Tensor) -> Tensor:
+    return torch.einsum("blhef,hefd->blhd", hidden, m.down).flatten(2)
+
+
+def norm(m: Kept, x: Tensor) -> Tensor:
+    """Of all tokens; the module's statistics move."""
+    return F.batch_norm(x.flatten(0, 1), m.statistics, torch.ones(H * d).double(), training=True)
+
+
+# Results.
+
+
+def twice(m: Kept, x: Tensor, y: Tensor) -> Any:
+    return m(x), m(x)
+
+
+def twice_in_parts(m: Kept, x: Tensor, y: Tensor) -> Any:
+    return m(x).view(-1), m(x)[0]
+
+
+def twice_scaled(m: Kept, x: Tensor, y: Tensor) -> Any:
+    return m(x) * 2, m(x) * 2, m(y)
+
+
+def twice_by_heads(m: Kept, x: Tensor, y: Tensor) -> Any:
+    heads = [m.head(x, h) for h in range(H)]
+    return torch.cat(heads, -1), torch.cat(heads, -1), heads[1]
+
+
+def once_and_a_view(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = m(x)
+    return out, out.view(-1), out[0]
+
+
+def twice_with_a_sum(m: Kept, x: Tensor, y: Tensor) -> Any:
+    one, other = m(x), m(x)
+    return one, one + other, other
+
+
+def a_buffer_and_its_part(m: Kept, x: Tensor, y: Tensor) -> Any:
+    buffer = torch.zeros(H, B, L, d).double()
+    for h in range(H):
+        buffer[h] = m.head(x, h)
+    return torch.cat(list(buffer), -1), buffer[1], buffer
+
+
+def a_part_alone(m: Kept, x: Tensor, y: Tensor) -> Any:
+    part = torch.zeros(B, L, 2 * H * d).double()[..., : H * d]
+    out = m(x)
+    part.copy_(out)
+    doubled = part * 2
+    part.mul_(2)
+    return doubled, part
+
+
+def logits(m: Kept, x: Tensor, y: Tensor) -> Any:
+    q = x.unflatten(-1, (H, d))
+    return m(x), m.router_of(q), m.router_of(q)
+
+
+# Statistics.
+
+
+def of_a_result(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = m(x)
+    norm(m, out)
+    return out
+
+
+def of_half_of_it(m: Kept, x: Tensor, y: Tensor) -> Any:
+    buffer = torch.zeros_like(x)
+    for h in range(H):
+        buffer[..., h * d : (h + 1) * d] = m.head(x, h)
+        if h == 1:
+            norm(m, buffer)
+    return buffer * 3
+
+
+def of_something_else(m: Kept, x: Tensor, y: Tensor) -> Any:
+    norm(m, y)
+    return m(x)
+
+
+def between_two_reads(m: Kept, x: Tensor, y: Tensor) -> Any:
+    one = m(x - m.statistics)
+    normed = norm(m, x)
+    return one, m(x - m.statistics), normed
+
+
+# Operations that write what they do not return.
+
+
+def gates_into_a_buffer(m: Kept, x: Tensor, y: Tensor) -> Any:
+    gate = gates(m, x) * 1.0
+    F.silu(gate, inplace=True)
+    torch.mul(gate, 1, out=m.units)
+    return merged(m, gate * ups(m, x))
+
+
+def hidden_units_into_a_buffer(m: Kept, x: Tensor, y: Tensor) -> Any:
+    hidden = F.silu(gates(m, x))
+    hidden.mul_(ups(m, x))
+    torch._foreach_copy_([m.units], [hidden])
+    return merged(m, hidden)
+
+
+def heads_into_lists(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out, kept = torch.zeros_like(x), [torch.zeros_like(x) for _ in range(H)]
+    for h in range(H):
+        out[..., h * d : (h + 1) * d] = m.head(x, h)
+        torch._foreach_add_(kept, [out] * H)
+    return out, kept
+
+
+# Inputs that are views of each other: y is x.view(-1), or a part of it.
+
+
+def changed_in_between(m: Kept, x: Tensor, y: Tensor) -> Any:
+    one = m(x)
+    y.mul_(2)
+    return one, m(x)
+
+
+def changed_before(m: Kept, x: Tensor, y: Tensor) -> Any:
+    y.mul_(2)
+    return m(x)
+
+
+def changed_between_its_parts(m: Kept, x: Tensor, y: Tensor) -> Any:
+    gate = gates(m, x)
+    y.zero_()
+    return merged(m, F.silu(gate) * ups(m, x)), x * 1
+
+
+def copied_into_a_view(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = m(x)
+    y.copy_(out.view(-1)[: y.numel()].view_as(y))
+    return x + out
+
+
+# Results of higher-order operations that are views.
+
+
+def a_view_of_the_input(m: Kept, x: Tensor, y: Tensor) -> Any:
+    view = checkpoint(lambda t: t.view(-1), x, use_reentrant=False)
+    one = m(x)
+    view.mul_(2)
+    return one, m(x)
+
+
+def two_views(m: Kept, x: Tensor, y: Tensor) -> Any:
+    def make(t: Tensor) -> Any:
+        u = t * 2
+        return u, u.view(-1)
+
+    one, other = checkpoint(make, x, use_reentrant=False)
+    out = m(one)
+    other.zero_()
+    return out, m(one)
+
+
+def views_inside(m: Kept, x: Tensor, y: Tensor) -> Any:
+    def body(t: Tensor, view: Tensor) -> Tensor:
+        one = m(t)
+        view.zero_()
+        return one + m(t)
+
+    return checkpoint(body, x, x.view(-1), use_reentrant=False)
+
+
+APART: list[Run] = [
+    *(twice, twice_in_parts, twice_scaled, twice_by_heads, once_and_a_view, twice_with_a_sum),
+    *(a_buffer_and_its_part, a_part_alone, logits),
+    *(of_a_result, of_half_of_it, of_something_else, between_two_reads),
+    *(gates_into_a_buffer, hidden_units_into_a_buffer, heads_into_lists),
+    *(a_view_of_the_input, two_views, views_inside),
+]
+VIEWS: list[Run] = [
+    changed_in_between,
+    changed_before,
+    changed_between_its_parts,
+    copied_into_a_view,
+]
+
+
+def observe(call: Run, m: Kept, x: Tensor, y: Tensor) -> list[Tensor]:
+    """What is returned and left behind, and again after each result was changed in turn."""
+    for buffer in m.buffers():
+        buffer.zero_()
+    with torch.no_grad():
+        results = list(tensors_in(call(m, x, y)))
+        seen = [*results, x, y, *m.buffers()]
+        states = [z.clone() for z in seen]
+        for result in results:
+            result.add_(1)
+            states += [z.clone() for z in seen]
+    return [*states, *(torch.tensor(z.stride()) for z in results)]
+
+
+def same(run: Run, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    module = Kept()
+    pairs = zip(observe(run, module, *make()), observe(flashmhf(run), module, *make()), strict=True)
+    for right, found in pairs:
+        torch.testing.assert_close(found, right)
+    assert tally().failures == 0
+
+
+@pytest.mark.parametrize("run", APART)
+def test_nothing_else_changes(run: Run):
+    x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
+    same(run, lambda: (x.clone(), y.clone()))
+
+
+@pytest.mark.parametrize("view", [lambda x: x.view(-1), lambda x: x[1], lambda x: x[:, 1:3]])
+@pytest.mark.parametrize("run", VIEWS)
+def test_inputs_that_are_views_of_each_other(run: Run, view: Callable[[Tensor], Tensor]):
+    x = torch.randn(SHAPE).double()
+
+    def make() -> tuple[Tensor, Tensor]:
+        whole = x.clone()
+        return whole, view(whole)
+
+    same(run, make)
+
+
+@pytest.mark.parametrize("run", [twice, once_and_a_view, twice_with_a_sum, of_something_else])
+def test_such_networks_are_rewritten(run: Run):
+    same(run, lambda: (torch.ones(SHAPE).double(), torch.ones(SHAPE).double()))
+    assert tally().sites == 1
+
+
+def test_a_tensor_that_becomes_another_view():
+    def run(m: Kept, x: Tensor, y: Tensor) -> Tensor:
+        square = y[0, :H, :H] * 1
+        before = square[:]
+        square.transpose_(0, 1)
+        return m(x) + before.sum() + square[0, 1]
+
+    x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
+    same(run, lambda: (x.clone(), y.clone()))
