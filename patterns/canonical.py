@@ -56,6 +56,9 @@ OPAQUE = "opaque"  # a result that the copy does not look into
 SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
 
 
+#: views in place whose functional form has another overload's name
+_OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
+
 #: what gives a tensor other memory
 _SWAPS = frozenset(
     getattr(packet, name)
@@ -507,9 +510,8 @@ class _Recorder(TorchDispatchMode):
         if schema.is_mutable or unsaid or torch.Tag.nondeterministic_seeded in call.func.tags:
             self._effects = True
         if torch.Tag.inplace_view in call.func.tags or call.func in _SWAPS:
-            name = schema.name.split("::")[1]
-            raise UntraceableGraph(f"{name} makes a tensor a view of something else")
-        if schema.is_mutable:
+            self._record_view_in_place(call)
+        elif schema.is_mutable:
             self._record_write(call.func, call.args, call.kwargs, call.result)
         elif any(r.alias_info is not None for r in schema.returns):
             self._record_view(call.func, call.args, call.kwargs, call.result)
@@ -549,6 +551,22 @@ class _Recorder(TorchDispatchMode):
             self._add_alias(tensor, base.storage, (*base.chain, step), value)
             if not _is_read_from(value, source):
                 self._aliases[id(tensor)].looked_into = source
+
+    def _record_view_in_place(self, call: Call) -> None:
+        """A tensor becomes another view of what it is; who held it holds something else now."""
+        target = call.args[0]
+        alias = self._alias(target)
+        functional = _functional_form(call.func) or _OTHERWISE_NAMED.get(call.func)
+        if functional is None or call.func in _SWAPS or alias.storage.is_input:
+            name = call.func._schema.name.split("::")[1]
+            raise UntraceableGraph(f"{name} makes a tensor another one in place")
+        rest = map_tensors(self._read, call.args[1:])
+        step = ViewStep(functional, rest, call.kwargs, None, *_sizes(target))
+        alias.value = self._view(self._read(target), step)
+        alias.chain = (*alias.chain, step)
+        alias.storage.writers.append(self.node)
+        alias.storage.nodes.clear()
+        self._note_write(self.node, alias.value)
 
     def _record_write(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """An in-place or ``out=`` operation gives the written tensors new values."""

@@ -271,12 +271,61 @@ def test_such_networks_are_rewritten(run: Run):
     assert tally().sites == 1
 
 
-def test_a_tensor_that_becomes_another_view():
+# Tensors that become other views in place.
+
+
+def beside_the_network(m: Kept, x: Tensor, y: Tensor) -> Any:
+    square = y[0, :H, :H] * 1
+    before = square[:]
+    square.transpose_(0, 1)
+    return m(x) + before[0, 1] + square[0, 1], before, square
+
+
+def its_input(m: Kept, x: Tensor, y: Tensor) -> Any:
+    square = torch.cat([x, x, x])[:L] * 1
+    before = square[:]
+    square.transpose_(0, 1)
+    return m(before), m(square)
+
+
+def its_output(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = m(x)
+    before = out[0]
+    out.transpose_(0, 1)
+    return out, before
+
+
+def its_hidden_units(m: Kept, x: Tensor, y: Tensor) -> Any:
+    hidden = m.hidden(torch.cat([x, x, x])[:L])
+    before = hidden[:]
+    hidden.transpose_(0, 1)
+    return merged(m, before), merged(m, hidden)
+
+
+def its_router(m: Kept, x: Tensor, y: Tensor) -> Any:
+    weights = x[..., 0] * 1
+    weights.unsqueeze_(-1).unsqueeze_(-1)
+    weights.squeeze_(-1)
+    return merged(m, F.silu(gates(m, x)) * ups(m, x) * weights[..., None, None])
+
+
+IN_PLACE: list[tuple[Run, int]] = [
+    *((beside_the_network, 1), (its_input, 0), (its_output, 1), (its_hidden_units, 0)),
+    (its_router, 0),
+]
+
+
+@pytest.mark.parametrize(("run", "sites"), IN_PLACE)
+def test_a_tensor_that_becomes_another_view(run: Run, sites: int):
+    x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
+    same(run, lambda: (x.clone(), y.clone()))
+    assert tally().sites == sites
+
+
+def test_an_input_that_becomes_another_view():
     def run(m: Kept, x: Tensor, y: Tensor) -> Tensor:
-        square = y[0, :H, :H] * 1
-        before = square[:]
-        square.transpose_(0, 1)
-        return m(x) + before.sum() + square[0, 1]
+        y.unsqueeze_(0)
+        return m(x) + y[0]
 
     x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
     same(run, lambda: (x.clone(), y.clone()))
