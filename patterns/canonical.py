@@ -56,6 +56,9 @@ OPAQUE = "opaque"  # a result that the copy does not look into
 SCATTER = "scatter"  # args: (old value of the base, new value of the part); chain says which part
 
 
+#: functions and methods that change a tensor where no operation shows it
+_UNSEEN = frozenset({"detach_", "requires_grad_"})
+
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
 
@@ -145,6 +148,11 @@ class _Storage:
     same: list[_Storage] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether somebody sees it who is not seen here."""
+        return self.is_input or len(self.same) > 1
+
 
 @dataclass(eq=False, slots=True)
 class _Alias:
@@ -197,7 +205,7 @@ class CanonicalCopy:
     positions: dict[fx.Node, int] = field(default_factory=dict)
     #: what each node writes into memory that existed before it
     written: dict[fx.Node, list[Value]] = field(default_factory=dict)
-    #: the same, into memory that outlives the graph: an input's
+    #: the same, into memory that others see, too: an input's, or one that several tensors share
     written_outside: dict[fx.Node, list[Value]] = field(default_factory=dict)
     #: the states of memory in which a node found what had been written into a part of it
     looked_into: dict[fx.Node, list[Value]] = field(default_factory=dict)
@@ -289,10 +297,18 @@ class CanonicalCopy:
                 return argument
         return None
 
+    def shares_what_is_returned(self, value: Value) -> bool:
+        """Whether a node holds the value in memory of which more than one view is returned."""
+        memories = {self.memory_of(holding.node) for holding in self._holdings.get(value, ())}
+        return any(
+            len({node for node, where in self.returned if where == memory}) > 1
+            for memory in memories
+        )
+
     def is_outside(self, node: fx.Node) -> bool:
-        """Whether a node's tensor lies in memory that outlives the graph."""
+        """Whether a node's tensor lies in memory that others see."""
         storage = self._storage_of.get(node)
-        return storage is not None and storage.is_input
+        return storage is not None and storage.is_outside
 
     def _ends(self, holding: _Holding, upto: int) -> list[fx.Node]:
         """The nodes that write the memory between the start of a holding and a position."""
@@ -348,6 +364,8 @@ class _Runner(fx.Interpreter):
             return self.recorder.leaf(_example(n))
         if n.op == "get_attr":
             return self._attribute(str(n.target))
+        if getattr(n.target, "__name__", n.target) in _UNSEEN:
+            raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if isinstance(n.target, HigherOrderOperator):
             return self.recorder.opaque_call(_example(n), (args, kwargs))
@@ -383,6 +401,7 @@ class _Recorder(TorchDispatchMode):
         self._known: dict[Any, Value] = {}
         self._writers: dict[Value, fx.Node] = {}
         self._by_memory: dict[int, list[_Storage]] = {}
+        self._placed: list[tuple[fx.Node, _Storage, Value]] = []  # what was written, and where
 
     # The Dynamo side.
 
@@ -486,6 +505,9 @@ class _Recorder(TorchDispatchMode):
         for alias in self._aliases.values():
             if alias.storage.is_input and alias.storage.writers:
                 self.copy.escaping.add(alias.storage.current)
+        for node, storage, value in self._placed:
+            if storage.is_outside:
+                self.copy.written_outside.setdefault(node, []).append(value)
         self.copy._live = self.copy.needed_without({})
         return self.copy
 
@@ -557,7 +579,7 @@ class _Recorder(TorchDispatchMode):
         target = call.args[0]
         alias = self._alias(target)
         functional = _functional_form(call.func) or _OTHERWISE_NAMED.get(call.func)
-        if functional is None or call.func in _SWAPS or alias.storage.is_input:
+        if functional is None or call.func in _SWAPS or alias.storage.is_outside:
             name = call.func._schema.name.split("::")[1]
             raise UntraceableGraph(f"{name} makes a tensor another one in place")
         rest = map_tensors(self._read, call.args[1:])
@@ -579,7 +601,10 @@ class _Recorder(TorchDispatchMode):
                 written += tensors_in(kwargs[argument.name])
         functional = _functional_form(func)
         if torch.Tag.nondeterministic_seeded in func.tags and len(written) == 1:
-            value = self._value(func, (), {}, written[0])  # dropout: never equal to another
+            # Dropout: never equal to another.
+            others = [x for x in (*args, *kwargs.values()) if x is not written[0]]
+            read = map_tensors(self._read, others)
+            value = self._value(func, tuple(_values_in(read)), {}, written[0])
             self._write(self._alias(written[0]), value)
         elif func is torch.ops.aten.copy_.default:
             value = self._value(COPY, (self._read(args[1]),), {}, args[0])
@@ -740,8 +765,7 @@ class _Recorder(TorchDispatchMode):
         storage.version += 1
         storage.writers.append(self.node)
         self._note_write(self.node, value)
-        if storage.is_input:
-            self.copy.written_outside.setdefault(self.node, []).append(value)
+        self._placed.append((self.node, storage, value))
         if storage not in self._just_written:
             self._just_written.append(storage)
         alias.version = storage.version
@@ -757,8 +781,7 @@ class _Recorder(TorchDispatchMode):
         storage.version += 1
         storage.writers.append(self.node)
         self._note_write(self.node, storage.current)
-        if storage.is_input:
-            self.copy.written_outside.setdefault(self.node, []).append(storage.current)
+        self._placed.append((self.node, storage, storage.current))
         if storage not in self._just_written:
             self._just_written.append(storage)
 

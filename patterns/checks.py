@@ -288,6 +288,9 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
         raise Declined(Kind.MUTATION, "the output of one head", node)
     _check_copied_outside(piece, copy, _maker(root, copy))
     _check_returned_alone(piece, copy)
+    if copy.shares_what_is_returned(piece):
+        detail = "a head's output is returned with other views of its memory"
+        raise Declined(Kind.MUTATION, detail, node)
     if piece.memory_order() is None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "a head's output has gaps in memory", node)
     merged = copy.positions[_maker(root, copy)]

@@ -86,6 +86,13 @@ def a_buffer_and_its_part(m: Kept, x: Tensor, y: Tensor) -> Any:
     return torch.cat(list(buffer), -1), buffer[1], buffer
 
 
+def a_view_of_its_part(m: Kept, x: Tensor, y: Tensor) -> Any:
+    buffer = torch.zeros(H, B, L, d).double()
+    for h in range(H):
+        buffer[h] = m.head(x, h)
+    return torch.cat(list(buffer), -1), buffer[1].view(-1), buffer[1:]
+
+
 def a_part_alone(m: Kept, x: Tensor, y: Tensor) -> Any:
     part = torch.zeros(B, L, 2 * H * d).double()[..., : H * d]
     out = m(x)
@@ -154,6 +161,20 @@ def heads_into_lists(m: Kept, x: Tensor, y: Tensor) -> Any:
     return out, kept
 
 
+def random_numbers(m: Kept, x: Tensor, y: Tensor) -> Any:
+    """Drawn by what is summed up to then, which is certain."""
+    q = x.unflatten(-1, (H, d))
+    total = torch.zeros_like(q)
+    for e in range(E):
+        gate = torch.einsum("blhd,hfd->blhf", q, m.gate[:, e])
+        up = torch.einsum("blhd,hfd->blhf", q, m.up[:, e])
+        down = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, m.down[:, e])
+        total += m.router_of(q)[..., e, None] * down
+        if e == 0:
+            y.view_as(q).bernoulli_((total > 0).double())
+    return total
+
+
 # Inputs that are views of each other: y is x.view(-1), or a part of it.
 
 
@@ -201,6 +222,22 @@ def two_views(m: Kept, x: Tensor, y: Tensor) -> Any:
     return out, m(one)
 
 
+def copied_into_a_view_of_the_input(m: Kept, x: Tensor, y: Tensor) -> Any:
+    view = checkpoint(lambda t: t.view(-1), y, use_reentrant=False)
+    view.copy_(m(x).view(-1))
+    return view
+
+
+def copied_into_one_of_two(m: Kept, x: Tensor, y: Tensor) -> Any:
+    def make(t: Tensor) -> Any:
+        u = t * 2
+        return u, u.view(-1)
+
+    one, other = checkpoint(make, y, use_reentrant=False)
+    one.copy_(m(x))
+    return one, other
+
+
 def views_inside(m: Kept, x: Tensor, y: Tensor) -> Any:
     def body(t: Tensor, view: Tensor) -> Tensor:
         one = m(t)
@@ -212,10 +249,11 @@ def views_inside(m: Kept, x: Tensor, y: Tensor) -> Any:
 
 APART: list[Run] = [
     *(twice, twice_in_parts, twice_scaled, twice_by_heads, once_and_a_view, twice_with_a_sum),
-    *(a_buffer_and_its_part, a_part_alone, logits),
+    *(a_buffer_and_its_part, a_view_of_its_part, a_part_alone, logits),
     *(of_a_result, of_half_of_it, of_something_else, between_two_reads),
     *(gates_into_a_buffer, hidden_units_into_a_buffer, heads_into_lists),
     *(a_view_of_the_input, two_views, views_inside),
+    *(copied_into_a_view_of_the_input, copied_into_one_of_two, random_numbers),
 ]
 VIEWS: list[Run] = [
     changed_in_between,
@@ -320,6 +358,24 @@ def test_a_tensor_that_becomes_another_view(run: Run, sites: int):
     x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
     same(run, lambda: (x.clone(), y.clone()))
     assert tally().sites == sites
+
+
+def test_gradients_that_are_cut_in_place():
+    def run(m: Kept, x: Tensor, y: Tensor) -> Tensor:
+        hidden = m.hidden(x)
+        hidden.detach_()
+        return merged(m, hidden) + y.sum()
+
+    module, x, y = Kept(), torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
+    found = []
+    for call in (run, flashmhf(run)):
+        query = x.clone().requires_grad_()
+        leaves = [query, *module.parameters()]
+        out = call(module, query, y)
+        found.append(torch.autograd.grad((out * out).sum(), leaves, materialize_grads=True,
+                                         allow_unused=True))  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_an_input_that_becomes_another_view():
