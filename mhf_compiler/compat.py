@@ -50,6 +50,7 @@ __all__ = [
     "named_arguments",
     "no_fake_mode",
     "no_new_guards",
+    "realize_to_strides",
     "reason_of_graph_break",
     "reset_cuda_graphs",
     "run_pass",
@@ -211,6 +212,11 @@ def storage_of(node: torch.fx.Node) -> int | None:
     from torch._inductor.fx_utils import get_node_storage
 
     return get_node_storage(node)
+
+
+def realize_to_strides(node: torch.fx.Node) -> None:
+    """Make Inductor write a node's tensor to memory, with the strides of its fake tensor."""
+    node.meta["inductor_realize_to_strides"] = True
 
 
 def named_arguments(node: torch.fx.Node) -> dict[str, Any]:

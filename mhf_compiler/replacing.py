@@ -39,6 +39,12 @@ def is_call_of(node: fx.Node, *names: str) -> bool:
     return any(node.target in (op, op.default) for op in found if op is not None)
 
 
+def calls_our_op(node: fx.Node) -> bool:
+    """Whether a node calls one of our ops, be it in the functional form of those that write."""
+    functional = node.target is auto_functionalized
+    return getattr(node.args[0] if functional else node.target, "namespace", "") == "mhf_compiler"
+
+
 def _writes(node: fx.Node) -> bool:
     """Whether a node calls an op that writes to an argument."""
     return getattr(getattr(node.target, "_schema", None), "is_mutable", False)

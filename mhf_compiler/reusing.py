@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import compat, joining, norming, replacing
+from . import compat, joining, layouts, norming, replacing
 from .compat import counters, named_arguments, with_pass
 from .joining import join_networks
+from .layouts import fix_layouts
 from .norming import join_norms
 from .replacing import Memory, call_over, is_call_of, replace_by_item, takes_the_same_memory
 from .rewriting import MhfCompilerWarning
@@ -50,11 +51,12 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
         return config
     from .lowering import normed_network, normed_router, overwriting, routing
 
-    files: tuple[str, ...] = (__file__, compat.__file__, replacing.__file__, overwriting.__file__)
+    files: tuple[str, ...] = (__file__, compat.__file__, layouts.__file__, replacing.__file__)
+    files += (overwriting.__file__,)
     if torch.is_grad_enabled():
-        return with_pass(config, partial(_run, [reuse_memory], strict), files)
+        return with_pass(config, partial(_run, [reuse_memory, fix_layouts], strict), files)
     # In this order: the queries that were normalised are dead behind the op, too.
-    passes = [join_norms, reuse_memory, join_networks]
+    passes = [join_norms, reuse_memory, join_networks, fix_layouts]
     modules = (norming, joining, normed_router, normed_network, routing)
     files += tuple(str(module.__file__) for module in modules)
     # Where it pays to join a network is decided there; to import it would ask for Triton.
