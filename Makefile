@@ -59,9 +59,21 @@ pytest: $(READY)  ## the tests alone
 fuzz: $(READY)  ## N random programs from SEED on, and mutants of each: none missed, none wrong
 	$(PYTHON) -m tests.fuzz --number $(N) --seed $(SEED) --workers $(WORKERS) $(FUZZ_ARGS)
 
+.PHONY: fuzz-gpu
+fuzz-gpu: $(READY)  ## the same number through Inductor and our kernels, on a GPU: none wrong
+	$(PYTHON) -m tests.fuzz.gpu --number $(N) --seed $(SEED) $(FUZZ_ARGS)
+
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none
 	$(PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
+
+# PyTorch's pool of memory is left out, so that what lies past a tensor is nobody's.
+SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all --kernel-regex kns=_kernel
+.PHONY: sanitize
+sanitize: $(READY)  ## every kernel under compute-sanitizer: memory, races, values never written
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(PYTHON) tests/lowering/sanitize.py
+	$(SANITIZE) --tool racecheck $(PYTHON) tests/lowering/sanitize.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool initcheck $(PYTHON) tests/lowering/sanitize.py
 
 .PHONY: lint
 lint: ruff typecheck  ## ruff and mypy

@@ -1,0 +1,377 @@
+"""``python -m tests.fuzz.gpu --number 3000``: random networks through the whole back end, on a GPU.
+
+Each program is compiled as a user would: Dynamo, the rewriting, autograd, Inductor and the passes
+over its graphs, our kernels and Inductor's, with or without CUDA graphs. Outputs and all gradients
+are compared with float32 by the two-times rule of docs/numerics.md, for several draws of inputs.
+
+A seed is a program. Six seeds in a row share a network, whose kernels are compiled once, and differ
+in everything around it: tokens, norm, projections, router, spelling, what else is returned, mode.
+
+Every program runs twice: while the other workers use the card, and while they are kept off it
+(except for what they launch in order to compile).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+USES = 6  # programs that share a network
+_DRAWS = 3  # of inputs, for each program and each of its two runs
+_MOST_HIDDEN = 2e8  # hidden units in all, so that eager's fit and are quick
+
+# What an error may be beside twice eager's, which can be 0.
+_ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 2e-6}
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda r: r.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "normalised": lambda r: r.sigmoid() / r.sigmoid().sum(-1, keepdim=True).clamp_min(1e-20),
+}
+# (sequences, length): single tokens, short and long sequences, most of them of odd lengths.
+TOKENS = (
+    (1, 1), (1, 7), (2, 33), (4, 1), (64, 1), (1, 128), (3, 129), (2, 257), (5, 300), (1, 1000),
+    (2, 1024), (4, 777), (3, 1366), (1, 4096),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the op's kernels are compiled for."""
+
+    dtype: torch.dtype
+    heads: int
+    groups: int
+    head_dim: int
+    sub_networks: int
+    hidden: int
+    activation: str
+    gated: bool
+    biased: bool
+    routed: bool
+
+
+@dataclass(frozen=True)
+class Use:
+    """What surrounds the network, and how it is run."""
+
+    batch: int
+    length: int
+    norm: str  # "", "rms" or "layer"
+    projected: bool
+    projection_bias: bool
+    router: str
+    wide_router: bool  # logits in float32
+    looped: bool  # over sub-networks, instead of one batched einsum
+    wide_sum: bool  # the loop's sum in float32
+    heads_first: bool  # queries stored by heads
+    returns: str  # "out", "residual", "queries too"
+    mode: str  # "inference", "training", and with " graphs" under reduce-overhead
+    autocast: bool
+
+
+def draw(seed: int) -> tuple[Sizes, Use]:
+    """The program of a seed."""
+    rng = Random(f"network {seed // USES}")
+    heads = rng.choice([1, 2, 3, 4, 8, 16])
+    sizes = Sizes(
+        dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+        heads=heads,
+        groups=rng.choice([g for g in {1, 2, heads} if heads % g == 0]),
+        head_dim=rng.choice([8, 16, 24, 32, 40, 64, 72, 96, 128, 128, 160, 192, 256]),
+        sub_networks=rng.choice([1, 2, 3, 8]),
+        hidden=rng.choice([16, 48, 64, 100, 128, 171, 256, 341, 512]),
+        activation=rng.choice(["silu", "silu", *ACTIVATIONS]),
+        gated=rng.random() < 0.75,
+        biased=rng.random() < 0.25,
+        routed=rng.random() < 0.8,
+    )
+    rng = Random(f"use {seed}")
+    units = heads * sizes.sub_networks * sizes.hidden
+    batch, length = rng.choice([t for t in TOKENS if t[0] * t[1] * units <= _MOST_HIDDEN])
+    modes = ["inference", "inference", "training", "training", "inference graphs"]
+    use = Use(
+        batch=batch,
+        length=length,
+        norm=rng.choice(["", "rms", "rms", "layer"]),
+        projected=rng.random() < 0.7,
+        projection_bias=rng.random() < 0.3,
+        router=rng.choice(sorted(ROUTERS)),
+        wide_router=rng.random() < 0.5,
+        looped=rng.random() < 0.5,
+        wide_sum=rng.random() < 0.5,
+        heads_first=rng.random() < 0.3,
+        returns=rng.choice(["out", "out", "residual", "queries too"]),
+        mode=rng.choice([*modes, "training graphs"]),
+        autocast=rng.random() < 0.5 and sizes.dtype is torch.float32,
+    )
+    return sizes, use
+
+
+class Model(nn.Module):
+    """A multi-head FFN with its surroundings, [B, L, H d] to the same."""
+
+    def __init__(self, sizes: Sizes, use: Use) -> None:
+        super().__init__()
+        self.sizes, self.use = sizes, use
+        width, d, f = sizes.heads * sizes.head_dim, sizes.head_dim, sizes.hidden
+        shape = (sizes.groups, sizes.sub_networks)
+
+        def parameter(*size: int, scale: float) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*size) * scale)
+
+        if use.projected:
+            self.before = nn.Linear(width, width, bias=use.projection_bias)
+            self.after = nn.Linear(width, width, bias=use.projection_bias)
+        if use.norm:
+            self.norm = nn.RMSNorm(d) if use.norm == "rms" else nn.LayerNorm(d)
+        self.gate = parameter(*shape, f, d, scale=d**-0.5)
+        self.up = parameter(*shape, f, d, scale=d**-0.5) if sizes.gated else None
+        self.down = parameter(*shape, f, d, scale=f**-0.5)
+        if sizes.routed:
+            self.router = parameter(sizes.heads, d, sizes.sub_networks, scale=d**-0.5)
+        biases = [parameter(*shape, n, scale=0.1) if sizes.biased else None for n in (f, f, d)]
+        self.gate_bias, self.up_bias, self.down_bias = biases
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        use, heads = self.use, self.sizes.heads
+        q = self.before(x) if use.projected else x
+        q = q.unflatten(-1, (heads, -1))
+        if use.norm:
+            q = self.norm(q)
+        if use.heads_first:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        r = self.weights_of_router(q) if self.sizes.routed else None
+        out = (self.looped(q, r) if use.looped else self.batched(q, r)).flatten(2)
+        out = self.after(out) if use.projected else out
+        if use.returns == "residual":
+            return out + x
+        return (out, q.mean((0, 1))) if use.returns == "queries too" else out
+
+    def weights_of_router(self, q: Tensor) -> Tensor:
+        if self.use.wide_router:
+            logits = torch.einsum("blhd,hde->blhe", q.float(), self.router.float())
+        else:
+            logits = torch.einsum("blhd,hde->blhe", q, self.router)
+        return ROUTERS[self.use.router](logits)
+
+    def of_heads(self, *parameters: Tensor | None) -> list[Tensor | None]:
+        """One for each head, of those that heads share."""
+        repeats = self.sizes.heads // self.sizes.groups
+        return [
+            p if p is None or repeats == 1 else p.repeat_interleave(repeats, 0) for p in parameters
+        ]
+
+    def looped(self, q: Tensor, r: Tensor | None) -> Tensor:
+        gate, up, down = self.of_heads(self.gate, self.up, self.down)
+        gate_bias, up_bias, down_bias = self.of_heads(self.gate_bias, self.up_bias, self.down_bias)
+        total = torch.zeros_like(q, dtype=torch.float32 if self.use.wide_sum else q.dtype)
+        for e in range(self.sizes.sub_networks):
+            m = torch.einsum("blhd,hfd->blhf", q, gate[:, e])
+            a = ACTIVATIONS[self.sizes.activation](m if gate_bias is None else m + gate_bias[:, e])
+            if up is not None:
+                n = torch.einsum("blhd,hfd->blhf", q, up[:, e])
+                a = a * (n if up_bias is None else n + up_bias[:, e])
+            out = torch.einsum("blhf,hfd->blhd", a, down[:, e])
+            out = (out if down_bias is None else out + down_bias[:, e]).to(total.dtype)
+            total = total + (out if r is None else out * r[..., e, None].to(total.dtype))
+        return total.to(q.dtype)
+
+    def batched(self, q: Tensor, r: Tensor | None) -> Tensor:
+        gate, up, down = self.of_heads(self.gate, self.up, self.down)
+        gate_bias, up_bias, down_bias = self.of_heads(self.gate_bias, self.up_bias, self.down_bias)
+        m = torch.einsum("blhd,hefd->blhef", q, gate)
+        a = ACTIVATIONS[self.sizes.activation](m if gate_bias is None else m + gate_bias)
+        if up is not None:
+            n = torch.einsum("blhd,hefd->blhef", q, up)
+            a = a * (n if up_bias is None else n + up_bias)
+        out = torch.einsum("blhef,hefd->blhed", a, down)
+        out = out if down_bias is None else out + down_bias
+        return (out if r is None else out * r.unsqueeze(-1).to(out.dtype)).sum(3)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one program."""
+
+    seed: int
+    rewritten: bool
+    error: str = ""
+
+
+def check(seed: int, device: str, lock: Path) -> Finding:
+    """Compile and run a program, beside others and then alone."""
+    sizes, use = draw(seed)
+    torch._dynamo.reset()
+    counters.clear()
+    error = ""
+    try:
+        _check(sizes, use, device, lock, seed)
+    except Exception as raised:
+        place = traceback.extract_tb(raised.__traceback__)[-1]
+        told = " ".join(str(raised).split())[:200]
+        error = f"{type(raised).__name__}: {told} ({Path(place.filename).name}:{place.lineno})"
+    return Finding(seed, counters["flashmhf"]["sites_rewritten"] > 0, error)
+
+
+def _check(sizes: Sizes, use: Use, device: str, lock: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Model(sizes, use).to(device, sizes.dtype)
+    wide = Model(sizes, use).to(device)
+    wide.load_state_dict({name: p.float() for name, p in model.state_dict().items()})
+    options: dict[str, Any] = {"rewrite": "always", "strict": True}
+    if use.mode.endswith("graphs"):
+        options["mode"] = "reduce-overhead"
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+
+    cases = []
+    for _ in range(_DRAWS):
+        shape = (use.batch, use.length, sizes.heads * sizes.head_dim)
+        x = torch.randn(shape, device=device).to(sizes.dtype)
+        exact = _step(wide, wide, x.float(), use, autocast=False)
+        cases.append((x, exact, _step(model, model, x, use, use.autocast)))
+    _step(compiled, model, cases[0][0], use, use.autocast)  # compiles, and holds nobody up
+    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+        with locked(lock, kind):
+            for x, exact, eager in cases:
+                found = _step(compiled, model, x, use, use.autocast)
+                _compare(found, eager, exact, sizes, use)
+
+
+def _step(
+    call: Callable[[Tensor], Any], model: nn.Module, x: Tensor, use: Use, autocast: bool
+) -> list[Tensor | None]:
+    """Outputs and, in training, the gradients of the input and of all parameters."""
+    training = use.mode.startswith("training")
+    x = x.detach().clone().requires_grad_(training)
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.compiler.cudagraph_mark_step_begin()
+    with (
+        torch.autocast(x.device.type, torch.bfloat16, enabled=autocast),
+        torch.set_grad_enabled(training),
+    ):
+        returned = call(x)
+    outputs = list(returned) if isinstance(returned, tuple) else [returned]
+    gradients: list[Tensor | None] = []
+    if training:
+        generator = torch.Generator(x.device).manual_seed(5)
+        weights = [torch.randn(y.shape, generator=generator, device=x.device) for y in outputs]
+        sum((y.float() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+        gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    seen = [*outputs, *gradients]
+    return [None if value is None else value.detach().clone() for value in seen]
+
+
+def _compare(
+    found: list[Tensor | None],
+    eager: list[Tensor | None],
+    exact: list[Tensor | None],
+    sizes: Sizes,
+    use: Use,
+) -> None:
+    """Raise where a value's error is more than twice eager's."""
+    rounding = 2e-3 if use.autocast else _ROUNDING[sizes.dtype]
+    for number, (value, plain, wide) in enumerate(zip(found, eager, exact, strict=True)):
+        if value is None or plain is None or wide is None:
+            if (value is None) != (plain is None):
+                raise AssertionError(f"value {number} is None for one of eager and compiled")
+            continue
+        if value.dtype is not plain.dtype or value.shape != plain.shape:
+            raise AssertionError(f"value {number}: {value.dtype} {tuple(value.shape)}")
+        if wide.norm() < 1e-3 * wide.numel() ** 0.5:
+            continue  # nothing but rounding, such as the router's gradient for one sub-network
+        error, eagers = _error(value, wide), _error(plain, wide)
+        if not error <= 2 * eagers + rounding:
+            raise AssertionError(f"value {number} has error {error:.1e}, eager {eagers:.1e}")
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return ((value.float() - exact).norm() / exact.norm()).item()
+
+
+@contextmanager
+def locked(file: Path, kind: int) -> Iterator[None]:
+    """Share the card with all who do so, or have it alone."""
+    with file.open() as opened:
+        fcntl.flock(opened, kind)
+        yield
+
+
+def check_network(seeds: list[int], device: str, lock: Path, deadline: float) -> list[Finding]:
+    """The programs of one network; none is begun after the deadline."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found = []
+    for seed in seeds:
+        if time.time() < deadline:
+            found.append(check(seed, device, lock))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz.gpu", description=__doc__)
+    parser.add_argument("--number", type=int, default=500, help="how many programs")
+    parser.add_argument("--seed", type=int, default=0, help="the first one's seed")
+    parser.add_argument("--workers", type=int, default=8, help="processes that share the card")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin none after so long")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in each of the workers
+    begun = time.time()
+    seeds = range(options.seed, options.seed + options.number)
+    groups: dict[int, list[int]] = {}
+    for seed in seeds:
+        groups.setdefault(seed // USES, []).append(seed)
+    findings: list[Finding] = []
+    with tempfile.NamedTemporaryFile() as lock:
+        others = (options.device, Path(lock.name), begun + options.seconds)
+        with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+            jobs = [pool.submit(check_network, group, *others) for group in groups.values()]
+            for job in as_completed(jobs):
+                for finding in job.result():
+                    findings.append(finding)
+                    if finding.error:
+                        print(f"seed {finding.seed}: {finding.error}")
+                        print(f"  {draw(finding.seed)}", flush=True)
+    failed = [finding for finding in findings if finding.error]
+    modes = Counter(draw(finding.seed)[1].mode for finding in findings)
+    print(
+        f"{len(findings)} programs, seeds {seeds.start} to {seeds.stop - 1}: {len(failed)} wrong, "
+        f"{sum(f.rewritten for f in findings)} rewritten, {time.time() - begun:.0f} s, "
+        f"{options.workers} workers; {dict(modes)}"
+    )
+    return 1 if failed or not findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
