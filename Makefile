@@ -68,7 +68,7 @@ test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is n
 	$(PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)
 
 # PyTorch's pool of memory is left out, so that what lies past a tensor is nobody's.
-SANITIZE := compute-sanitizer --error-exitcode 1 --target-processes all --kernel-regex kns=_kernel
+SANITIZE := compute-sanitizer --error-exitcode 1
 .PHONY: sanitize
 sanitize: $(READY)  ## every kernel under compute-sanitizer: memory, races, values never written
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZE) --tool memcheck $(PYTHON) tests/lowering/sanitize.py

@@ -4,6 +4,8 @@ The shapes are ragged in tokens, head width and hidden units, and leave an incom
 tiles, so that every edge of a kernel is met.
 """
 
+import sys
+
 import torch
 
 from mhf_compiler.lowering import multi_head_ffn
@@ -22,9 +24,11 @@ PROBLEMS = (
 )
 
 
-def main() -> None:
+def main(numbers: list[int]) -> None:
+    """Run the problems of these numbers, or all."""
     torch.manual_seed(0)
-    for B, L, H, G, d, E, f, dtype, activation, gated, biased in PROBLEMS:
+    for number in numbers or range(len(PROBLEMS)):
+        B, L, H, G, d, E, f, dtype, activation, gated, biased = PROBLEMS[number]
 
         def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
@@ -48,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main([int(number) for number in sys.argv[1:]])
