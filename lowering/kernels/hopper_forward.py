@@ -581,10 +581,13 @@ def _consume(
                 q_tiles, CONSUMER * (BD // 64), N, N_strides, h, D, BLOCKS, ROUTING,
                 HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND,
             )  # fmt: skip
+        # What was written to the tile must be seen by the matrix unit. And what is still being read
+        # from it into registers must have been read before the tensor copy engine writes the next
+        # Q there: no barrier orders the two, so a producer that waits for nothing else overtakes.
+        if Q_IN_REGISTERS or HALVED or ROUTING is not None:
+            fence_async_shared()
         if Q_IN_REGISTERS:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
-        elif HALVED or ROUTING is not None:
-            fence_async_shared()
 
         if ROUTING is not None:
             mbarrier.wait(ku_full.index(slot), lap)

@@ -259,6 +259,24 @@ def test_what_it_does_not_take_still_runs(change: Callable[[Tensors], Tensors]) 
     check(tensors, out=torch.empty_like(tensors["q"], dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("d", [96, 128])
+@pytest.mark.parametrize(("E", "f"), [(1, 64), (3, 64), (3, 16), (1, 192)])
+@pytest.mark.parametrize("absent", [BIASES, (*BIASES, "r")], ids=["routed", "unrouted"])
+def test_short_tiles_one_after_the_other(
+    dtype: torch.dtype, d: int, E: int, f: int, absent: tuple[str, ...], pipelined: None
+) -> None:
+    """Each program has several tiles of tokens, with no more hidden tiles than its ring has slots.
+
+    The next tile's Q is then loaded as soon as this one's has been read, and not before.
+    """
+    tensors = make(B=1, L=4098, H=16, d=d, G=16, E=E, f=f, dtype=dtype, absent=absent)
+    check(tensors, "relu2")
+    first = forward(tensors, "relu2")
+    for _ in range(50):
+        assert torch.equal(forward(tensors, "relu2"), first)
+
+
 @pytest.mark.parametrize("d", [32, 64, 128, 256])
 def test_same_bits_each_time(d: int, pipelined: None) -> None:
     tensors = make(B=3, L=3001, d=d)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -265,6 +266,26 @@ def test_nothing_overwrites_the_query(
         assert query
         assert hidden
         assert not query & hidden
+
+
+@pytest.mark.parametrize("options", [{}, {"d": 96, "dtype": torch.float16}], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_query_has_been_read_before_its_memory_is_given_back(
+    options: dict[str, Any], normed: bool, pretend: Pretend, tmp_path: Path
+) -> None:
+    """Between reading Q into registers and telling the producer so, a fence for the copy engine."""
+    driver = pretend(90)
+    if normed:
+        normed_forward(options.get("d", 128), torch.float32, torch.float32)
+    else:
+        launch_all(**options, routed=False, backward=False)
+    (binary,) = (b for b in driver.loaded if b.name == "hopper_forward_kernel")
+    steps = re.findall(r"\b(LDSM|FENCE\.VIEW\.ASYNC|SYNCS\.ARRIVE)", binary.code(tmp_path))
+    consumers = " ".join(steps).split("LDSM")[1:]
+    ends = [rest.split() for rest in consumers if rest.strip()]  # after the last load of each
+    assert len(ends) >= 2
+    for fence, arrival, *_ in ends:
+        assert (fence, arrival) == ("FENCE.VIEW.ASYNC", "SYNCS.ARRIVE")
 
 
 @pytest.mark.parametrize("name", ["hopper_query_kernel", "hopper_down_kernel"])
