@@ -301,7 +301,10 @@ def _compare(
 ) -> None:
     """Raise where a value's error is more than twice eager's."""
     rounding = 2e-3 if use.autocast else _ROUNDING[sizes.dtype]
+    outputs = 2 if use.returns == "queries too" else 1
     for number, (value, plain, wide) in enumerate(zip(found, eager, exact, strict=True)):
+        if number == outputs and sizes.activation == "relu":
+            rounding += _flipped(sizes, use)
         if value is None or plain is None or wide is None:
             if (value is None) != (plain is None):
                 raise AssertionError(f"value {number} is None for one of eager and compiled")
@@ -313,6 +316,12 @@ def _compare(
         error, eagers = _error(value, wide), _error(plain, wide)
         if not error <= 2 * eagers + rounding:
             raise AssertionError(f"value {number} has error {error:.1e}, eager {eagers:.1e}")
+
+
+def _flipped(sizes: Sizes, use: Use) -> float:
+    """What a few hidden units at the kink of relu, 0 in one rounding only, do to a gradient."""
+    units = use.batch * use.length * sizes.heads * sizes.sub_networks * sizes.hidden
+    return 4 / units**0.5
 
 
 def _error(value: Tensor, exact: Tensor) -> float:

@@ -1,0 +1,41 @@
+"""The programs for a GPU run on a CPU as well, and a wrong value fails them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import gpu
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_a_program_is_compiled_and_right(mode: str, tmp_path: Path):
+    small = (
+        seed
+        for seed in range(10_000)
+        for sizes, use in [gpu.draw(seed)]
+        if use.mode == mode and sizes.sub_networks > 1 and use.batch * use.length < 10
+        if sizes.heads * sizes.sub_networks * sizes.hidden * sizes.head_dim < 50_000
+    )
+    (lock := tmp_path / "lock").touch()
+    finding = gpu.check(next(small), "cpu", lock)
+    assert not finding.error
+    assert finding.rewritten
+
+
+def test_a_seed_is_one_program_and_six_share_a_network():
+    assert gpu.draw(7) == gpu.draw(7)
+    networks = {gpu.draw(seed)[0] for seed in range(6 * 20)}
+    assert len(networks) <= 20
+    assert len({gpu.draw(seed)[1] for seed in range(6)}) == 6
+
+
+def test_a_wrong_value_is_seen():
+    sizes, use = gpu.draw(0)
+    exact = torch.randn(100)
+    eager = exact * (1 + 1e-4)
+    gpu._compare([eager], [eager], [exact], sizes, use)
+    with pytest.raises(AssertionError, match="value 0 has error"):
+        gpu._compare([exact * 1.1], [eager], [exact], sizes, use)
+    with pytest.raises(AssertionError, match="value 0 has error nan"):
+        gpu._compare([exact * float("nan")], [eager], [exact], sizes, use)
