@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from mhf_compiler.lowering import kernels
-from mhf_compiler.lowering.kernels import backward_pass, forward_pass
-from mhf_compiler.lowering.kernels.launching import Problem, capability, recorded
+from mhf_compiler.lowering.kernels.launch import Problem, capability, recorded
 from mhf_compiler.lowering.kernels.loads import tokens_innermost
-from mhf_compiler.lowering.kernels.tiles import Kernel, Tile, choose
+from mhf_compiler.lowering.kernels.plain import backward as backward_pass
+from mhf_compiler.lowering.kernels.plain import forward as forward_pass
+from mhf_compiler.lowering.tiles import Kernel, Tile, choose
 
 from .harness import (
     Benchmark,

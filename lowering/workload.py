@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from .arguments import device_objection
-from .op import multi_head_ffn
+from .ops.network import multi_head_ffn
 
 if TYPE_CHECKING:
-    from .kernels.tiles import Kernel
-    from .kernels.tuned import Class
-    from .kernels.tuning import Run
+    from .kernels.tuning.search import Run
+    from .kernels.tuning.store import Class
+    from .tiles import Kernel
 
 _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 
@@ -108,8 +108,8 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
     """
     if workload.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
-    from .kernels.launching import interpreted
-    from .kernels.tuning import tune as tune_classes
+    from .kernels.launch import interpreted
+    from .kernels.tuning.search import tune as tune_classes
 
     if interpreted():
         return
@@ -123,8 +123,8 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
 
 def tile_class(kernel: Kernel, workload: Workload) -> Class:
     """What tuning knows the workload by."""
-    from .kernels.launching import capability
-    from .kernels.tuned import Class, card, rounded
+    from .kernels.launch import capability
+    from .kernels.tuning.store import Class, card, rounded
 
     w = workload
     return Class(
@@ -147,9 +147,9 @@ def tile_class(kernel: Kernel, workload: Workload) -> Class:
 
 def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
     """The kernels that plain Triton will run for the workload, over random numbers."""
-    from .kernels.launching import Problem
-    from .kernels.tuned import MANY_TOKENS
-    from .kernels.tuning import plain_runs
+    from .kernels.launch import Problem
+    from .kernels.tuning.search import plain_runs
+    from .kernels.tuning.store import MANY_TOKENS
 
     # Of their own, so that a model draws the same numbers whether its kernels were tuned or not;
     # and not zeros, over which a card is faster.

@@ -49,7 +49,16 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
         return config
-    from .lowering import normed_network, normed_router, overwriting, routing
+    from .lowering import problem as routing
+    from .lowering.ops import (
+        in_place as overwriting,
+    )
+    from .lowering.ops import (
+        norm_network as normed_network,
+    )
+    from .lowering.ops import (
+        norm_router as normed_router,
+    )
 
     files: tuple[str, ...] = (__file__, compat.__file__, layouts.__file__, replacing.__file__)
     files += (overwriting.__file__,)
@@ -60,7 +69,7 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
     modules = (norming, joining, normed_router, normed_network, routing)
     files += tuple(str(module.__file__) for module in modules)
     # Where it pays to join a network is decided there; to import it would ask for Triton.
-    files += (str(Path(routing.__file__).parent / "kernels" / "tiles.py"),)
+    files += (str(Path(routing.__file__).parent / "tiles.py"),)
     return with_pass(config, partial(_run, passes, strict), files)
 
 

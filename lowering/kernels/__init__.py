@@ -31,22 +31,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..routing import NormedRouter
-from . import tuned
-from .backward_pass import run_down, run_down_bias, run_query, run_up
-from .forward_pass import run_forward
-from .launching import Problem, capability, interpreted, repeat
+from ..problem import NormedRouter
+from ..tiles import Kernel, Row, Tile, choose, choose_pipelined, choose_routing, choose_streamed
+from .launch import Problem, capability, interpreted, repeat
 from .loads import token_axes, tokens_innermost
-from .normed_router import run_norm_and_route
-from .tiles import (
-    Kernel,
-    Row,
-    Tile,
-    choose,
-    choose_pipelined,
-    choose_routing,
-    choose_streamed,
-)
+from .plain.backward import run_down, run_down_bias, run_query, run_up
+from .plain.forward import run_forward
+from .plain.norm_router import run_norm_and_route
+from .tuning import store as tuned
 
 __all__ = ["backward", "forward", "normed_forward"]
 
@@ -219,7 +211,7 @@ def run_hopper(kernel: Kernel, problem: Problem, *tensors: Tensor | None) -> boo
     if tile is None or interpreted():
         return False
     # Imported by the first call that may need it: other devices need not have Gluon.
-    from . import hopper_backward as hopper
+    from .hopper import backward as hopper
 
     run: dict[Kernel, Any] = {
         "query": hopper.run_query,
@@ -259,7 +251,7 @@ def _run_pipelined(problem: Problem, out: Tensor, router: NormedRouter | None = 
     if tile is None or interpreted():
         return False
     # Imported by the first call that may need it: other devices need not have Gluon.
-    from .hopper_forward import plan, run_hopper_forward
+    from .hopper.forward import plan, run_hopper_forward
 
     planned = plan(problem, out, tile)
     if planned is None:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import Tile
+from ..tiles import Tile
 
 _WORTH_A_COPY = 1024  # tokens
 _SMALLEST_TRANSFER = 128  # bytes: tiles lie one behind the other in shared memory, so aligned

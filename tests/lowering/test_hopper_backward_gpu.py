@@ -42,7 +42,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """For each of the three kernels that was offered its work: whether it took it."""
-    from mhf_compiler.lowering.kernels import hopper_backward, launching
+    from mhf_compiler.lowering.kernels import launch as launching
+    from mhf_compiler.lowering.kernels.hopper import backward as hopper_backward
 
     launching.forget_repeats()
     taken: Runs = {}
@@ -219,7 +220,7 @@ def test_what_lies_beside_narrow_heads(d: int, runs: Iterator[Runs]) -> None:
 def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
     """As above, of gradients that lie in the memory of wider ones."""
     from mhf_compiler.lowering import kernels
-    from mhf_compiler.lowering.kernels.launching import Problem
+    from mhf_compiler.lowering.kernels.launch import Problem
     from mhf_compiler.lowering.kernels.loads import tokens_innermost
 
     (q, k, u, v, r), grad_out = make(d=d)
@@ -266,7 +267,7 @@ def test_same_bits_each_time() -> None:
 
 def test_repeated_launches() -> None:
     """A second call repeats the launches of the first, on tensors of its own."""
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import launch as launching
 
     inputs, grad_out = make(L=1000)
     others = [x if x is None else x.clone() for x in inputs]

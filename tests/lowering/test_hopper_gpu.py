@@ -31,7 +31,8 @@ def hopper() -> None:
 @pytest.fixture
 def pipelined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails if a test that asks for it does not reach Hopper's own kernel."""
-    from mhf_compiler.lowering.kernels import hopper_forward, launching
+    from mhf_compiler.lowering.kernels import launch as launching
+    from mhf_compiler.lowering.kernels.hopper import forward as hopper_forward
 
     launching.forget_repeats()  # what an earlier test launched would come back without a choice
     run, runs = hopper_forward.run_hopper_forward, []
@@ -283,7 +284,7 @@ def test_few_tokens_of_few_heads(
     heads: int, d: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to 128 programs share a tile, whose workspace holds NaN where nothing was written."""
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import launch as launching
 
     launching.forget_repeats()
     empty = torch.empty

@@ -24,8 +24,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from mhf_compiler.lowering import kernels  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import launching, normed_router, router_product  # noqa: E402
-from mhf_compiler.lowering.routing import Formula, NormedRouter  # noqa: E402
+from mhf_compiler.lowering.kernels import launch as launching  # noqa: E402
+from mhf_compiler.lowering.kernels.plain import norm_router as normed_router  # noqa: E402
+from mhf_compiler.lowering.kernels.plain import router as router_product  # noqa: E402
+from mhf_compiler.lowering.problem import Formula, NormedRouter  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),

@@ -370,7 +370,7 @@ def test_layouts_over_themselves(order: tuple[int, ...]) -> None:
 
 def check_overwriting(tensors: Tensors, order: tuple[int, ...] = (0, 1, 2, 3)) -> None:
     """The ops that overwrite give the bits of those that do not, and again when repeated."""
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import launch as launching
 
     launching.forget_repeats()
     ops = torch.ops.mhf_compiler

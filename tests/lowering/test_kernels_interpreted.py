@@ -134,7 +134,7 @@ def check(
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 x 16, of which even small problems have several, ragged ones among them."""
     from mhf_compiler.lowering import kernels
-    from mhf_compiler.lowering.kernels.tiles import Tile
+    from mhf_compiler.lowering.tiles import Tile
 
     monkeypatch.setattr(
         kernels, "choose", lambda *_, **__: Tile(16, 16, 4, 2, descriptors=request.param)
@@ -301,7 +301,7 @@ class TestParts:
         self, parts: int, absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
         monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
@@ -317,7 +317,7 @@ class TestParts:
     def test_one_head(self, tokens: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its 120 tiles of hidden units go to as many programs."""
         from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=128)
         monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
@@ -371,7 +371,7 @@ class TestOverwriting:
         self, order: tuple[int, ...], parts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
         monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
@@ -458,7 +458,7 @@ class TestRouterProduct:
     def test_matches_the_definition(
         self, dtype: torch.dtype, weights: torch.dtype, groups: int
     ) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router as router_product
 
         torch.manual_seed(0)
         q = torch.randn(2, 70, 2, 24).to(dtype)
@@ -480,7 +480,7 @@ class TestRouterProduct:
 
     @pytest.mark.parametrize("needs", [[True, False], [False, True]], ids=str)
     def test_one_gradient_alone(self, needs: list[bool]) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router as router_product
 
         q, weight = torch.randn(1, 9, 2, 8).half(), torch.randn(2, 8, 3)
         grad = torch.randn(1, 9, 2, 3)
@@ -490,7 +490,7 @@ class TestRouterProduct:
 
     @pytest.mark.parametrize("needs_weight", [False, True])
     def test_a_gradient_is_added_to_what_is_there(self, needs_weight: bool) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router as router_product
 
         torch.manual_seed(0)
         q, weight = torch.randn(2, 70, 2, 24).half(), torch.randn(2, 24, 3)
@@ -512,7 +512,7 @@ class TestCutRouter:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("width", [5, 64, 96])
     def test_parts(self, width: int, dtype: torch.dtype) -> None:
-        from mhf_compiler.lowering.kernels.router_product import cut_router, parts_of
+        from mhf_compiler.lowering.kernels.plain.router import cut_router, parts_of
 
         torch.manual_seed(0)
         weight = torch.randn(3, 5, width).to(dtype).transpose(1, 2)
@@ -533,7 +533,7 @@ class TestNormedForward:
     __test__ = INTERPRETING
 
     def test_matches_the_operator(self) -> None:
-        from mhf_compiler.lowering import normed_network
+        from mhf_compiler.lowering.ops import norm_network as normed_network
 
         torch.manual_seed(0)
         q, scale, router = torch.randn(2, 9, 2, 16).half(), torch.rand(16), torch.randn(2, 16, 3)
@@ -565,8 +565,8 @@ class TestNormAndRoute:
         sum_eps: float = 0.0,
         norm_eps: float = 1e-6,
     ) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.routing import Formula, NormedRouter
+        from mhf_compiler.lowering.kernels.plain import norm_router as normed_router
+        from mhf_compiler.lowering.problem import Formula, NormedRouter
 
         exact = q.double()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
@@ -603,7 +603,7 @@ class TestNormAndRoute:
     def test_a_program_goes_on_to_further_tokens(
         self, processors: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
+        from mhf_compiler.lowering.kernels.plain import norm_router as normed_router
 
         monkeypatch.setattr(normed_router, "multiprocessors", lambda device: processors)
         torch.manual_seed(0)
@@ -612,7 +612,7 @@ class TestNormAndRoute:
 
     def test_the_operator_runs_the_kernel(self) -> None:
         """As on a GPU: it passes on what it is given, in the order of the kernel's parameters."""
-        from mhf_compiler.lowering import normed_router
+        from mhf_compiler.lowering.ops import norm_router as normed_router
 
         torch.manual_seed(0)
         q, scale, weight = torch.randn(1, 9, 2, 8).half(), torch.rand(8), torch.randn(2, 8, 3)
@@ -655,8 +655,8 @@ class TestNormAndRoute:
         assert r.eq(7.0).all()
 
     def test_what_is_not_a_number_stays_in_its_token(self) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.routing import Formula, NormedRouter
+        from mhf_compiler.lowering.kernels.plain import norm_router as normed_router
+        from mhf_compiler.lowering.problem import Formula, NormedRouter
 
         q, weight = torch.randn(1, 4, 1, 16).bfloat16(), torch.randn(1, 16, 3)
         q[0, 1, 0, 5] = float("nan")

@@ -7,8 +7,8 @@ pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mhf_compiler.lowering.kernels.hopper_backward import Parts, plan_parts
-from mhf_compiler.lowering.kernels.launching import _described, _on, _steps
+from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
+from mhf_compiler.lowering.kernels.launch import _described, _on, _steps
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 
 from mhf_compiler.lowering import ArgumentError, multi_head_ffn
-from mhf_compiler.lowering.normed_network import Like, may_pay
-from mhf_compiler.lowering.routing import ROUTINGS
+from mhf_compiler.lowering.ops.norm_network import Like, may_pay
+from mhf_compiler.lowering.problem import ROUTINGS
 
 OP = torch.ops.mhf_compiler.normed_multi_head_ffn_over_query.default
 NORM_AND_ROUTE = torch.ops.mhf_compiler.norm_and_route.default
@@ -165,7 +165,7 @@ def test_where_there_is_a_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import launch as launching
 
     of = {"capability": (9, 0), "dtype": torch.bfloat16, "width": 128, "hidden": 256} | replaced
     monkeypatch.setattr(launching, "capability", lambda device: of["capability"])

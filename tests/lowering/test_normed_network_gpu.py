@@ -9,7 +9,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.lowering import kernels, multi_head_ffn
-from mhf_compiler.lowering.kernels.launching import capability, forget_repeats
+from mhf_compiler.lowering.kernels.launch import capability, forget_repeats
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from mhf_compiler.lowering import ArgumentError
-from mhf_compiler.lowering.routing import ROUTINGS
+from mhf_compiler.lowering.problem import ROUTINGS
 
 OP = torch.ops.mhf_compiler.norm_and_route.default
 NARROW = (torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler.lowering import normed_router
+from mhf_compiler.lowering.ops import norm_router as normed_router
 
 pytestmark = pytest.mark.gpu
 

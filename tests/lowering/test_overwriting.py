@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhf_compiler.lowering import ArgumentError, overwriting
+from mhf_compiler.lowering import ArgumentError
 from mhf_compiler.lowering.cpu import blocked, compiled
-from mhf_compiler.lowering.overwriting import ours_alone
+from mhf_compiler.lowering.ops import in_place as overwriting
+from mhf_compiler.lowering.ops.in_place import ours_alone
 
 OPS = torch.ops.mhf_compiler
 OVER_QUERY = OPS.multi_head_ffn_over_query.default

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from mhf_compiler.lowering.kernels.splitting import Split, share_of_sum, split_last_round
-from mhf_compiler.lowering.kernels.tiles import choose, choose_pipelined, choose_streamed
+from mhf_compiler.lowering.tiles import choose, choose_pipelined, choose_streamed
 
 PROGRAMS = 132
 

@@ -15,11 +15,12 @@ pytest.importorskip("triton")
 import triton
 
 from mhf_compiler.lowering import kernels
-from mhf_compiler.lowering.kernels import tuned, tuning
-from mhf_compiler.lowering.kernels.launching import Problem
-from mhf_compiler.lowering.kernels.tiles import Kernel, Row, Tile
-from mhf_compiler.lowering.kernels.tuned import Class, class_of, rounded, row_for, row_of
-from mhf_compiler.lowering.kernels.tuning import candidates, tune
+from mhf_compiler.lowering.kernels.launch import Problem
+from mhf_compiler.lowering.kernels.tuning import search as tuning
+from mhf_compiler.lowering.kernels.tuning import store as tuned
+from mhf_compiler.lowering.kernels.tuning.search import candidates, tune
+from mhf_compiler.lowering.kernels.tuning.store import Class, class_of, rounded, row_for, row_of
+from mhf_compiler.lowering.tiles import Kernel, Row, Tile
 from mhf_compiler.lowering.workload import Workload, _plain_runs, _tensors, tile_class
 
 

@@ -17,7 +17,7 @@ KERNELS = ("forward", "query", "down", "up")
 
 @pytest.fixture(autouse=True)
 def untuned() -> Iterator[None]:
-    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.kernels.tuning import store as tuned
 
     tuned.forget()
     yield
@@ -73,7 +73,7 @@ def check(tensors: list[Tensor]) -> None:
 
 
 def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
-    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.kernels.tuning import store as tuned
 
     said: list[str] = []
     state = torch.cuda.get_rng_state()
@@ -91,8 +91,8 @@ def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
 
 def test_every_candidate_is_right() -> None:
     """Whichever a card prefers: those that do not fit run as the shipped tile."""
-    from mhf_compiler.lowering.kernels import tuned
-    from mhf_compiler.lowering.kernels.tuning import candidates
+    from mhf_compiler.lowering.kernels.tuning import store as tuned
+    from mhf_compiler.lowering.kernels.tuning.search import candidates
 
     tensors = inputs()
     lists = [list(candidates(tile_class(kernel, workload())).values()) for kernel in KERNELS]

@@ -14,8 +14,8 @@ import mhf_compiler
 import mhf_compiler.lowering.cost
 from mhf_compiler import SiteReport
 from mhf_compiler.describing import readable
-from mhf_compiler.lowered import kernels_of
 from mhf_compiler.lowering.cost import Estimate
+from mhf_compiler.lowering.summary import kernels_of
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind
 
@@ -258,7 +258,7 @@ def test_the_kernel_that_sizes_select(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    import mhf_compiler.lowering.kernels.launch as launching
 
     monkeypatch.setattr(launching, "capability", lambda device: card)
     monkeypatch.setattr(launching, "interpreted", lambda: False)
@@ -310,7 +310,7 @@ def test_the_backward_kernels_that_sizes_select(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    import mhf_compiler.lowering.kernels.launch as launching
 
     monkeypatch.setattr(launching, "capability", lambda device: card)
     monkeypatch.setattr(launching, "interpreted", lambda: False)
@@ -328,7 +328,7 @@ def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    import mhf_compiler.lowering.kernels.launch as launching
 
     monkeypatch.setattr(launching, "capability", lambda device: (9, 0))
     found = kernels_of(workload(training=True, **changes))
@@ -353,8 +353,8 @@ def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
 
 def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
-    from mhf_compiler.lowering.kernels import tuned
+    import mhf_compiler.lowering.kernels.launch as launching
+    from mhf_compiler.lowering.kernels.tuning import store as tuned
     from mhf_compiler.lowering.workload import tile_class
 
     monkeypatch.setattr(launching, "capability", lambda device: (8, 0))

@@ -14,8 +14,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler import joining, norming, replacing
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_network
-from mhf_compiler.lowering.normed_network import Like
+from mhf_compiler.lowering.ops import norm_network as normed_network
+from mhf_compiler.lowering.ops.norm_network import Like
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 JOINED = "mhf_compiler.normed_multi_head_ffn_over_query.default("

@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler import norming, replacing
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_router
+from mhf_compiler.lowering.ops import norm_router as normed_router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 CALL = "mhf_compiler.norm_and_route.default("

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..tiles import Tile
 from .loads import DESCRIPTOR_ALIGNMENT, Operand, TokenAxes
-from .tiles import Tile
 
 
 class Problem(NamedTuple):

@@ -49,9 +49,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..routing import NormedRouter
-from .activations import activate
-from .hopper_routing import (
+from ...problem import NormedRouter
+from ...tiles import PipelinedTile, Tile, padded_width
+from ..activations import activate
+from ..launch import Problem, launch, multiprocessors
+from ..loads import (
+    Operand,
+    TokenAxes,
+    bias_operand,
+    router_operand,
+    token_axes,
+    token_operand,
+    weight_operand,
+)
+from ..splitting import add_parts, split_last_round
+from .routing import (
     Routing,
     load_router,
     normed_queries,
@@ -61,18 +73,6 @@ from .hopper_routing import (
     router_tiles,
     routing_operands,
 )
-from .launching import Problem, launch, multiprocessors
-from .loads import (
-    Operand,
-    TokenAxes,
-    bias_operand,
-    router_operand,
-    token_axes,
-    token_operand,
-    weight_operand,
-)
-from .splitting import add_parts, split_last_round
-from .tiles import PipelinedTile, Tile, padded_width
 
 _TOKENS = 64  # of one consumer: the rows of a warp-group's matrix instruction
 _COLUMNS = 64  # of a block of Q, K and U: what one swizzled row of shared memory holds

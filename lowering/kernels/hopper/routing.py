@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..routing import Formula, NormedRouter
-from .loads import Operand, norm_operand
-from .router_product import PART_ROWS, cut_router, parts_of
+from ...problem import Formula, NormedRouter
+from ..loads import Operand, norm_operand
+from ..plain.router import PART_ROWS, cut_router, parts_of
 
 _DTYPES = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ROWS = gl.constexpr(PART_ROWS)  # of a part

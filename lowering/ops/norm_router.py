@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
-from .op import empty_like_in_order
-from .overwriting import ours_alone
+from ..arguments import ArgumentError
+from ..problem import ROUTINGS, Formula, NormedRouter
+from .in_place import ours_alone
+from .network import empty_like_in_order
 from .router import check_product, product_on_cpu
-from .routing import ROUTINGS, Formula, NormedRouter
 
 __all__ = ["MOST_WIDTH", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
 
@@ -154,7 +154,7 @@ def norm_and_route_on_cpu(q: Tensor, router: NormedRouter, r: Tensor) -> None:
 
 def _compute_on_cuda(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     # Triton's kernels, imported by the first call.
-    from .kernels.normed_router import norm_and_route
+    from ..kernels.plain.norm_router import norm_and_route
 
     norm_and_route(q, router, r)
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
-from .arguments import (
+from .. import cpu
+from ..arguments import (
     check_arguments,
     check_backward_arguments,
     check_device,
@@ -229,7 +229,7 @@ def _backward(compute: Callable[..., list[Tensor]] | None) -> Callable[..., list
 
 def cuda_forward(*args: Any, **kwargs: Any) -> None:
     # Imported by the first call: the package must import where there is no Triton.
-    from . import kernels
+    from .. import kernels
 
     kernels.forward(*args, **kwargs)
 
@@ -241,7 +241,7 @@ def cuda_backward(
     dq_place: Tensor | None = None,
     **constants: Any,
 ) -> list[Tensor]:
-    from . import kernels
+    from .. import kernels
 
     gradients = kernels.backward(grad_out, *inputs, needs=needs, dq_place=dq_place, **constants)
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .launching import Problem, capability, forget_repeats
-from .tiles import Kernel, Row
+from ...tiles import Kernel, Row
+from ..launch import Problem, capability, forget_repeats
 
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
 
@@ -136,7 +136,7 @@ def _path(cls: Class, folder: Path) -> Path:
 @lru_cache
 def _kernels_hash() -> str:
     """Of the kernels' source, the shipped rows and the rules of tuning included."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    sources = sorted(Path(__file__).parents[2].rglob("*.py"))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 

@@ -16,17 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..routing import NormedRouter
-from .launching import launch, multiprocessors, repeat
-from .loads import Operand, norm_operand, token_axes
-from .router_product import (
-    exact_product,
-    load_head,
-    load_router_weights,
-    product_constants,
-    store_head,
-)
-from .tiles import Tile
+from ...problem import NormedRouter
+from ...tiles import Tile
+from ..launch import launch, multiprocessors, repeat
+from ..loads import Operand, norm_operand, token_axes
+from .router import exact_product, load_head, load_router_weights, product_constants, store_head
 
 _TOKENS = 64  # of a tile
 _PROGRAMS = 4  # on each multiprocessor: as many as have room for their registers

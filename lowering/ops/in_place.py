@@ -16,14 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import cpu
-from .arguments import (
-    ArgumentError,
-    check_arguments,
-    check_backward_arguments,
-    check_device,
-)
-from .op import cuda_backward, cuda_forward, with_strides_of
+from .. import cpu
+from ..arguments import ArgumentError, check_arguments, check_backward_arguments, check_device
+from .network import cuda_backward, cuda_forward, with_strides_of
 from .router import add_gradients_on_cpu, add_gradients_on_cuda, check_product
 
 __all__ = ["ours_alone"]

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu
-from .arguments import ArgumentError, check_arguments, check_device
-from .normed_router import check_normed_router, norm_and_route_on_cpu
-from .overwriting import ours_alone
-from .routing import Formula, NormedRouter
+from .. import cpu
+from ..arguments import ArgumentError, check_arguments, check_device
+from ..problem import Formula, NormedRouter
+from .in_place import ours_alone
+from .norm_router import check_normed_router, norm_and_route_on_cpu
 
 __all__ = ["Like", "may_pay", "trial_run"]
 
@@ -57,8 +57,8 @@ def may_pay(tokens: int | None, k: Like, gated: bool, device: torch.device) -> b
     """
     if device.type != "cuda":
         return False
-    from .kernels.launching import capability, interpreted
-    from .kernels.tiles import choose_routing
+    from ..kernels.launch import capability, interpreted
+    from ..tiles import choose_routing
 
     tile = choose_routing(
         tokens=_TRIAL_TOKENS if tokens is None else tokens,
@@ -152,7 +152,7 @@ def _compute_on_cpu(
 
 def _compute_on_cuda(*arguments: Any, **constants: Any) -> None:
     # Triton's kernels, imported by the first call.
-    from .kernels import normed_forward
+    from ..kernels import normed_forward
 
     normed_forward(*arguments, **constants)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .lowering.workload import Workload
+from .workload import Workload
 
 if TYPE_CHECKING:
-    from .lowering.kernels.tiles import Kernel
+    from .tiles import Kernel
 
 _MANY_TOKENS = 8192  # what tiles are shown for where the number is dynamic
 
@@ -34,8 +34,8 @@ def _backward(workload: Workload) -> tuple[str, ...]:
 
 def _forward_kernel(w: Workload) -> str:
     """The forward kernel's tile, as the launch will choose it."""
-    from .lowering.kernels.launching import capability, interpreted
-    from .lowering.kernels.tiles import choose_pipelined
+    from .kernels.launch import capability, interpreted
+    from .tiles import choose_pipelined
 
     pipelined = choose_pipelined(
         tokens=_tokens(w),
@@ -63,8 +63,8 @@ def _backward_kernels(w: Workload) -> tuple[str, ...]:
 
 
 def _backward_kernel(kernel: Kernel, of: str, w: Workload) -> str:
-    from .lowering.kernels.launching import capability, interpreted
-    from .lowering.kernels.tiles import choose_streamed
+    from .kernels.launch import capability, interpreted
+    from .tiles import choose_streamed
 
     own = choose_streamed(
         kernel,
@@ -88,10 +88,10 @@ def _for_hopper(tokens: int, hidden: int, stages: int, of: str = "") -> str:
 
 def _plain_tile(kernel: Kernel, w: Workload) -> str:
     """The tile of plain Triton's kernel: the one that tuning found, or the shipped one."""
-    from .lowering.kernels.launching import capability
-    from .lowering.kernels.tiles import choose
-    from .lowering.kernels.tuned import row_of
-    from .lowering.workload import tile_class
+    from .kernels.launch import capability
+    from .kernels.tuning.store import row_of
+    from .tiles import choose
+    from .workload import tile_class
 
     row = row_of(tile_class(kernel, w))
     tile = choose(

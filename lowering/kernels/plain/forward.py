@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate
-from .launching import Problem, early_launch, launch
-from .loads import (
+from ...tiles import Tile
+from ..activations import activate
+from ..launch import Problem, early_launch, launch
+from ..loads import (
     Operand,
     bias_operand,
     load_bias,
@@ -31,9 +32,8 @@ from .loads import (
     token_operand,
     weight_operand,
 )
-from .splitting import Split, add_parts
+from ..splitting import Split, add_parts
 from .sums import add_product, no_carry
-from .tiles import Tile
 
 
 def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:

@@ -43,9 +43,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .activations import activate, activate_with_slope
-from .launching import Problem, multiprocessors, start
-from .loads import (
+from ...tiles import StreamedTile, Tile
+from ..activations import activate, activate_with_slope
+from ..launch import Problem, multiprocessors, start
+from ..loads import (
     Operand,
     TokenAxes,
     router_operand,
@@ -54,7 +55,6 @@ from .loads import (
     token_operand,
     weight_operand,
 )
-from .tiles import StreamedTile, Tile
 
 _CONSUMERS = gl.constexpr(2)  # warpgroups that compute; a warp beside them moves tiles
 _ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the query kernel, else hidden units

@@ -13,13 +13,14 @@ import torch
 import triton
 from torch import Tensor
 
-from . import run_hopper, tuned
-from .backward_pass import run_down, run_query, run_up
-from .forward_pass import run_forward
-from .launching import Problem, recorded
-from .loads import token_axes, tokens_innermost
-from .tiles import Kernel, Row, Tile, choose, shipped_rows
-from .tuned import Class
+from ...tiles import Kernel, Row, Tile, choose, shipped_rows
+from .. import run_hopper
+from ..launch import Problem, recorded
+from ..loads import token_axes, tokens_innermost
+from ..plain.backward import run_down, run_query, run_up
+from ..plain.forward import run_forward
+from . import store as tuned
+from .store import Class
 
 Say = Callable[[str], None]
 Run = Callable[[Tile], Sequence[Tensor]]  # runs a kernel, and returns what it filled

@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import activate, activate_with_slope
-from .launching import Problem, launch
-from .loads import (
+from ...tiles import Tile, padded_width
+from ..activations import activate, activate_with_slope
+from ..launch import Problem, launch
+from ..loads import (
     bias_operand,
     load_bias,
     load_router,
@@ -39,7 +40,6 @@ from .loads import (
     weight_operand,
 )
 from .sums import add_product, no_carry
-from .tiles import Tile, padded_width
 
 # Two accumulators of wider heads do not fit Hopper's registers: at width 256, seven products
 # without spills took 6.5 ms where five with spills took 9.0 (H200).

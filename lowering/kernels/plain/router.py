@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import capability, launch, multiprocessors, repeat
-from .loads import Operand, token_axes, token_pointers
-from .tiles import Tile, padded_width
+from ...tiles import Tile, padded_width
+from ..launch import capability, launch, multiprocessors, repeat
+from ..loads import Operand, token_axes, token_pointers
 
 PART_ROWS = 32  # of a router that is cut: no product has more sub-networks
 

@@ -13,13 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ArgumentError
-from .op import (
-    empty_like_in_order,
-    no_second_derivative,
-    refuse_forward_mode,
-    with_strides_of,
-)
+from ..arguments import ArgumentError
+from .network import empty_like_in_order, no_second_derivative, refuse_forward_mode, with_strides_of
 
 __all__ = ["check_product", "product_on_cpu", "router_product", "takes", "trial_run"]
 
@@ -180,7 +175,7 @@ def _blocks(x: Tensor, groups: int) -> list[Tensor]:
 
 
 def _forward_on_cuda(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
-    from .kernels import router_product as kernels
+    from ..kernels.plain import router as kernels
 
     refuse_forward_mode(q, "router_product", _PLAIN)
     out = _empty_output(q, weight, out_order)
@@ -191,7 +186,7 @@ def _forward_on_cuda(q: Tensor, weight: Tensor, out_order: Sequence[int] | None 
 def _backward_on_cuda(
     grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    from .kernels import router_product as kernels
+    from ..kernels.plain import router as kernels
 
     wanted = _needed(q, weight, needs)
     gradients = kernels.backward(grad_out, q, weight, needs)
@@ -202,7 +197,7 @@ def add_gradients_on_cuda(
     dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
 ) -> Tensor | None:
     """Add the gradient of ``q`` to ``dq``, and return the weight's if wanted."""
-    from .kernels import router_product as kernels
+    from ..kernels.plain import router as kernels
 
     return kernels.backward_onto(dq, grad_out, q, weight, needs_weight)
 

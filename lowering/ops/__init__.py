@@ -1,0 +1,1 @@
+"""The operators, under ``torch.ops.mhf_compiler``."""
