@@ -1,22 +1,46 @@
-"""Tile sizes: a pure function of the problem and of the GPU's compute capability.
+"""Which kernel runs, and its tile sizes: a pure function of sizes, dtype and compute capability.
+
+`select` is the one answer, for the launch, the report, the cost model and the passes alike. Kernels
+written for one architecture come first (`specialised`): they are families, one folder of kernels/
+and one entry of `_FAMILIES` each. What no family takes goes to plain Triton (`portable`), and so
+does what a family's kernel refuses at the launch, because of a tensor's strides or address.
 
 A launch never tunes: it may happen inside a CUDA graph's capture, and two runs must add in the same
-order. What was tuned while a model was compiled (tuning.py) stands in for a row of the tables. They
-hold, per kernel and padded head width, the largest tiles whose accumulators stay in registers and
-whose pipeline fits the shared memory: 227 KiB per block on sm_90 and sm_100, 163 on sm_80, 99 on
-the others. `choose` then shrinks them to the problem.
+order. What was tuned while a model was compiled (kernels/tuning/) stands in for a row of the tables
+of plain Triton. They hold, per kernel and padded head width, the largest tiles whose accumulators
+stay in registers and whose pipeline fits the shared memory: 227 KiB per block on sm_90 and sm_100,
+163 on sm_80, 99 on the others. `portable` then shrinks them to the problem.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "query", "down", "up"]
+Kernel = Literal["forward", "normed_forward", "query", "down", "up"]
 
+MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
+ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 _SMALLEST = 16  # the least extent of a matrix instruction's operand
-_ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
+
+
+class Sizes(NamedTuple):
+    """All that a kernel is chosen by, except for strides and addresses."""
+
+    tokens: int
+    heads: int
+    groups: int  # of heads that share weights
+    head_dim: int
+    sub_networks: int
+    hidden: int  # units of a sub-network
+    gated: bool
+    routed: bool
+    biased: tuple[bool, bool, bool]  # K, U, V
+    dtype: torch.dtype  # of all tensors but R
+    capability: tuple[int, int]
+    interpreted: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,8 +61,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class PipelinedTile:
-    """How Hopper's own forward kernel (hopper_forward.py) cuts its work."""
+class HopperForwardTile:
+    """How Hopper's forward kernel (hopper/forward.py) cuts its work."""
 
     consumers: int  # warp groups, of 64 tokens each
     hidden: int
@@ -47,17 +71,31 @@ class PipelinedTile:
     q_in_registers: bool
     trailing: bool  # V's product runs during the next tile's activation
 
+    @property
+    def tokens(self) -> int:
+        return 64 * self.consumers
+
 
 @dataclass(frozen=True)
-class StreamedTile:
-    """How Hopper's own backward kernels (hopper_backward.py) cut their work."""
+class HopperBackwardTile:
+    """How Hopper's backward kernels (hopper/backward.py) cut their work.
 
-    streamed: int  # hidden units that pass by 128 tokens in the query kernel, else the reverse
-    stages: int  # of them in shared memory
+    One of the two extents is resident, 128 for both warp groups, and the other one streams past.
+    """
 
-    def sizes(self, kernel: Kernel) -> tuple[int, int]:
-        """Tokens and hidden units that a program has at hand."""
-        return (128, self.streamed) if kernel == "query" else (self.streamed, 128)
+    tokens: int
+    hidden: int
+    stages: int  # streamed tiles in shared memory
+
+
+FamilyTile = HopperForwardTile | HopperBackwardTile
+
+
+class Choice(NamedTuple):
+    """A folder of kernels/, and the tile for the one of its kernels that runs."""
+
+    family: str
+    tile: FamilyTile | Tile
 
 
 Row = tuple[int, int, int, int]  # tokens, hidden, warps, stages
@@ -155,51 +193,67 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
 
 # The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
 # goes there too, and how many consumers share the 64 K registers.
-_PIPELINED = {  # by padded head width; one that is not here goes to plain Triton
-    **dict.fromkeys((16, 32, 64), PipelinedTile(3, 64, 6, 160, False, False)),
-    128: PipelinedTile(2, 64, 3, 240, True, True),
-    256: PipelinedTile(2, 32, 3, 240, False, True),
+_HOPPER_FORWARD = {  # by padded head width; one that is not here goes to plain Triton
+    **dict.fromkeys((16, 32, 64), HopperForwardTile(3, 64, 6, 160, False, False)),
+    128: HopperForwardTile(2, 64, 3, 240, True, True),
+    256: HopperForwardTile(2, 32, 3, 240, False, True),
 }
-_PIPELINED_TOKENS = 256  # fewer are faster as small tiles that many programs share
+_HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
-
-_STREAMED: dict[Kernel, dict[int, StreamedTile]] = {  # by padded head width, as above
+_HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded head width, as above
     "query": {
-        **dict.fromkeys((16, 32, 64), StreamedTile(64, 5)),
-        128: StreamedTile(64, 3),
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 64, 5)),
+        128: HopperBackwardTile(128, 64, 3),
     },
     # Never as many tokens as columns of the head: the assembler then lets two operands of the
     # products, of equal shape, share registers, though one of them lives on.
     "down": {
-        **dict.fromkeys((16, 32, 64), StreamedTile(128, 4)),
-        128: StreamedTile(64, 4),
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 128, 4)),
+        128: HopperBackwardTile(64, 128, 4),
     },
     "up": {
-        **dict.fromkeys((16, 32, 64), StreamedTile(64, 3)),
-        128: StreamedTile(64, 3),
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 3)),
+        128: HopperBackwardTile(64, 128, 3),
     },
 }
-_STREAMED_TOKENS = 1024  # fewer leave most of a card idle anyway
+_HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
+
+
+def select(
+    kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None, row: Row | None = None
+) -> Choice:
+    """The kernel that runs where strides allow it: a family's, or else plain Triton's.
+
+    Of the query kernel, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
+    forward's result, if it is not that of q. `row` stands in for the tables' row of plain Triton.
+    """
+    own = specialised(kernel, sizes, out_dtype=out_dtype)
+    return Choice("plain", portable(kernel, sizes, row)) if own is None else own
 
 
 @lru_cache
-def choose(
-    kernel: Kernel,
-    *,
-    tokens: int,
-    heads: int,
-    hidden: int,
-    width: int,
-    itemsize: int,
-    capability: tuple[int, int],
-    row: Row | None = None,
-) -> Tile:
-    """The tile for `tokens` tokens of `heads` heads of `width`, over `hidden` hidden units each.
+def specialised(
+    kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None
+) -> Choice | None:
+    """The kernel that was written for the card's architecture, if there is one for these sizes."""
+    if sizes.interpreted or out_dtype not in (None, sizes.dtype):
+        return None
+    for family, rules in _FAMILIES.items():
+        tile = rules[kernel](sizes) if kernel in rules else None
+        if tile is not None:
+            return Choice(family, tile)
+    return None
 
-    `row` stands in for the table's.
+
+@lru_cache
+def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
+    """The tile of plain Triton's kernel, which runs on all cards.
+
+    `row` stands in for the tables' row.
     """
+    tokens, heads, hidden, itemsize = sizes.tokens, sizes.heads, sizes.hidden, sizes.dtype.itemsize
     if row is None:
-        row = _row(_table(itemsize, capability), kernel, width)
+        row = _row(_table(itemsize, sizes.capability), kernel, sizes.head_dim)
     bm, bf, warps, stages = row
     bf = _shrink(bf, hidden)
     parts = 1
@@ -211,87 +265,86 @@ def choose(
     elif kernel == "forward":
         full, bm = bm, _shrink(bm, tokens)
         # Not smaller tiles, which would each read all weights again: more programs to a tile.
-        parts = -(-_ENOUGH_PROGRAMS // (-(-tokens // bm) * heads))
+        parts = -(-ENOUGH_PROGRAMS // (-(-tokens // bm) * heads))
         if parts > 1:
             stages = min(stages, 3)  # a fourth only delays the first product
+        parts = min(parts, sizes.sub_networks * -(-hidden // bf))
         if itemsize <= 2:
             warps = max(4, warps * bm // full)
     else:
         full, bm = bm, _shrink(bm, tokens)
-        while bm > _SMALLEST and -(-tokens // bm) * heads < _ENOUGH_PROGRAMS:
+        while bm > _SMALLEST and -(-tokens // bm) * heads < ENOUGH_PROGRAMS:
             bm //= 2
         if itemsize <= 2:
             warps = max(4, warps * bm // full)
     # Without matrix units the compiler reads products out of the plain layout of a pointer load.
-    descriptors = itemsize <= 2 and capability[0] in (9, 10)
+    descriptors = itemsize <= 2 and sizes.capability[0] in (9, 10)
     return Tile(bm, bf, warps, stages, descriptors, parts)
 
 
-@lru_cache
-def choose_pipelined(
-    *, tokens: int, hidden: int, width: int, itemsize: int, capability: tuple[int, int]
-) -> PipelinedTile | None:
-    """The tile for Hopper's own forward kernel, or None where plain Triton is to run."""
-    if capability[0] != 9 or itemsize != 2 or tokens < _PIPELINED_TOKENS:
+def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
+    if (
+        sizes.capability[0] != 9
+        or sizes.dtype.itemsize != 2
+        or sizes.tokens < _HOPPER_FORWARD_TOKENS
+    ):
         return None
-    tile = _PIPELINED.get(padded_width(width))
-    return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, hidden)))
+    tile = _HOPPER_FORWARD.get(padded_width(sizes.head_dim))
+    return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, sizes.hidden)))
 
 
-@lru_cache
-def choose_routing(
-    *,
-    tokens: int,
-    hidden: int,
-    width: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    gated: bool,
-) -> PipelinedTile | None:
+def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
     """The same where that kernel is to normalise and route its queries, too.
 
     The router's parts are in bfloat16, and take the place of a K and a U tile of 64 hidden units.
     Heads up to 32 wide are computed in 64 columns, and normalised faster by a kernel of its own.
     """
-    if dtype is not torch.bfloat16 or not gated or padded_width(width) not in (64, 128):
+    narrow = padded_width(sizes.head_dim) not in (64, 128)
+    if sizes.dtype is not torch.bfloat16 or not sizes.gated or narrow:
         return None
-    tile = choose_pipelined(
-        tokens=tokens, hidden=hidden, width=width, itemsize=2, capability=capability
-    )
+    tile = _hopper_forward(sizes)
     return tile if tile is not None and tile.hidden == 64 else None
 
 
-@lru_cache
-def choose_streamed(
-    kernel: Kernel,
-    *,
-    tokens: int,
-    width: int,
-    itemsize: int,
-    capability: tuple[int, int],
-    gated: bool,
-    routed: bool,
-    biased: tuple[bool, bool, bool],
-) -> StreamedTile | None:
-    """The tile for one of Hopper's own backward kernels, or None where plain Triton is to run.
+def _hopper_query(sizes: Sizes) -> HopperBackwardTile | None:
+    return None if sizes.routed and sizes.biased[2] else _hopper_backward("query", sizes)
 
-    `routed` asks whether R has a gradient, `biased` whether K, U and V have biases.
-    """
-    if capability != (9, 0) or itemsize != 2 or tokens < _STREAMED_TOKENS:
+
+def _hopper_down(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("down", sizes)
+
+
+def _hopper_up(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("up", sizes)
+
+
+def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
+    few = sizes.tokens < _HOPPER_BACKWARD_TOKENS
+    if sizes.capability != (9, 0) or sizes.dtype.itemsize != 2 or few:
         return None
-    if not gated or biased[0] or biased[1] or (kernel == "query" and routed and biased[2]):
+    if not sizes.gated or sizes.biased[0] or sizes.biased[1]:
         return None
-    return _STREAMED[kernel].get(padded_width(width))
+    return _HOPPER_BACKWARD[kernel].get(padded_width(sizes.head_dim))
 
 
-def shipped_rows(
-    kernel: Kernel, *, width: int, itemsize: int, capability: tuple[int, int]
-) -> list[Row]:
-    """The card's own row for such heads, and behind it those of the other cards."""
-    tables = [_table(itemsize, capability)]
-    if itemsize <= 2:
+#: by the folder in kernels/: when each of its kernels runs, and with which tile
+_FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
+    "hopper": {
+        "forward": _hopper_forward,
+        "normed_forward": _hopper_normed_forward,
+        "query": _hopper_query,
+        "down": _hopper_down,
+        "up": _hopper_up,
+    },
+}
+
+
+def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:
+    """The card's own row for such heads, followed by those of the other cards."""
+    tables = [_table(sizes.dtype.itemsize, sizes.capability)]
+    if sizes.dtype.itemsize <= 2:
         tables += [_HOPPER, _BLACKWELL, _AMPERE, _SMALL_AMPERE]
-    return [_row(table, kernel, width) for table in tables]
+    return [_row(table, kernel, sizes.head_dim) for table in tables]
 
 
 def padded_width(width: int) -> int:

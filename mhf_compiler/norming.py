@@ -1,7 +1,7 @@
 """The norm of the queries, the product before their router and its activation, as one op.
 
 In inference these are three kernels in front of the op, each bound by memory. A pass over
-Inductor's graph replaces them by a call of ``norm_and_route`` (lowering/normed_router.py), which
+Inductor's graph replaces them by a call of ``norm_and_route`` (lowering/ops/norm_router.py), which
 normalises queries where they lie. The graph is read there because every spelling of a norm has
 become the same few operations, and because it tells who reads what:
 

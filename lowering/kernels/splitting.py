@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..tiles import Tile
 from .launch import early_launch, launch
-from .loads import Operand, TokenAxes, token_pointers
+from .loads import token_pointers
+from .operands import Operand, TokenAxes
 
 _MOST_TOGETHER = 128  # parts that a program of the second kernel loads at once; more take turns
 _LOADED = 32 * 32  # values that its one warp loads: of more for each thread, some wait for others

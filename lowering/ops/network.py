@@ -7,36 +7,25 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..arguments import (
-    check_arguments,
-    check_backward_arguments,
-    check_device,
-    differentiates_forward,
+from ..arguments import check_arguments, check_backward_arguments, check_device
+from ..problem import Gradients, Problem
+from .common import (
+    empty_like_in_order,
+    kernels,
+    no_second_derivative,
+    refuse_forward_mode,
+    register,
 )
 
-__all__ = ["multi_head_ffn"]
+__all__ = ["compute_backward", "compute_forward", "multi_head_ffn"]
 
-_FORWARD = "mhf_compiler::multi_head_ffn"
-_BACKWARD = "mhf_compiler::multi_head_ffn_backward"
 _REFERENCE = "mhf_compiler.lowering.multi_head_ffn_reference"
-_TENSORS = 8  # q, k, u, v, r, k_bias, u_bias, v_bias: the leading arguments of both operators
-_OTHERS = 6  # activation, three scales, out_order, out_dtype: what has no gradient
+_TENSORS = len(Gradients._fields)  # the leading arguments of both operators
+_ROUTER = Gradients._fields.index("r")
+_NO_GRADIENT = 6  # activation, three scales, out_order, out_dtype
 
-torch.library.define(
-    _FORWARD,
-    "(Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r=None, Tensor? k_bias=None, "
-    "Tensor? u_bias=None, Tensor? v_bias=None, str activation='silu', float k_scale=1.0, "
-    "float u_scale=1.0, float out_scale=1.0, int[]? out_order=None, "
-    "ScalarType? out_dtype=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    _BACKWARD,
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, "
-    "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
-    "float out_scale, bool[] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+Forward = Callable[[Problem, Tensor], None]  # fills the result
+Backward = Callable[[Problem, Tensor, Gradients], None]  # fills the gradients from the result's
 
 
 def multi_head_ffn(
@@ -114,157 +103,75 @@ def multi_head_ffn(
 
     Source: the multi-head feed-forward network of FlashMHF, https://arxiv.org/abs/2512.06989.
     """
-    check_arguments(
-        q, k, u, v, r, k_bias, u_bias, v_bias,
-        activation=activation, out_order=out_order, out_dtype=out_dtype,
-    )  # fmt: skip
+    problem = Problem(
+        q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
+    )
+    check_arguments(problem, out_order=out_order, out_dtype=out_dtype)
     check_device(q, out_dtype)
-    return torch.ops.mhf_compiler.multi_head_ffn(
-        q, k, u, v, r, k_bias, u_bias, v_bias,
-        activation, k_scale, u_scale, out_scale, out_order, out_dtype,
-    )  # fmt: skip
+    return torch.ops.mhf_compiler.multi_head_ffn(*problem, out_order, out_dtype)
 
 
-def refuse_forward_mode(x: Tensor, op: str, instead: str) -> None:
-    """Raise where a tangent of the op's result would be lost without a word."""
-    if differentiates_forward(x):
-        raise NotImplementedError(f"{op} has no forward-mode derivative. For one use {instead}.")
+def compute_forward(compute: Forward, problem: Problem, out: Tensor) -> None:
+    """Write the result to ``out``, if there is anything to compute."""
+    if out.numel():
+        compute(problem, out)
 
 
-def no_second_derivative(op: str, instead: str) -> Callable[..., None]:
-    """The derivative of an op's backward pass, which raises."""
-
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(
-            f"{op} is differentiable once: its backward pass has no derivative. "
-            f"For second derivatives use {instead}."
-        )
-
-    return refuse
-
-
-def empty_like_in_order(
-    like: Tensor, shape: Sequence[int], order: Sequence[int] | None, dtype: torch.dtype
-) -> Tensor:
-    """A new tensor of four dimensions that lie in memory in ``order``, from the outermost on."""
-    strides: list[int] = [0] * 4
-    step: int = 1
-    for dim in reversed((0, 1, 2, 3) if order is None else tuple(order)):
-        strides[dim] = step
-        step = step * shape[dim]
-    # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
-    return like.new_empty_strided(shape, strides, dtype=dtype)
+def compute_backward(
+    compute: Backward, problem: Problem, grad_out: Tensor, gradients: Gradients
+) -> None:
+    """Fill the gradients, if there is anything to compute: without tokens they are zero."""
+    wanted = gradients.wanted
+    if grad_out.numel() == 0:
+        for gradient in wanted:
+            gradient.zero_()
+    elif wanted:
+        compute(problem, grad_out, gradients)
 
 
-def _forward(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
-    """The operator on one device, whose arithmetic is ``compute`` (none: shapes only)."""
-
-    def multi_head_ffn_on_device(
-        q: Tensor,
-        k: Tensor,
-        u: Tensor | None,
-        v: Tensor,
-        r: Tensor | None = None,
-        k_bias: Tensor | None = None,
-        u_bias: Tensor | None = None,
-        v_bias: Tensor | None = None,
-        activation: str = "silu",
-        k_scale: float = 1.0,
-        u_scale: float = 1.0,
-        out_scale: float = 1.0,
-        out_order: Sequence[int] | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        check_arguments(
-            q, k, u, v, r, k_bias, u_bias, v_bias,
-            activation=activation, out_order=out_order, out_dtype=out_dtype,
-        )  # fmt: skip
-        check_device(q, out_dtype)
-        refuse_forward_mode(q, "multi_head_ffn", _REFERENCE)
-        out = empty_like_in_order(q, q.shape, out_order, out_dtype or q.dtype)
-        if compute is not None:
-            compute(
-                q, k, u, v, r, k_bias, u_bias, v_bias, out,
-                activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
-            )  # fmt: skip
-        return out
-
-    return multi_head_ffn_on_device
+def _forward(compute: Forward | None, *arguments: Any) -> Tensor:
+    problem, others = Problem.split(arguments)
+    out_order, out_dtype = (*others, None, None)[:2]
+    check_arguments(problem, out_order=out_order, out_dtype=out_dtype)
+    check_device(problem.q, out_dtype)
+    refuse_forward_mode(problem.q, "multi_head_ffn", _REFERENCE)
+    q = problem.q
+    out = empty_like_in_order(q, q.shape, out_order, out_dtype or q.dtype)
+    if compute is not None:
+        compute_forward(compute, problem, out)
+    return out
 
 
-def _backward(compute: Callable[..., list[Tensor]] | None) -> Callable[..., list[Tensor]]:
-    """The backward operator on one device, whose arithmetic is ``compute`` (none: shapes only)."""
-
-    def multi_head_ffn_backward_on_device(
-        grad_out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        u: Tensor | None,
-        v: Tensor,
-        r: Tensor | None,
-        k_bias: Tensor | None,
-        u_bias: Tensor | None,
-        v_bias: Tensor | None,
-        activation: str,
-        k_scale: float,
-        u_scale: float,
-        out_scale: float,
-        needs: Sequence[bool],
-    ) -> list[Tensor]:
-        inputs = (q, k, u, v, r, k_bias, u_bias, v_bias)
-        check_arguments(*inputs, activation=activation)
-        check_device(q)
-        check_backward_arguments(grad_out, q, inputs, needs)
-        wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-        if compute is None:
-            return [torch.empty_like(x) for x in wanted]
-        return compute(
-            grad_out, *inputs,
-            activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
-            needs=list(needs),
-        )  # fmt: skip
-
-    return multi_head_ffn_backward_on_device
+def _backward(compute: Backward | None, grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    problem, (needs,) = Problem.split(arguments)
+    check_arguments(problem)
+    check_device(problem.q)
+    check_backward_arguments(grad_out, problem, needs)
+    gradients = problem.new_gradients(needs)
+    if compute is not None:
+        compute_backward(compute, problem, grad_out, gradients)
+    return gradients.wanted
 
 
-def cuda_forward(*args: Any, **kwargs: Any) -> None:
-    # Imported by the first call: the package must import where there is no Triton.
-    from .. import kernels
-
-    kernels.forward(*args, **kwargs)
-
-
-def cuda_backward(
-    grad_out: Tensor,
-    *inputs: Any,
-    needs: Sequence[bool],
-    dq_place: Tensor | None = None,
-    **constants: Any,
-) -> list[Tensor]:
-    from .. import kernels
-
-    gradients = kernels.backward(grad_out, *inputs, needs=needs, dq_place=dq_place, **constants)
-    wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
-    return [
-        gradient if gradient is dq_place else with_strides_of(x, gradient)
-        for x, gradient in zip(wanted, gradients, strict=True)
-    ]
-
-
-def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the strides that the shape function promised for it."""
-    promised = torch.empty_like(x, device="meta")  # no memory only to ask for strides
-    if gradient.stride() == promised.stride():
-        return gradient
-    return torch.empty_like(x).copy_(gradient)
-
-
-torch.library.impl(_FORWARD, "cpu", _forward(cpu.forward))
-torch.library.impl(_FORWARD, "cuda", _forward(cuda_forward))
-torch.library.register_fake(_FORWARD, _forward(None))
-torch.library.impl(_BACKWARD, "cpu", _backward(cpu.backward))
-torch.library.impl(_BACKWARD, "cuda", _backward(cuda_backward))
-torch.library.register_fake(_BACKWARD, _backward(None))
+_FORWARD = register(
+    "multi_head_ffn",
+    "(Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r=None, Tensor? k_bias=None, "
+    "Tensor? u_bias=None, Tensor? v_bias=None, str activation='silu', float k_scale=1.0, "
+    "float u_scale=1.0, float out_scale=1.0, int[]? out_order=None, "
+    "ScalarType? out_dtype=None) -> Tensor",
+    _forward,
+    cpu=cpu.forward,
+    cuda=kernels("dispatch.forward"),
+)
+_BACKWARD = register(
+    "multi_head_ffn_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, "
+    "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
+    "float out_scale, bool[] needs) -> Tensor[]",
+    _backward,
+    cpu=cpu.backward,
+    cuda=kernels("dispatch.backward"),
+)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -281,7 +188,7 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             grad_out, *ctx.saved_tensors, *ctx.constants, needs
         )
     )
-    return (*(next(gradients) if needed else None for needed in needs), *[None] * _OTHERS)
+    return (*(next(gradients) if needed else None for needed in needs), *[None] * _NO_GRADIENT)
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_inputs)
@@ -297,23 +204,10 @@ def _autocast(device: str) -> Callable[..., Tensor]:
             return x
         return x.to(torch.get_autocast_dtype(device))
 
-    def multi_head_ffn_under_autocast(
-        q: Tensor,
-        k: Tensor,
-        u: Tensor | None,
-        v: Tensor,
-        r: Tensor | None = None,
-        k_bias: Tensor | None = None,
-        u_bias: Tensor | None = None,
-        v_bias: Tensor | None = None,
-        *others: Any,
-        **named: Any,
-    ) -> Tensor:
-        q_, k_, u_, v_, k_bias, u_bias, v_bias = map(cast, (q, k, u, v, k_bias, u_bias, v_bias))
+    def multi_head_ffn_under_autocast(*arguments: Any) -> Tensor:
+        tensors = [x if i == _ROUTER else cast(x) for i, x in enumerate(arguments[:_TENSORS])]
         with torch.autocast(device, enabled=False):
-            return torch.ops.mhf_compiler.multi_head_ffn(
-                q_, k_, u_, v_, r, k_bias, u_bias, v_bias, *others, **named
-            )
+            return torch.ops.mhf_compiler.multi_head_ffn(*tensors, *arguments[_TENSORS:])
 
     return multi_head_ffn_under_autocast
 

@@ -1,10 +1,10 @@
 """A norm, a router and the network behind them, by one op over the queries' memory.
 
-In inference `norm_and_route` (normed_router.py) overwrites the queries, and the op behind it reads
+In inference `norm_and_route` (norm_router.py) overwrites the queries, and the op after it reads
 them again with the weights that it returned, and overwrites them once more. This op stands for both
-(routing.py has the formula, op.py the network's). Where a kernel computes it in one pass, queries
-are read and written once, and the router's weights never reach memory. Elsewhere it does the one
-after the other.
+(problem.py has the formula, network.py the network's). Where a kernel computes it in one pass,
+queries are read and written once, and the router's weights never reach memory. Elsewhere it does
+the one after the other.
 
 Nothing calls it by itself: mhf_compiler/joining.py puts it where a graph has both calls, nobody
 else reads what lies in between, and the machine may have such a kernel.
@@ -18,22 +18,15 @@ from torch import Tensor
 
 from .. import cpu
 from ..arguments import ArgumentError, check_arguments, check_device
-from ..problem import Formula, NormedRouter
-from .in_place import ours_alone
+from ..device import capability, interpreted
+from ..problem import Formula, NormedRouter, Problem
+from ..tiles import Sizes, specialised
+from .common import kernels, overwrite, register
 from .norm_router import check_normed_router, norm_and_route_on_cpu
 
 __all__ = ["Like", "may_pay", "trial_run"]
 
-_NAME = "mhf_compiler::normed_multi_head_ffn_over_query"
 _TRIAL_TOKENS = 4096  # more select no other kernel
-
-torch.library.define(
-    _NAME,
-    "(Tensor(a!) q, Tensor? norm_weight, Tensor router, Tensor k, Tensor? u, Tensor v, "
-    "float norm_eps, bool rounds_first, str routing, float sum_floor, float sum_eps, "
-    "ScalarType r_dtype, str activation, float k_scale, float u_scale, float out_scale) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 class Like(NamedTuple):
@@ -57,18 +50,22 @@ def may_pay(tokens: int | None, k: Like, gated: bool, device: torch.device) -> b
     """
     if device.type != "cuda":
         return False
-    from ..kernels.launch import capability, interpreted
-    from ..tiles import choose_routing
-
-    tile = choose_routing(
+    groups, sub_networks, hidden, head_dim = k.shape
+    sizes = Sizes(
         tokens=_TRIAL_TOKENS if tokens is None else tokens,
-        hidden=k.shape[2],
-        width=k.shape[3],
+        heads=groups,  # or a multiple, which makes no difference
+        groups=groups,
+        head_dim=head_dim,
+        sub_networks=sub_networks,
+        hidden=hidden,
+        gated=gated,
+        routed=True,
+        biased=(False, False, False),
         dtype=k.dtype,
         capability=capability(device),
-        gated=gated,
+        interpreted=interpreted(),
     )
-    return tile is not None and not interpreted()
+    return specialised("normed_forward", sizes) is not None
 
 
 def trial_run(
@@ -96,67 +93,51 @@ def trial_run(
     torch.cuda.synchronize(device)
 
 
-def _operator(compute: Callable[..., None] | None) -> Callable[..., None]:
-    """The operator on one device, whose arithmetic is ``compute`` (none: shapes only)."""
-
-    def normed_multi_head_ffn_over_query_on_device(
-        q: Tensor,
-        norm_weight: Tensor | None,
-        router: Tensor,
-        k: Tensor,
-        u: Tensor | None,
-        v: Tensor,
-        norm_eps: float,
-        rounds_first: bool,
-        routing: str,
-        sum_floor: float,
-        sum_eps: float,
-        r_dtype: torch.dtype,
-        activation: str,
-        k_scale: float,
-        u_scale: float,
-        out_scale: float,
-    ) -> None:
-        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r_dtype)
-        normed_router = NormedRouter(norm_weight, router, formula)
-        check_normed_router(q, normed_router)
-        check_arguments(q, k, u, v, None, None, None, None, activation=activation)
-        check_device(q)
-        if router.shape[2] != k.shape[1]:
-            raise ArgumentError(
-                f"router has shape {tuple(router.shape)}, must have shape (G, d, E) "
-                f"for the E={k.shape[1]} sub-networks of k"
-            )
-        if compute is None:
-            return
-        safe = ours_alone(q, (norm_weight, router, k, u, v))
-        # A tensor of its own in either case: launches are repeated by which tensor goes where.
-        result = q.detach() if safe else q.clone()
-        compute(
-            result, normed_router, k, u, v,
-            activation=activation, k_scale=k_scale, u_scale=u_scale, out_scale=out_scale,
-        )  # fmt: skip
-        if not safe:
-            q.copy_(result)
-
-    return normed_multi_head_ffn_over_query_on_device
-
-
-def _compute_on_cpu(
-    q: Tensor, router: NormedRouter, k: Tensor, u: Tensor | None, v: Tensor, **constants: Any
+def _normed_forward(
+    compute: Callable[[Problem, NormedRouter], None] | None,
+    q: Tensor,
+    norm_weight: Tensor | None,
+    router: Tensor,
+    k: Tensor,
+    u: Tensor | None,
+    v: Tensor,
+    *constants: Any,
 ) -> None:
-    r = torch.empty((*q.shape[:3], k.shape[1]), dtype=router.formula.r_dtype)
+    count = len(Formula._fields)
+    normed_router = NormedRouter(norm_weight, router, Formula(*constants[:count]))
+    activation, *scales = constants[count:]
+    problem = Problem(q, k, u, v, None, None, None, None, activation, *scales)
+    check_normed_router(q, normed_router)
+    check_arguments(problem)
+    check_device(q)
+    if router.shape[2] != k.shape[1]:
+        raise ArgumentError(
+            f"router has shape {tuple(router.shape)}, must have shape (G, d, E) "
+            f"for the E={k.shape[1]} sub-networks of k"
+        )
+    if compute is not None and q.numel():
+        overwrite(
+            q,
+            (norm_weight, router, k, u, v),
+            lambda result: compute(problem._replace(q=result), normed_router),
+            reads=True,
+        )
+
+
+def _compute_on_cpu(problem: Problem, router: NormedRouter) -> None:
+    """Overwrite the problem's q with the result for its normalised tokens, routed by `router`."""
+    q = problem.q
+    r = torch.empty((*q.shape[:3], problem.k.shape[1]), dtype=router.formula.r_dtype)
     norm_and_route_on_cpu(q, router, r)
-    cpu.forward(q, k, u, v, r, None, None, None, q, **constants)
+    cpu.forward(problem._replace(r=r), q)
 
 
-def _compute_on_cuda(*arguments: Any, **constants: Any) -> None:
-    # Triton's kernels, imported by the first call.
-    from ..kernels import normed_forward
-
-    normed_forward(*arguments, **constants)
-
-
-torch.library.impl(_NAME, "cpu", _operator(_compute_on_cpu))
-torch.library.impl(_NAME, "cuda", _operator(_compute_on_cuda))
-torch.library.register_fake(_NAME, _operator(None))
+register(
+    "normed_multi_head_ffn_over_query",
+    "(Tensor(a!) q, Tensor? norm_weight, Tensor router, Tensor k, Tensor? u, Tensor v, "
+    "float norm_eps, bool rounds_first, str routing, float sum_floor, float sum_eps, "
+    "ScalarType r_dtype, str activation, float k_scale, float u_scale, float out_scale) -> ()",
+    _normed_forward,
+    cpu=_compute_on_cpu,
+    cuda=kernels("dispatch.normed_forward"),
+)

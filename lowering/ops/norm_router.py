@@ -3,7 +3,7 @@
 In inference the norm, the router's product and what makes weights of its logits each read or write
 as much as the queries or a good part of it, and compute almost nothing. This op reads the queries
 once, writes the normalised ones in their place, and returns the weights in their final dtype
-(routing.py says which).
+(problem.py has the formula).
 
 Nothing calls it by itself: mhf_compiler/norming.py puts it where a graph has all of this and nobody
 else reads what lies in between.
@@ -17,24 +17,14 @@ from torch import Tensor
 
 from ..arguments import ArgumentError
 from ..problem import ROUTINGS, Formula, NormedRouter
-from .in_place import ours_alone
-from .network import empty_like_in_order
+from .common import empty_like_in_order, kernels, overwrite, register
 from .router import check_product, product_on_cpu
 
 __all__ = ["MOST_WIDTH", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
 
-_NAME = "mhf_compiler::norm_and_route"
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
-
-torch.library.define(
-    _NAME,
-    "(Tensor(a!) q, Tensor? norm_weight, Tensor weight, float norm_eps, bool rounds_first, "
-    "str routing, float sum_floor, float sum_eps, ScalarType r_dtype, int[]? out_order=None) "
-    "-> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def trial_run(
@@ -98,40 +88,27 @@ def check_normed_router(q: Tensor, router: NormedRouter) -> None:
         raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {formula.r_dtype}")
 
 
-def _operator(compute: Callable[..., None] | None) -> Callable[..., Tensor]:
-    """The operator on one device, whose arithmetic is ``compute`` (none: shapes only).
+def _norm_and_route(
+    compute: Callable[[Tensor, NormedRouter, Tensor], None] | None,
+    q: Tensor,
+    norm_weight: Tensor | None,
+    weight: Tensor,
+    *others: Any,
+) -> Tensor:
+    formula, out_order = _formula(*others)
+    router = NormedRouter(norm_weight, weight, formula)
+    check_normed_router(q, router)
+    check_product(q, weight, out_order)
+    r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, formula.r_dtype)
+    if compute is not None:
+        overwrite(q, (norm_weight, weight), lambda normed: compute(normed, router, r), reads=True)
+    return r
 
-    ``compute`` writes to queries that lie alone, and to the weights of their router.
-    """
 
-    def norm_and_route_on_device(
-        q: Tensor,
-        norm_weight: Tensor | None,
-        weight: Tensor,
-        norm_eps: float,
-        rounds_first: bool,
-        routing: str,
-        sum_floor: float,
-        sum_eps: float,
-        r_dtype: torch.dtype,
-        out_order: Sequence[int] | None = None,
-    ) -> Tensor:
-        formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r_dtype)
-        router = NormedRouter(norm_weight, weight, formula)
-        check_normed_router(q, router)
-        check_product(q, weight, out_order)
-        r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, r_dtype)
-        if compute is None:
-            return r
-        safe = ours_alone(q, (norm_weight, weight))
-        # A tensor of its own in either case: launches are repeated by which tensor goes where.
-        normed = q.detach() if safe else q.clone()
-        compute(normed, router, r)
-        if not safe:
-            q.copy_(normed)
-        return r
-
-    return norm_and_route_on_device
+def _formula(*constants: Any) -> tuple[Formula, Sequence[int] | None]:
+    """The op's constants; its last argument may be missing."""
+    count = len(Formula._fields)
+    return Formula(*constants[:count]), next(iter(constants[count:]), None)
 
 
 @torch.autocast("cpu", enabled=False)
@@ -143,7 +120,8 @@ def norm_and_route_on_cpu(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     if norm_weight is not None:
         x = (x.to(q.dtype) if formula.rounds_first else x).float() * norm_weight.float()
     q.copy_(x)
-    weights = product_on_cpu(q, weight)
+    weights = q.new_empty(r.shape, dtype=torch.float32)
+    product_on_cpu(q, weight, weights)
     if formula.routing != "none":
         weights = weights.sigmoid()
     if formula.routing == "normalised":
@@ -152,13 +130,12 @@ def norm_and_route_on_cpu(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     r.copy_(weights)
 
 
-def _compute_on_cuda(q: Tensor, router: NormedRouter, r: Tensor) -> None:
-    # Triton's kernels, imported by the first call.
-    from ..kernels.plain.norm_router import norm_and_route
-
-    norm_and_route(q, router, r)
-
-
-torch.library.impl(_NAME, "cpu", _operator(norm_and_route_on_cpu))
-torch.library.impl(_NAME, "cuda", _operator(_compute_on_cuda))
-torch.library.register_fake(_NAME, _operator(None))
+register(
+    "norm_and_route",
+    "(Tensor(a!) q, Tensor? norm_weight, Tensor weight, float norm_eps, bool rounds_first, "
+    "str routing, float sum_floor, float sum_eps, ScalarType r_dtype, int[]? out_order=None) "
+    "-> Tensor",
+    _norm_and_route,
+    cpu=norm_and_route_on_cpu,
+    cuda=kernels("plain.norm_router.norm_and_route"),
+)

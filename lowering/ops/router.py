@@ -7,36 +7,31 @@ multiplied. Its backward pass reads them in the same way and rounds their gradie
 own dtype, as the gradient of the cast would be.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import ArgumentError
-from .network import empty_like_in_order, no_second_derivative, refuse_forward_mode, with_strides_of
+from .common import (
+    empty_like_in_order,
+    kernels,
+    no_second_derivative,
+    refuse_forward_mode,
+    register,
+    with_strides_of,
+)
 
-__all__ = ["check_product", "product_on_cpu", "router_product", "takes", "trial_run"]
+__all__ = ["add_gradients_on_cpu", "check_product", "product_on_cpu", "router_product", "takes",
+           "trial_run"]  # fmt: skip
 
-_FORWARD = "mhf_compiler::router_product"
-_BACKWARD = "mhf_compiler::router_product_backward"
 _PLAIN = "q.float() @ weight"
 _NARROW = (torch.bfloat16, torch.float16)
 _WEIGHTS = (torch.float32, *_NARROW)
 _MOST_NETWORKS = 32  # whose logits the kernels hold beside a head's width
 _MOST_WIDTH = 256
 _TOKENS = 4096  # that are widened at once on the CPU
-
-torch.library.define(
-    _FORWARD,
-    "(Tensor q, Tensor weight, int[]? out_order=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-torch.library.define(
-    _BACKWARD,
-    "(Tensor grad_out, Tensor q, Tensor weight, bool[] needs) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def router_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
@@ -113,39 +108,55 @@ def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = N
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
 
 
-def _empty_output(q: Tensor, weight: Tensor, out_order: Sequence[int] | None) -> Tensor:
+def _forward(
+    compute: Callable[[Tensor, Tensor, Tensor], None] | None,
+    q: Tensor,
+    weight: Tensor,
+    out_order: Sequence[int] | None = None,
+) -> Tensor:
+    if compute is not None:
+        refuse_forward_mode(q, "router_product", _PLAIN)
     check_product(q, weight, out_order)
     shape = (*q.shape[:3], weight.shape[2])
-    return empty_like_in_order(q, shape, out_order, torch.float32)
+    out = empty_like_in_order(q, shape, out_order, torch.float32)
+    if compute is not None:
+        compute(q, weight, out)
+    return out
 
 
-def _needed(q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
+def _backward(
+    compute: Callable[..., list[Tensor]] | None,
+    grad_out: Tensor,
+    q: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
     check_product(q, weight)
-    return [x for x, needed in zip((q, weight), needs, strict=True) if needed]
+    wanted = [x for x, needed in zip((q, weight), needs, strict=True) if needed]
+    if compute is None:
+        return [torch.empty_like(x) for x in wanted]
+    gradients = compute(grad_out, q, weight, needs)
+    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
 
 
 # On the CPU: a block of tokens at a time, widened. Autocast would narrow these products.
 
 
 @torch.autocast("cpu", enabled=False)
-def product_on_cpu(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
-    refuse_forward_mode(q, "router_product", _PLAIN)
-    out = _empty_output(q, weight, out_order)
+def product_on_cpu(q: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Write the product to ``out`` (B, L, H, E), of any strides."""
     groups = weight.shape[0]
     wide = weight.float()
     for some, result in zip(_blocks(q, groups), _blocks(out, groups), strict=True):
         result.copy_(torch.einsum("tgsd,gde->tgse", some.float(), wide))
-    return out
 
 
 def _backward_on_cpu(
     grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    wanted = _needed(q, weight, needs)
-    dq = torch.zeros_like(q)
-    total = add_gradients_on_cpu(dq if needs[0] else None, grad_out, q, weight, needs[1])
-    gradients = [x for x in (dq if needs[0] else None, total) if x is not None]
-    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
+    dq = torch.zeros_like(q) if needs[0] else None
+    total = add_gradients_on_cpu(dq, grad_out, q, weight, needs[1])
+    return [x for x in (dq, total) if x is not None]
 
 
 @torch.autocast("cpu", enabled=False)
@@ -171,53 +182,20 @@ def _blocks(x: Tensor, groups: int) -> list[Tensor]:
     return [part for sequence in grouped.unbind(0) for part in sequence.split(_TOKENS)]
 
 
-# On CUDA: Triton's kernels, imported by the first call.
-
-
-def _forward_on_cuda(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
-    from ..kernels.plain import router as kernels
-
-    refuse_forward_mode(q, "router_product", _PLAIN)
-    out = _empty_output(q, weight, out_order)
-    kernels.forward(q, weight, out)
-    return out
-
-
-def _backward_on_cuda(
-    grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    from ..kernels.plain import router as kernels
-
-    wanted = _needed(q, weight, needs)
-    gradients = kernels.backward(grad_out, q, weight, needs)
-    return [with_strides_of(x, gradient) for x, gradient in zip(wanted, gradients, strict=True)]
-
-
-def add_gradients_on_cuda(
-    dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, needs_weight: bool
-) -> Tensor | None:
-    """Add the gradient of ``q`` to ``dq``, and return the weight's if wanted."""
-    from ..kernels.plain import router as kernels
-
-    return kernels.backward_onto(dq, grad_out, q, weight, needs_weight)
-
-
-torch.library.impl(_FORWARD, "cpu", product_on_cpu)
-torch.library.impl(_FORWARD, "cuda", _forward_on_cuda)
-torch.library.impl(_BACKWARD, "cpu", _backward_on_cpu)
-torch.library.impl(_BACKWARD, "cuda", _backward_on_cuda)
-
-
-@torch.library.register_fake(_FORWARD)
-def _fake_forward(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> Tensor:
-    return _empty_output(q, weight, out_order)
-
-
-@torch.library.register_fake(_BACKWARD)
-def _fake_backward(
-    grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x in _needed(q, weight, needs)]
+_FORWARD = register(
+    "router_product",
+    "(Tensor q, Tensor weight, int[]? out_order=None) -> Tensor",
+    _forward,
+    cpu=product_on_cpu,
+    cuda=kernels("plain.router.forward"),
+)
+_BACKWARD = register(
+    "router_product_backward",
+    "(Tensor grad_out, Tensor q, Tensor weight, bool[] needs) -> Tensor[]",
+    _backward,
+    cpu=_backward_on_cpu,
+    cuda=kernels("plain.router.backward"),
+)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -31,17 +32,18 @@ def hopper() -> None:
 @pytest.fixture
 def pipelined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails if a test that asks for it does not reach Hopper's own kernel."""
-    from mhf_compiler.lowering.kernels import launch as launching
-    from mhf_compiler.lowering.kernels.hopper import forward as hopper_forward
+    from mhf_compiler.lowering.kernels import hopper, replay
 
-    launching.forget_repeats()  # what an earlier test launched would come back without a choice
-    run, runs = hopper_forward.run_hopper_forward, []
+    replay.forget_repeats()  # what an earlier test launched would come back without a choice
+    run, runs = hopper.run_forward, []
 
-    def counted(*arguments: Any) -> None:
-        runs.append(arguments)
-        run(*arguments)
+    def counted(*arguments: Any) -> bool:
+        taken = run(*arguments)
+        if taken:
+            runs.append(arguments)
+        return taken
 
-    monkeypatch.setattr(hopper_forward, "run_hopper_forward", counted)
+    monkeypatch.setattr(hopper, "run_forward", counted)
     yield
     assert runs
 
@@ -116,11 +118,11 @@ def plain(tensors: Tensors, activation: str, scales: dict[str, float]) -> Tensor
 def forward(
     tensors: Tensors, activation: str = "silu", out: Tensor | None = None, **scales: float
 ) -> Tensor:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
 
-    inputs: Any = [tensors[name] for name in NAMES]
-    out = torch.empty_like(inputs[0]) if out is None else out
-    kernels.forward(*inputs, out.fill_(float("nan")), activation=activation, **scales)
+    problem = Problem(*(tensors[name] for name in NAMES), activation, **scales)
+    out = torch.empty_like(problem.q) if out is None else out
+    dispatch.forward(problem, out.fill_(float("nan")))
     return out
 
 
@@ -284,9 +286,9 @@ def test_few_tokens_of_few_heads(
     heads: int, d: int, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Up to 128 programs share a tile, whose workspace holds NaN where nothing was written."""
-    from mhf_compiler.lowering.kernels import launch as launching
+    from mhf_compiler.lowering.kernels import replay
 
-    launching.forget_repeats()
+    replay.forget_repeats()
     empty = torch.empty
     monkeypatch.setattr(
         torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
-from mhf_compiler.lowering.kernels.launch import _described, _on, _steps
+from mhf_compiler.lowering.kernels.replay import _described, _steps, current_device
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_the_current_device_brings_its_context(monkeypatch: pytest.MonkeyPatch) 
     bound = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
-    with _on(torch.device("cuda", 0)):
+    with current_device(torch.device("cuda", 0)):
         assert bound == [torch.device("cuda", 0)]
-    with _on(torch.device("cpu")):
+    with current_device(torch.device("cpu")):
         assert len(bound) == 1

@@ -165,10 +165,10 @@ def test_where_there_is_a_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    from mhf_compiler.lowering.kernels import launch as launching
+    from mhf_compiler.lowering.ops import norm_network
 
     of = {"capability": (9, 0), "dtype": torch.bfloat16, "width": 128, "hidden": 256} | replaced
-    monkeypatch.setattr(launching, "capability", lambda device: of["capability"])
+    monkeypatch.setattr(norm_network, "capability", lambda device: of["capability"])
     shape = (16, 22, of["hidden"], of["width"])
     weights = Like(of["dtype"], shape, torch.empty(shape, device="meta").stride())
     assert may_pay(tokens, weights, gated, torch.device("cuda")) is expected

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler.lowering import kernels, multi_head_ffn
-from mhf_compiler.lowering.kernels.launch import capability, forget_repeats
+from mhf_compiler.lowering import multi_head_ffn
+from mhf_compiler.lowering.device import capability
+from mhf_compiler.lowering.kernels import dispatch
+from mhf_compiler.lowering.kernels.replay import forget_repeats
 
 pytestmark = pytest.mark.gpu
 
@@ -227,7 +229,7 @@ def test_one_kernel_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("in two steps")
 
     forget_repeats()
-    monkeypatch.setattr(kernels, "run_norm_and_route", fail)
+    monkeypatch.setattr(dispatch, "run_norm_and_route", fail)
     for width in (40, 64, 96, 128):
         call(make((2, 300, 4, width, 22, 64)))
     forget_repeats()

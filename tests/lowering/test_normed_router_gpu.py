@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from benchmarks.models import MultiHeadFFN, batched, loop
-from mhf_compiler.lowering.ops import norm_router as normed_router
+from mhf_compiler.lowering.ops import norm_router
 
 pytestmark = pytest.mark.gpu
 
@@ -70,7 +70,7 @@ def check(given: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [None, [2, 3, 0, 1]], ids=str)
-@pytest.mark.parametrize("width", [32, 96, normed_router.MOST_WIDTH])
+@pytest.mark.parametrize("width", [32, 96, norm_router.MOST_WIDTH])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_matches(
@@ -150,7 +150,7 @@ def test_what_is_not_a_number_stays_in_its_token() -> None:
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(2, 112), (1, 104), (8, 1), (1, 1)])
 def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
-    """Too few tokens for it to be joined with the network (test_normed_network_gpu.py).
+    """Too few tokens for it to be joined with the network (test_norm_network_gpu.py).
 
     Multiples of 8: Inductor may pad other products, and then the queries are a part.
     """

@@ -7,8 +7,9 @@ from torch.library import opcheck
 
 from mhf_compiler.lowering import ArgumentError
 from mhf_compiler.lowering.cpu import blocked, compiled
-from mhf_compiler.lowering.ops import in_place as overwriting
-from mhf_compiler.lowering.ops.in_place import ours_alone
+from mhf_compiler.lowering.ops import in_place
+from mhf_compiler.lowering.ops.common import owns_memory
+from mhf_compiler.lowering.problem import Gradients, Problem
 
 OPS = torch.ops.mhf_compiler
 OVER_QUERY = OPS.multi_head_ffn_over_query.default
@@ -81,22 +82,21 @@ def test_the_kernels_get_the_memory_itself():
     tensors, places = make(), []
     grad_out = torch.randn(SHAPE)
 
-    def forward(q: Tensor, *others: Tensor, **options: object) -> None:
-        out = others[7]
-        places.append(out.data_ptr() == q.data_ptr())
-        assert out is not q  # launches are repeated by which tensor goes where
+    def forward(problem: Problem, out: Tensor) -> None:
+        places.append(out.data_ptr() == problem.q.data_ptr())
+        assert out is not problem.q  # launches are repeated by which tensor goes where
 
-    def backward(grad_out: Tensor, *others: Tensor, dq_place: Tensor, **options: object) -> list:
-        places.append(dq_place.data_ptr() == grad_out.data_ptr())
-        assert dq_place is not grad_out
-        return [dq_place]
+    def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+        (dq,) = gradients.wanted
+        places.append(dq.data_ptr() == grad_out.data_ptr())
+        assert dq is not grad_out
 
-    overwriting._forward(forward)(*tensors.values(), "silu", *SCALES)
+    in_place._forward(forward, *tensors.values(), "silu", *SCALES)
     needs = [True, *[False] * 7]
-    overwriting._backward(backward)(grad_out, *tensors.values(), "silu", *SCALES, needs)
+    in_place._backward(backward, grad_out, *tensors.values(), "silu", *SCALES, needs)
     tensors["q"] = tensors["q"][:, :1].expand(SHAPE)
     with pytest.raises(RuntimeError, match="single memory location"):
-        overwriting._forward(forward)(*tensors.values(), "silu", *SCALES)
+        in_place._forward(forward, *tensors.values(), "silu", *SCALES)
     assert places == [True, True, False]
 
 
@@ -181,15 +181,15 @@ def test_a_part_must_be_as_the_query():
             ONTO(*(of_router() | {"dq": wrong}).values(), True)
 
 
-def test_ours_alone():
+def test_owns_memory():
     x = torch.zeros(4, 6, 5)
-    assert ours_alone(x, [None, torch.zeros(3)])
-    assert ours_alone(x.transpose(0, 2), [])
-    assert ours_alone(x[:, 1:3], [])
-    assert ours_alone(x.as_strided((1, 6, 5), (0, 5, 1)), [])  # a single sequence may step by 0
-    assert not ours_alone(x, [None, x[0]])
-    assert not ours_alone(x[:1].expand(4, 6, 5), [])
-    assert not ours_alone(x.as_strided((4, 6, 5), (2, 5, 1)), [])
+    assert owns_memory(x, [None, torch.zeros(3)])
+    assert owns_memory(x.transpose(0, 2), [])
+    assert owns_memory(x[:, 1:3], [])
+    assert owns_memory(x.as_strided((1, 6, 5), (0, 5, 1)), [])  # a single sequence may step by 0
+    assert not owns_memory(x, [None, x[0]])
+    assert not owns_memory(x[:1].expand(4, 6, 5), [])
+    assert not owns_memory(x.as_strided((4, 6, 5), (2, 5, 1)), [])
 
 
 @pytest.mark.parametrize("absent", ABSENT, ids=str)

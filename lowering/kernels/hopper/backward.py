@@ -1,8 +1,8 @@
 """The backward kernels for Hopper's matrix units, written in Gluon.
 
-The same three kernels as in `backward_pass.py`, by the same formulas, with what plain Triton leaves
-to the compiler said outright: a warp that only moves tiles, two warpgroups that only compute, and
-which operands of a product lie in registers.
+The same three kernels as in `plain/backward.py`, by the same formulas, with what plain Triton
+leaves to the compiler said outright: a warp that only moves tiles, two warpgroups that only
+compute, and which operands of a product lie in registers.
 
     hopper_query_kernel  dQ and dR: Q in registers, K, U and V tiles stream past
     hopper_down_kernel   dV: K and U in registers, Q and dOut tiles stream past
@@ -43,20 +43,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...tiles import StreamedTile, Tile
+from ...device import multiprocessors
+from ...problem import Gradients, Problem
+from ...tiles import HopperBackwardTile, Tile
 from ..activations import activate, activate_with_slope
-from ..launch import Problem, multiprocessors, start
-from ..loads import (
+from ..launch import start
+from ..loads import store_weights
+from ..operands import (
     Operand,
     TokenAxes,
     router_operand,
-    store_weights,
     token_axes,
     token_operand,
     weight_operand,
 )
 
-_CONSUMERS = gl.constexpr(2)  # warpgroups that compute; a warp beside them moves tiles
+_CONSUMERS = gl.constexpr(2)  # warpgroups that compute; one more warp moves tiles
 _ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the query kernel, else hidden units
 _REGISTERS = gl.constexpr(240)  # of a consumer's thread
 _COLUMNS = 64  # the narrowest tile: what one swizzled row of shared memory holds
@@ -644,12 +646,13 @@ def add_weight_parts_kernel(
 
 
 def run_query(
-    problem: Problem, grad_out: Tensor, dq: Tensor | None, dr: Tensor | None, blocks: StreamedTile
+    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dQ (B, L, H, d) and dR (B, L, H, E); False where a tensor's layout rules it out."""
+    dq, dr = gradients.q, gradients.r
     axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
     heads = problem.q.shape[2]
-    tile = Tile(_ROWS.value, blocks.streamed, 4, blocks.stages, True, columns=_COLUMNS)
+    tile = Tile(_ROWS.value, blocks.hidden, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -667,16 +670,20 @@ def run_query(
         # Through pointers: each row of a product needs one value, and each thread has two rows.
         arguments[name] = x
         arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
-    arguments |= _constants(problem, axes, tile) | {"BF": blocks.streamed}
+    arguments |= _constants(problem, axes, tile) | {"BF": blocks.hidden}
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
     start(hopper_query_kernel, programs, tile, grad_out.device, arguments)
     return True
 
 
-def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, blocks: StreamedTile) -> bool:
+def run_down(
+    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
+) -> bool:
     """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
+    dv = gradients.v
+    assert dv is not None
     axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
+    tile = Tile(blocks.tokens, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -688,20 +695,21 @@ def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, blocks: StreamedTil
     arguments = _arguments(operands, ("K", "U", "dV"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, tile) | {"BM": blocks.streamed}
-    gradients = {"dV": (dv, 1.0)}
-    _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, gradients)
+    arguments |= _constants(problem, axes, tile) | {"BM": blocks.tokens}
+    sums = {"dV": (dv, 1.0)}
+    _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
 def run_up(
-    problem: Problem, grad_out: Tensor, dk: Tensor | None, du: Tensor | None, blocks: StreamedTile
+    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dK and dU (G, E, f, d); False where a layout, or one of them missing, rules it out."""
+    dk, du = gradients.k, gradients.u
     if dk is None or du is None:
         return False
     axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.streamed, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
+    tile = Tile(blocks.tokens, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -715,9 +723,9 @@ def run_up(
     arguments = _arguments(operands, ("K", "U", "V", "dK", "dU"))
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, tile) | {"BM": blocks.streamed}
-    gradients = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
-    _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, gradients)
+    arguments |= _constants(problem, axes, tile) | {"BM": blocks.tokens}
+    sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
+    _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
@@ -742,7 +750,7 @@ def _sum_over_tokens(
     kernel: Any,
     problem: Problem,
     axes: TokenAxes,
-    blocks: StreamedTile,
+    blocks: HopperBackwardTile,
     tile: Tile,
     arguments: dict[str, Any],
     gradients: dict[str, tuple[Tensor, float]],
@@ -750,7 +758,7 @@ def _sum_over_tokens(
     """Launch a kernel of weights' gradients, and add what it leaves in parts."""
     groups, networks, hidden, width = problem.k.shape
     owners = triton.cdiv(networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
-    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.streamed)
+    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
     arguments["whole"], arguments["parts"] = plan.whole, plan.parts
     shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(width))

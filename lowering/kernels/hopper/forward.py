@@ -1,6 +1,6 @@
 """The forward kernel for Hopper, in Gluon: warps that load, warps that compute, and no other waits.
 
-Plain Triton (forward_pass.py) levels off because its warps do everything together: products, then
+Plain Triton (plain/forward.py) levels off because its warps do everything together: products, then
 activations, then products. Here one producer warp streams K, U and V tiles through a ring of shared
 memory by TMA, and each consumer, a group of four warps, owns 64 tokens:
 
@@ -8,9 +8,9 @@ memory by TMA, and each consumer, a group of four warps, owns 64 tokens:
     consumer   KU0 | KU1 V0 | KU2 V1 | ... | Vn       products, issued to the matrix unit
                act0    act1     act2                  activations, while V's product runs
 
-A K and a U tile lie one behind the other, so that one wide product makes both halves of the hidden
+A K and a U tile lie one after the other, so that one wide product makes both halves of the hidden
 tile: it reads Q from the registers half as often. The product with V trails by one tile. It is
-issued behind the next tile's product with K and U, so that the matrix unit has work while this
+issued after the next tile's product with K and U, so that the matrix unit has work while this
 consumer activates, and the other consumers fill the rest. All products of one turn are issued and
 awaited within it: one that were still running at the end of a loop's body would be serialised by
 the assembler. Narrow heads have room for a third consumer, and then trailing gains nothing.
@@ -21,14 +21,14 @@ the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise t
 
 R is asked for before the products of the tile that it weights, since some of its loads miss the
 cache. Where the op is to normalise and route the queries as well, each consumer does so with its
-own and finds R in shared memory (hopper_routing.py).
+own and finds R in shared memory (routing.py).
 
 Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
 there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
 product with V and the output are padded to a power of two, and to 64 at least: tiles of heads
 narrower than that lie in memory for 64 columns, but Q meets only the ones it has in K and U.
 
-`plan` says which problems fit; forward_pass.py takes all others.
+`_plan` says which problems fit; plain/forward.py takes all others.
 """
 
 import dataclasses
@@ -49,11 +49,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...problem import NormedRouter
-from ...tiles import PipelinedTile, Tile, padded_width
+from ...device import multiprocessors
+from ...problem import NormedRouter, Problem
+from ...tiles import HopperForwardTile, Tile, padded_width
 from ..activations import activate
-from ..launch import Problem, launch, multiprocessors
-from ..loads import (
+from ..launch import launch, parameters
+from ..operands import (
     Operand,
     TokenAxes,
     bias_operand,
@@ -80,18 +81,33 @@ _WARPS = 4  # of one consumer
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-class Plan(NamedTuple):
+def run_forward(problem: Problem, out: Tensor, tile: HopperForwardTile) -> bool:
+    """Fill `out` (B, L, H, d); False where a tensor's strides or address rule it out."""
+    plan = _plan(problem, out, tile)
+    if plan is not None:
+        _run(problem, out, plan, tile)
+    return plan is not None
+
+
+def run_normed_forward(
+    problem: Problem, out: Tensor, router: NormedRouter, tile: HopperForwardTile
+) -> bool:
+    """The same for the queries that it normalises and routes first; `out` may be their memory."""
+    plan = _plan(problem, out, tile)
+    if plan is not None:
+        _run(problem, out, plan, tile, router)
+    return plan is not None
+
+
+class _Plan(NamedTuple):
     """A problem's operands, once all of them have turned out to suit the kernel."""
 
     axes: TokenAxes
     operands: dict[str, Operand]
-    tile: PipelinedTile
 
 
-def plan(problem: Problem, out: Tensor, tile: PipelinedTile) -> Plan | None:
-    """How to run `problem`, or None where a tensor's dtype, strides or address forbid it."""
-    if out.dtype != problem.q.dtype or out.dtype not in _DTYPES:
-        return None
+def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | None:
+    """How to run `problem`, or None where a tensor's strides or address forbid it."""
     axes = token_axes(problem.q, problem.r, out)
     block = Tile(_TOKENS, tile.hidden, _WARPS, tile.stages, True, columns=_COLUMNS)
     operands = {
@@ -120,14 +136,17 @@ def plan(problem: Problem, out: Tensor, tile: PipelinedTile) -> Plan | None:
     operands["K_bias"] = bias_operand(problem.k_bias)
     operands["U_bias"] = bias_operand(problem.u_bias)
     operands["V_bias"] = bias_operand(problem.v_bias)
-    return Plan(axes, operands, tile)
+    return _Plan(axes, operands)
 
 
-def run_hopper_forward(
-    problem: Problem, out: Tensor, plan: Plan, router: NormedRouter | None = None
+def _run(
+    problem: Problem,
+    out: Tensor,
+    plan: _Plan,
+    tile: HopperForwardTile,
+    router: NormedRouter | None = None,
 ) -> None:
-    """Fill `out` (B, L, H, d); with a router, for the queries that it normalises and routes."""
-    axes, operands, tile = plan
+    axes, operands = plan
     networks, hidden = problem.k.shape[1:3]
     rows = tile.consumers * _TOKENS
     tiles = triton.cdiv(axes.length, rows) * axes.batch * problem.q.shape[2]
@@ -138,7 +157,7 @@ def run_hopper_forward(
     out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
     last = problem.q.shape[3] % _COLUMNS or _COLUMNS
     block = Tile(rows, tile.hidden, _WARPS, 1, True, columns=_COLUMNS)
-    scalars = problem.scalars(axes, block)
+    scalars = parameters(problem, axes, block)
     for name in ("PRECISION", "COMPENSATED", "BM"):
         del scalars[name]
     scalars |= {

@@ -1,18 +1,18 @@
 """The norm of the queries and the weights of their router, inside of Hopper's forward kernel.
 
-Apart (normed_router.py), they read all queries, write them, and write the router's weights, for the
-forward kernel to read it all again. But a consumer of that kernel has the queries of its 64 tokens
-at hand in any case. Here it normalises them first, multiplies them by the router's weights, and
-keeps what it makes of the logits in shared memory:
+Apart (plain/norm_router.py), they read all queries, write them, and write the router's weights, for
+the forward kernel to read it all again. But a consumer of that kernel has the queries of its 64
+tokens at hand in any case. Here it normalises them first, multiplies them by the router's weights,
+and keeps what it makes of the logits in shared memory:
 
     producer   Q   W       KU V  KU V ..   W in a slot of the ring, in place of a K and U tile
     consumer   q = norm Q  | q W | r       then as without a router, with r from shared memory
 
 W is cut into bfloat16 parts beforehand, by a kernel of its own: one for bfloat16 weights and three
-for those in float32, whose products are exact (router_product.py). Of the 128 rows of a K and U
+for those in float32, whose products are exact (plain/router.py). Of the 128 rows of a K and U
 tile, 32 are one part: its sub-networks.
 
-What is computed, and where it is rounded, is written down in lowering/routing.py.
+What is computed, and where it is rounded, is written down in lowering/problem.py.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Formula, NormedRouter
-from ..loads import Operand, norm_operand
+from ..operands import Operand, norm_operand
 from ..plain.router import PART_ROWS, cut_router, parts_of
 
 _DTYPES = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}

@@ -20,21 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...problem import Gradients, Problem
 from ...tiles import Tile, padded_width
 from ..activations import activate, activate_with_slope
-from ..launch import Problem, launch
+from ..launch import launch, parameters
 from ..loads import (
-    bias_operand,
     load_bias,
     load_router,
     load_tokens,
     load_weights,
-    router_gradient,
-    router_operand,
     store_bias,
     store_router,
     store_tokens,
     store_weights,
+)
+from ..operands import (
+    bias_operand,
+    router_gradient,
+    router_operand,
     token_axes,
     token_operand,
     weight_operand,
@@ -50,10 +53,9 @@ _UNUSED_BY_DOWN_BIAS = (
 )  # fmt: skip
 
 
-def run_query(
-    problem: Problem, grad_out: Tensor, dq: Tensor | None, dr: Tensor | None, tile: Tile
-) -> None:
+def run_query(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dQ (B, L, H, d) and dR (B, L, H, E)."""
+    dq, dr = gradients.q, gradients.r
     axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
     heads = problem.q.shape[2]
     operands = {
@@ -70,10 +72,10 @@ def run_query(
         "dR": router_gradient(dr, axes),
     }
     programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
-    launch(query_kernel, programs, tile, grad_out.device, operands, problem.scalars(axes, tile))
+    launch(query_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, tile: Tile) -> None:
+def run_down(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dV (G, E, f, d)."""
     axes = token_axes(problem.q, problem.r, grad_out)
     groups, networks, hidden, _ = problem.k.shape
@@ -85,26 +87,18 @@ def run_down(problem: Problem, grad_out: Tensor, dv: Tensor, tile: Tile) -> None
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "dOut": token_operand(grad_out, axes, tile),
-        "dV": weight_operand(dv, tile),
+        "dV": weight_operand(gradients.v, tile),
     }
     programs = triton.cdiv(hidden, tile.hidden) * networks * groups
-    launch(down_kernel, programs, tile, grad_out.device, operands, problem.scalars(axes, tile))
+    launch(down_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_up(
-    problem: Problem,
-    grad_out: Tensor,
-    dk: Tensor | None,
-    du: Tensor | None,
-    dk_bias: Tensor | None,
-    du_bias: Tensor | None,
-    tile: Tile,
-) -> None:
+def run_up(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dK, dU (G, E, f, d) and their biases' gradients (G, E, f)."""
-    both = dk is not None and du is not None
+    both = gradients.k is not None and gradients.u is not None
     if both and tile.descriptors and padded_width(problem.q.shape[3]) > _WIDEST_PAIR:
-        run_up(problem, grad_out, dk, None, dk_bias, None, tile)
-        dk = dk_bias = None
+        run_up(problem, grad_out, gradients._replace(u=None, u_bias=None), tile)
+        gradients = gradients._replace(k=None, k_bias=None)
     axes = token_axes(problem.q, problem.r, grad_out)
     groups, networks, hidden, _ = problem.k.shape
     operands = {
@@ -116,25 +110,25 @@ def run_up(
         "K_bias": bias_operand(problem.k_bias),
         "U_bias": bias_operand(problem.u_bias),
         "dOut": token_operand(grad_out, axes, tile),
-        "dK": weight_operand(dk, tile),
-        "dU": weight_operand(du, tile),
-        "dK_bias": bias_operand(dk_bias),
-        "dU_bias": bias_operand(du_bias),
+        "dK": weight_operand(gradients.k, tile),
+        "dU": weight_operand(gradients.u, tile),
+        "dK_bias": bias_operand(gradients.k_bias),
+        "dU_bias": bias_operand(gradients.u_bias),
     }
     programs = triton.cdiv(hidden, tile.hidden) * networks * groups
-    launch(up_kernel, programs, tile, grad_out.device, operands, problem.scalars(axes, tile))
+    launch(up_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_down_bias(problem: Problem, grad_out: Tensor, dv_bias: Tensor, tile: Tile) -> None:
+def run_down_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill the gradient of V's bias (G, E, d)."""
     axes = token_axes(problem.r, grad_out)
     groups, networks = problem.k.shape[:2]
     operands = {
         "R": router_operand(problem.r, axes, tile),
         "dOut": token_operand(grad_out, axes, tile),
-        "dV_bias": bias_operand(dv_bias),
+        "dV_bias": bias_operand(gradients.v_bias),
     }
-    scalars = problem.scalars(axes, tile)
+    scalars = parameters(problem, axes, tile)
     for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
     launch(down_bias_kernel, groups * networks, tile, grad_out.device, operands, scalars)

@@ -9,25 +9,22 @@ Hidden units beyond F meet zero rows of V, and tokens beyond L are not stored: n
 
 Few tokens make few tiles, and then the weights have to be streamed by more programs than that: each
 tile's hidden units are cut in parts, one program each (splitting.py). These kernels take some
-microseconds, so their launches overlap with what runs before and behind them.
+microseconds, so their launches overlap with what runs before and after them.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...problem import Problem
 from ...tiles import Tile
 from ..activations import activate
-from ..launch import Problem, early_launch, launch
-from ..loads import (
+from ..launch import early_launch, launch, parameters
+from ..loads import load_bias, load_router, load_tokens, load_weights, store_tokens
+from ..operands import (
     Operand,
     bias_operand,
-    load_bias,
-    load_router,
-    load_tokens,
-    load_weights,
     router_operand,
-    store_tokens,
     token_axes,
     token_operand,
     weight_operand,
@@ -57,7 +54,7 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
         "Out": token_operand(out if partial is None else None, axes, tile),
         "Part": Operand(partial, None, None),
     }
-    scalars = problem.scalars(axes, tile) | {"PARTS": split.parts}
+    scalars = parameters(problem, axes, tile) | {"PARTS": split.parts}
     scalars |= early_launch(out.device, partial is not None)
     launch(forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
     if partial is not None:

@@ -3,7 +3,7 @@
 Apart, the norm reads and writes the queries, the router's product reads them again, and what makes
 weights of its logits reads and writes those. Here a program reads 64 tokens of one head, and
 keeps them in their 16 bits while their squares are summed; then it normalises them, writes them
-where they lay, multiplies them (router_product.py), and writes the weights alone. What it computes
+where they lay, multiplies them (router.py), and writes the weights alone. What it computes
 takes less time than this memory does, if the router's weights are read and cut into their parts
 once: so a program goes on to further tokens of its head, and loads the next while it computes.
 
@@ -16,11 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...device import multiprocessors
 from ...problem import NormedRouter
 from ...tiles import Tile
-from ..launch import launch, multiprocessors, repeat
-from ..loads import Operand, norm_operand, token_axes
-from .router import exact_product, load_head, load_router_weights, product_constants, store_head
+from ..launch import launch
+from ..operands import Operand, norm_operand, token_axes
+from ..replay import repeat
+from .router import (
+    exact_product,
+    load_head,
+    load_router_weights,
+    product_constants,
+    store_head,
+)
 
 _TOKENS = 64  # of a tile
 _PROGRAMS = 4  # on each multiprocessor: as many as have room for their registers

@@ -20,9 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...device import capability, multiprocessors
 from ...tiles import Tile, padded_width
-from ..launch import capability, launch, multiprocessors, repeat
-from ..loads import Operand, token_axes, token_pointers
+from ..launch import launch
+from ..loads import token_pointers
+from ..operands import Operand, token_axes
+from ..replay import repeat
 
 PART_ROWS = 32  # of a router that is cut: no product has more sub-networks
 

@@ -7,24 +7,31 @@ or fails otherwise is left out. Where Hopper's own kernel takes a problem there 
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
-from ...tiles import Kernel, Row, Tile, choose, shipped_rows
-from .. import run_hopper
-from ..launch import Problem, recorded
-from ..loads import token_axes, tokens_innermost
+from ...problem import Gradients, Problem
+from ...tiles import Kernel, Row, Tile, portable, shipped_rows
+from ..dispatch import specialised_backward, specialised_forward
+from ..operands import token_axes, tokens_innermost
 from ..plain.backward import run_down, run_query, run_up
 from ..plain.forward import run_forward
-from . import store as tuned
-from .store import Class
+from ..replay import recorded
+from . import store
+from .store import TuningKey
 
 Say = Callable[[str], None]
 Run = Callable[[Tile], Sequence[Tensor]]  # runs a kernel, and returns what it filled
 
+_BACKWARD: dict[Kernel, tuple[Callable[..., None], tuple[str, ...]]] = {  # and what each fills
+    "query": (run_query, ("q", "r")),
+    "down": (run_down, ("v",)),
+    "up": (run_up, ("k", "u", "k_bias", "u_bias")),
+}
 _GAIN = 0.97  # of the shipped row's time; what takes longer may be noise
 _DIFFERENCE = 0.01  # of results that are equal but for the order of addition, at most
 _MOST_STAGES = 5
@@ -39,44 +46,41 @@ def on_card(run: Callable[[], None]) -> float:
 
 
 def tune(
-    classes: Sequence[Class],
+    keys: Sequence[TuningKey],
     trial: Callable[[], Mapping[Kernel, Run]],
     folder: Path | None,
     say: Say,
     clock: Callable[[Callable[[], None]], float] = on_card,
 ) -> None:
-    """Find the fastest row of each class, unless that was done before; it raises nothing.
+    """Find the fastest row of each key, unless that was done before; it raises nothing.
 
     Args:
-        classes: one for each kernel that will be used.
-        trial: makes tensors for these classes, and returns the kernels that plain Triton has to run
+        keys: one for each kernel that will be used.
+        trial: makes tensors for these keys, and returns the kernels that plain Triton has to run
             on them. Called when there is something to time.
         folder: where results are kept, if anywhere.
         say: is told what is being timed.
         clock: times a run.
     """
-    left = [cls for cls in classes if not tuned.recall(cls, folder)]
+    left = [key for key in keys if not store.recall(key, folder)]
     if not left:
         return
     try:
         runs = trial()
-        for cls in left:
-            run = runs.get(cls.kernel)
-            row = None if run is None else _fastest_row(cls, run, say, clock)
-            tuned.keep(cls, row, folder)
+        for key in left:
+            run = runs.get(key.kernel)
+            row = None if run is None else _fastest_row(key, run, say, clock)
+            store.keep(key, row, folder)
     except Exception as error:
         log.warning("tuning failed, the shipped tiles are used: %s", error)
-        for cls in left:  # once is enough: not for each layer of a model
-            if not tuned.recall(cls, None):
-                tuned.keep(cls, None, None)
+        for key in left:  # once is enough: not for each layer of a model
+            if not store.recall(key, None):
+                store.keep(key, None, None)
 
 
-def candidates(cls: Class) -> dict[Tile, Row]:
+def candidates(key: TuningKey) -> dict[Tile, Row]:
     """Tiles to time, each with the row that it comes from; the shipped one first."""
-    itemsize = cls.dtype.itemsize
-    shipped, *others = shipped_rows(
-        cls.kernel, width=cls.width, itemsize=itemsize, capability=cls.capability
-    )
+    shipped, *others = shipped_rows(key.kernel, key.sizes)
     tokens, hidden, warps, stages = shipped
     few = max(2, stages // 2)  # what a larger tile leaves room for
     rows = [
@@ -96,17 +100,7 @@ def candidates(cls: Class) -> dict[Tile, Row]:
     for row in rows:
         if not _sensible(row):
             continue
-        tile = choose(
-            cls.kernel,
-            tokens=cls.tokens,
-            heads=cls.heads,
-            hidden=cls.hidden,
-            width=cls.width,
-            itemsize=itemsize,
-            capability=cls.capability,
-            row=row,
-        )
-        tiles.setdefault(tile, row)
+        tiles.setdefault(portable(key.kernel, key.sizes, row), row)
     return tiles
 
 
@@ -117,10 +111,10 @@ def _sensible(row: Row) -> bool:
 
 
 def _fastest_row(
-    cls: Class, run: Run, say: Say, clock: Callable[[Callable[[], None]], float]
+    key: TuningKey, run: Run, say: Say, clock: Callable[[Callable[[], None]], float]
 ) -> Row | None:
     """The row to use in place of the shipped one, if there is one."""
-    tiles = candidates(cls)
+    tiles = candidates(key)
     shipped, *others = tiles
     expected = [x.clone() for x in run(shipped)]
 
@@ -131,7 +125,7 @@ def _fastest_row(
             raise ArithmeticError("its results are not those of the shipped tile")
         return clock(again)
 
-    what = f"tuning {cls.kernel} for {cls.heads} heads x {cls.width}"
+    what = f"tuning {key.kernel} for {key.sizes.heads} heads x {key.sizes.head_dim}"
     say(f"{what}: 1 of {len(tiles)}")
     times = {shipped: time(shipped)}
     for number, tile in enumerate(others, 2):
@@ -158,49 +152,29 @@ def plain_runs(
     problem: Problem, out: Tensor, grad_out: Tensor, kernels: Sequence[Kernel]
 ) -> dict[Kernel, Run]:
     """Those of the kernels that plain Triton has to run on these tensors."""
-    prepared = problem
+    runs: dict[Kernel, Run] = {}
+    if "forward" in kernels and not specialised_forward(problem, out):
+        runs["forward"] = _filling([out], partial(run_forward, problem, out))
     if problem.r is not None:  # as `backward` has it
         merged = token_axes(problem.q, grad_out).merged
-        prepared = problem._replace(r=tokens_innermost(problem.r, merged))
-    runs: dict[Kernel, Run] = {}
+        problem = problem._replace(r=tokens_innermost(problem.r, merged))
     for kernel in kernels:
-        if kernel == "forward":
-            if not run_hopper(kernel, problem, out):
-                runs[kernel] = _filling([out], lambda tile: run_forward(problem, out, tile))
-        else:
-            run = _backward_run(kernel, prepared, grad_out)
-            if run is not None:
-                runs[kernel] = run
+        if kernel in _BACKWARD:
+            launch, names = _BACKWARD[kernel]
+            gradients = problem.new_gradients([name in names for name in Gradients._fields])
+            if not specialised_backward(kernel, problem, grad_out, gradients):
+                filled = partial(launch, problem, grad_out, gradients)
+                runs[kernel] = _filling(gradients.wanted, filled)
     return runs
 
 
-def _backward_run(kernel: Kernel, problem: Problem, grad_out: Tensor) -> Run | None:
-    q, k, u, v, r, k_bias, u_bias, _ = (
-        None if x is None else torch.empty_like(x) for x in problem[:8]
-    )
-    if kernel == "query":
-        if run_hopper(kernel, problem, grad_out, q, r):
-            return None
-        return _filling([q, r], lambda tile: run_query(problem, grad_out, q, r, tile))
-    if kernel == "down":
-        assert v is not None
-        if run_hopper(kernel, problem, grad_out, v):
-            return None
-        return _filling([v], lambda tile: run_down(problem, grad_out, v, tile))
-    if run_hopper(kernel, problem, grad_out, k, u):
-        return None
-    up = (k, u, k_bias, u_bias)
-    return _filling(up, lambda tile: run_up(problem, grad_out, *up, tile))
-
-
-def _filling(outputs: Sequence[Tensor | None], launch: Callable[[Tile], None]) -> Run:
+def _filling(outputs: Sequence[Tensor], launch: Callable[[Tile], None]) -> Run:
     """A run after which what was not written is not a number."""
-    present = [x for x in outputs if x is not None]
 
     def run(tile: Tile) -> Sequence[Tensor]:
-        for x in present:
+        for x in outputs:
             x.fill_(float("nan"))
         launch(tile)
-        return present
+        return outputs
 
     return run

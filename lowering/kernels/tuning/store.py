@@ -1,12 +1,12 @@
 """What tuning found: rows that stand in for those of tiles.py, in memory and in a folder of files.
 
 Launches look in memory alone. The folder is read only on behalf of a model that is compiled for
-tuned kernels, so what any other run computes does not depend on what lies on a disk. A class for
+tuned kernels, so what any other run computes does not depend on what lies on a disk. A key for
 which the shipped row is the fastest is kept too, as None: it need not be timed again.
 
-There is one file for each class, so that processes that tune at once need no lock: the first to
-write a class decides it for all, and they add in the same order. Its name is a hash of all that the
-times depend on: the class, the card, Triton's version and the kernels' source.
+There is one file for each key, so that processes that tune at once need no lock: the first to write
+a row decides it for all, and they add in the same order. Its name is a hash of all that the times
+depend on: the key, the card, Triton's version and the kernels' source.
 """
 
 import hashlib
@@ -20,63 +20,31 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ...tiles import Kernel, Row
-from ..launch import Problem, capability, forget_repeats
-
-MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
+from ... import tiles
+from ...problem import Problem
+from ...tiles import MANY_TOKENS, Kernel, Row, Sizes
+from ..replay import forget_repeats
 
 log = logging.getLogger(__name__)
 
 
-class Class(NamedTuple):
+class TuningKey(NamedTuple):
     """The problems of one kernel that share a row: equal but for the exact number of tokens."""
 
     kernel: Kernel
-    tokens: int  # rounded
-    heads: int
-    groups: int
-    networks: int
-    hidden: int
-    width: int
-    gated: bool
-    routed: bool
-    biased: tuple[bool, bool, bool]
+    sizes: Sizes  # tokens rounded
     activation: str
-    dtype: torch.dtype
     card: str
-    capability: tuple[int, int]
+
+    @classmethod
+    def of(cls, kernel: Kernel, sizes: Sizes, activation: str, device: torch.device) -> "TuningKey":
+        rounded_sizes = sizes._replace(tokens=rounded(sizes.tokens))
+        return cls(kernel, rounded_sizes, activation, card(device))
 
 
-def rounded(tokens: int | None) -> int:
-    """The most tokens of a class; None stands for a number that is not known yet."""
-    if tokens is None or tokens >= MANY_TOKENS:
-        return MANY_TOKENS
-    return max(16, 1 << (tokens - 1).bit_length())
-
-
-def class_of(kernel: Kernel, problem: Problem) -> Class:
-    batch, length, heads, width = problem.q.shape
-    groups, networks, hidden, _ = problem.k.shape
-    return Class(
-        kernel=kernel,
-        tokens=rounded(batch * length),
-        heads=heads,
-        groups=groups,
-        networks=networks,
-        hidden=hidden,
-        width=width,
-        gated=problem.u is not None,
-        routed=problem.r is not None,
-        biased=(
-            problem.k_bias is not None,
-            problem.u_bias is not None,
-            problem.v_bias is not None,
-        ),
-        activation=problem.activation,
-        dtype=problem.q.dtype,
-        card=card(problem.q.device),
-        capability=capability(problem.q.device),
-    )
+def rounded(tokens: int) -> int:
+    """The most tokens of a key."""
+    return MANY_TOKENS if tokens >= MANY_TOKENS else max(16, 1 << (tokens - 1).bit_length())
 
 
 @lru_cache
@@ -86,35 +54,37 @@ def card(device: torch.device) -> str:
     return device.type
 
 
-_rows: dict[Class, Row | None] = {}
+_rows: dict[TuningKey, Row | None] = {}
 
 
 def row_for(kernel: Kernel, problem: Problem) -> Row | None:
     """The row that proved faster than the shipped one, if there is one."""
-    return _rows.get(class_of(kernel, problem)) if _rows else None
+    if not _rows:
+        return None
+    return row_of(TuningKey.of(kernel, problem.sizes, problem.activation, problem.q.device))
 
 
-def row_of(cls: Class) -> Row | None:
-    return _rows.get(cls)
+def row_of(key: TuningKey) -> Row | None:
+    return _rows.get(key)
 
 
-def recall(cls: Class, folder: Path | None) -> bool:
-    """Whether the class was tuned before; from now on, launches use what was found."""
-    if cls not in _rows and folder is not None and (path := _path(cls, folder)).exists():
+def recall(key: TuningKey, folder: Path | None) -> bool:
+    """Whether the key was tuned before; from now on, launches use what was found."""
+    if key not in _rows and folder is not None and (path := _path(key, folder)).exists():
         found = _read(path)
         if found is not None:
-            _use(cls, found[0])
-    return cls in _rows
+            _use(key, found[0])
+    return key in _rows
 
 
-def keep(cls: Class, row: Row | None, folder: Path | None) -> None:
+def keep(key: TuningKey, row: Row | None, folder: Path | None) -> None:
     """Use a row from now on, and in later processes; or the one that another process kept first."""
     if folder is not None:
         try:
-            row = _write(_path(cls, folder), cls, row)
+            row = _write(_path(key, folder), key, row)
         except OSError as error:
             log.warning("what tuning found is not kept on disk: %s", error)
-    _use(cls, row)
+    _use(key, row)
 
 
 def forget() -> None:
@@ -123,20 +93,20 @@ def forget() -> None:
     forget_repeats()
 
 
-def _use(cls: Class, row: Row | None) -> None:
-    _rows[cls] = row
+def _use(key: TuningKey, row: Row | None) -> None:
+    _rows[key] = row
     forget_repeats()
 
 
-def _path(cls: Class, folder: Path) -> Path:
-    depends_on = (*cls, triton.__version__, _kernels_hash())
+def _path(key: TuningKey, folder: Path) -> Path:
+    depends_on = (key, triton.__version__, _kernels_hash())
     return folder / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
 
 
 @lru_cache
 def _kernels_hash() -> str:
     """Of the kernels' source, the shipped rows and the rules of tuning included."""
-    sources = sorted(Path(__file__).parents[2].rglob("*.py"))
+    sources = [Path(tiles.__file__), *sorted(Path(__file__).parents[1].rglob("*.py"))]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -153,10 +123,10 @@ def _read(path: Path) -> tuple[Row | None] | None:
     return ((tokens, hidden, warps, stages),)
 
 
-def _write(path: Path, cls: Class, row: Row | None) -> Row | None:
+def _write(path: Path, key: TuningKey, row: Row | None) -> Row | None:
     """Write a file whole or not at all, unless there is one; the row that it holds then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = cls._asdict() | {"triton": triton.__version__}
+    about = key._asdict() | {"sizes": key.sizes._asdict(), "triton": triton.__version__}
     text = json.dumps({"about": about, "row": row}, indent=1, default=str)
     whole = path.with_suffix(f".{os.getpid()}.tmp")
     try:
