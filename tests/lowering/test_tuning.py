@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import triton
 
+import mhf_compiler.lowering
 from mhf_compiler.lowering.kernels import dispatch
 from mhf_compiler.lowering.kernels.tuning import search, store
 from mhf_compiler.lowering.kernels.tuning.search import candidates, tune
@@ -252,6 +253,14 @@ def test_what_other_code_found_is_stale(
     card = Card(a_key())
     card.tune(tmp_path)
     assert card.trials == 1
+
+
+def test_every_source_that_times_depend_on_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or b"")
+    store._kernels_hash.__wrapped__()
+    lowering = Path(mhf_compiler.lowering.__file__).parent
+    assert {*(lowering / "kernels").rglob("*.py"), lowering / "tiles.py"} <= set(read)
 
 
 @pytest.mark.parametrize(

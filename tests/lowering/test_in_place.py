@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from mhf_compiler.lowering import ArgumentError
+from mhf_compiler.lowering import ArgumentError, ops
 from mhf_compiler.lowering.cpu import blocked, compiled
 from mhf_compiler.lowering.ops import in_place
 from mhf_compiler.lowering.ops.common import owns_memory
@@ -179,6 +179,14 @@ def test_a_part_must_be_as_the_query():
     for wrong in (torch.randn(SHAPE), torch.randn(SHAPE).bfloat16()[..., :4]):
         with pytest.raises(ArgumentError, match=r"dq is .* must be as q"):
             ONTO(*(of_router() | {"dq": wrong}).values(), True)
+
+
+def test_the_ops_that_write_to_an_argument_are_listed():
+    defined = torch._C._dispatch_get_all_op_names()
+    ours = {name.split("::")[1] for name in defined if name.startswith("mhf_compiler::")}
+    assert {op.__name__ for op in ops.ALL} == ours
+    mutable = [op for op in ops.ALL if op.default._schema.is_mutable]
+    assert list(ops.MUTATING) == mutable
 
 
 def test_owns_memory():
