@@ -1,5 +1,8 @@
 """The ops that write over what they read: the same bits, in that memory, or a copy of them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from torch.library import opcheck
 from mhf_compiler.lowering import ArgumentError, ops
 from mhf_compiler.lowering.cpu import blocked, compiled
 from mhf_compiler.lowering.ops import in_place
-from mhf_compiler.lowering.ops.common import owns_memory
+from mhf_compiler.lowering.ops.common import function_of_kernels, owns_memory
 from mhf_compiler.lowering.problem import Gradients, Problem
 
 OPS = torch.ops.mhf_compiler
@@ -187,6 +190,15 @@ def test_the_ops_that_write_to_an_argument_are_listed():
     assert {op.__name__ for op in ops.ALL} == ours
     mutable = [op for op in ops.ALL if op.default._schema.is_mutable]
     assert list(ops.MUTATING) == mutable
+
+
+def test_what_runs_on_a_gpu_is_there():
+    """Each op names a function of the kernels, which is looked for by the first call."""
+    pytest.importorskip("triton")
+    sources = [path.read_text() for path in Path(ops.__file__).parent.glob("*.py")]
+    paths = [path for text in sources for path in re.findall(r'kernels\("([\w.]+)"\)', text)]
+    assert len(paths) == len(ops.ALL)
+    assert all(callable(function_of_kernels(path)) for path in paths)
 
 
 def test_owns_memory():
