@@ -7,16 +7,16 @@ dR and in dK with dU. Where Hopper has a kernel of its own, plain Triton's is sh
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mhf_compiler.lowering import kernels
-from mhf_compiler.lowering.kernels import backward_pass, forward_pass
-from mhf_compiler.lowering.kernels.launching import Problem, capability, recorded
-from mhf_compiler.lowering.kernels.loads import tokens_innermost
-from mhf_compiler.lowering.kernels.tiles import Kernel, Tile, choose
+from mhf_compiler.lowering.kernels import dispatch
+from mhf_compiler.lowering.kernels.operands import tokens_innermost
+from mhf_compiler.lowering.kernels.plain import backward, forward
+from mhf_compiler.lowering.kernels.replay import recorded
+from mhf_compiler.lowering.problem import Gradients, Problem
+from mhf_compiler.lowering.tiles import Kernel, Tile, portable
 
 from .harness import (
     Benchmark,
@@ -109,7 +109,7 @@ def build(shape: tuple[int, ...], only: Kernel | None = None, sweep: bool = Fals
 
 def make_problem(shape: Sequence[int]) -> tuple[Problem, Tensor]:
     q, k, u, v, r = make_inputs(shape, torch.bfloat16, "cuda", torch.float32)
-    return Problem(q, k, u, v, r, None, None, None, "silu", 1.0, 1.0, 1.0), torch.randn_like(q)
+    return Problem(q, k, u, v, r), torch.randn_like(q)
 
 
 def product_flops(problem: Problem) -> float:
@@ -122,19 +122,20 @@ def as_called(problem: Problem, grad_out: Tensor) -> list[Contender]:
     """What the op runs: three products forward; backward counts eight, however many it executes."""
     out = torch.empty_like(problem.q)
 
-    def forward() -> Sequence[Tensor]:
-        kernels.forward(*problem[:8], out, activation=problem.activation)
+    def run_forward() -> Sequence[Tensor]:
+        dispatch.forward(problem, out)
         return [out]
 
-    def backward() -> Sequence[Tensor]:
-        needs = [x is not None for x in problem[:8]]
-        return kernels.backward(grad_out, *problem[:8], activation=problem.activation, needs=needs)
+    def run_backward() -> Sequence[Tensor]:
+        gradients = problem.new_gradients([x is not None for x in problem.tensors])
+        dispatch.backward(problem, grad_out, gradients)
+        return gradients.wanted
 
-    gradients = ("dq", "dk", "du", "dv", "dr")
+    names = ("dq", "dk", "du", "dv", "dr")
     flops = product_flops(problem)
     return [
-        contender("forward, as called", forward, ("out",), [out], 3 * flops),
-        contender("backward, as called", backward, gradients, [], 8 * flops),
+        contender("forward, as called", run_forward, ("out",), [out], 3 * flops),
+        contender("backward, as called", run_backward, names, [], 8 * flops),
     ]
 
 
@@ -146,11 +147,10 @@ def contenders_of(
     like = {"out": problem.q, "dq": problem.q, "dr": problem.r}
     like |= {"dk": problem.k, "du": problem.u, "dv": problem.v}
     outputs = [torch.empty_like(x) for name in names if (x := like[name]) is not None]
-    if kernel != "forward" and problem.r is not None:  # as `kernels.backward` prepares it
+    if kernel != "forward" and problem.r is not None:  # as `dispatch.backward` does
         problem = problem._replace(r=tokens_innermost(problem.r, merged=True))
     flops = products * product_flops(problem)
-    size = sizes(problem)
-    chosen = choose(kernel, heads=problem.q.shape[2], itemsize=problem.q.element_size(), **size)
+    chosen = portable(kernel, problem.sizes)
     tiles = [chosen]
     if sweep:
         others = (Tile(*tile, descriptors=chosen.descriptors) for tile in SWEEP[kernel])
@@ -168,34 +168,34 @@ def contenders_of(
         yield contender(f"{kernel}, {label}", run, names, outputs, flops, about)
 
 
-def sizes(problem: Problem) -> dict[str, Any]:
-    batch, length, _, width = problem.q.shape
-    hidden, device = problem.k.shape[2], capability(problem.q.device)
-    return {"tokens": batch * length, "hidden": hidden, "width": width, "capability": device}
-
-
 def plain_kernel(
     kernel: Kernel, problem: Problem, grad_out: Tensor, outputs: list[Tensor], tile: Tile
 ) -> list[Tensor]:
     if kernel == "forward":
-        forward_pass.run_forward(problem, *outputs, tile)
-    elif kernel == "query":
-        backward_pass.run_query(problem, grad_out, *outputs, tile)
-    elif kernel == "down":
-        backward_pass.run_down(problem, grad_out, *outputs, tile)
+        forward.run_forward(problem, *outputs, tile)
     else:
-        backward_pass.run_up(problem, grad_out, *outputs, None, None, tile)
+        run = {"query": backward.run_query, "down": backward.run_down, "up": backward.run_up}
+        run[kernel](problem, grad_out, as_gradients(kernel, outputs), tile)
     return outputs
+
+
+def as_gradients(kernel: Kernel, outputs: list[Tensor]) -> Gradients:
+    names = [name.removeprefix("d") for name in KERNELS[kernel][1]]
+    return Gradients(**dict(zip(names, outputs, strict=True)))
 
 
 def hopper_kernel(
     kernel: Kernel, problem: Problem, grad_out: Tensor, outputs: list[Tensor]
 ) -> Callable[[], list[Tensor]] | None:
     """A run of Hopper's own kernel; None where there is none for the device or the problem."""
-    tensors = outputs if kernel == "forward" else [grad_out, *outputs]
-    if not kernels.run_hopper(kernel, problem, *tensors):
+    if kernel == "forward":
+        launch = partial(dispatch.specialised_forward, problem, *outputs)
+    else:
+        gradients = as_gradients(kernel, outputs)
+        launch = partial(dispatch.specialised_backward, kernel, problem, grad_out, gradients)
+    if not launch():
         return None
-    again = recorded(lambda: kernels.run_hopper(kernel, problem, *tensors))
+    again = recorded(launch)
 
     def run() -> list[Tensor]:
         again()
@@ -283,7 +283,7 @@ def build_few_tokens(shape: tuple[int, ...]) -> Job:
 
     def step() -> None:
         for some in weights:
-            kernels.forward(q, *some, r, None, None, None, out, activation="silu")
+            dispatch.forward(Problem(q, *some, r), out)
 
     step()
     graph = torch.cuda.CUDAGraph()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .activations import ACTIVATIONS
+from .problem import Problem
 
 __all__ = ["ArgumentError", "check_arguments", "check_backward_arguments", "check_device"]
 
@@ -40,16 +41,8 @@ class ArgumentError(ValueError):
 
 
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    r: Tensor | None,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
-    v_bias: Tensor | None,
+    problem: Problem,
     *,
-    activation: str,
     out_order: Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
@@ -57,24 +50,15 @@ def check_arguments(
 
     Under autocast the tensors are judged by the dtype that autocast gives them.
     """
-    tensors = {
-        "q": q,
-        "k": k,
-        "u": u,
-        "v": v,
-        "r": r,
-        "k_bias": k_bias,
-        "u_bias": u_bias,
-        "v_bias": v_bias,
-    }
+    tensors, activation = problem.named_tensors, problem.activation
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k", "v")):
             optional = "" if name in ("q", "k", "v") else " or None"
             raise ArgumentError(f"{name} must be a tensor{optional}, got {type(tensor).__name__}")
-    if u_bias is not None and u is None:
+    if problem.u_bias is not None and problem.u is None:
         raise ArgumentError("u_bias is given but u is None: an un-gated network has no up bias")
     _check_shapes(tensors)
-    _check_dtypes_and_devices(q, tensors)
+    _check_dtypes_and_devices(problem.q, tensors)
     if activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1, cutoff=0.0)
         raise ArgumentError(
@@ -126,10 +110,9 @@ def device_objection(
     return None
 
 
-def check_backward_arguments(
-    grad_out: Tensor, q: Tensor, inputs: Sequence[Tensor | None], needs: Sequence[bool]
-) -> None:
-    """Raise :class:`ArgumentError` unless ``grad_out`` and ``needs`` fit the checked ``inputs``."""
+def check_backward_arguments(grad_out: Tensor, problem: Problem, needs: Sequence[bool]) -> None:
+    """Raise :class:`ArgumentError` unless ``grad_out`` and ``needs`` fit the checked problem."""
+    q = problem.q
     if tuple(grad_out.shape) != tuple(q.shape):
         raise ArgumentError(
             f"grad_out must have the shape {_shape(q)} of q, got {_shape(grad_out)}"
@@ -140,7 +123,7 @@ def check_backward_arguments(
         raise ArgumentError(f"grad_out is on device {grad_out.device}, q is on {q.device}")
     if len(needs) != len(_AXES):
         raise ArgumentError(f"needs must have {len(_AXES)} flags, got {len(needs)}")
-    for name, tensor, needed in zip(_AXES, inputs, needs, strict=True):
+    for name, tensor, needed in zip(_AXES, problem.tensors, needs, strict=True):
         if needed and tensor is None:
             raise ArgumentError(f"needs asks for the gradient of {name}, which is None")
 

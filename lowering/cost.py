@@ -26,15 +26,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .tiles import ENOUGH_PROGRAMS, MANY_TOKENS, specialised
 from .workload import Workload
 
 _T = TypeVar("_T")
 
-_MANY_TOKENS = 8192
 _TIE = 1.05
-_ENOUGH_PROGRAMS = 128  # below, the kernels take smaller tiles of tokens
 _FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
-_HOPPER_BACKWARD_TOKENS = 1024  # fewer go to the plain kernels
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
 
 
@@ -62,7 +60,7 @@ class Shares(NamedTuple):
 
     forward: float
     backward: float
-    plain_backward: float  # of what Hopper's own backward kernels do not take
+    plain_backward: float  # of what no backward kernels of the card's own take
 
 
 class Host(NamedTuple):
@@ -82,6 +80,7 @@ class Host(NamedTuple):
 class Device:
     """What limits a device: rates in FLOP/s and bytes/s, times in seconds."""
 
+    major: int  # of its compute capability
     matrix: float  # of large library products
     bandwidth: float
     units: int  # multiprocessors, or cores
@@ -159,8 +158,7 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
     shares = _by_width(device.shares, w)
-    many = _tokens(w) >= _HOPPER_BACKWARD_TOKENS
-    own = w.gated and not any(w.biased[:2]) and many
+    own = specialised("down", w.sizes((device.major, 0))) is not None
     return shares.forward, shares.backward if own else shares.plain_backward
 
 
@@ -168,7 +166,7 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
     """Kernels whose programs each take a tile of tokens of one head through all hidden units."""
     busy = products * flops / (device.matrix * share)
     tile = 128
-    while tile > 16 and -(-_tokens(w) // tile) * w.heads < _ENOUGH_PROGRAMS:
+    while tile > 16 and -(-_tokens(w) // tile) * w.heads < ENOUGH_PROGRAMS:
         tile //= 2
     programs = -(-_tokens(w) // tile) * w.heads
     steps = w.experts * -(-w.expert_dim // 64)
@@ -183,7 +181,7 @@ def _by_width(rates: Mapping[int, _T], w: Workload) -> _T:
 
 
 def _tokens(w: Workload) -> int:
-    return _MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
+    return MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
 
 
 def _product_flops(w: Workload) -> float:
@@ -282,4 +280,4 @@ def _gpu(major: int, units: int, dtype: torch.dtype) -> Device:
         shares = _HOPPER_SHARES if major == 9 else dict.fromkeys(_WIDTHS, Shares(0.9, 0.65, 0.65))
         matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
         bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
-    return Device(matrix, bandwidth, units, 3e-6, _HOST, 1e-6, 3e-6, shares)
+    return Device(major, matrix, bandwidth, units, 3e-6, _HOST, 1e-6, 3e-6, shares)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .arguments import check_arguments
+from .problem import Problem
 
 __all__ = ["multi_head_ffn_reference"]
 
@@ -33,10 +34,10 @@ def multi_head_ffn_reference(
     Slow, and with every intermediate in memory, but on any device and dtype. Half precision is
     computed in float32 and rounded once, as on the CPU path.
     """
-    check_arguments(
-        q, k, u, v, r, k_bias, u_bias, v_bias,
-        activation=activation, out_order=out_order, out_dtype=out_dtype,
-    )  # fmt: skip
+    problem = Problem(
+        q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
+    )
+    check_arguments(problem, out_order=out_order, out_dtype=out_dtype)
     out_dtype = out_dtype or q.dtype
     compute = torch.promote_types(q.dtype, torch.float32)
     share = q.shape[2] // k.shape[0]  # heads that share one group of weights

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from .arguments import device_objection
-from .op import multi_head_ffn
+from .device import capability, interpreted
+from .problem import Problem
+from .tiles import MANY_TOKENS, Kernel, Sizes
 
 if TYPE_CHECKING:
-    from .kernels.tiles import Kernel
-    from .kernels.tuned import Class
-    from .kernels.tuning import Run
+    from .kernels.tuning.search import Run
+    from .kernels.tuning.store import TuningKey
 
 _TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 
@@ -69,6 +70,23 @@ class Workload:
     def weight_shape(self) -> tuple[int, int, int, int]:
         return (self.kuv_heads, self.experts, self.expert_dim, self.head_dim)
 
+    def sizes(self, capability: tuple[int, int], interpreted: bool = False) -> Sizes:
+        """What a kernel is chosen by, on such a card; dynamic tokens are taken to be many."""
+        return Sizes(
+            tokens=MANY_TOKENS if self.tokens is None else self.tokens,
+            heads=self.heads,
+            groups=self.kuv_heads,
+            head_dim=self.head_dim,
+            sub_networks=self.experts,
+            hidden=self.expert_dim,
+            gated=self.gated,
+            routed=self.routed,
+            biased=self.biased,
+            dtype=self.dtype,
+            capability=capability,
+            interpreted=interpreted,
+        )
+
 
 def trial_run(workload: Workload) -> None:
     """Run the op once on the workload's device, so that a kernel that cannot run shows here.
@@ -88,11 +106,8 @@ def trial_run(workload: Workload) -> None:
         return tensor.requires_grad_(workload.training)
 
     with torch.set_grad_enabled(workload.training), torch.autocast("cuda", enabled=False):
-        q, k, u, v, r, k_bias, u_bias, v_bias = _tensors(workload, tokens, zeros)
-        out = multi_head_ffn(
-            q, k, u, v, r, k_bias=k_bias, u_bias=u_bias, v_bias=v_bias,
-            activation=workload.activation, out_dtype=workload.out_dtype,
-        )  # fmt: skip
+        problem = _problem(workload, tokens, zeros)
+        out = torch.ops.mhf_compiler.multi_head_ffn(*problem, None, workload.out_dtype)
         if workload.training:
             # Dense, as a model's gradient is: that of a sum is one number expanded to the shape,
             # with strides of zero, over which Hopper's own backward kernels do not run.
@@ -108,48 +123,30 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
     """
     if workload.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
-    from .kernels.launching import interpreted
-    from .kernels.tuning import tune as tune_classes
-
     if interpreted():
         return
+    from .kernels.tuning import search
+
     kernels: list[Kernel] = ["forward"]
     if workload.training:
         kernels += ["query", "down", "up"]
-    classes = [tile_class(kernel, workload) for kernel in kernels]
+    keys = [tuning_key(kernel, workload) for kernel in kernels]
     with torch.no_grad(), torch.cuda.device(workload.device):
-        tune_classes(classes, lambda: _plain_runs(workload, kernels), folder, say)
+        search.tune(keys, lambda: _plain_runs(workload, kernels), folder, say)
 
 
-def tile_class(kernel: Kernel, workload: Workload) -> Class:
+def tuning_key(kernel: Kernel, workload: Workload) -> TuningKey:
     """What tuning knows the workload by."""
-    from .kernels.launching import capability
-    from .kernels.tuned import Class, card, rounded
+    from .kernels.tuning.store import TuningKey
 
-    w = workload
-    return Class(
-        kernel=kernel,
-        tokens=rounded(w.tokens),
-        heads=w.heads,
-        groups=w.kuv_heads,
-        networks=w.experts,
-        hidden=w.expert_dim,
-        width=w.head_dim,
-        gated=w.gated,
-        routed=w.routed,
-        biased=w.biased,
-        activation=w.activation,
-        dtype=w.dtype,
-        card=card(w.device),
-        capability=capability(w.device),
-    )
+    device = workload.device
+    sizes = workload.sizes(capability(device), interpreted())
+    return TuningKey.of(kernel, sizes, workload.activation, device)
 
 
 def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
     """The kernels that plain Triton will run for the workload, over random numbers."""
-    from .kernels.launching import Problem
-    from .kernels.tuned import MANY_TOKENS
-    from .kernels.tuning import plain_runs
+    from .kernels.tuning.search import plain_runs
 
     # Of their own, so that a model draws the same numbers whether its kernels were tuned or not;
     # and not zeros, over which a card is faster.
@@ -160,32 +157,27 @@ def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
         return (x * shape[-1] ** -0.5).to(dtype)
 
     tokens = min(workload.tokens or MANY_TOKENS, MANY_TOKENS)
-    tensors = _tensors(workload, tokens, random)
-    problem = Problem(*tensors, workload.activation, 1.0, 1.0, 1.0)
+    problem = _problem(workload, tokens, random)
     out = torch.empty_like(problem.q, dtype=workload.out_dtype)
     grad_out = random(*problem.q.shape, dtype=workload.dtype)
     return plain_runs(problem, out, grad_out, kernels)
 
 
-def _tensors(
-    workload: Workload, tokens: int, make: Callable[..., Tensor]
-) -> tuple[
-    Tensor, Tensor, Tensor | None, Tensor,
-    Tensor | None, Tensor | None, Tensor | None, Tensor | None,
-]:  # fmt: skip
-    """The op's tensors, in its order, for one sequence of `tokens` tokens."""
+def _problem(workload: Workload, tokens: int, make: Callable[..., Tensor]) -> Problem:
+    """The op's arguments for one sequence of `tokens` tokens."""
     w = workload
     groups, experts, hidden, width = w.weight_shape
     gate_bias, up_bias, down_bias = w.biased
-    return (
-        make(1, tokens, w.heads, width, dtype=w.dtype),
-        make(*w.weight_shape, dtype=w.dtype),
-        make(*w.weight_shape, dtype=w.dtype) if w.gated else None,
-        make(*w.weight_shape, dtype=w.dtype),
-        make(1, tokens, w.heads, experts, dtype=torch.float32) if w.routed else None,
-        make(groups, experts, hidden, dtype=w.dtype) if gate_bias else None,
-        make(groups, experts, hidden, dtype=w.dtype) if up_bias else None,
-        make(groups, experts, width, dtype=w.dtype) if down_bias else None,
+    return Problem(
+        q=make(1, tokens, w.heads, width, dtype=w.dtype),
+        k=make(*w.weight_shape, dtype=w.dtype),
+        u=make(*w.weight_shape, dtype=w.dtype) if w.gated else None,
+        v=make(*w.weight_shape, dtype=w.dtype),
+        r=make(1, tokens, w.heads, experts, dtype=torch.float32) if w.routed else None,
+        k_bias=make(groups, experts, hidden, dtype=w.dtype) if gate_bias else None,
+        u_bias=make(groups, experts, hidden, dtype=w.dtype) if up_bias else None,
+        v_bias=make(groups, experts, width, dtype=w.dtype) if down_bias else None,
+        activation=w.activation,
     )
 
 

@@ -6,6 +6,7 @@ and its kernels are loaded when the first graph arrives.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def flashmhf(
     Raises:
         OptionError: an unknown option, or a value it does not take.
     """
-    from .compat import compile_graph, counters
+    from .compat import compile_graph, counters, tell_inductor_of
     from .options import inductor_config, parse_options
     from .reusing import with_reuse
     from .rewriting import MhfCompilerWarning, rewrite_graph
@@ -57,6 +58,11 @@ def flashmhf(
             stacklevel=2,
         )
     config = with_reuse(gm, inductor_config(parsed), strict=parsed.strict)
+    # The user may have called the op, too: what matters is whether it is defined.
+    if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
+        from .lowering.ops import ALL, MUTATING
+
+        tell_inductor_of(ALL, MUTATING)
     return compile_graph(parsed.fallback, gm, example_inputs, config)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from hashlib import sha256
@@ -60,6 +60,7 @@ __all__ = [
     "statically_known_true",
     "storage_of",
     "symbolic_size",
+    "tell_inductor_of",
     "trace_artifact",
     "tracing_shape_env",
     "with_pass",
@@ -259,62 +260,51 @@ def compile_graph(
     if name == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        _import_op_in_repros()
-        _compute_arguments_once()
-        _overwrite_without_a_copy()
         return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)(gm, example_inputs)
 
 
-def _import_op_in_repros() -> None:
-    """Programs that PyTorch writes, to reproduce a failure or for debugging, need the op as well.
+def tell_inductor_of(ops: Sequence[Any], mutating: Sequence[Any]) -> None:
+    """Make Inductor treat custom ops, packets of one overload each, as they need to be.
 
-    They import nothing but torch otherwise. From the first use of the op on, in this process.
+    Those that are ``mutating`` write to their first argument. For the rest of this process.
+    """
+    _import_ops_in_repros()
+    _compute_arguments_once(ops)
+    _overwrite_without_a_copy(mutating)
+
+
+def _import_ops_in_repros() -> None:
+    """Programs that PyTorch writes, to reproduce a failure or for debugging, need the ops as well.
+
+    They import nothing but torch otherwise.
     """
     from torch._dynamo.repro import after_aot
 
     names = vars(after_aot)
     line = "import mhf_compiler.lowering  # defines torch.ops.mhf_compiler.multi_head_ffn"
-    if "mhf_compiler.lowering" in sys.modules and line not in names["extra_imports"]:
+    if line not in names["extra_imports"]:
         names["extra_imports"] += f"\n{line}\n"
 
 
-def _compute_arguments_once() -> None:
-    """Make Inductor write what two of our ops read, such as the queries, to memory once, for both.
+def _compute_arguments_once(ops: Sequence[Any]) -> None:
+    """Make Inductor write what two of the ops read, such as the queries, to memory once, for both.
 
     It learns from the first call that it lowers that an op wants its arguments in memory, and by
     then has left the queries of that call to be computed for each of their readers.
     """
-    if "mhf_compiler.lowering" not in sys.modules:
-        return
     from torch._inductor.lowering import add_needs_realized_inputs
 
-    ops = torch.ops.mhf_compiler
-    forward = (
-        ops.multi_head_ffn,
-        ops.multi_head_ffn_over_query,
-        ops.normed_multi_head_ffn_over_query,
-        ops.router_product,
-        ops.norm_and_route,
-    )
-    backward = (
-        ops.multi_head_ffn_backward,
-        ops.multi_head_ffn_backward_over_gradient,
-        ops.router_product_backward,
-        ops.router_product_backward_onto,
-    )
-    add_needs_realized_inputs([*forward, *backward])
+    add_needs_realized_inputs([*ops])
 
 
-def _overwrite_without_a_copy() -> None:
+def _overwrite_without_a_copy(ops: Sequence[Any]) -> None:
     """Make Inductor give the ops that write to an argument its memory, not that of a copy.
 
     It would copy a view of what it has not yet computed to get its strides, and the result back.
     """
-    if "mhf_compiler.lowering" not in sys.modules:
-        return
     from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
 
     def in_memory(node: torch.fx.Node, *args: Any, **kwargs: Any) -> Any:
@@ -322,14 +312,7 @@ def _overwrite_without_a_copy() -> None:
         overwritten.realize()
         return constrain_to_fx_strides(node, *args, **kwargs)
 
-    ops = torch.ops.mhf_compiler
-    for op in (
-        ops.multi_head_ffn_over_query,
-        ops.multi_head_ffn_backward_over_gradient,
-        ops.router_product_backward_onto,
-        ops.norm_and_route,
-        ops.normed_multi_head_ffn_over_query,
-    ):
+    for op in ops:
         make_fallback(op.default, layout_constraint=in_memory, warn=False)
 
 

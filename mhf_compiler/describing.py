@@ -60,7 +60,7 @@ def site_report(
     products: Sequence[RouterProduct] = (),
 ) -> SiteReport:
     """A proved site: rewritten, with the products before its router, or with a reason why not."""
-    from .lowered import kernels_of
+    from .lowering.summary import kernels_of
 
     module, module_class = _module_of_site(site)
     return SiteReport(

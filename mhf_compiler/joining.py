@@ -84,7 +84,7 @@ def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
 
 def _runs(network: fx.Node, arguments: dict[str, Any]) -> bool:
     """Whether this machine has a kernel for it, which runs."""
-    from .lowering.normed_network import Like, may_pay, trial_run
+    from .lowering.ops.norm_network import Like, may_pay, trial_run
 
     q = arguments["q"].meta["val"]
     tensors = [arguments[name] and arguments[name].meta["val"] for name in _TENSORS]

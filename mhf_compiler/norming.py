@@ -1,7 +1,7 @@
 """The norm of the queries, the product before their router and its activation, as one op.
 
 In inference these are three kernels in front of the op, each bound by memory. A pass over
-Inductor's graph replaces them by a call of ``norm_and_route`` (lowering/normed_router.py), which
+Inductor's graph replaces them by a call of ``norm_and_route`` (lowering/ops/norm_router.py), which
 normalises queries where they lie. The graph is read there because every spelling of a norm has
 become the same few operations, and because it tells who reads what:
 
@@ -109,7 +109,7 @@ def join_norms(graph: fx.Graph) -> None:
 
 def _read(product: fx.Node, memory: Memory) -> _Site | None:
     """What computes and reads the argument of a router's product, if the op can stand for it."""
-    from .lowering.normed_router import MOST_WIDTH
+    from .lowering.ops.norm_router import MOST_WIDTH
 
     argument = named_arguments(product)["q"]
     example = _example(argument)
@@ -364,7 +364,7 @@ def _over_last_dim(node: Any, target: Any) -> fx.Node | None:
 
 def _runs(site: _Site) -> bool:
     """Whether the kernel runs on this machine."""
-    from .lowering.normed_router import trial_run
+    from .lowering.ops.norm_router import trial_run
 
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)

@@ -26,7 +26,6 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,18 +48,18 @@ def with_reuse(gm: fx.GraphModule, config: dict[str, Any], *, strict: bool) -> d
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
         return config
-    from .lowering import normed_network, normed_router, overwriting, routing
+    from .lowering import problem, tiles
+    from .lowering.ops import in_place, norm_network, norm_router
 
     files: tuple[str, ...] = (__file__, compat.__file__, layouts.__file__, replacing.__file__)
-    files += (overwriting.__file__,)
+    files += (in_place.__file__,)
     if torch.is_grad_enabled():
         return with_pass(config, partial(_run, [reuse_memory, fix_layouts], strict), files)
     # In this order: the queries that were normalised are dead behind the op, too.
     passes = [join_norms, reuse_memory, join_networks, fix_layouts]
-    modules = (norming, joining, normed_router, normed_network, routing)
+    # Where it pays to join a network is decided in tiles.py.
+    modules = (norming, joining, norm_router, norm_network, problem, tiles)
     files += tuple(str(module.__file__) for module in modules)
-    # Where it pays to join a network is decided there; to import it would ask for Triton.
-    files += (str(Path(routing.__file__).parent / "kernels" / "tiles.py"),)
     return with_pass(config, partial(_run, passes, strict), files)
 
 

@@ -159,7 +159,7 @@ def _write(
 
 def _runs(product: RouterProduct) -> bool:
     """Whether there is a kernel for a product, and it runs on this machine."""
-    from .lowering.router import takes, trial_run
+    from .lowering.ops.router import takes, trial_run
 
     query, weight = product.query.value, product.weight.value
     shape = [int(size) for size in product.weight.shape]

@@ -8,7 +8,7 @@ Half precision is computed in float32.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Activation
+from ..problem import Gradients, Problem
 
 __all__ = ["backward", "forward"]
 
@@ -176,23 +177,16 @@ class _Weights:
 
 
 def _weights(
-    groups: slice,
-    unit_blocks: list[_Units],
-    compute: torch.dtype,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
+    problem: Problem, groups: slice, unit_blocks: list[_Units], compute: torch.dtype
 ) -> list[_Weights]:
     """The weights of some groups, block by block of hidden units."""
 
     def row(bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias[groups].to(compute).flatten(1).unsqueeze(1)
 
-    k, v = _matrix(k[groups].to(compute)), _matrix(v[groups].to(compute))
-    u = None if u is None else _matrix(u[groups].to(compute))
-    k_bias, u_bias = row(k_bias), row(u_bias)
+    k, v = (_matrix(x[groups].to(compute)) for x in (problem.k, problem.v))
+    u = None if problem.u is None else _matrix(problem.u[groups].to(compute))
+    k_bias, u_bias = row(problem.k_bias), row(problem.u_bias)
     return [
         _Weights(
             units,
@@ -221,34 +215,20 @@ def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float, ou
     torch.baddbmm(start, rows, weight.transpose(1, 2), beta=beta, alpha=scale, out=out)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    r: Tensor | None,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
-    v_bias: Tensor | None,
-    out: Tensor,
-    *,
-    activation: str,
-    k_scale: float,
-    u_scale: float,
-    out_scale: float,
-) -> None:
+def forward(problem: Problem, out: Tensor) -> None:
     """Write the op's result into ``out`` [B, L, H, d], of any floating dtype and strides."""
-    compute = torch.promote_types(q.dtype, torch.float32)
-    groups = k.shape[0]
-    phi = ACTIVATIONS[activation]
-    blocks = _cut(q, k, compute, _FORWARD_ELEMENTS)
-    unit_blocks = _unit_blocks(k, blocks)
-    scratch = _Scratch(q, compute)
-    q, out = _by_group(q, groups), _by_group(out, groups)
-    r = None if r is None else _by_group(r, groups)
+    compute = torch.promote_types(problem.q.dtype, torch.float32)
+    groups = problem.k.shape[0]
+    phi = ACTIVATIONS[problem.activation]
+    blocks = _cut(problem.q, problem.k, compute, _FORWARD_ELEMENTS)
+    unit_blocks = _unit_blocks(problem.k, blocks)
+    scratch = _Scratch(problem.q, compute)
+    q, out = _by_group(problem.q, groups), _by_group(out, groups)
+    r = None if problem.r is None else _by_group(problem.r, groups)
+    v_bias, out_scale = problem.v_bias, problem.out_scale
 
     for some in _slices(groups, blocks.groups):
-        weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
+        weights = _weights(problem, some, unit_blocks, compute)
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         for block in _token_blocks(q, some, blocks):
             rows, routing = _matrices(q[block], "q", scratch), None  # [G', T', d]
@@ -260,11 +240,11 @@ def forward(
             beta = _begin(result, routing, down_bias, out_scale)
             for w in weights:
                 hidden = scratch.hidden("hidden", rows, w.units)
-                _project(rows, w.k, w.k_bias, k_scale, hidden.flat)
+                _project(rows, w.k, w.k_bias, problem.k_scale, hidden.flat)
                 phi.evaluate_(hidden.flat)
                 if w.u is not None:
                     up = scratch.hidden("up", rows, w.units)
-                    _project(rows, w.u, w.u_bias, u_scale, up.flat)
+                    _project(rows, w.u, w.u_bias, problem.u_scale, up.flat)
                     hidden.flat.mul_(up.flat)
                 if routing is not None:
                     hidden.by_network.mul_(scratch.weights_of_networks(routing, w.units))
@@ -328,39 +308,22 @@ class _Block:
     dr: Tensor | None  # [G', T', E]
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    u: Tensor | None,
-    v: Tensor,
-    r: Tensor | None,
-    k_bias: Tensor | None,
-    u_bias: Tensor | None,
-    v_bias: Tensor | None,
-    gradients: Sequence[Tensor | None],
-    *,
-    activation: str,
-    k_scale: float,
-    u_scale: float,
-    out_scale: float,
-) -> None:
-    """Fill the gradients of the eight tensors, those that are not None.
+def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+    """Fill the gradients that are not None.
 
     The hidden activations are recomputed block by block; nothing of the forward pass is read.
     """
-    grad_q, grad_k, grad_u, grad_v, grad_r, grad_k_bias, grad_u_bias, grad_v_bias = gradients
-
-    compute = torch.promote_types(q.dtype, torch.float32)
-    groups, networks, units, width = k.shape
-    phi = ACTIVATIONS[activation]
-    blocks = _cut(q, k, compute, _BACKWARD_ELEMENTS)
-    unit_blocks = _unit_blocks(k, blocks)
-    scratch = _Scratch(q, compute)
-    q, g = _by_group(q, groups), _by_group(grad_out, groups)
-    r = None if r is None else _by_group(r, groups)
-    grad_q = None if grad_q is None else _by_group(grad_q, groups)
-    grad_r = None if grad_r is None else _by_group(grad_r, groups)
+    compute = torch.promote_types(problem.q.dtype, torch.float32)
+    groups, networks, units, width = problem.k.shape
+    phi = ACTIVATIONS[problem.activation]
+    blocks = _cut(problem.q, problem.k, compute, _BACKWARD_ELEMENTS)
+    unit_blocks = _unit_blocks(problem.k, blocks)
+    scratch = _Scratch(problem.q, compute)
+    q, g = _by_group(problem.q, groups), _by_group(grad_out, groups)
+    r = None if problem.r is None else _by_group(problem.r, groups)
+    grad_q = None if gradients.q is None else _by_group(gradients.q, groups)
+    grad_r = None if gradients.r is None else _by_group(gradients.r, groups)
+    v_bias, out_scale = problem.v_bias, problem.out_scale
 
     def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
         if gradient is None:
@@ -368,16 +331,16 @@ def backward(
         return q.new_zeros(shape, dtype=torch.float64 if gradient.dim() == 3 else compute)
 
     for some in _slices(groups, blocks.groups):
-        weights = _weights(some, unit_blocks, compute, k, u, v, k_bias, u_bias)
+        weights = _weights(problem, some, unit_blocks, compute)
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         count = some.stop - some.start
         sums = _Sums(
-            k=zeros(grad_k, count, width, networks * units),
-            u=zeros(grad_u, count, width, networks * units),
-            v=zeros(grad_v, count, width, networks * units),
-            k_bias=zeros(grad_k_bias, count, 1, networks * units),
-            u_bias=zeros(grad_u_bias, count, 1, networks * units),
-            v_bias=zeros(grad_v_bias, count, networks, width),
+            k=zeros(gradients.k, count, width, networks * units),
+            u=zeros(gradients.u, count, width, networks * units),
+            v=zeros(gradients.v, count, width, networks * units),
+            k_bias=zeros(gradients.k_bias, count, 1, networks * units),
+            u_bias=zeros(gradients.u_bias, count, 1, networks * units),
+            v_bias=zeros(gradients.v_bias, count, networks, width),
         )
         for index in _token_blocks(q, some, blocks):
             part = q[index]
@@ -394,18 +357,22 @@ def backward(
                 block.g.mul_(out_scale)
             _differentiate_down_bias(block, down_bias, sums.v_bias)
             for w in weights:
-                _differentiate(block, w, sums, scratch, phi, k_scale, u_scale)
+                _differentiate(block, w, sums, scratch, phi, problem.k_scale, problem.u_scale)
             if grad_q is not None and dq is not None:
                 grad_q[index].copy_(dq.by_position)
             if grad_r is not None and dr is not None:
                 grad_r[index].copy_(dr.by_position)
-        for gradient, total in ((grad_k, sums.k), (grad_u, sums.u), (grad_v, sums.v)):
+        for gradient, total in (
+            (gradients.k, sums.k),
+            (gradients.u, sums.u),
+            (gradients.v, sums.v),
+        ):
             if gradient is not None and total is not None:
                 gradient[some].copy_(total.transpose(1, 2).unflatten(1, (networks, units)))
         for gradient, total in (
-            (grad_k_bias, sums.k_bias),
-            (grad_u_bias, sums.u_bias),
-            (grad_v_bias, sums.v_bias),
+            (gradients.k_bias, sums.k_bias),
+            (gradients.u_bias, sums.u_bias),
+            (gradients.v_bias, sums.v_bias),
         ):
             if gradient is not None and total is not None:
                 gradient[some].copy_(total.view(gradient[some].shape))

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..problem import Gradients, Problem
+
 __all__ = ["backward", "forward", "takes"]
 
 logger = logging.getLogger(__name__)
@@ -16,8 +18,6 @@ logger = logging.getLogger(__name__)
 _SOURCES = ("products.h", "activations.h", "blocks.cpp")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
-_GRADIENTS = ("dq", "dk", "du", "dv", "dr", "dk_bias", "du_bias", "dv_bias")
-_INPUTS = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
 _ALIGNMENT = 64  # bytes, of every buffer
 _TOKENS = 16  # of one head, below which another thread is not worth it
 _PRODUCTS = 1 << 19  # of numbers, some 20 us of a thread's time: so much for each
@@ -38,7 +38,9 @@ class _Call(ctypes.Structure):
         *((size, ctypes.c_int64) for size in ("B", "L", "H", "d", "G", "E", "f")),
         *((name, ctypes.c_int64) for name in ("dtype", "activation", "threads")),
         *((scale, ctypes.c_double) for scale in ("k_scale", "u_scale", "out_scale")),
-        *((name, _View) for name in (*_INPUTS, "out", *_GRADIENTS)),
+        *((name, _View) for name in Gradients._fields),  # named as the inputs
+        ("out", _View),
+        *((f"d{name}", _View) for name in Gradients._fields),
     )
 
 
@@ -71,41 +73,25 @@ def takes(q: Tensor, activation: str) -> bool:
     return activation in _ACTIVATIONS and not few and _library() is not None
 
 
-def forward(
-    inputs: Sequence[Tensor | None], out: Tensor, activation: str, scales: Sequence[float]
-) -> None:
-    """Write the op's result, of q, k, u, v, r and the three biases, into ``out``."""
-    _run("multi_head_ffn_forward", _call(inputs, out, (None,) * 8, activation, scales), out)
+def forward(problem: Problem, out: Tensor) -> None:
+    """Write the op's result into ``out``."""
+    _run("multi_head_ffn_forward", _call(problem, out, Gradients()), out)
 
 
-def backward(
-    inputs: Sequence[Tensor | None],
-    grad_out: Tensor,
-    gradients: Sequence[Tensor | None],
-    activation: str,
-    scales: Sequence[float],
-) -> None:
-    """Fill the gradients of the eight tensors, those that are not None."""
-    call = _call(inputs, grad_out, gradients, activation, scales)
-    _run("multi_head_ffn_backward", call, grad_out)
+def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+    """Fill the gradients that are not None."""
+    _run("multi_head_ffn_backward", _call(problem, grad_out, gradients), grad_out)
 
 
-def _call(
-    inputs: Sequence[Tensor | None],
-    out: Tensor,
-    gradients: Sequence[Tensor | None],
-    activation: str,
-    scales: Sequence[float],
-) -> _Call:
-    q, k = inputs[:2]
-    assert q is not None
-    assert k is not None
+def _call(problem: Problem, out: Tensor, gradients: Gradients) -> _Call:
+    q, k = problem.q, problem.k
+    activation, *scales = problem.constants
     compute = torch.promote_types(q.dtype, torch.float32)
     return _Call(
         *(*q.shape, *k.shape[:3]),
         *(_DTYPES.index(compute), _ACTIVATIONS.index(activation), _threads(q, k)),
         *scales,
-        *map(_view, (*_four(inputs), out, *_four(gradients))),
+        *map(_view, (*_four(problem.tensors), out, *_four(gradients))),
     )
 
 

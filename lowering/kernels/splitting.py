@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import early_launch, launch
-from .loads import Operand, TokenAxes, token_pointers
-from .tiles import Tile
+from ..tiles import Tile
+from .launch import early_launch, launch
+from .loads import token_pointers
+from .operands import Operand, TokenAxes
 
 _MOST_TOGETHER = 128  # parts that a program of the second kernel loads at once; more take turns
 _LOADED = 32 * 32  # values that its one warp loads: of more for each thread, some wait for others

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.problem import Gradients, Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -42,19 +43,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """For each of the three kernels that was offered its work: whether it took it."""
-    from mhf_compiler.lowering.kernels import hopper_backward, launching
+    from mhf_compiler.lowering.kernels import hopper, replay
 
-    launching.forget_repeats()
+    replay.forget_repeats()
     taken: Runs = {}
 
     def watch(name: str) -> None:
-        run = getattr(hopper_backward, name)
+        run = getattr(hopper, name)
 
         def watched(*args: Any) -> bool:
             taken[name] = run(*args)
             return taken[name]
 
-        monkeypatch.setattr(hopper_backward, name, watched)
+        monkeypatch.setattr(hopper, name, watched)
 
     for name in ("run_query", "run_down", "run_up"):
         watch(name)
@@ -110,12 +111,12 @@ def by_autograd(inputs: Any, grad_out: Tensor, dtype: Any, *options: Any) -> lis
 def fused(
     inputs: Any, grad_out: Tensor, activation: str = "silu", scales: Any = None
 ) -> list[Tensor]:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
 
-    needs = [*(x is not None for x in inputs), False, False, False]
-    return kernels.backward(
-        grad_out, *inputs, None, None, None, activation=activation, needs=needs, **(scales or {})
-    )
+    problem = Problem(*inputs, activation=activation, **(scales or {}))
+    gradients = problem.new_gradients([x is not None for x in problem.tensors])
+    dispatch.backward(problem, grad_out, gradients)
+    return gradients.wanted
 
 
 def check(inputs: Any, grad_out: Tensor, activation: str = "silu", **given: float) -> None:
@@ -218,18 +219,16 @@ def test_what_lies_beside_narrow_heads(d: int, runs: Iterator[Runs]) -> None:
 @pytest.mark.parametrize("d", [8, 24, 32])
 def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
     """As above, of gradients that lie in the memory of wider ones."""
-    from mhf_compiler.lowering import kernels
-    from mhf_compiler.lowering.kernels.launching import Problem
-    from mhf_compiler.lowering.kernels.loads import tokens_innermost
+    from mhf_compiler.lowering.kernels.dispatch import specialised_backward
+    from mhf_compiler.lowering.kernels.operands import tokens_innermost
 
     (q, k, u, v, r), grad_out = make(d=d)
     assert r is not None
-    innermost = tokens_innermost(r, merged=True)
-    problem = Problem(q, k, u, v, innermost, None, None, None, "silu", 1.0, 1.0, 1.0)
-    dq, dk, du, dv = grads = [beside_nan(x) for x in (q, k, u, v)]
-    assert kernels.run_hopper("query", problem, grad_out, dq, torch.empty_like(r))
-    assert kernels.run_hopper("down", problem, grad_out, dv)
-    assert kernels.run_hopper("up", problem, grad_out, dk, du)
+    problem = Problem(q, k, u, v, tokens_innermost(r, merged=True))
+    grads = [beside_nan(x) for x in (q, k, u, v)]
+    gradients = Gradients(*grads, torch.empty_like(r))
+    for kernel in ("query", "down", "up"):
+        assert specialised_backward(kernel, problem, grad_out, gradients)
     expected = fused([q, k, u, v, r], grad_out)
     for grad, x in zip(grads, expected, strict=False):
         assert grad.equal(x)
@@ -266,15 +265,15 @@ def test_same_bits_each_time() -> None:
 
 def test_repeated_launches() -> None:
     """A second call repeats the launches of the first, on tensors of its own."""
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import replay
 
     inputs, grad_out = make(L=1000)
     others = [x if x is None else x.clone() for x in inputs]
     others[0] = torch.randn_like(inputs[0])
-    launching.forget_repeats()
+    replay.forget_repeats()
     first = fused(inputs, grad_out)
     repeated = fused(others, grad_out)
-    launching.forget_repeats()
+    replay.forget_repeats()
     for x, y in zip(repeated, fused(others, grad_out), strict=True):
         assert x.equal(y)
     for x, y in zip(first, fused(inputs, grad_out), strict=True):
@@ -285,15 +284,15 @@ def test_repeated_launches() -> None:
 
 
 def test_only_some_gradients() -> None:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
 
     inputs, grad_out = make()
     every = fused(inputs, grad_out)
     for i in range(5):
-        needs = [i == j for j in range(8)]
-        (grad,) = kernels.backward(
-            grad_out, *inputs, None, None, None, activation="silu", needs=needs
-        )
+        problem = Problem(*inputs)
+        gradients = problem.new_gradients([i == j for j in range(8)])
+        dispatch.backward(problem, grad_out, gradients)
+        (grad,) = gradients.wanted
         error = (grad.double() - every[i].double()).norm() / every[i].double().norm()
         assert error < 5e-3, NAMES[i]
 

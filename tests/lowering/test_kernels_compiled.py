@@ -23,10 +23,11 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from mhf_compiler.lowering import kernels  # noqa: E402
+from mhf_compiler.lowering import problem as problems  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import launching, normed_router, router_product  # noqa: E402
-from mhf_compiler.lowering.routing import Formula, NormedRouter  # noqa: E402
+from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
+from mhf_compiler.lowering.kernels.plain import norm_router, router  # noqa: E402
+from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's tools are for Linux"),
@@ -126,7 +127,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
     def of(architecture: int) -> PretendedDriver:
         driver = PretendedDriver(architecture)
         triton.runtime.driver.set_active(driver)
-        for module in (kernels, launching, router_product):
+        for module in (problems, launch, router):
             monkeypatch.setattr(module, "capability", lambda device: divmod(architecture, 10))
         return driver
 
@@ -183,11 +184,11 @@ def launch_all(
         bias(f) if gated else None,
         bias(d),
     )
-    kernels.forward(*inputs, torch.empty_like(q), activation=activation)
-    if not backward:
-        return
-    needs = [x is not None for x in inputs]
-    kernels.backward(torch.empty_like(q), *inputs, activation=activation, needs=needs)
+    problem = Problem(*inputs, activation=activation)
+    dispatch.forward(problem, torch.empty_like(q))
+    if backward:
+        gradients = problem.new_gradients([x is not None for x in inputs])
+        dispatch.backward(problem, torch.empty_like(q), gradients)
 
 
 def without_sums(binaries: dict[str, Binary]) -> dict[str, Binary]:
@@ -338,8 +339,8 @@ def test_narrow_heads_meet_the_router_in_pairs(
 ) -> None:
     """Their activations are what takes time: two elements to a multiplication."""
     counts = []
-    for router in (torch.float32, torch.bfloat16):
-        binary = compile_all(90, d=d, router=router, backward=False)["hopper_forward_kernel"]
+    for dtype in (torch.float32, torch.bfloat16):
+        binary = compile_all(90, d=d, router=dtype, backward=False)["hopper_forward_kernel"]
         assert binary.spilled(tmp_path) == 0
         counts.append([binary.count(tmp_path, rf"\b{name}\b") for name in ("FMUL", "HMUL2")])
     (singles, pairs), (fewer, more) = counts
@@ -445,9 +446,9 @@ def test_router_products(
     driver = pretend(architecture)
     q, weight = torch.empty(2, 1000, 16, d, dtype=dtype), torch.empty(16, d, 32)
     logits = torch.empty(2, 1000, 16, 32)
-    router_product.forward(q, weight, logits)
-    router_product.backward(logits, q, weight, [True, True])
-    router_product.backward_onto(torch.empty_like(q), logits, q, weight, True)
+    router.forward(q, weight, logits)
+    router.backward(logits, q, weight, [True, True])
+    router.backward_onto(torch.empty_like(q), logits, q, weight, True)
     assert len(driver.loaded) == 3
     for binary in driver.loaded:
         assert binary.spilled(tmp_path) == 0, binary.name
@@ -466,7 +467,7 @@ def norm_and_route(
         Formula(1e-6, False, "normalised", 1e-20, 0.0, dtype),
     )
     r = r.permute([order.index(axis) for axis in range(4)])
-    normed_router.norm_and_route(torch.empty(2, 1024, 16, d, dtype=dtype), router, r)
+    norm_router.norm_and_route(torch.empty(2, 1024, 16, d, dtype=dtype), router, r)
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
@@ -522,11 +523,9 @@ def normed_forward(
     if by_columns:
         weights = [x.transpose(2, 3) for x in weights]
     formula = Formula(1e-6, False, routing, 1e-20, 0.0, r)
-    kernels.normed_forward(
-        torch.empty(1, 32768, 16, d, dtype=torch.bfloat16),
+    dispatch.normed_forward(
+        Problem(torch.empty(1, 32768, 16, d, dtype=torch.bfloat16), *weights),
         NormedRouter(torch.empty(d), torch.empty(16, d, 32, dtype=router), formula),
-        *weights,
-        activation="silu",
     )
 
 
@@ -593,7 +592,7 @@ def test_a_routers_parts(
     architecture: int, weights: torch.dtype, pretend: Pretend, tmp_path: Path
 ) -> None:
     driver = pretend(architecture)
-    router_product.cut_router(torch.empty(16, 96, 22, dtype=weights))
+    router.cut_router(torch.empty(16, 96, 22, dtype=weights))
     (binary,) = driver.loaded
     assert binary.spilled(tmp_path) == 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -115,15 +116,16 @@ def fused(
     scales: dict[str, float] = SCALES,
     out: Tensor | None = None,
 ) -> list[Tensor]:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
+    from mhf_compiler.lowering.ops import network
 
-    inputs: Any = [tensors[name] for name in NAMES]
+    problem = Problem(*(tensors[name] for name in NAMES), activation, **scales)
     if out is None:
-        out = torch.empty_like(inputs[0])
-    kernels.forward(*inputs, out.fill_(float("nan")), activation=activation, **scales)
-    needs = [x is not None for x in inputs]
-    grads = kernels.backward(grad_out, *inputs, activation=activation, **scales, needs=needs)
-    return [out, *grads]
+        out = torch.empty_like(problem.q)
+    network.compute_forward(dispatch.forward, problem, out.fill_(float("nan")))
+    gradients = problem.new_gradients([x is not None for x in problem.tensors])
+    network.compute_backward(dispatch.backward, problem, grad_out, gradients)
+    return [out, *gradients.wanted]
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
@@ -302,18 +304,19 @@ def test_offsets_beyond_32_bits(width: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
 
     shape = Shape(B=1, L=131072, H=2, d=32, G=2, E=8, f=256)
     tensors = make(shape, dtype)
-    inputs: Any = [tensors[name] for name in NAMES]
-    grad_out = torch.randn_like(inputs[0])
+    problem = Problem(*(tensors[name] for name in NAMES))
+    grad_out = torch.randn_like(problem.q)
     out = torch.empty_like(grad_out)
-    needs = [x is not None for x in inputs]
 
     def step() -> list[Tensor]:
-        kernels.forward(*inputs, out, activation="silu")
-        return kernels.backward(grad_out, *inputs, activation="silu", needs=needs)
+        dispatch.forward(problem, out)
+        gradients = problem.new_gradients([x is not None for x in problem.tensors])
+        dispatch.backward(problem, grad_out, gradients)
+        return gradients.wanted
 
     results = step()  # loads the kernels
     gradients = sum(x.numel() * x.element_size() for x in results)
@@ -370,9 +373,9 @@ def test_layouts_over_themselves(order: tuple[int, ...]) -> None:
 
 def check_overwriting(tensors: Tensors, order: tuple[int, ...] = (0, 1, 2, 3)) -> None:
     """The ops that overwrite give the bits of those that do not, and again when repeated."""
-    from mhf_compiler.lowering.kernels import launching
+    from mhf_compiler.lowering.kernels import replay
 
-    launching.forget_repeats()
+    replay.forget_repeats()
     ops = torch.ops.mhf_compiler
     tensors["q"] = stored_as(tensors["q"], order)
     inputs: Any = [tensors[name] for name in NAMES]
@@ -415,15 +418,16 @@ def test_overwriting_allocates_nothing_of_the_querys_size() -> None:
 
 def test_a_thread_that_has_run_nothing() -> None:
     """As autograd's, when the op's backward pass is the first that runs in it."""
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
 
     tensors = make(Shape(d=32, E=2))
-    inputs: Any = [tensors[name] for name in NAMES]
-    grad_out = torch.randn_like(inputs[0])
-    needs = [x is not None for x in inputs]
+    problem = Problem(*(tensors[name] for name in NAMES))
+    grad_out = torch.randn_like(problem.q)
 
     def backward() -> list[Tensor]:
-        return kernels.backward(grad_out, *inputs, activation="silu", needs=needs)
+        gradients = problem.new_gradients([x is not None for x in problem.tensors])
+        dispatch.backward(problem, grad_out, gradients)
+        return gradients.wanted
 
     expected = backward()  # loads the kernels; in the thread, that would bring a context
     with ThreadPoolExecutor(max_workers=1) as thread:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
+from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -100,12 +101,15 @@ def expected(
 
 
 def actual(tensors: Tensors, grad_out: Tensor, activation: str, out: Tensor) -> list[Tensor]:
-    from mhf_compiler.lowering import kernels
+    from mhf_compiler.lowering.kernels import dispatch
+    from mhf_compiler.lowering.ops import network
 
     inputs = [tensors[name] for name in NAMES]
-    kernels.forward(*inputs, out.fill_(float("nan")), activation=activation, **SCALES)
-    needs = [x is not None for x in inputs]
-    grads = kernels.backward(grad_out, *inputs, activation=activation, **SCALES, needs=needs)
+    problem = Problem(*inputs, activation=activation, **SCALES)
+    network.compute_forward(dispatch.forward, problem, out.fill_(float("nan")))
+    gradients = problem.new_gradients([x is not None for x in inputs])
+    network.compute_backward(dispatch.backward, problem, grad_out, gradients)
+    grads = gradients.wanted
     for grad, x in zip(grads, (x for x in inputs if x is not None), strict=True):
         assert (grad.shape, grad.dtype) == (x.shape, x.dtype)
     return [out, *grads]
@@ -133,11 +137,11 @@ def check(
 @pytest.fixture(params=[True, False], ids=["descriptors", "pointers"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 x 16, of which even small problems have several, ragged ones among them."""
-    from mhf_compiler.lowering import kernels
-    from mhf_compiler.lowering.kernels.tiles import Tile
+    from mhf_compiler.lowering.kernels import dispatch
+    from mhf_compiler.lowering.tiles import Tile
 
     monkeypatch.setattr(
-        kernels, "choose", lambda *_, **__: Tile(16, 16, 4, 2, descriptors=request.param)
+        dispatch, "portable", lambda *_, **__: Tile(16, 16, 4, 2, descriptors=request.param)
     )
 
 
@@ -190,14 +194,13 @@ class TestKernels:
 
     def test_what_u_scale_makes_small_fits_into_float16(self) -> None:
         """The product of both branches, 320 * 320, would not: `out_scale` comes too late."""
-        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels import dispatch
 
         q = torch.full((1, 16, 1, 16), 5.0).half()
         k, v = torch.full((1, 1, 16, 16), 4.0).half(), torch.full((1, 1, 16, 16), 2**-4).half()
         out = torch.empty_like(q)
-        weights = (k, k, v, None, None, None, None)
         for scale, fits in (("u_scale", True), ("out_scale", False)):
-            kernels.forward(q, *weights, out, activation="relu", **{scale: 1e-3})
+            dispatch.forward(Problem(q, k, k, v, activation="relu", **{scale: 1e-3}), out)
             assert bool(out.isfinite().all()) is fits
             if fits:
                 torch.testing.assert_close(out, torch.full_like(out, 102.4), rtol=2e-3, atol=0)
@@ -272,15 +275,15 @@ class TestKernels:
 
     @pytest.mark.parametrize("needed", range(8), ids=NAMES)
     def test_single_gradients(self, needed: int) -> None:
-        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels import dispatch
 
         tensors = make(SMALL)
         grad_out = torch.randn(1, 17, 1, 8)
-        needs = [i == needed for i in range(8)]
-        inputs = [tensors[name] for name in NAMES]
-        grads = kernels.backward(grad_out, *inputs, activation="gelu", **SCALES, needs=needs)
-        assert len(grads) == 1
-        assert relative_error(grads[0], expected(tensors, grad_out, "gelu")[1 + needed]) < 1e-6
+        problem = Problem(*(tensors[name] for name in NAMES), activation="gelu", **SCALES)
+        gradients = problem.new_gradients([i == needed for i in range(8)])
+        dispatch.backward(problem, grad_out, gradients)
+        (grad,) = gradients.wanted
+        assert relative_error(grad, expected(tensors, grad_out, "gelu")[1 + needed]) < 1e-6
 
     @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
     def test_no_tokens(self, sizes: tuple[int, int]) -> None:
@@ -300,15 +303,14 @@ class TestParts:
     def test_forward(
         self, parts: int, absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
-        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        monkeypatch.setattr(dispatch, "portable", lambda *_, **__: tile)
         tensors = make(Shape(), absent=absent)
-        inputs = [tensors[name] for name in NAMES]
         out = torch.full((2, 19, 2, 24), float("nan"))
-        kernels.forward(*inputs, out, activation="silu", **SCALES)
+        dispatch.forward(Problem(*(tensors[name] for name in NAMES), **SCALES), out)
         grad_out = torch.zeros_like(out)
         assert relative_error(out, expected(tensors, grad_out, "silu")[0]) < 1e-6
 
@@ -316,26 +318,25 @@ class TestParts:
     @pytest.mark.parametrize("d", [24, 33])
     def test_one_head(self, tokens: int, d: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """Its 120 tiles of hidden units go to as many programs."""
-        from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=128)
-        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        monkeypatch.setattr(dispatch, "portable", lambda *_, **__: tile)
         empty = torch.empty
         monkeypatch.setattr(
             torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))
         )
         tensors = make(Shape(B=1, L=tokens, H=1, d=d, G=1, E=40, f=40))
-        inputs = [tensors[name] for name in NAMES]
         out = torch.full((1, tokens, 1, d), float("nan"))
-        kernels.forward(*inputs, out, activation="silu", **SCALES)
+        dispatch.forward(Problem(*(tensors[name] for name in NAMES), **SCALES), out)
         assert relative_error(out, expected(tensors, out, "silu")[0]) < 1e-6
 
     @pytest.mark.parametrize("whole", [0, 1, 3])
     @pytest.mark.parametrize("parts", [2, 11, 128, 300])
     def test_only_cut_tiles_are_written(self, whole: int, parts: int) -> None:
         """Up to more parts than are loaded at once, of the tiles of two heads of 40 tokens."""
-        from mhf_compiler.lowering.kernels.loads import token_axes
+        from mhf_compiler.lowering.kernels.operands import token_axes
         from mhf_compiler.lowering.kernels.splitting import Split, add_parts
 
         out = torch.full((1, 40, 2, 24), float("nan"))
@@ -370,11 +371,11 @@ class TestOverwriting:
     def test_parts(
         self, order: tuple[int, ...], parts: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mhf_compiler.lowering import kernels
-        from mhf_compiler.lowering.kernels.tiles import Tile
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.tiles import Tile
 
         tile = Tile(16, 16, 4, 2, descriptors=True, parts=parts)
-        monkeypatch.setattr(kernels, "choose", lambda *_, **__: tile)
+        monkeypatch.setattr(dispatch, "portable", lambda *_, **__: tile)
         self.check_forward(make(Shape()), order)
 
     @pytest.mark.parametrize("shape", [SMALL, Shape(B=1, L=70, H=1, E=1, f=130), Shape(L=1)])
@@ -391,28 +392,29 @@ class TestOverwriting:
         self.check_backward(make(Shape(), absent=absent), order)
 
     def check_forward(self, tensors: Tensors, order: tuple[int, ...]) -> None:
-        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels import dispatch
 
         q = tensors["q"] = stored_as(tensors["q"], order)
-        inputs = [tensors[name] for name in NAMES]
+        problem = Problem(*(tensors[name] for name in NAMES), **SCALES)
         out = torch.full_like(q, float("nan"))
-        kernels.forward(*inputs, out, activation="silu", **SCALES)
-        kernels.forward(*inputs, q.detach(), activation="silu", **SCALES)
+        dispatch.forward(problem, out)
+        dispatch.forward(problem, q.detach())
         assert q.equal(out)
 
     def check_backward(self, tensors: Tensors, order: tuple[int, ...]) -> None:
-        from mhf_compiler.lowering import kernels
+        from mhf_compiler.lowering.kernels import dispatch
 
         q = tensors["q"] = stored_as(tensors["q"], order)
         inputs = [tensors[name] for name in NAMES]
+        problem = Problem(*inputs, **SCALES)
         grad_out = stored_as(torch.randn(q.shape), order)
         needs = [x is not None for x in inputs]
-        options = {"activation": "silu", **SCALES, "needs": needs}
-        elsewhere = kernels.backward(grad_out, *inputs, **options)
-        place = grad_out.detach()
-        found = kernels.backward(grad_out, *inputs, **options, dq_place=place)
-        assert found[0] is place
-        for x, y in zip(found, elsewhere, strict=True):
+        elsewhere = problem.new_gradients(needs)
+        dispatch.backward(problem, grad_out, elsewhere)
+        found = problem.new_gradients(needs, q=grad_out.detach())
+        dispatch.backward(problem, grad_out, found)
+        assert found.q.data_ptr() == grad_out.data_ptr()
+        for x, y in zip(found.wanted, elsewhere.wanted, strict=True):
             assert x.equal(y)
 
 
@@ -458,15 +460,15 @@ class TestRouterProduct:
     def test_matches_the_definition(
         self, dtype: torch.dtype, weights: torch.dtype, groups: int
     ) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router
 
         torch.manual_seed(0)
         q = torch.randn(2, 70, 2, 24).to(dtype)
         weight = torch.randn(groups, 24, 5).to(weights)
         grad = torch.randn(2, 70, 2, 5)
         out = torch.full((2, 2, 70, 5), float("nan")).transpose(1, 2)  # by heads
-        router_product.forward(q, weight, out)
-        dq, dw = router_product.backward(grad, q, weight, [True, True])
+        router.forward(q, weight, out)
+        dq, dw = router.backward(grad, q, weight, [True, True])
 
         wide = [q.double().requires_grad_(), weight.double().requires_grad_()]
         exact = torch.einsum("blhd,hde->blhe", wide[0], wide[1].repeat_interleave(2 // groups, 0))
@@ -480,24 +482,24 @@ class TestRouterProduct:
 
     @pytest.mark.parametrize("needs", [[True, False], [False, True]], ids=str)
     def test_one_gradient_alone(self, needs: list[bool]) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router
 
         q, weight = torch.randn(1, 9, 2, 8).half(), torch.randn(2, 8, 3)
         grad = torch.randn(1, 9, 2, 3)
-        both = router_product.backward(grad, q, weight, [True, True])
-        (one,) = router_product.backward(grad, q, weight, needs)
+        both = router.backward(grad, q, weight, [True, True])
+        (one,) = router.backward(grad, q, weight, needs)
         assert torch.equal(one, both[needs.index(True)])
 
     @pytest.mark.parametrize("needs_weight", [False, True])
     def test_a_gradient_is_added_to_what_is_there(self, needs_weight: bool) -> None:
-        from mhf_compiler.lowering.kernels import router_product
+        from mhf_compiler.lowering.kernels.plain import router
 
         torch.manual_seed(0)
         q, weight = torch.randn(2, 70, 2, 24).half(), torch.randn(2, 24, 3)
         grad, there = torch.randn(2, 70, 2, 3), torch.randn(2, 70, 2, 24).half()
-        alone, dw = router_product.backward(grad, q, weight, [True, True])
+        alone, dw = router.backward(grad, q, weight, [True, True])
         onto = there.clone()
-        found = router_product.backward_onto(onto, grad, q, weight, needs_weight)
+        found = router.backward_onto(onto, grad, q, weight, needs_weight)
         # Alone, the part was rounded before it could be added.
         torch.testing.assert_close(onto, there + alone, rtol=2e-3, atol=2e-3)
         assert found is not None and found.equal(dw) if needs_weight else found is None
@@ -512,7 +514,7 @@ class TestCutRouter:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("width", [5, 64, 96])
     def test_parts(self, width: int, dtype: torch.dtype) -> None:
-        from mhf_compiler.lowering.kernels.router_product import cut_router, parts_of
+        from mhf_compiler.lowering.kernels.plain.router import cut_router, parts_of
 
         torch.manual_seed(0)
         weight = torch.randn(3, 5, width).to(dtype).transpose(1, 2)
@@ -533,7 +535,8 @@ class TestNormedForward:
     __test__ = INTERPRETING
 
     def test_matches_the_operator(self) -> None:
-        from mhf_compiler.lowering import normed_network
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.ops import norm_network
 
         torch.manual_seed(0)
         q, scale, router = torch.randn(2, 9, 2, 16).half(), torch.rand(16), torch.randn(2, 16, 3)
@@ -542,8 +545,8 @@ class TestNormedForward:
         expected, found = q.clone(), q.clone()
         op = torch.ops.mhf_compiler.normed_multi_head_ffn_over_query
         op(expected, scale, router, *weights, *constants)
-        compute = normed_network._operator(normed_network._compute_on_cuda)
-        compute(found, scale, router, *weights, *constants)
+        compute = dispatch.normed_forward
+        norm_network._normed_forward(compute, found, scale, router, *weights, *constants)
         torch.testing.assert_close(found, expected, rtol=2.0**-8, atol=2e-3)
 
 
@@ -565,15 +568,14 @@ class TestNormAndRoute:
         sum_eps: float = 0.0,
         norm_eps: float = 1e-6,
     ) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.routing import Formula, NormedRouter
+        from mhf_compiler.lowering.kernels.plain import norm_router
 
         exact = q.double()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + norm_eps)
         if norm_weight is not None:
             exact = exact * norm_weight.double()
         formula = Formula(norm_eps, rounds_first, routing, sum_floor, sum_eps, r.dtype)
-        normed_router.norm_and_route(q, NormedRouter(norm_weight, weight, formula), r)
+        norm_router.norm_and_route(q, NormedRouter(norm_weight, weight, formula), r)
         # The interpreter cuts where a GPU rounds to bfloat16: one unit instead of half of one.
         unit = 2.0**-7 if q.dtype == torch.bfloat16 else 2.0**-10
         allowed = unit * (3 if rounds_first else 1)
@@ -603,23 +605,24 @@ class TestNormAndRoute:
     def test_a_program_goes_on_to_further_tokens(
         self, processors: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
+        from mhf_compiler.lowering.kernels.plain import norm_router
 
-        monkeypatch.setattr(normed_router, "multiprocessors", lambda device: processors)
+        monkeypatch.setattr(norm_router, "multiprocessors", lambda device: processors)
         torch.manual_seed(0)
         q, weight = torch.randn(2, 170, 3, 24).bfloat16(), torch.randn(3, 24, 5)
         self.check(q, torch.rand(24), weight, torch.full((2, 170, 3, 5), float("nan")))
 
     def test_the_operator_runs_the_kernel(self) -> None:
         """As on a GPU: it passes on what it is given, in the order of the kernel's parameters."""
-        from mhf_compiler.lowering import normed_router
+        from mhf_compiler.lowering.kernels.plain import norm_router as kernels
+        from mhf_compiler.lowering.ops import norm_router
 
         torch.manual_seed(0)
         q, scale, weight = torch.randn(1, 9, 2, 8).half(), torch.rand(8), torch.randn(2, 8, 3)
         constants = (1e-6, True, "normalised", 0.5, 0.25, torch.bfloat16, [2, 3, 0, 1])
         expected_q = q.clone()
         expected = torch.ops.mhf_compiler.norm_and_route(expected_q, scale, weight, *constants)
-        r = normed_router._operator(normed_router._compute_on_cuda)(q, scale, weight, *constants)
+        r = norm_router._norm_and_route(kernels.norm_and_route, q, scale, weight, *constants)
         assert r.dtype is expected.dtype
         assert r.stride() == expected.stride()
         torch.testing.assert_close(q, expected_q, rtol=2.0**-9, atol=1e-6)
@@ -655,14 +658,13 @@ class TestNormAndRoute:
         assert r.eq(7.0).all()
 
     def test_what_is_not_a_number_stays_in_its_token(self) -> None:
-        from mhf_compiler.lowering.kernels import normed_router
-        from mhf_compiler.lowering.routing import Formula, NormedRouter
+        from mhf_compiler.lowering.kernels.plain import norm_router
 
         q, weight = torch.randn(1, 4, 1, 16).bfloat16(), torch.randn(1, 16, 3)
         q[0, 1, 0, 5] = float("nan")
         r = torch.zeros(1, 4, 1, 3)
         formula = Formula(1e-6, False, "normalised", 0.0, 0.0, r.dtype)
-        normed_router.norm_and_route(q, NormedRouter(None, weight, formula), r)
+        norm_router.norm_and_route(q, NormedRouter(None, weight, formula), r)
         expected = torch.tensor([False, True, False, False])
         assert torch.equal(q.isnan().all(-1).flatten(), expected)
         assert torch.equal(r.isnan().all(-1).flatten(), expected)

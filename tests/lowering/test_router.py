@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
 
-from mhf_compiler.lowering import ArgumentError, router, router_product
+from mhf_compiler.lowering import ArgumentError, router_product
+from mhf_compiler.lowering.ops import router
 
 OP = torch.ops.mhf_compiler.router_product.default
 BACKWARD = torch.ops.mhf_compiler.router_product_backward.default

@@ -1,13 +1,18 @@
 """How work is cut: pure functions of sizes, which need no GPU."""
 
+from typing import Any
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from mhf_compiler.lowering.kernels.splitting import Split, share_of_sum, split_last_round
-from mhf_compiler.lowering.kernels.tiles import choose, choose_pipelined, choose_streamed
+from mhf_compiler.lowering.tiles import Sizes, portable, specialised
 
 PROGRAMS = 132
+#: 32 heads of width 128, with 22 gated sub-networks of 256 hidden units, on an H100
+SIZES = Sizes(4096, 32, 32, 128, 22, 256, True, True, (False,) * 3, torch.bfloat16, (9, 0))
 
 
 @pytest.mark.parametrize("tiles", [1, 4, 65, 66, 67, 131, 132, 133, 264, 300, 4096])
@@ -28,24 +33,22 @@ def test_the_last_round(tiles: int, iterations: int) -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 16, 64, 200, 4096, 32768])
 @pytest.mark.parametrize("heads", [1, 2, 5, 16])
 def test_programs_for_every_multiprocessor(
-    capability: tuple[int, int], itemsize: int, tokens: int, heads: int
+    capability: tuple[int, int], dtype: torch.dtype, tokens: int, heads: int
 ) -> None:
-    tile = choose(
-        "forward",
-        tokens=tokens,
-        heads=heads,
-        hidden=256,
-        width=128,
-        itemsize=itemsize,
-        capability=capability,
-    )
+    sizes = SIZES._replace(tokens=tokens, heads=heads, dtype=dtype, capability=capability)
+    tile = portable("forward", sizes._replace(sub_networks=64))
     tiles = -(-tokens // tile.tokens) * heads
     assert tiles * tile.parts >= 128
     assert tile.parts == 1 or tiles * (tile.parts - 1) < 128
+
+
+def test_no_more_programs_than_tiles_of_hidden_units() -> None:
+    tile = portable("forward", SIZES._replace(tokens=1, heads=1, sub_networks=3))
+    assert tile.parts == 3 * 256 // tile.hidden
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8, 11, 66, 128, 132, 300])
@@ -69,32 +72,25 @@ def test_the_sum_of_one_heads_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "itemsize", "capability"),
+    "changes",
     [
-        (16, 128, 2, (9, 0)),
-        (4096, 128, 4, (9, 0)),
-        (4096, 128, 2, (8, 0)),
-        (4096, 128, 2, (10, 0)),
+        {"tokens": 16},
+        {"dtype": torch.float32},
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"interpreted": True},
     ],
-    ids=["few tokens", "float32", "sm_80", "sm_100"],
+    ids=str,
 )
-def test_what_plain_triton_keeps(
-    tokens: int, width: int, itemsize: int, capability: tuple[int, int]
-) -> None:
-    sizes = {"tokens": tokens, "hidden": 256, "width": width, "itemsize": itemsize}
-    assert choose_pipelined(**sizes, capability=capability) is None
-    ours = {"tokens": 4096, "hidden": 256, "width": 128, "itemsize": 2}
-    assert choose_pipelined(**ours, capability=(9, 0)) is not None
+def test_what_plain_triton_keeps(changes: dict[str, Any]) -> None:
+    assert specialised("forward", SIZES._replace(**changes)) is None
+    assert specialised("forward", SIZES, out_dtype=torch.float32) is None
+    assert specialised("forward", SIZES) is not None
 
 
 @pytest.mark.parametrize("width", [8, 16, 17, 24, 32, 33])
 def test_narrow_heads_take_the_tiles_of_64_columns(width: int) -> None:
-    sizes = {"tokens": 4096, "itemsize": 2, "capability": (9, 0)}
-    wide = choose_pipelined(**sizes, hidden=256, width=64)
-    assert wide is not None
-    assert choose_pipelined(**sizes, hidden=256, width=width) == wide
-    kind = {"gated": True, "routed": True, "biased": (False, False, False)}
-    for kernel in ("query", "down", "up"):
-        wide = choose_streamed(kernel, **sizes, **kind, width=64)
+    for kernel in ("forward", "query", "down", "up"):
+        wide = specialised(kernel, SIZES._replace(head_dim=64))
         assert wide is not None
-        assert choose_streamed(kernel, **sizes, **kind, width=width) == wide
+        assert specialised(kernel, SIZES._replace(head_dim=width)) == wide

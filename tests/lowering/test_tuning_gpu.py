@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
-from mhf_compiler.lowering.workload import Workload, tile_class, tune
+from mhf_compiler.lowering.workload import Workload, tune, tuning_key
 
 pytestmark = pytest.mark.gpu
 
@@ -17,11 +17,11 @@ KERNELS = ("forward", "query", "down", "up")
 
 @pytest.fixture(autouse=True)
 def untuned() -> Iterator[None]:
-    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.kernels.tuning import store
 
-    tuned.forget()
+    store.forget()
     yield
-    tuned.forget()
+    store.forget()
 
 
 def workload() -> Workload:
@@ -73,7 +73,7 @@ def check(tensors: list[Tensor]) -> None:
 
 
 def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
-    from mhf_compiler.lowering.kernels import tuned
+    from mhf_compiler.lowering.kernels.tuning import store
 
     said: list[str] = []
     state = torch.cuda.get_rng_state()
@@ -82,7 +82,7 @@ def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
     assert {text.split()[1] for text in said} == set(KERNELS)
     assert len(list(tmp_path.glob("*.json"))) == len(KERNELS)
     check(inputs())
-    tuned.forget()
+    store.forget()
     said.clear()
     tune(workload(), tmp_path, said.append)
     assert not said
@@ -91,12 +91,12 @@ def test_a_problem_is_tuned_once_and_stays_right(tmp_path: Path) -> None:
 
 def test_every_candidate_is_right() -> None:
     """Whichever a card prefers: those that do not fit run as the shipped tile."""
-    from mhf_compiler.lowering.kernels import tuned
-    from mhf_compiler.lowering.kernels.tuning import candidates
+    from mhf_compiler.lowering.kernels.tuning import store
+    from mhf_compiler.lowering.kernels.tuning.search import candidates
 
     tensors = inputs()
-    lists = [list(candidates(tile_class(kernel, workload())).values()) for kernel in KERNELS]
+    lists = [list(candidates(tuning_key(kernel, workload())).values()) for kernel in KERNELS]
     for number in range(max(map(len, lists))):
         for kernel, rows in zip(KERNELS, lists, strict=True):
-            tuned.keep(tile_class(kernel, workload()), rows[number % len(rows)], None)
+            store.keep(tuning_key(kernel, workload()), rows[number % len(rows)], None)
         check(tensors)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import mhf_compiler
 import mhf_compiler.lowering.cost
+import mhf_compiler.lowering.tiles
 from mhf_compiler import SiteReport
 from mhf_compiler.describing import readable
-from mhf_compiler.lowered import kernels_of
 from mhf_compiler.lowering.cost import Estimate
+from mhf_compiler.lowering.summary import kernels_of
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind
 
@@ -216,7 +217,7 @@ def test_dynamic_sizes_are_marked_and_counted_for_many_tokens():
     (site,) = explain(FFN(), x).rewritten
     assert site.work is not None
     assert site.work.dynamic
-    assert site.work.tokens == mhf_compiler.lowering.cost._MANY_TOKENS
+    assert site.work.tokens == mhf_compiler.lowering.tiles.MANY_TOKENS
     assert isinstance(site.arguments[0].shape[1], str)
 
 
@@ -258,10 +259,10 @@ def test_the_kernel_that_sizes_select(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    from mhf_compiler.lowering import summary
 
-    monkeypatch.setattr(launching, "capability", lambda device: card)
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(summary, "capability", lambda device: card)
+    monkeypatch.setattr(summary, "interpreted", lambda: False)
     op, forward = kernels_of(workload(**changes))
     assert op == "torch.ops.mhf_compiler.multi_head_ffn"
     assert forward.startswith(kernel)
@@ -310,10 +311,10 @@ def test_the_backward_kernels_that_sizes_select(
     monkeypatch: pytest.MonkeyPatch,
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    from mhf_compiler.lowering import summary
 
-    monkeypatch.setattr(launching, "capability", lambda device: card)
-    monkeypatch.setattr(launching, "interpreted", lambda: False)
+    monkeypatch.setattr(summary, "capability", lambda device: card)
+    monkeypatch.setattr(summary, "interpreted", lambda: False)
     found = kernels_of(workload(training=True, **changes))[-3:]
     assert tuple(text.removesuffix(" (where strides allow it)") for text in found) == expected
     assert all(("Hopper" in text) == ("strides" in text) for text in found)
@@ -328,9 +329,9 @@ def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
+    from mhf_compiler.lowering import summary
 
-    monkeypatch.setattr(launching, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(summary, "capability", lambda device: (9, 0))
     found = kernels_of(workload(training=True, **changes))
     assert len([text for text in found if text.startswith("backward kernel of d")]) == 3
 
@@ -353,16 +354,17 @@ def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
 
 def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("triton")
-    import mhf_compiler.lowering.kernels.launching as launching
-    from mhf_compiler.lowering.kernels import tuned
-    from mhf_compiler.lowering.workload import tile_class
+    from mhf_compiler.lowering import summary
+    from mhf_compiler.lowering import workload as workloads
+    from mhf_compiler.lowering.kernels.tuning import store
 
-    monkeypatch.setattr(launching, "capability", lambda device: (8, 0))
-    tuned.keep(tile_class("forward", workload()), (64, 128, 4, 3), None)
+    for module in (summary, workloads):
+        monkeypatch.setattr(module, "capability", lambda device: (8, 0))
+    store.keep(workloads.tuning_key("forward", workload()), (64, 128, 4, 3), None)
     try:
         _, forward = kernels_of(workload())
     finally:
-        tuned.forget()
+        store.forget()
     assert forward == "forward kernel: 64 tokens x 128 hidden units, 4 warps, 3 stages, tuned"
 
 

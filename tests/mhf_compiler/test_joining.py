@@ -14,8 +14,8 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler import joining, norming, replacing
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_network
-from mhf_compiler.lowering.normed_network import Like
+from mhf_compiler.lowering.ops import norm_network
+from mhf_compiler.lowering.ops.norm_network import Like
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 JOINED = "mhf_compiler.normed_multi_head_ffn_over_query.default("
@@ -25,7 +25,7 @@ APART = ("mhf_compiler.norm_and_route.default(", "mhf_compiler.multi_head_ffn_ov
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(norming, "_DEVICES", ("cpu",))
-    monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: True)
+    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: True)
     replacing._error_of.cache_clear()
     yield
     replacing._error_of.cache_clear()
@@ -208,7 +208,7 @@ def test_they_stay_apart(run: Run):
 
 def test_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
-    monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: asked.append(sizes))
+    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: asked.append(sizes))
     code = infer(lambda m, x: m(x))
     weights = Like(torch.bfloat16, (H, E, f, d), (E * f * d, f * d, d, 1))
     assert asked == [(B * L, weights, True, torch.device("cpu"))]
@@ -222,7 +222,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_calls_stay(monkeypatch: pytes
         tried.append(arguments)
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(normed_network, "trial_run", fail)
+    monkeypatch.setattr(norm_network, "trial_run", fail)
     with pytest.warns(match=r"the norm before a network at .*no such instruction"):
         code = infer(lambda m, x: m(m(x)))
     assert JOINED not in code
@@ -232,7 +232,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_calls_stay(monkeypatch: pytes
 
 def test_what_is_tried_is_what_the_graph_has(monkeypatch: pytest.MonkeyPatch):
     tried: list[Any] = []
-    monkeypatch.setattr(normed_network, "trial_run", lambda *arguments: tried.append(arguments))
+    monkeypatch.setattr(norm_network, "trial_run", lambda *arguments: tried.append(arguments))
     infer(lambda m, x: m(x))
     norm = Like(torch.bfloat16, (d,), (1,))
     router = Like(torch.bfloat16, (H, d, E), (d * E, E, 1))
@@ -245,7 +245,7 @@ def test_what_is_tried_is_what_the_graph_has(monkeypatch: pytest.MonkeyPatch):
 
 def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
-    monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: asked.append(sizes) or True)
+    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: asked.append(sizes) or True)
     module = Network()
     options = {"rewrite": "always", "strict": True}
     model = torch.compile(module, backend="flashmhf", options=options, dynamic=True)
@@ -273,7 +273,7 @@ STRIDED: dict[str, Callable[..., Tensor]] = {
 def test_dynamic_strides_stay_dynamic(
     network: Callable[..., Tensor], pays: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: pays)
+    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: pays)
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
     run = lambda x, packed: module.outputs(  # noqa: E731
         network(module, module.queries(x), packed).flatten(2)

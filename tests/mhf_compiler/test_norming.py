@@ -16,7 +16,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler import norming, replacing
 from mhf_compiler.compat import counters
-from mhf_compiler.lowering import normed_router
+from mhf_compiler.lowering.ops import norm_router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 CALL = "mhf_compiler.norm_and_route.default("
@@ -291,9 +291,9 @@ def test_the_norm_stays(run: Run):
 
 def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
     run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
-    monkeypatch.setattr(normed_router, "MOST_WIDTH", d)
+    monkeypatch.setattr(norm_router, "MOST_WIDTH", d)
     assert CALL in infer(run)
-    monkeypatch.setattr(normed_router, "MOST_WIDTH", d - 1)
+    monkeypatch.setattr(norm_router, "MOST_WIDTH", d - 1)
     assert CALL not in infer(run)
 
 
@@ -372,7 +372,7 @@ def test_a_norm_of_queries_of_another_rank(
     monkeypatch: pytest.MonkeyPatch,
 ):
     tried: list[Any] = []
-    monkeypatch.setattr(normed_router, "trial_run", lambda *arguments: tried.append(arguments))
+    monkeypatch.setattr(norm_router, "trial_run", lambda *arguments: tried.append(arguments))
     module, x = Plain(heads), torch.randn(shape).bfloat16()
     run = lambda x: module(queries(module, x))  # noqa: E731
     options = {"rewrite": "always", "strict": True}
@@ -483,7 +483,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_norm_stays(monkeypatch: pytes
         tried.append(arguments)
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(normed_router, "trial_run", fail)
+    monkeypatch.setattr(norm_router, "trial_run", fail)
 
     def two_layers(m: Network, x: Tensor) -> Tensor:
         return m.behind(m.norm(m.queries(m.behind(m.norm(m.queries(x))))))
@@ -497,7 +497,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_norm_stays(monkeypatch: pytes
 
 def test_what_is_tried_is_what_the_graph_has(monkeypatch: pytest.MonkeyPatch):
     tried: list[Any] = []
-    monkeypatch.setattr(normed_router, "trial_run", lambda *arguments: tried.append(arguments))
+    monkeypatch.setattr(norm_router, "trial_run", lambda *arguments: tried.append(arguments))
     infer(lambda m, x: m.behind((scaled(m.queries(x)) * m.by_heads).bfloat16(), normalised))
     (arguments,) = tried
     assert arguments == (

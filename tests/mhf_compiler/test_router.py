@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mhf_compiler
-from mhf_compiler.lowering import router
+from mhf_compiler.lowering.ops import router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
 ROOT = Path(__file__).parents[2]

@@ -66,13 +66,13 @@ def test_nothing_is_tuned_for_what_is_declined(calls: list[str]):
 
 
 def test_on_a_cpu_there_is_nothing_to_tune(monkeypatch: pytest.MonkeyPatch):
-    tuning = pytest.importorskip("mhf_compiler.lowering.kernels.tuning")
+    tuning = pytest.importorskip("mhf_compiler.lowering.kernels.tuning.search")
     monkeypatch.setattr(tuning, "tune", lambda *arguments: pytest.fail("asked to tune"))
     compile_and_run(FOUND, mode="max-autotune")
 
 
 def test_nothing_is_timed_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch):
-    tuning = pytest.importorskip("mhf_compiler.lowering.kernels.tuning")
+    tuning = pytest.importorskip("mhf_compiler.lowering.kernels.tuning.search")
     monkeypatch.setattr(tuning, "tune", lambda *arguments: pytest.fail("asked to tune"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     workload = Workload(

@@ -1,0 +1,135 @@
+"""From an op to its kernels: those of the card's family, and plain Triton's where they refuse."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..problem import Gradients, NormedRouter, Problem
+from ..tiles import Choice, Kernel, portable, specialised
+from .operands import token_axes, tokens_innermost
+from .plain.backward import run_down, run_down_bias, run_query, run_up
+from .plain.forward import run_forward
+from .plain.norm_router import run_norm_and_route
+from .replay import repeat
+from .tuning import store
+
+__all__ = ["backward", "forward", "normed_forward", "specialised_backward", "specialised_forward"]
+
+
+def forward(problem: Problem, out: Tensor) -> None:
+    """Write the op's output to `out` (B, L, H, d), of any strides and floating dtype.
+
+    It may be the memory of q, in the same strides: a tile of Q is read by one program alone, and
+    before that writes it. Where several programs share a tile, a second kernel writes it.
+    """
+    repeat(
+        ("forward", *problem.constants),
+        (*problem.tensors, out),
+        lambda: _run_forward(problem, out),
+    )
+
+
+def normed_forward(problem: Problem, router: NormedRouter) -> None:
+    """Overwrite the problem's q (B, L, H, d) with the output for its normalised tokens.
+
+    They are routed by `router`. A kernel of the card's family does it all, where it takes the
+    problem. Elsewhere q is overwritten twice.
+    """
+    q = problem.q
+
+    def run() -> None:
+        choice = specialised("normed_forward", problem.sizes)
+        if _run(choice, "normed_forward", problem, q, router):
+            return
+        shape = (q.shape[2], router.weight.shape[2], *q.shape[:2])
+        r = torch.empty(shape, dtype=router.formula.r_dtype, device=q.device)
+        r = r.permute(2, 3, 0, 1)  # (B, L, H, E), the tokens contiguous
+        run_norm_and_route(q, router, r)
+        _run_forward(problem._replace(r=r), q)
+
+    norm_weight, weight, formula = router
+    repeat(
+        ("normed forward", formula, *problem.constants),
+        (*problem.tensors, norm_weight, weight),
+        run,
+    )
+
+
+def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+    """Fill the gradients that are not None, in tensors that look like the problem's.
+
+    That of q may be the memory of `grad_out`, in the same strides and dtype, as the output of
+    `forward` may be that of q.
+    """
+    q, r = problem.q, problem.r
+    # An output wider than q sends its gradient back through the cast, as autograd would.
+    grad_out = grad_out.to(q.dtype)
+    if r is not None:
+        problem = problem._replace(r=tokens_innermost(r, token_axes(q, grad_out).merged))
+    repeat(
+        ("backward", *problem.constants),
+        (*problem.tensors, grad_out, *gradients),
+        lambda: _run_backward(problem, grad_out, gradients),
+    )
+
+
+def specialised_forward(problem: Problem, out: Tensor) -> bool:
+    """Fill `out` by the kernel of the card's family, if there is one that takes the tensors."""
+    choice = specialised("forward", problem.sizes, out_dtype=out.dtype)
+    return _run(choice, "forward", problem, out)
+
+
+def specialised_backward(
+    kernel: Kernel, problem: Problem, grad_out: Tensor, gradients: Gradients
+) -> bool:
+    """The same for one of the backward kernels."""
+    sizes = problem.sizes._replace(routed=gradients.r is not None)
+    return _run(specialised(kernel, sizes), kernel, problem, grad_out, gradients)
+
+
+def _run(choice: Choice | None, kernel: Kernel, *arguments: Any) -> bool:
+    """Run the kernel that was chosen, if there is one and it takes the tensors."""
+    if choice is None:
+        return False
+    # Imported by the first call that needs it: other devices need not have Gluon.
+    family = import_module(f".{choice.family}", __package__)
+    return bool(getattr(family, f"run_{kernel}")(*arguments, choice.tile))
+
+
+def _run_forward(problem: Problem, out: Tensor) -> None:
+    """Fill `out` by the fastest kernel that takes the problem."""
+    if not specialised_forward(problem, out):
+        _run_plain("forward", problem, run_forward, out)
+
+
+def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+    """Fill the gradients that are not None, each kernel in the fastest form that takes it.
+
+    The query kernel comes last: dQ may lie where the other kernels read dOut.
+    """
+    tensors = (grad_out, gradients)
+    if gradients.v is not None and not specialised_backward("down", problem, *tensors):
+        _run_plain("down", problem, run_down, *tensors)
+    up = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
+    if any(x is not None for x in up) and not specialised_backward("up", problem, *tensors):
+        _run_plain("up", problem, run_up, *tensors)
+    if gradients.v_bias is not None:
+        _run_plain("down", problem, run_down_bias, *tensors)
+    query = (gradients.q, gradients.r)
+    if any(x is not None for x in query) and not specialised_backward("query", problem, *tensors):
+        _run_plain("query", problem, run_query, *tensors)
+
+
+def _run_plain(kernel: Kernel, problem: Problem, run: Any, *tensors: Any) -> None:
+    """Run plain Triton's kernel with the tile that tuning found, or with the shipped one."""
+    row = store.row_for(kernel, problem)
+    try:
+        run(problem, *tensors, portable(kernel, problem.sizes, row))
+    except triton.OutOfResources:
+        if row is None:
+            raise
+        # It was timed on tensors whose layout takes less shared memory.
+        run(problem, *tensors, portable(kernel, problem.sizes))

@@ -1,0 +1,15 @@
+"""The kernels for Hopper, in Gluon; tiles.py says when they run.
+
+    forward.py   the forward pass, and the same after a norm and a router
+    routing.py   that norm and router, inside of the forward kernel
+    backward.py  dQ and dR; dV; dK and dU
+
+As in each family of kernels, `run_<kernel>` launches a kernel with the tile that was chosen for it.
+It returns False, having launched nothing, where a tensor's strides or address rule the kernel out.
+"""
+
+from .backward import run_down as run_down
+from .backward import run_query as run_query
+from .backward import run_up as run_up
+from .forward import run_forward as run_forward
+from .forward import run_normed_forward as run_normed_forward

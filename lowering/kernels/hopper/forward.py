@@ -1,0 +1,693 @@
+"""The forward kernel for Hopper, in Gluon: warps that load, warps that compute, and no other waits.
+
+Plain Triton (plain/forward.py) levels off because its warps do everything together: products, then
+activations, then products. Here one producer warp streams K, U and V tiles through a ring of shared
+memory by TMA, and each consumer, a group of four warps, owns 64 tokens:
+
+    producer   Q   KU V   KU V   KU V  ...            ring of slots, with a barrier for each part
+    consumer   KU0 | KU1 V0 | KU2 V1 | ... | Vn       products, issued to the matrix unit
+               act0    act1     act2                  activations, while V's product runs
+
+A K and a U tile lie one after the other, so that one wide product makes both halves of the hidden
+tile: it reads Q from the registers half as often. The product with V trails by one tile. It is
+issued after the next tile's product with K and U, so that the matrix unit has work while this
+consumer activates, and the other consumers fill the rest. All products of one turn are issued and
+awaited within it: one that were still running at the end of a loop's body would be serialised by
+the assembler. Narrow heads have room for a third consumer, and then trailing gains nothing.
+
+The kernel is persistent, one program to a multiprocessor, so that the producer loads the next
+tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
+the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
+
+R is asked for before the products of the tile that it weights, since some of its loads miss the
+cache. Where the op is to normalise and route the queries as well, each consumer does so with its
+own and finds R in shared memory (routing.py).
+
+Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
+there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
+product with V and the output are padded to a power of two, and to 64 at least: tiles of heads
+narrower than that lie in memory for 64 columns, but Q meets only the ones it has in K and U.
+
+`_plan` says which problems fit; plain/forward.py takes all others.
+"""
+
+import dataclasses
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...device import multiprocessors
+from ...problem import NormedRouter, Problem
+from ...tiles import HopperForwardTile, Tile, padded_width
+from ..activations import activate
+from ..launch import launch, parameters
+from ..operands import (
+    Operand,
+    TokenAxes,
+    bias_operand,
+    router_operand,
+    token_axes,
+    token_operand,
+    weight_operand,
+)
+from ..splitting import add_parts, split_last_round
+from .routing import (
+    Routing,
+    load_router,
+    normed_queries,
+    route,
+    routed,
+    router_logits,
+    router_tiles,
+    routing_operands,
+)
+
+_TOKENS = 64  # of one consumer: the rows of a warp-group's matrix instruction
+_COLUMNS = 64  # of a block of Q, K and U: what one swizzled row of shared memory holds
+_WARPS = 4  # of one consumer
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def run_forward(problem: Problem, out: Tensor, tile: HopperForwardTile) -> bool:
+    """Fill `out` (B, L, H, d); False where a tensor's strides or address rule it out."""
+    plan = _plan(problem, out, tile)
+    if plan is not None:
+        _run(problem, out, plan, tile)
+    return plan is not None
+
+
+def run_normed_forward(
+    problem: Problem, out: Tensor, router: NormedRouter, tile: HopperForwardTile
+) -> bool:
+    """The same for the queries that it normalises and routes first; `out` may be their memory."""
+    plan = _plan(problem, out, tile)
+    if plan is not None:
+        _run(problem, out, plan, tile, router)
+    return plan is not None
+
+
+class _Plan(NamedTuple):
+    """A problem's operands, once all of them have turned out to suit the kernel."""
+
+    axes: TokenAxes
+    operands: dict[str, Operand]
+
+
+def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | None:
+    """How to run `problem`, or None where a tensor's strides or address forbid it."""
+    axes = token_axes(problem.q, problem.r, out)
+    block = Tile(_TOKENS, tile.hidden, _WARPS, tile.stages, True, columns=_COLUMNS)
+    operands = {
+        "Q": token_operand(problem.q, axes, block),
+        "K": weight_operand(problem.k, block),
+        "U": weight_operand(problem.u, block),
+        "V": weight_operand(problem.v, block),
+        "Out": token_operand(out, axes, block),
+    }
+    if problem.u is not None and operands["K"].layout != operands["U"].layout:
+        return None  # one product takes both
+    for name, operand in operands.items():
+        if operand.argument is None:
+            operands[name] = operand._replace(layout=None)
+            continue
+        if operand.layout == "pointer":
+            return None
+        layout = None if name in ("Q", "Out", "U") else operand.layout
+        descriptor = operand.argument
+        if name in "QKU":
+            descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
+        operands[name] = Operand(_with_layout(descriptor), None, layout)
+    # Through pointers whatever its strides: a value serves several tiles of hidden units.
+    block = dataclasses.replace(block, descriptors=False)
+    operands["R"] = router_operand(problem.r, axes, block)._replace(layout=None)
+    operands["K_bias"] = bias_operand(problem.k_bias)
+    operands["U_bias"] = bias_operand(problem.u_bias)
+    operands["V_bias"] = bias_operand(problem.v_bias)
+    return _Plan(axes, operands)
+
+
+def _run(
+    problem: Problem,
+    out: Tensor,
+    plan: _Plan,
+    tile: HopperForwardTile,
+    router: NormedRouter | None = None,
+) -> None:
+    axes, operands = plan
+    networks, hidden = problem.k.shape[1:3]
+    rows = tile.consumers * _TOKENS
+    tiles = triton.cdiv(axes.length, rows) * axes.batch * problem.q.shape[2]
+    programs = multiprocessors(out.device)
+    split = split_last_round(tiles, networks * triton.cdiv(hidden, tile.hidden), programs)
+    partial = split.workspace(tiles, rows, out)
+    halved = _halves_exactly(problem)
+    out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
+    last = problem.q.shape[3] % _COLUMNS or _COLUMNS
+    block = Tile(rows, tile.hidden, _WARPS, 1, True, columns=_COLUMNS)
+    scalars = parameters(problem, axes, block)
+    for name in ("PRECISION", "COMPENSATED", "BM"):
+        del scalars[name]
+    scalars |= {
+        "OUT_SCALE": out_scale,
+        "TILES": tiles,
+        "WHOLE": split.whole,
+        "PARTS": split.parts,
+        "HALVED": halved,
+        "LAST": padded_width(last),
+        "CONSUMERS": tile.consumers,
+        "STAGES": tile.stages,
+        "REGISTERS": tile.registers,
+        "Q_IN_REGISTERS": tile.q_in_registers,
+        "TRAILING": tile.trailing,
+    }
+    operands = operands | {"Part": Operand(partial, None, None)}
+    operands |= routing_operands(router)
+    scalars["ROUTING"] = None if router is None else Routing.of(router, problem.q.shape[2])
+    programs = min(programs, split.pieces(tiles))
+    launch(hopper_forward_kernel, programs, block, out.device, operands, scalars)
+    if partial is not None:
+        add_parts(partial, out, axes, split, tiles, out_scale)
+
+
+def _halves_exactly(problem: Problem) -> bool:
+    """Whether to compute with q / 2, which saves silu's own halving of every hidden unit.
+
+    silu(m) is x + x tanh(x) at x = m / 2. Halving a bfloat16 is exact, float16 has too few
+    exponents for it.
+    """
+    plain = problem.k_scale == problem.u_scale == 1.0
+    biased = any(x is not None for x in (problem.k_bias, problem.u_bias, problem.v_bias))
+    return (
+        problem.activation == "silu" and problem.q.dtype == torch.bfloat16 and plain and not biased
+    )
+
+
+def _in_blocks(descriptor: Any, axis: int) -> TensorDescriptor:
+    """The descriptor, with the head width in blocks of 64."""
+    block = list(descriptor.block_shape)
+    block[axis] = _COLUMNS
+    return dataclasses.replace(descriptor, block_shape=block)
+
+
+def _with_layout(descriptor: Any) -> TensorDescriptor:
+    """Gluon's descriptor of the same memory, which also says how a tile lies in shared memory."""
+    block = list(descriptor.block_shape)
+    layout = _shared_layout(tuple(block), _DTYPES[descriptor.base.dtype])
+    shape, strides = list(descriptor.shape), list(descriptor.strides)
+    return TensorDescriptor(descriptor.base, shape, strides, block, layout)
+
+
+@lru_cache
+def _shared_layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
+@gluon.jit(do_not_specialize=["TILES", "WHOLE", "PARTS"])
+def hopper_forward_kernel(
+    Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part, N, W,
+    Q_strides, K_strides, U_strides, V_strides, R_strides,
+    K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,
+    N_strides, W_strides,
+    B, L, TILES, WHOLE, PARTS,
+    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
+    APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
+    K_layout: gl.constexpr, V_layout: gl.constexpr,
+    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
+    ROUTING: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = Q.dtype
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 1 if U is None else 2
+    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS * (BD // 64), 1, 1, 64, 64], Q.layout)
+    if Q_IN_REGISTERS:
+        out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
+    else:
+        # A consumer that keeps Q in shared memory leaves no room for its output elsewhere.
+        out_tiles = q_tiles._reinterpret(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
+    ku_ring = gl.allocate_shared_memory(
+        dtype, [STAGES * BLOCKS * PAIR] + K.block_type.shape, K.layout
+    )
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES] + V.block_type.shape, V.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    ku_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for c in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(c), count=1)
+        mbarrier.init(q_empty.index(c), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ku_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+
+    if ROUTING is None:
+        memory = (q_tiles, out_tiles, ku_ring, v_ring, None)
+    else:
+        r_tiles = router_tiles(ROUTING, CONSUMERS)
+        memory = (q_tiles, out_tiles, ku_ring, v_ring, r_tiles)
+    barriers = (q_full, q_empty, ku_full, v_full, empty)
+    work = (B, L, TILES, WHOLE, PARTS)
+    operands = (R, K_bias, U_bias, V_bias, Out, Part, N)
+    strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides, N_strides)
+    # Constants stay constants only where they are written out.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
+                (_consume, (
+                    1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
+                (_produce, (
+                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.static_assert(CONSUMERS == 3)
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
+                (_consume, (
+                    1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
+                (_consume, (
+                    2, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
+                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
+                    ROUTING)),
+                (_produce, (
+                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
+                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
+
+
+@gluon.jit
+def _piece(piece, work, ROWS: gl.constexpr, ITERATIONS: gl.constexpr):
+    """The first token, sequence and head of a piece of work, and its range of hidden tiles."""
+    B, L, _, WHOLE, PARTS = work
+    tile = piece
+    first = 0
+    last = ITERATIONS
+    if piece >= WHOLE:
+        part = (piece - WHOLE) % PARTS
+        tile = WHOLE + (piece - WHOLE) // PARTS
+        first = part * ITERATIONS // PARTS
+        last = (part + 1) * ITERATIONS // PARTS
+    # Token tiles fastest: programs that run together read the same head's weights from L2.
+    token_tiles = (L + ROWS - 1) // ROWS
+    l0 = tile % token_tiles * ROWS
+    b = tile // token_tiles % B
+    h = tile // token_tiles // B
+    return l0, b, h, first, last
+
+
+@gluon.jit
+def _pieces(work):
+    _, _, TILES, WHOLE, PARTS = work
+    return WHOLE + (TILES - WHOLE) * PARTS
+
+
+@gluon.jit
+def _produce(
+    Q, K, U, V, W, memory, barriers, work,
+    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
+    K_layout: gl.constexpr, V_layout: gl.constexpr,
+    BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    ROUTING: gl.constexpr,
+):  # fmt: skip
+    """One warp: keeps the ring full, and loads the next tile's Q as soon as its place is free."""
+    q_tiles, _, ku_ring, v_ring, _ = memory
+    q_full, q_empty, ku_full, v_full, empty = barriers
+    F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 1 if U is None else 2
+    slot = 0
+    lap = 1  # parity of the ring's passes: the slots of the first one are empty
+    turn = 1
+    for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
+        l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, E * F_TILES)
+        g = h // HEADS_PER_GROUP
+        for c in gl.static_range(CONSUMERS):
+            full = q_full.index(c)
+            mbarrier.wait(q_empty.index(c), turn)
+            mbarrier.expect(full, BLOCKS * 64 * 64 * 2)
+            for j in gl.static_range(BLOCKS):
+                q_tile = q_tiles.index(c * (BD // 64) + j)
+                tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
+        turn ^= 1
+        if ROUTING is not None:  # a turn of its own, in which nobody waits for V
+            mbarrier.wait(empty.index(slot), lap)
+            load_router(W, h, ku_ring, ku_full.index(slot), slot, ROUTING, BLOCKS, STAGES)
+            mbarrier.arrive(v_full.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
+        for i in range(first, last):
+            e = i // F_TILES
+            f0 = i % F_TILES * BF
+            mbarrier.wait(empty.index(slot), lap)
+            full = ku_full.index(slot)
+            mbarrier.expect(full, BLOCKS * PAIR * BF * 64 * 2)
+            for j in gl.static_range(BLOCKS):
+                place = (slot * BLOCKS + j) * PAIR
+                _load(K, g, e, f0, j * 64, full, ku_ring.index(place), K_layout)
+                if U is not None:
+                    _load(U, g, e, f0, j * 64, full, ku_ring.index(place + 1), K_layout)
+            full = v_full.index(slot)
+            mbarrier.expect(full, BF * BD * 2)
+            _load(V, g, e, f0, 0, full, v_ring.index(slot), V_layout)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
+
+
+@gluon.jit
+def _load(W, g, e, f0, c0, full, tile, LAYOUT: gl.constexpr):
+    if LAYOUT == "rows":
+        tma.async_copy_global_to_shared(W, [g, e, f0, c0], full, tile)
+    else:
+        tma.async_copy_global_to_shared(W, [g, e, c0, f0], full, tile)
+
+
+@gluon.jit
+def _query(tile, HALVED: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDTH: gl.constexpr,
+           LAYOUT: gl.constexpr):  # fmt: skip
+    """A block of Q, halved if told so: [64, WIDTH], in registers or where it is."""
+    tile = tile.reshape([64, 64])
+    if WIDTH < 64:
+        tile = tile.slice(0, WIDTH, dim=1)
+    if IN_REGISTERS:
+        q = tile.load(LAYOUT)
+        if HALVED:
+            q = (q.to(gl.float32) * 0.5).to(q.dtype)
+        return q
+    else:
+        if HALVED:
+            ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            tile.store((tile.load(ROWS).to(gl.float32) * 0.5).to(tile.dtype))
+        return tile
+
+
+@gluon.jit
+def _queries(tiles, first: gl.constexpr, BLOCKS: gl.constexpr, HALVED: gl.constexpr,
+             IN_REGISTERS: gl.constexpr, LAST: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """A consumer's Q, block by block."""
+    q = _query(tiles.index(first + BLOCKS - 1), HALVED, IN_REGISTERS, LAST, LAYOUT)
+    if BLOCKS == 1:
+        return (q,)
+    elif BLOCKS == 2:
+        return (_query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT), q)
+    elif BLOCKS == 3:
+        return (
+            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
+            q,
+        )
+    else:
+        return (
+            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first + 2), HALVED, IN_REGISTERS, 64, LAYOUT),
+            q,
+        )
+
+
+@gluon.jit
+def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, LAYOUT: gl.constexpr,
+             BF: gl.constexpr, PAIR: gl.constexpr, BLOCKS: gl.constexpr, LAST: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
+    """Issue Q's product with a slot's K and U tiles, side by side: [64, PAIR * BF]."""
+    if LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
+        BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, PAIR * BF, 64], BY_ROWS)
+    else:  # of each block of 64 rows, K's columns and then U's
+        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(BF * 2, 16, 2)
+        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, 64, PAIR * BF], BY_COLUMNS)
+    mbarrier.wait(full.index(slot), lap)
+    mn = nothing
+    for j in gl.static_range(BLOCKS):
+        ku = ring.index(slot * BLOCKS + j)
+        if LAYOUT == "rows":
+            ku = ku.permute((1, 0))
+        if j == BLOCKS - 1 and LAST < 64:
+            ku = ku.slice(0, LAST, dim=0)
+        mn = warpgroup_mma(q[j], ku, mn, use_acc=j > 0, is_async=True)
+    return mn
+
+
+@gluon.jit
+def _value(v_ring, slot, BF: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+    """A slot's V tile, however it is stored: [BF, BD]."""
+    if LAYOUT == "rows":
+        return v_ring.index(slot).reshape([BF, BD])
+    else:
+        return v_ring.index(slot).reshape([BD, BF]).permute((1, 0))
+
+
+@gluon.jit
+def _bias(X, strides, g, e, f0, F: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.constexpr):
+    """Entries f0.. of a bias (G, E, F), zero beyond F: float32 [1, BF]."""
+    f = f0 + gl.arange(0, BF, layout=gl.SliceLayout(0, LAYOUT))
+    X += gl.cast(g, gl.int64) * strides[0] + gl.cast(e, gl.int64) * strides[1]
+    return gl.load(X + f * strides[2], mask=f < F, other=0.0).to(gl.float32).expand_dims(0)
+
+
+@gluon.jit
+def _router_weights(i, router, F_TILES: gl.constexpr, CONSUMER: gl.constexpr,
+                    LAYOUT: gl.constexpr):  # fmt: skip
+    """R of a consumer's tokens for hidden tile i, ones where there is none: [64].
+
+    To be called before the products of the tile, so that it is there when they are.
+    """
+    R_row, step, inside, r_tiles = router
+    e = i // F_TILES
+    if r_tiles is not None:
+        return routed(r_tiles, e, CONSUMER, LAYOUT)
+    elif R_row is not None:
+        return gl.load(R_row + gl.cast(e, gl.int64) * step, mask=inside, other=0.0)
+    else:
+        return gl.full([64], 1.0, gl.float32, LAYOUT)
+
+
+@gluon.jit
+def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr,
+              F: gl.constexpr, F_TILES: gl.constexpr, ACTIVATION: gl.constexpr,
+              K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
+              HALVED: gl.constexpr, GATED: gl.constexpr, BF: gl.constexpr,
+              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr, TRAILING: gl.constexpr):  # fmt: skip
+    """R act(m) n for hidden tile i, ready to be multiplied by V: [64, BF]."""
+    _, K_bias, U_bias, _, _, _, _ = operands
+    _, K_bias_strides, U_bias_strides, _, _ = strides
+    e = i // F_TILES
+    f0 = i % F_TILES * BF
+    if GATED:
+        m, n = mn.reshape([64, 2, BF]).permute((0, 2, 1)).split()
+        m = gl.convert_layout(m, HIDDEN)
+    else:
+        m = mn
+    if K_SCALE != 1.0:
+        m *= K_SCALE
+    if K_bias is not None:
+        m += _bias(K_bias, K_bias_strides, g, e, f0, F, BF, HIDDEN)
+    if HALVED:
+        a = m * activate(m, "tanh", APPROXIMATE) + m
+    else:
+        a = activate(m, ACTIVATION, APPROXIMATE)
+    # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
+    # which has the exponents of float32, that costs a second rounding and no range.
+    PAIRED: gl.constexpr = not TRAILING and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
+    if not PAIRED:
+        a *= r.to(gl.float32).expand_dims(1)
+    if GATED:
+        n = gl.convert_layout(n, HIDDEN)
+        if U_SCALE != 1.0:
+            n *= U_SCALE
+        if U_bias is not None:
+            n += _bias(U_bias, U_bias_strides, g, e, f0, F, BF, HIDDEN)
+        a *= n
+    a = a.to(dtype)
+    if PAIRED:
+        a *= r.expand_dims(1)
+    return gl.convert_layout(a, A_OPERAND)
+
+
+@gluon.jit
+def _consume(
+    CONSUMER: gl.constexpr, operands, strides, memory, barriers, work,
+    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
+    ACTIVATION: gl.constexpr, K_SCALE: gl.constexpr, U_SCALE: gl.constexpr,
+    OUT_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
+    GATED: gl.constexpr, K_layout: gl.constexpr, V_layout: gl.constexpr,
+    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
+    ROUTING: gl.constexpr,
+):  # fmt: skip
+    """Four warps: 64 tokens of each of the program's tiles."""
+    R, _, _, V_bias, Out, Part, N = operands
+    R_strides, _, _, V_bias_strides, N_strides = strides
+    q_tiles, out_tiles, ku_ring, v_ring, r_tiles = memory
+    q_full, q_empty, ku_full, v_full, empty = barriers
+    _, L, _, WHOLE, _ = work
+    dtype: gl.constexpr = q_tiles.dtype
+    F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BLOCKS: gl.constexpr = (D + 63) // 64
+    PAIR: gl.constexpr = 2 if GATED else 1
+    PROJECTED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR * BF, 16])
+    HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    Q_OPERAND: gl.constexpr = gl.DotOperandLayout(0, PROJECTED, 2)
+    A_OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    R_LAYOUT: gl.constexpr = gl.SliceLayout(1, HIDDEN)
+    nothing = gl.zeros([64, PAIR * BF], gl.float32, PROJECTED)
+    rows = CONSUMER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HIDDEN))
+    slot = 0
+    lap = 0
+    turn = 0
+    for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
+        l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, E * F_TILES)
+        g = h // HEADS_PER_GROUP
+        inside = l0 + rows < L
+        if R is not None:
+            r_row = R + (gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2])
+            r_row += (l0 + rows).to(gl.int64) * R_strides[1]
+            router = (r_row, R_strides[3], inside, r_tiles)
+        else:
+            router = (R, 0, inside, r_tiles)
+        mbarrier.wait(q_full.index(CONSUMER), turn)
+        turn ^= 1
+        if ROUTING is None:
+            q = _queries(
+                q_tiles, CONSUMER * (BD // 64), BLOCKS, HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND
+            )
+        else:
+            q = normed_queries(
+                q_tiles, CONSUMER * (BD // 64), N, N_strides, h, D, BLOCKS, ROUTING,
+                HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND,
+            )  # fmt: skip
+        # What was written to the tile must be seen by the matrix unit. And what is still being read
+        # from it into registers must have been read before the tensor copy engine writes the next
+        # Q there: no barrier orders the two, so a producer that waits for nothing else overtakes.
+        if Q_IN_REGISTERS or HALVED or ROUTING is not None:
+            fence_async_shared()
+        if Q_IN_REGISTERS:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+
+        if ROUTING is not None:
+            mbarrier.wait(ku_full.index(slot), lap)
+            logits = router_logits(q, ku_ring, slot, ROUTING, HALVED, BLOCKS, LAST, STAGES)
+            route(logits, r_tiles, CONSUMER, CONSUMERS, E, ROUTING)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
+        acc = gl.zeros([64, BD], gl.float32, OUTPUT)
+        if TRAILING:
+            mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                          BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+            r = _router_weights(first, router, F_TILES, CONSUMER, R_LAYOUT)
+            mn = warpgroup_mma_wait(0, [mn])
+            a = _activate(mn, first, g, r, operands, strides, dtype, F, F_TILES,
+                          ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                          BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+            for i in range(first + 1, last):
+                trailing = slot
+                trailing_lap = lap
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    lap ^= 1
+                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                mbarrier.wait(v_full.index(trailing), trailing_lap)
+                v = _value(v_ring, trailing, BF, BD, V_layout)
+                acc = warpgroup_mma(a, v, acc, is_async=True)
+                mn = warpgroup_mma_wait(1, [mn])
+                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
+                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+                acc = warpgroup_mma_wait(0, [acc])
+                mbarrier.arrive(empty.index(trailing), count=1)
+            mbarrier.wait(v_full.index(slot), lap)
+            acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+            mbarrier.arrive(empty.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
+        else:
+            for i in range(first, last):
+                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
+                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                mn = warpgroup_mma_wait(0, [mn])
+                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
+                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
+                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+                mbarrier.wait(v_full.index(slot), lap)
+                acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+                mbarrier.arrive(empty.index(slot), count=1)
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    lap ^= 1
+
+        if V_bias is not None:
+            for e in range(0, gl.where(first == 0, E, 0)):  # once for each tile
+                bias = _bias(V_bias, V_bias_strides, g, e, 0, D, BD, OUTPUT)
+                weight = _router_weights(e, router, 1, CONSUMER, R_LAYOUT).to(gl.float32)
+                weight = gl.convert_layout(weight, gl.SliceLayout(1, OUTPUT))
+                acc += weight.expand_dims(1) * bias
+        if piece < WHOLE:
+            out_tile = out_tiles.index(CONSUMER)
+            tma.store_wait(0)  # the last tile has left its place
+            out_tile.reshape([64, BD]).store((acc * OUT_SCALE).to(dtype))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)
+        elif Part is not None:
+            # Beyond L the rows are not masked: the workspace holds whole tiles.
+            row = gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT)).expand_dims(1)
+            column = gl.arange(0, BD, layout=gl.SliceLayout(0, OUTPUT)).expand_dims(0)
+            start = ((piece - WHOLE).to(gl.int64) * CONSUMERS + CONSUMER) * (64 * D)
+            gl.store(Part + start + (row * D + column), acc, mask=column < D)
+        if not Q_IN_REGISTERS:
+            tma.store_wait(0)  # Q and Out share their place
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+    tma.store_wait(0)

@@ -1,0 +1,159 @@
+"""Calls that are repeated: their launches are written down once, and then only given addresses.
+
+Describing the tensors, choosing tiles and specialising the kernels takes the host several hundred
+microseconds a call, and depends on nothing but the constants and the tensors' shapes, strides,
+dtypes and alignments. `repeat` runs a call the first time, while `record` writes down what it
+launches, and later puts the addresses of the tensors at hand in the places of the first ones.
+
+The contract: between `repeat` and its end, a call may launch kernels on the tensors that `repeat`
+was given, and allocate workspaces, which are allocated again each time. Nothing else is repeated.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operands import DESCRIPTOR_ALIGNMENT
+
+
+class _Step(NamedTuple):
+    """A launch to be repeated: a compiled kernel, and where its parameters come from."""
+
+    compiled: Any
+    programs: int
+    arguments: list[Any]  # in the kernel's order, without what the slots fill
+    slots: list[tuple[int, int, Any]]  # position, number of the tensor, descriptor to copy if any
+
+
+class _Steps(NamedTuple):
+    launches: list[_Step]
+    workspaces: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
+
+
+_MOST_REPEATS = 1024
+_repeats: dict[Hashable, _Steps] = {}
+_thread = threading.local()  # its launches: what has been written down since `repeat` began
+
+
+def record(compiled: Any, programs: int, arguments: list[Any]) -> None:
+    """Write a launch down, if it is part of a call that may be repeated."""
+    launches = getattr(_thread, "launches", None)
+    if launches is not None:
+        launches.append((compiled, programs, arguments))
+
+
+def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:
+    """Call `run`, or repeat what it launched for `what` and tensors that look the same."""
+    present = [x for x in tensors if x is not None]
+    device = present[0].device
+    # One tensor in two places is not written down: other calls may have two there.
+    if device.type != "cuda" or len({id(x) for x in present}) < len(present):
+        run()
+        return
+    key = (what, device, *map(_likeness, tensors))
+    steps = _repeats.get(key)
+    if steps is None:
+        _thread.launches = []
+        try:
+            run()
+            steps = _steps(_thread.launches, tensors)
+        finally:
+            _thread.launches = None
+        if steps is not None:
+            if len(_repeats) >= _MOST_REPEATS:
+                _repeats.clear()
+            _repeats[key] = steps
+        return
+    memory = [*tensors]
+    for shape, strides, dtype in steps.workspaces:
+        memory.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+    with current_device(device):
+        for step in steps.launches:
+            arguments = step.arguments.copy()
+            for position, number, prototype in step.slots:
+                x = memory[number]
+                arguments[position] = x if prototype is None else _described(prototype, x)
+            step.compiled[(step.programs, 1, 1)](*arguments)
+
+
+def recorded(run: Callable[[], object]) -> Callable[[], None]:
+    """Call `run`, and return what launches the same on the same tensors, almost without the host.
+
+    For timing alone: it keeps the tensors, and what `run` did besides launching is not done again.
+    """
+    launches: list[tuple[Any, int, list[Any]]] = []
+    _thread.launches = launches
+    try:
+        run()
+    finally:
+        _thread.launches = None
+
+    def again() -> None:
+        for compiled, programs, arguments in launches:
+            compiled[(programs, 1, 1)](*arguments)
+
+    return again
+
+
+def forget_repeats() -> None:
+    """Make the next calls choose their kernels anew."""
+    _repeats.clear()
+
+
+def _likeness(x: Tensor | None) -> Hashable:
+    """All of a tensor that a choice of kernels may depend on."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
+
+
+def _steps(
+    record: list[tuple[Any, int, list[Any]]], tensors: Sequence[Tensor | None]
+) -> _Steps | None:
+    """What was launched, with slots for the tensors and workspaces; None where memory is shared."""
+    numbers = {id(x): number for number, x in enumerate(tensors) if x is not None}
+    taken = {x.untyped_storage().data_ptr() for x in tensors if x is not None}
+    workspaces: list[Tensor] = []
+    launches = []
+    for compiled, programs, values in record:
+        arguments, slots = values.copy(), []
+        for position, value in enumerate(values):
+            x = value if isinstance(value, Tensor) else getattr(value, "base", None)
+            if x is None:
+                continue
+            if id(x) not in numbers:
+                storage = x.untyped_storage().data_ptr()
+                if storage in taken:
+                    return None
+                taken.add(storage)
+                numbers[id(x)] = len(tensors) + len(workspaces)
+                workspaces.append(x)
+            prototype = None if x is value else _described(value, None)
+            arguments[position] = None  # keeps no tensor alive
+            slots.append((position, numbers[id(x)], prototype))
+        launches.append(_Step(compiled, programs, arguments, slots))
+    return _Steps(launches, [(x.shape, x.stride(), x.dtype) for x in workspaces])
+
+
+def _described(prototype: Any, x: Tensor | None) -> Any:
+    """A descriptor like `prototype` for another tensor, which has been found to suit it."""
+    descriptor = object.__new__(type(prototype))
+    descriptor.__dict__.update(prototype.__dict__)
+    descriptor.base = x
+    return descriptor
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """`device` as the current one, with its context."""
+    if device.type != "cuda":
+        return nullcontext()
+    if device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    # A thread begins without a context, autograd's too. Triton brings it with a kernel that it
+    # loads or launches, but encodes tensor descriptors before that.
+    torch.cuda.set_device(device)
+    return nullcontext()

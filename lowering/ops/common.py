@@ -1,0 +1,152 @@
+"""What all ops share: how they are registered, what they refuse, and what lies where in memory."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..arguments import differentiates_forward
+
+__all__ = [
+    "empty_like_in_order",
+    "function_of_kernels",
+    "kernels",
+    "no_second_derivative",
+    "overwrite",
+    "owns_memory",
+    "refuse_forward_mode",
+    "register",
+    "registered",
+    "with_strides_of",
+]
+
+_T = TypeVar("_T")
+
+Compute = Callable[..., Any] | None
+
+#: the schemas of all ops, by name
+registered: dict[str, str] = {}
+
+
+def register(
+    name: str, schema: str, operator: Callable[..., Any], *, cpu: Compute, cuda: Compute
+) -> str:
+    """Define an op, for CPU, CUDA and fake tensors; returns its qualified name.
+
+    ``operator`` takes what computes the op on a device, followed by the op's arguments as they were
+    passed: trailing ones that have their default value may be missing. On fake tensors it gets
+    None, and makes results of the right shapes and strides.
+    """
+    qualified = f"mhf_compiler::{name}"
+
+    def on(compute: Compute) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            return operator(compute, *arguments)
+
+        call.__name__ = call.__qualname__ = name
+        return call
+
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "cpu", on(cpu))
+    torch.library.impl(qualified, "cuda", on(cuda))
+    torch.library.register_fake(qualified, on(None))
+    registered[name] = schema
+    return qualified
+
+
+def kernels(path: str) -> Callable[..., Any]:
+    """A function of a module of ``lowering/kernels``, as "module.function".
+
+    It is imported by its first call: the package must import where there is no Triton.
+    """
+
+    def call(*arguments: Any) -> Any:
+        return function_of_kernels(path)(*arguments)
+
+    return call
+
+
+@cache
+def function_of_kernels(path: str) -> Callable[..., Any]:
+    """The function itself."""
+    module, _, function = path.rpartition(".")
+    found: Callable[..., Any] = getattr(import_module(f"..kernels.{module}", __package__), function)
+    return found
+
+
+def overwrite(
+    x: Tensor,
+    others: Sequence[Tensor | None],
+    compute: Callable[[Tensor], _T],
+    *,
+    reads: bool = False,
+) -> _T:
+    """Call ``compute`` with the tensor in which it is to put the new contents of ``x``.
+
+    That is ``x`` itself, unless one of ``others``, which ``compute`` reads, may share its memory:
+    then it is another tensor, which is copied to ``x`` at the end. If ``compute`` ``reads`` the old
+    contents in it, they are there.
+    """
+    safe = owns_memory(x, others)
+    # A tensor of its own in either case: launches are repeated by which tensor goes where.
+    place = x.detach() if safe else x.clone() if reads else torch.empty_like(x)
+    result = compute(place)
+    if not safe:
+        x.copy_(place)
+    return result
+
+
+def owns_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
+    """Whether each element of ``x`` has memory of its own, and none of ``others`` lies there."""
+    memory = x.untyped_storage().data_ptr()
+    if any(y is not None and y.untyped_storage().data_ptr() == memory for y in others):
+        return False
+    reach = 1  # from the innermost dimension on, each steps over all that lies within
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * size
+    return True
+
+
+def refuse_forward_mode(x: Tensor, op: str, instead: str) -> None:
+    """Raise where a tangent of the op's result would be lost without a word."""
+    if differentiates_forward(x):
+        raise NotImplementedError(f"{op} has no forward-mode derivative. For one use {instead}.")
+
+
+def no_second_derivative(op: str, instead: str) -> Callable[..., None]:
+    """The derivative of an op's backward pass, which raises."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"{op} is differentiable once: its backward pass has no derivative. "
+            f"For second derivatives use {instead}."
+        )
+
+    return refuse
+
+
+def empty_like_in_order(
+    like: Tensor, shape: Sequence[int], order: Sequence[int] | None, dtype: torch.dtype
+) -> Tensor:
+    """A new tensor of four dimensions that lie in memory in ``order``, from the outermost on."""
+    strides: list[int] = [0] * 4
+    step: int = 1
+    for dim in reversed((0, 1, 2, 3) if order is None else tuple(order)):
+        strides[dim] = step
+        step = step * shape[dim]
+    # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
+    return like.new_empty_strided(shape, strides, dtype=dtype)
+
+
+def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides that the shape function promised for it."""
+    promised = torch.empty_like(x, device="meta")  # no memory only to ask for strides
+    if gradient.stride() == promised.stride():
+        return gradient
+    return torch.empty_like(x).copy_(gradient)

@@ -1,0 +1,60 @@
+"""What runs in place of a site: the op, its device's path, the kernels that its sizes select."""
+
+from __future__ import annotations
+
+from .device import capability, interpreted
+from .tiles import Kernel, Sizes, Tile, select
+from .workload import Workload
+
+__all__ = ["kernels_of"]
+
+
+def kernels_of(workload: Workload) -> tuple[str, ...]:
+    """The op and how it runs, a sentence each."""
+    op = "torch.ops.mhf_compiler.multi_head_ffn"
+    copies = workload.copied
+    stacked = (f"before each call, copies {copies} of its weights together",) if copies else ()
+    if workload.device.type == "cuda":
+        sizes = workload.sizes(capability(workload.device), interpreted())
+        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
+        return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
+    if workload.device.type == "cpu":
+        path = "CPU path: blocks of tokens whose hidden units stay in the cache"
+        return (op, path, *_backward(workload), *stacked)
+    return (op, *stacked)
+
+
+def _backward(workload: Workload) -> tuple[str, ...]:
+    if not workload.training:
+        return ()
+    return ("the backward pass recomputes the hidden units: only the arguments are saved",)
+
+
+def _filled(w: Workload) -> list[tuple[Kernel, str]]:
+    """The kernels, and of the backward pass what each fills, where every argument is trained."""
+    if not w.training:
+        return [("forward", "")]
+    return [
+        ("forward", ""),
+        ("query", "dQ and dR" if w.routed else "dQ"),
+        ("down", "dV"),
+        ("up", "dK and dU" if w.gated else "dK"),
+    ]
+
+
+def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:
+    """A kernel with its tile, as the launch will choose it: a tuned one, or the shipped one."""
+    from .kernels.tuning.store import TuningKey, row_of
+
+    row = row_of(TuningKey.of(kernel, sizes, w.activation, w.device))
+    out_dtype = w.out_dtype if kernel == "forward" else None
+    family, tile = select(kernel, sizes, out_dtype=out_dtype, row=row)
+    what = "forward kernel" if kernel == "forward" else "backward kernel"
+    shape = f"{tile.tokens} tokens x {tile.hidden} hidden units"
+    of = f" of {of}" if of else ""
+    if not isinstance(tile, Tile):
+        card = family.capitalize()
+        return f"{what} for {card}{of}: {shape}, {tile.stages} stages (where strides allow it)"
+    cut = f", {tile.parts} programs to a tile" if tile.parts > 1 else ""
+    tuned = "" if row is None else ", tuned"
+    return f"{what}{of}: {shape}, {tile.warps} warps, {tile.stages} stages{cut}{tuned}"

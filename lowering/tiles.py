@@ -1,0 +1,369 @@
+"""Which kernel runs, and its tile sizes: a pure function of sizes, dtype and compute capability.
+
+`select` is the one answer, for the launch, the report, the cost model and the passes alike. Kernels
+written for one architecture come first (`specialised`): they are families, one folder of kernels/
+and one entry of `_FAMILIES` each. What no family takes goes to plain Triton (`portable`), and so
+does what a family's kernel refuses at the launch, because of a tensor's strides or address.
+
+A launch never tunes: it may happen inside a CUDA graph's capture, and two runs must add in the same
+order. What was tuned while a model was compiled (kernels/tuning/) stands in for a row of the tables
+of plain Triton. They hold, per kernel and padded head width, the largest tiles whose accumulators
+stay in registers and whose pipeline fits the shared memory: 227 KiB per block on sm_90 and sm_100,
+163 on sm_80, 99 on the others. `portable` then shrinks them to the problem.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Kernel = Literal["forward", "normed_forward", "query", "down", "up"]
+
+MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
+ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
+_SMALLEST = 16  # the least extent of a matrix instruction's operand
+
+
+class Sizes(NamedTuple):
+    """All that a kernel is chosen by, except for strides and addresses."""
+
+    tokens: int
+    heads: int
+    groups: int  # of heads that share weights
+    head_dim: int
+    sub_networks: int
+    hidden: int  # units of a sub-network
+    gated: bool
+    routed: bool
+    biased: tuple[bool, bool, bool]  # K, U, V
+    dtype: torch.dtype  # of all tensors but R
+    capability: tuple[int, int]
+    interpreted: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel cuts its work."""
+
+    tokens: int
+    hidden: int
+    warps: int
+    stages: int
+    descriptors: bool
+    parts: int = 1  # programs that share a tile's hidden units
+    columns: int = _SMALLEST  # that narrower heads are padded to
+
+    def padded_width(self, width: int) -> int:
+        """The block extent of the head width."""
+        return max(self.columns, padded_width(width))
+
+
+@dataclass(frozen=True)
+class HopperForwardTile:
+    """How Hopper's forward kernel (hopper/forward.py) cuts its work."""
+
+    consumers: int  # warp groups, of 64 tokens each
+    hidden: int
+    stages: int
+    registers: int  # of each thread of a consumer
+    q_in_registers: bool
+    trailing: bool  # V's product runs during the next tile's activation
+
+    @property
+    def tokens(self) -> int:
+        return 64 * self.consumers
+
+
+@dataclass(frozen=True)
+class HopperBackwardTile:
+    """How Hopper's backward kernels (hopper/backward.py) cut their work.
+
+    One of the two extents is resident, 128 for both warp groups, and the other one streams past.
+    """
+
+    tokens: int
+    hidden: int
+    stages: int  # streamed tiles in shared memory
+
+
+FamilyTile = HopperForwardTile | HopperBackwardTile
+
+
+class Choice(NamedTuple):
+    """A folder of kernels/, and the tile for the one of its kernels that runs."""
+
+    family: str
+    tile: FamilyTile | Tile
+
+
+Row = tuple[int, int, int, int]  # tokens, hidden, warps, stages
+_Table = dict[int, dict[Kernel, Row]]
+
+_HOPPER: _Table = {
+    64: {
+        "forward": (128, 64, 8, 4),
+        "query": (128, 64, 8, 3),
+        "down": (128, 128, 8, 3),
+        "up": (64, 128, 8, 3),
+    },
+    128: {
+        "forward": (128, 64, 8, 4),
+        "query": (128, 64, 8, 3),
+        "down": (64, 128, 8, 3),
+        "up": (32, 64, 4, 3),
+    },
+    256: {
+        "forward": (128, 32, 8, 3),
+        "query": (128, 32, 8, 2),
+        "down": (32, 64, 4, 3),
+        "up": (32, 64, 4, 3),
+    },
+}
+_BLACKWELL: _Table = _HOPPER | {
+    128: _HOPPER[128] | {"down": (64, 128, 8, 2)},  # a third stage spills with Triton 3.6
+    256: {
+        "forward": (128, 32, 8, 3),
+        "query": (64, 32, 4, 2),
+        "down": (32, 128, 8, 2),
+        "up": (32, 64, 8, 2),
+    },
+}
+_AMPERE: _Table = {
+    64: {
+        "forward": (128, 64, 8, 3),
+        "query": (64, 64, 4, 3),
+        "down": (64, 128, 8, 3),
+        "up": (64, 64, 4, 2),
+    },
+    128: {
+        "forward": (128, 64, 8, 2),
+        "query": (64, 32, 4, 2),
+        "down": (64, 128, 8, 2),
+        "up": (64, 64, 8, 2),
+    },
+    256: {
+        "forward": (64, 32, 4, 2),
+        "query": (64, 32, 8, 2),
+        "down": (32, 64, 8, 2),
+        "up": (16, 64, 8, 2),
+    },
+}
+_SMALL_AMPERE: _Table = {
+    64: {
+        "forward": (128, 32, 4, 3),
+        "query": (64, 32, 4, 3),
+        "down": (64, 64, 4, 3),
+        "up": (64, 64, 8, 2),
+    },
+    128: {
+        "forward": (64, 32, 4, 3),
+        "query": (64, 32, 8, 2),
+        "down": (64, 64, 8, 2),
+        "up": (32, 64, 8, 2),
+    },
+    256: {
+        "forward": (64, 16, 4, 2),
+        "query": (32, 16, 4, 2),
+        "down": (16, 32, 4, 2),
+        "up": (16, 32, 4, 2),
+    },
+}
+_FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll into registers
+    64: {
+        "forward": (32, 32, 8, 2),
+        "query": (32, 32, 8, 2),
+        "down": (32, 32, 8, 2),
+        "up": (32, 32, 8, 2),
+    },
+    128: {
+        "forward": (32, 16, 8, 2),
+        "query": (32, 16, 8, 2),
+        "down": (16, 32, 8, 2),
+        "up": (16, 32, 8, 2),
+    },
+    256: {
+        "forward": (32, 16, 8, 2),
+        "query": (16, 16, 8, 2),
+        "down": (16, 16, 8, 2),
+        "up": (16, 16, 8, 2),
+    },
+}
+
+# The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
+# goes there too, and how many consumers share the 64 K registers.
+_HOPPER_FORWARD = {  # by padded head width; one that is not here goes to plain Triton
+    **dict.fromkeys((16, 32, 64), HopperForwardTile(3, 64, 6, 160, False, False)),
+    128: HopperForwardTile(2, 64, 3, 240, True, True),
+    256: HopperForwardTile(2, 32, 3, 240, False, True),
+}
+_HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
+
+_HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded head width, as above
+    "query": {
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 64, 5)),
+        128: HopperBackwardTile(128, 64, 3),
+    },
+    # Never as many tokens as columns of the head: the assembler then lets two operands of the
+    # products, of equal shape, share registers, though one of them lives on.
+    "down": {
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 128, 4)),
+        128: HopperBackwardTile(64, 128, 4),
+    },
+    "up": {
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 3)),
+        128: HopperBackwardTile(64, 128, 3),
+    },
+}
+_HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
+
+
+def select(
+    kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None, row: Row | None = None
+) -> Choice:
+    """The kernel that runs where strides allow it: a family's, or else plain Triton's.
+
+    Of the query kernel, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
+    forward's result, if it is not that of q. `row` stands in for the tables' row of plain Triton.
+    """
+    own = specialised(kernel, sizes, out_dtype=out_dtype)
+    return Choice("plain", portable(kernel, sizes, row)) if own is None else own
+
+
+@lru_cache
+def specialised(
+    kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None
+) -> Choice | None:
+    """The kernel that was written for the card's architecture, if there is one for these sizes."""
+    if sizes.interpreted or out_dtype not in (None, sizes.dtype):
+        return None
+    for family, rules in _FAMILIES.items():
+        tile = rules[kernel](sizes) if kernel in rules else None
+        if tile is not None:
+            return Choice(family, tile)
+    return None
+
+
+@lru_cache
+def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
+    """The tile of plain Triton's kernel, which runs on all cards.
+
+    `row` stands in for the tables' row.
+    """
+    tokens, heads, hidden, itemsize = sizes.tokens, sizes.heads, sizes.hidden, sizes.dtype.itemsize
+    if row is None:
+        row = _row(_table(itemsize, sizes.capability), kernel, sizes.head_dim)
+    bm, bf, warps, stages = row
+    bf = _shrink(bf, hidden)
+    parts = 1
+    if kernel in ("down", "up"):
+        bm = _shrink(bm, tokens)
+        # These own hidden units: a padded row costs as much as a real one.
+        if bf > 64 and -(-hidden // bf) * bf > 1.2 * hidden:
+            bf, warps = bf // 2, max(4, warps // 2)
+    elif kernel == "forward":
+        full, bm = bm, _shrink(bm, tokens)
+        # Not smaller tiles, which would each read all weights again: more programs to a tile.
+        parts = -(-ENOUGH_PROGRAMS // (-(-tokens // bm) * heads))
+        if parts > 1:
+            stages = min(stages, 3)  # a fourth only delays the first product
+        parts = min(parts, sizes.sub_networks * -(-hidden // bf))
+        if itemsize <= 2:
+            warps = max(4, warps * bm // full)
+    else:
+        full, bm = bm, _shrink(bm, tokens)
+        while bm > _SMALLEST and -(-tokens // bm) * heads < ENOUGH_PROGRAMS:
+            bm //= 2
+        if itemsize <= 2:
+            warps = max(4, warps * bm // full)
+    # Without matrix units the compiler reads products out of the plain layout of a pointer load.
+    descriptors = itemsize <= 2 and sizes.capability[0] in (9, 10)
+    return Tile(bm, bf, warps, stages, descriptors, parts)
+
+
+def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
+    if (
+        sizes.capability[0] != 9
+        or sizes.dtype.itemsize != 2
+        or sizes.tokens < _HOPPER_FORWARD_TOKENS
+    ):
+        return None
+    tile = _HOPPER_FORWARD.get(padded_width(sizes.head_dim))
+    return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, sizes.hidden)))
+
+
+def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
+    """The same where that kernel is to normalise and route its queries, too.
+
+    The router's parts are in bfloat16, and take the place of a K and a U tile of 64 hidden units.
+    Heads up to 32 wide are computed in 64 columns, and normalised faster by a kernel of its own.
+    """
+    narrow = padded_width(sizes.head_dim) not in (64, 128)
+    if sizes.dtype is not torch.bfloat16 or not sizes.gated or narrow:
+        return None
+    tile = _hopper_forward(sizes)
+    return tile if tile is not None and tile.hidden == 64 else None
+
+
+def _hopper_query(sizes: Sizes) -> HopperBackwardTile | None:
+    return None if sizes.routed and sizes.biased[2] else _hopper_backward("query", sizes)
+
+
+def _hopper_down(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("down", sizes)
+
+
+def _hopper_up(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("up", sizes)
+
+
+def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
+    few = sizes.tokens < _HOPPER_BACKWARD_TOKENS
+    if sizes.capability != (9, 0) or sizes.dtype.itemsize != 2 or few:
+        return None
+    if not sizes.gated or sizes.biased[0] or sizes.biased[1]:
+        return None
+    return _HOPPER_BACKWARD[kernel].get(padded_width(sizes.head_dim))
+
+
+#: by the folder in kernels/: when each of its kernels runs, and with which tile
+_FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
+    "hopper": {
+        "forward": _hopper_forward,
+        "normed_forward": _hopper_normed_forward,
+        "query": _hopper_query,
+        "down": _hopper_down,
+        "up": _hopper_up,
+    },
+}
+
+
+def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:
+    """The card's own row for such heads, followed by those of the other cards."""
+    tables = [_table(sizes.dtype.itemsize, sizes.capability)]
+    if sizes.dtype.itemsize <= 2:
+        tables += [_HOPPER, _BLACKWELL, _AMPERE, _SMALL_AMPERE]
+    return [_row(table, kernel, sizes.head_dim) for table in tables]
+
+
+def padded_width(width: int) -> int:
+    """The block extent of the head width: a power of two that a matrix instruction takes."""
+    return max(_SMALLEST, 1 << (width - 1).bit_length())
+
+
+def _row(table: _Table, kernel: Kernel, width: int) -> Row:
+    return table[max(64, padded_width(width))][kernel]
+
+
+def _table(itemsize: int, capability: tuple[int, int]) -> _Table:
+    if itemsize > 2:
+        return _FLOAT32
+    if capability[0] in (9, 10):
+        return _HOPPER if capability[0] == 9 else _BLACKWELL
+    return _AMPERE if capability == (8, 0) else _SMALL_AMPERE
+
+
+def _shrink(block: int, extent: int) -> int:
+    """The smallest power of two that covers `extent`, at most `block`."""
+    return min(block, max(_SMALLEST, 1 << (extent - 1).bit_length()))

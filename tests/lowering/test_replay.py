@@ -1,0 +1,63 @@
+"""How launches are cut into parts and written down, without a GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
+from mhf_compiler.lowering.kernels.replay import _described, _steps, current_device
+
+
+@pytest.mark.parametrize(
+    ("owners", "steps", "expected"),
+    [
+        (704, 512, Parts(660, 44, 3)),  # 44 tiles in thirds fill 132 multiprocessors
+        (660, 512, Parts(660, 0, 1)),
+        (704, 16, Parts(704, 0, 1)),  # too few tokens to share
+        (44, 512, Parts(0, 44, 3)),
+    ],
+)
+def test_plan_parts(owners: int, steps: int, expected: Parts) -> None:
+    assert plan_parts(owners, steps, 132) == expected
+
+
+def test_plan_parts_covers_every_tile() -> None:
+    for owners in range(1, 400):
+        plan = plan_parts(owners, 512, 132)
+        assert plan.whole + plan.shared == owners
+        assert plan.programs == plan.whole + plan.shared * plan.parts
+
+
+def test_steps_hold_no_tensor() -> None:
+    x, workspace = torch.zeros(16, 16), torch.zeros(8)
+    descriptor = TensorDescriptor.from_tensor(x, [8, 8])
+    steps = _steps([("compiled", 3, [x, descriptor, workspace, 5, None])], [None, x])
+    assert steps is not None
+    (launch,) = steps.launches
+    assert launch.arguments == [None, None, None, 5, None]
+    assert [slot[:2] for slot in launch.slots] == [(0, 1), (1, 1), (2, 2)]
+    assert steps.workspaces == [(torch.Size([8]), (1,), torch.float32)]
+    other = torch.zeros(16, 16)
+    again = _described(launch.slots[1][2], other)
+    assert type(again) is TensorDescriptor
+    assert again.base is other
+    assert again.block_shape == [8, 8]
+
+
+def test_a_view_of_an_argument_is_no_workspace() -> None:
+    x = torch.zeros(16)
+    assert _steps([("compiled", 1, [x[8:]])], [x]) is None
+
+
+def test_the_current_device_brings_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a thread that has run nothing yet, being the current device is not enough."""
+    bound = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    with current_device(torch.device("cuda", 0)):
+        assert bound == [torch.device("cuda", 0)]
+    with current_device(torch.device("cpu")):
+        assert len(bound) == 1

@@ -1,0 +1,232 @@
+"""The kernels that a report names, and that the passes count on, are those that are launched.
+
+Launches go their own way up to the kernel, which is written down instead of compiled.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from mhf_compiler.lowering import problem as problems  # noqa: E402
+from mhf_compiler.lowering import summary  # noqa: E402
+from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
+from mhf_compiler.lowering.kernels.hopper import backward as hopper_backward  # noqa: E402
+from mhf_compiler.lowering.ops import norm_network  # noqa: E402
+from mhf_compiler.lowering.ops.norm_network import Like, may_pay  # noqa: E402
+from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem  # noqa: E402
+from mhf_compiler.lowering.tiles import Kernel, Tile, portable  # noqa: E402
+from mhf_compiler.lowering.workload import Workload  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="interpreted, plain Triton runs everything"
+)
+
+CARDS = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+KINDS: dict[str, dict[str, Any]] = {
+    "gated and routed": {},
+    "not routed": {"routed": False},
+    "not gated": {"gated": False},
+    "biased down projection": {"biased": (False, False, True)},
+    "biased throughout": {"biased": (True, True, True), "activation": "relu"},
+    "a wider result": {"out_dtype": torch.float32},
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((16, 96), (20, 96), (64, 32), (64, 96), (96, 171), (128, 96), (256, 96))  # d, f
+TOKENS = ((1, 1), (2, 100), (1, 1023), (2, 512))  # B, L
+LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
+SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "down_bias_kernel", "cut_router_kernel")
+
+
+class Launched(NamedTuple):
+    name: str
+    tile: Tile
+    arguments: dict[str, Any]
+
+
+class Named(NamedTuple):
+    """A kernel as a report has it."""
+
+    kernel: Kernel
+    family: str | None
+    sizes: dict[str, int]
+
+
+Pretend = Callable[[tuple[int, int]], list[Launched]]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
+    """Call with a compute capability: the kernels that are launched next, as for such a card."""
+    launched: list[Launched] = []
+
+    def start(kernel: Any, programs: int, tile: Tile, device: object, arguments: Any) -> None:
+        launched.append(Launched(kernel.fn.__name__, tile, dict(arguments)))
+
+    def of(capability: tuple[int, int]) -> list[Launched]:
+        for module in (problems, launch, summary, norm_network):
+            monkeypatch.setattr(module, "capability", lambda device: capability)
+        return launched
+
+    for module in (launch, hopper_backward):
+        monkeypatch.setattr(module, "start", start)
+    return of
+
+
+def a_workload(tokens: tuple[int, int], **changes: Any) -> Workload:
+    batch, length = tokens
+    sizes: dict[str, Any] = {
+        "batch": batch,
+        "length": length,
+        "heads": 4,
+        "kuv_heads": 2,
+        "experts": 3,
+        "gated": True,
+        "routed": True,
+        "biased": (False, False, False),
+        "activation": "silu",
+        "device": torch.device("cuda", 0),
+        "training": True,
+    }
+    sizes |= changes
+    return Workload(**({"out_dtype": sizes["dtype"]} | sizes))
+
+
+def of_order(shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
+    lying = torch.empty([shape[axis] for axis in order], dtype=dtype)
+    return lying.permute([order.index(axis) for axis in range(4)])
+
+
+def a_problem(w: Workload, layout: str) -> Problem:
+    """On memory never read: tokens of a sequence or of a head side by side, weights by columns."""
+    groups, networks, hidden, width = w.weight_shape
+    tokens = (0, 2, 1, 3) if layout == "by heads" else (0, 1, 2, 3)
+    weights = (0, 1, 3, 2) if layout == "weights by columns" else (0, 1, 2, 3)
+    down = of_order(w.weight_shape, w.dtype, weights)
+    q = of_order((w.batch or 0, w.length or 0, w.heads, width), w.dtype, tokens)
+    if layout == "misaligned":
+        q = torch.empty(*q.shape[:3], width + 1, dtype=w.dtype)[..., :width]
+    sizes = (hidden, hidden, width)
+    biases = [
+        torch.empty(groups, networks, size, dtype=w.dtype) if biased else None
+        for size, biased in zip(sizes, w.biased, strict=True)
+    ]
+    return Problem(
+        q,
+        torch.empty_like(down),
+        torch.empty_like(down) if w.gated else None,
+        down,
+        torch.empty(*q.shape[:3], networks) if w.routed else None,
+        *biases,
+        activation=w.activation,
+    )
+
+
+def run(w: Workload, layout: str) -> Problem:
+    problem = a_problem(w, layout)
+    dispatch.forward(problem, torch.empty_like(problem.q, dtype=w.out_dtype))
+    gradients = problem.new_gradients([x is not None for x in problem.tensors])
+    dispatch.backward(problem, torch.empty_like(problem.q, dtype=w.out_dtype), gradients)
+    return problem
+
+
+def named(w: Workload) -> Iterator[Named]:
+    pattern = (
+        r"(?P<pass>forward|backward) kernel(?: for (?P<family>\w+))?(?: of d(?P<of>\w).*)?: "
+        r"(?P<tokens>\d+) tokens x (?P<hidden>\d+) hidden units(?:, (?P<warps>\d+) warps)?, "
+        r"(?P<stages>\d+) stages(?:, (?P<parts>\d+) programs to a tile)?"
+        r"(?P<condition> \(where strides allow it\))?"
+    )
+    kernels: dict[str | None, Kernel] = {None: "forward", "Q": "query", "V": "down", "K": "up"}
+    for sentence in summary.kernels_of(w):
+        if " tokens x " in sentence:
+            match = re.fullmatch(pattern, sentence)
+            assert match is not None, sentence
+            found = match.groupdict()
+            assert (found["family"] is None) == (found["condition"] is None)
+            sizes = ("tokens", "hidden", "warps", "stages", "parts")
+            family = found["family"] and found["family"].lower()
+            yield Named(
+                kernels[found["of"]],
+                family,
+                {name: int(found[name]) for name in sizes if found[name]},
+            )
+
+
+def sizes_of(launched: Launched) -> dict[str, int]:
+    """The sizes that a report has of a kernel, as far as its launch shows them."""
+    names = {"BM": "tokens", "BF": "hidden", "PARTS": "parts", "STAGES": "stages"}
+    found = {names[x]: value for x, value in launched.arguments.items() if x in names}
+    if not launched.name.startswith("hopper_"):
+        return found | {"warps": launched.tile.warps, "stages": launched.tile.stages}
+    if "CONSUMERS" in launched.arguments:
+        found["tokens"] = 64 * launched.arguments["CONSUMERS"]
+        del found["parts"]  # of the tiles of the last round
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_the_report_names_what_is_launched(
+    card: tuple[int, int], kind: str, pretend: Pretend
+) -> None:
+    launched = pretend(card)
+    families = set()
+    for dtype, (width, hidden), tokens in itertools.product(DTYPES, SHAPES, TOKENS):
+        w = a_workload(tokens, dtype=dtype, head_dim=width, expert_dim=hidden, **KINDS[kind])
+        report = {x.kernel: x for x in named(w)}
+        for layout in LAYOUTS:
+            launched.clear()
+            problem = run(w, layout)
+            aligned = layout != "misaligned" and width * dtype.itemsize % 16 == 0
+            if layout == "weights by columns":
+                aligned &= hidden * dtype.itemsize % 16 == 0
+            seen = set()
+            for x in launched:
+                if x.name in SUMS:
+                    continue
+                family, _, kernel = x.name.removesuffix("_kernel").rpartition("_")
+                seen.add(kernel)
+                said = report[kernel]
+                where = (dtype, width, hidden, tokens, layout, x.name)
+                if aligned or said.family is None:
+                    assert (family or None) == said.family, where
+                    expected = said.sizes
+                else:  # plain Triton's, as the report's condition says
+                    assert not family, where
+                    expected = vars(portable(kernel, problem.sizes))
+                found = sizes_of(x)
+                assert {"tokens", "hidden"} & found.keys()
+                assert "stages" in found
+                for name, size in found.items():
+                    assert size == expected.get(name, 1), (*where, name)
+                families.add(family)
+            assert seen == set(report)
+    assert families == ({"", "hopper"} if card == (9, 0) else {""})
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("card", CARDS, ids=str)
+def test_a_norm_joins_a_network_where_one_kernel_does_both(
+    card: tuple[int, int], gated: bool, pretend: Pretend
+) -> None:
+    launched = pretend(card)
+    shapes = [(width, hidden) for width, hidden in SHAPES if width <= 128 and width % 8 == 0]
+    for dtype, (width, hidden), tokens in itertools.product(DTYPES[:2], shapes, TOKENS):
+        w = a_workload(tokens, dtype=dtype, head_dim=width, expert_dim=hidden, gated=gated)
+        problem = a_problem(w, "dense")._replace(r=None)
+        formula = Formula(1e-6, False, "sigmoid", 0.0, 0.0, torch.float32)
+        router = NormedRouter(None, torch.empty(2, width, 3), formula)
+        launched.clear()
+        dispatch.normed_forward(problem, router)
+        names = {x.name for x in launched} - {"add_parts_kernel"}
+        k = Like(dtype, tuple(problem.k.shape), problem.k.stride())
+        one = names == {"cut_router_kernel", "hopper_forward_kernel"}
+        assert may_pay(tokens[0] * tokens[1], k, gated, torch.device("cuda")) == one
+        assert one or "norm_and_route_kernel" in names
