@@ -1,9 +1,9 @@
-"""The arguments of our ops keep, from the moment they are written, the strides the graph gives them.
+"""The arguments of our ops have the strides that the graph gives them as soon as they are written.
 
 Inductor decides late how a buffer lies in memory. Until then it may plan to pad the strides, and a
 view that it lowers meanwhile is laid over the padded plan. When an op then asks for the strides of
 the graph, as ours do, the buffer gets them, and the view reads and writes past its rows: wrong
-values, seen on a GPU with torch 2.11, where any other custom op meets the same (docs/reliability.md).
+values on a GPU with torch 2.11, which any other custom op meets as well (docs/reliability.md).
 
 So every buffer that one of our ops reads or writes is marked, and Inductor realizes it with the
 graph's strides as soon as it lowers it. No plan is left that could change behind a view, and no

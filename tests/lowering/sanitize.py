@@ -9,7 +9,7 @@ import sys
 import torch
 
 from mhf_compiler.lowering import multi_head_ffn
-from mhf_compiler.lowering.router import router_product
+from mhf_compiler.lowering.ops.router import router_product
 
 # (B, L, H, G, d, E, f, dtype, activation, gated, biased)
 PROBLEMS = (
