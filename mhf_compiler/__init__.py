@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import flashmhf
+    from .errors import MhfCompilerWarning
     from .explanation import explain
     from .lowering import ArgumentError, multi_head_ffn
     from .options import OptionError, Options
     from .report import Report, SiteReport
-    from .rewriting import MhfCompilerWarning
     from .testing import assert_rewritten
 
 __version__ = "0.1.0"
@@ -41,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "ArgumentError": "lowering",
-    "MhfCompilerWarning": "rewriting",
+    "MhfCompilerWarning": "errors",
     "OptionError": "options",
     "Options": "options",
     "Report": "report",

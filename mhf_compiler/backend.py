@@ -36,15 +36,16 @@ def flashmhf(
         OptionError: an unknown option, or a value it does not take.
     """
     from .compat import compile_graph, counters
+    from .errors import MhfCompilerWarning
     from .options import inductor_config, parse_options
-    from .reusing import with_reuse
-    from .rewriting import MhfCompilerWarning, rewrite_graph
+    from .passes.manager import with_post_grad_passes
+    from .rewrite.graph import rewrite_graph
 
     parsed = parse_options(mode, options)
     try:
         report = rewrite_graph(gm, parsed)
         if parsed.dump_dir is not None:
-            from .dumping import dump
+            from .debug.dump import dump
 
             dump(report, gm, parsed.dump_dir)
     except Exception as error:
@@ -56,7 +57,7 @@ def flashmhf(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    config = with_reuse(gm, inductor_config(parsed), strict=parsed.strict)
+    config = with_post_grad_passes(gm, inductor_config(parsed), strict=parsed.strict)
     return compile_graph(parsed.fallback, gm, example_inputs, config)
 
 

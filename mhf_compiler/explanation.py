@@ -10,7 +10,7 @@ from torch import fx
 
 from .options import Options, parse_options
 from .report import Report
-from .rewriting import Keep, rewrite_graph
+from .rewrite.graph import Keep, rewrite_graph
 
 
 def explain(

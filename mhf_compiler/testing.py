@@ -1,12 +1,18 @@
-"""For the test suites of models: an assertion that their MH-FFNs are rewritten."""
+"""For the test suites of models: are their MH-FFNs rewritten, and are the numbers right?
+
+The programs that ``dump_dir`` writes import ``compare`` and ``print_differences`` from here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .debug.accuracy import Difference, compare, print_differences
 from .explanation import explain
 from .report import Report
+
+__all__ = ["Difference", "assert_rewritten", "compare", "print_differences"]
 
 
 def assert_rewritten(
