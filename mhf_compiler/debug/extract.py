@@ -20,13 +20,7 @@ from ..patterns import COPY, SCATTER, Site, Value
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
-_LIKE = (
-    "empty_like",
-    "full_like",
-    "ones_like",
-    "zeros_like",
-    "new_",
-)  # which read only the shape of their argument
+_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like", "new_")  # read only a shape
 
 
 @dataclass(frozen=True)
