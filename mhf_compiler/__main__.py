@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; one clear line where its library is missing."""
+    """Run the command line; one clear line if its library is missing."""
     try:
         from .cli.commands import commands
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
-"""How long a model, or one site of it by itself, takes as written and rewritten.
+"""Timings of a model, or of one of its sites by itself, as written and rewritten.
 
-Both ways are compiled by Inductor; they differ in the option ``rewrite`` alone. They take turns, so
-that a machine that gets slower slows both.
+Both ways are compiled by Inductor and differ only in the option ``rewrite``. They take turns, so
+that a machine that becomes slower slows both down.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAYS = {"as written": "never", "rewritten": "always"}
 
 
 class MeasuringError(ValueError):
-    """What was asked for cannot be measured; the message is one line."""
+    """The request cannot be measured; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Times:
 
 
 class Subject:
-    """What is measured: a model or a part of it, compiled both ways at its first call.
+    """A model or a part of it, compiled both ways at its first call.
 
     Args:
-        function: it.
-        args: its arguments. Where they, or the parameters of the function, require gradients and
+        function: the model.
+        args: its arguments. If they, or the parameters of the model, require gradients and
             gradients are being recorded, it is trained.
         kwargs: its named arguments.
     """
@@ -87,9 +87,8 @@ class Subject:
         """
         found = []
         with torch.set_grad_enabled(training):
-            for what, backward in [("forward", False), ("forward + backward", True)][
-                : 1 + training
-            ]:
+            passes = {"forward": False} | ({"forward + backward": True} if training else {})
+            for what, backward in passes.items():
                 for way in WAYS:  # compiles
                     self._once(way, backward)
                     self._once(way, backward)
@@ -127,7 +126,7 @@ def _wait() -> None:
 def find_site(
     model: Callable[..., Any], number: int, *args: Any, **kwargs: Any
 ) -> tuple[SiteReport, Part]:
-    """The site that has this number in the report of a call of the model.
+    """The site with this number in the report of a call of the model.
 
     Raises:
         MeasuringError: nothing is rewritten, or there is no such site.
@@ -144,16 +143,16 @@ def find_site(
 
 
 def check_rewritten(report: Report) -> None:
-    """Raises ``MeasuringError`` where there are not two ways to be compared."""
+    """Raise ``MeasuringError`` if nothing was rewritten."""
     if not report.rewritten:
         raise MeasuringError(f"{headline(report.graphs)}: nothing to compare; explain says why")
 
 
 def check_part(part: Part, inputs: Sequence[Tensor]) -> list[Difference]:
-    """How far the op is from the model's spelling: the output, and each gradient that is recorded.
+    """Compare the op with the model's spelling: the output, and each gradient that is recorded.
 
     Raises:
-        MeasuringError: the site is not found again without what is around it.
+        MeasuringError: the site is not recognised without its surroundings.
     """
     report = explain(part.spelling, options={"rewrite": "always"})(*inputs)
     if len(report.rewritten) != 1:

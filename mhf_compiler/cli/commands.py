@@ -1,7 +1,7 @@
 """The command line: ``explain``, ``bench``, ``info`` and ``doctor``.
 
-Exit codes: 0 all is well; 1 nothing was rewritten under ``--strict``, ``bench --site`` found wrong
-numbers, or ``doctor`` found something; 2 what was asked for cannot be done, said in one line.
+Exit codes: 0 success; 1 nothing was rewritten under ``--strict``, ``bench --site`` found wrong
+numbers, or ``doctor`` found something; 2 the request cannot be carried out, with one line why.
 Completion comes from click: ``eval "$(_MHF_COMPILER_COMPLETE=bash_source mhf-compiler)"``.
 """
 
@@ -28,7 +28,7 @@ class Problem(click.ClickException):
 
 
 class Disagreement(click.ClickException):
-    """The op computes something else. One line, exit code 1."""
+    """The op computes other numbers. One line, exit code 1."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -38,8 +38,9 @@ def commands() -> None:
 
 
 def _model(command: Callable[..., None]) -> Callable[..., None]:
-    """The parameters that name a model and its inputs."""
+    """The parameters that name a model and its inputs, and whether it is trained."""
     for parameter in (
+        click.option("--no-grad", is_flag=True, help="Without gradients, as in inference."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
         click.option(
             "--input",
@@ -56,7 +57,6 @@ def _model(command: Callable[..., None]) -> Callable[..., None]:
 
 @commands.command()
 @_model
-@click.option("--no-grad", is_flag=True, help="Without gradients, as in inference.")
 @click.option("--rewrite", type=click.Choice(["auto", "always"]), default="auto", show_default=True)
 @click.option("--html", "html_path", type=_FILE, help="Also write the report as an HTML page.")
 @click.option("--json", "json_path", type=_FILE, help="Also write the report to a JSON file.")
@@ -92,32 +92,33 @@ def explain(
 @commands.command()
 @_model
 @click.option("--site", type=int, help="One site by itself, by its number in the report.")
-@click.option("--training", is_flag=True, help="With gradients; times the backward pass, too.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
 def bench(
     model: str,
     inputs: tuple[str, ...],
     device: str,
+    no_grad: bool,
     site: int | None,
-    training: bool,
     rounds: int,
 ) -> None:
     """Time a model, or one site of it, with Inductor alone and rewritten.
 
-    A site is what the op takes the place of, as the model spells it. Nothing is timed where its
-    numbers and the op's are apart by more than rounding; then the exit code is 1.
+    If something is trained, the forward pass and both passes are timed; with --no-grad, or if
+    nothing is, the forward pass in inference. A site is timed as the model spells it and as the op.
+    If their numbers differ by more than rounding nothing is timed, and the exit code is 1.
     """
     import torch
 
     from .bench import Subject, check_rewritten, steps
 
-    with _problems(), torch.set_grad_enabled(training):
+    with _problems(), torch.set_grad_enabled(not no_grad):
         made, args, kwargs = _made(model, inputs, device)
         if site is None:
             check_rewritten(_explained(made, args, kwargs, "always"))
             subject = Subject(made, args, kwargs)
         else:
             subject = _one_site(made, args, kwargs, site)
+        training = not no_grad and bool(subject.leaves)
         with click.progressbar(
             length=steps(training=training, rounds=rounds), label="timing"
         ) as bar:
@@ -168,7 +169,7 @@ def doctor() -> None:
 
 @contextmanager
 def _problems() -> Iterator[None]:
-    """Whatever goes wrong with what the user named, in one line."""
+    """Turn errors of what the user named into one line."""
     from .bench import MeasuringError
     from .inputs import GivenError, one_line
 
@@ -191,7 +192,7 @@ def _made(
     where = find_device(device)
     args, kwargs = make_inputs(inputs, where)
     made = make_model(model, where)
-    made(*args, **kwargs)  # what is wrong with the arguments is said best by the model itself
+    made(*args, **kwargs)  # the model itself knows best what is wrong with its arguments
     return made, args, kwargs
 
 
@@ -206,7 +207,7 @@ def _explained(
 def _one_site(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], number: int
 ) -> Subject:
-    """The site, once its numbers are known to be right."""
+    """The site, after a check that its numbers are right."""
     from .bench import Subject, check_part, find_site
 
     report, part = find_site(model, number, *args, **kwargs)

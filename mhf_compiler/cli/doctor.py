@@ -1,4 +1,4 @@
-"""What this machine has: versions, card, which kernels can run and why not, and what is broken."""
+"""The environment: versions, card, which kernels run and why others do not, what is broken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 
 from .inputs import one_line
 
-_CHANCES = {  # name -> what it needs beside a CUDA device
+_REQUIRED = {  # kernel family -> module that it needs besides a CUDA device
     "Triton kernels": "triton",
     "Hopper kernels": "triton.experimental.gluon",
 }
@@ -48,7 +48,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that has to work; ``problem`` says what does not, and what to do."""
+    """One thing that has to work; ``problem`` says what is wrong and what to do, if it does not."""
 
     name: str
     problem: str | None
@@ -69,7 +69,7 @@ def look_around() -> Environment:
         architectures=torch.cuda.get_arch_list() if seen else [],
         kernels=[
             Kernels("CPU path", None),
-            *(Kernels(name, _missing(name, capability)) for name in _CHANCES),
+            *(Kernels(name, _missing(name, capability)) for name in _REQUIRED),
         ],
     )
 
@@ -80,14 +80,14 @@ def _missing(name: str, capability: tuple[int, int] | None) -> str | None:
     if name == "Hopper kernels" and capability[0] != 9:
         return f"the card has compute capability {capability[0]}.{capability[1]}, not 9.x"
     try:
-        importlib.import_module(_CHANCES[name])
+        importlib.import_module(_REQUIRED[name])
     except Exception as error:
         return one_line(error)
     return None
 
 
 def check_up() -> list[Check]:
-    """Everything that a compilation needs, each tried."""
+    """Try everything that a compilation needs."""
     return [Check(name, _problem(check)) for name, check in _CHECKS.items()]
 
 
@@ -106,7 +106,7 @@ def _version(package: str) -> str:
 
 
 def _in_range(package: str) -> str | None:
-    """The installed version against what this package declares."""
+    """Compare the installed version with the range that this package declares."""
     declared = metadata.requires("mhf-compiler") or []
     (line,) = (text for text in declared if re.match(rf"{package}\b", text))
     bounds = re.findall(r"([<>]=?)([\d.]+)", line.split(";")[0])
@@ -136,9 +136,9 @@ def _entry_point() -> str | None:
     return f"several packages offer it: {', '.join(found)}"
 
 
-def _rooms() -> str | None:
-    for room in ("patterns", "lowering"):
-        importlib.import_module(f"mhf_compiler.{room}")
+def _imports() -> str | None:
+    for package in ("patterns", "lowering"):
+        importlib.import_module(f"mhf_compiler.{package}")
     return None
 
 
@@ -184,7 +184,7 @@ _CHECKS: dict[str, Callable[[], str | None]] = {
     "torch is in the supported range": lambda: _in_range("torch"),
     "triton is in the supported range": _triton,
     "the back end is registered": _entry_point,
-    "recogniser and op can be imported": _rooms,
+    "recogniser and op can be imported": _imports,
     "there is a C++ compiler": _compiler,
     "a network is rewritten and right on the CPU": lambda: _compiles("cpu"),
     "a network is rewritten and right on the GPU, if there is one": _compiles_on_the_card,

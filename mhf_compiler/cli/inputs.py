@@ -1,4 +1,4 @@
-"""What a command line names: a model by its factory, and tensors by dtype and shape."""
+"""From the words of a command line to objects: models by factory, tensors by dtype and shape."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _DTYPES = {
 
 
 class GivenError(ValueError):
-    """What was named cannot be made; the message is one line for the command's user."""
+    """An object that was named cannot be made; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be made, such as ``float32[2,16,768]`` or ``mask=bool[2,16]``."""
+    """Specification of a tensor, such as ``float32[2,16,768]`` or ``mask=bool[2,16]``."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     name: str | None = None  # of the argument that it is passed as
 
     def make(self, device: torch.device) -> Tensor:
-        """Random numbers; zeros where they are whole numbers, as an index into anything."""
+        """Random numbers; zeros for integers, which are valid as any index."""
         if self.dtype.is_floating_point or self.dtype.is_complex:
             return torch.randn(self.shape, device=device).to(self.dtype)
         return torch.zeros(self.shape, dtype=self.dtype, device=device)
@@ -64,7 +64,7 @@ def make_inputs(
 
 
 def find_device(name: str) -> torch.device:
-    """A device by its name, if it is there."""
+    """The device of a name, if it exists."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -79,7 +79,7 @@ def find_device(name: str) -> torch.device:
 
 
 def make_model(name: str, device: torch.device) -> Callable[..., Any]:
-    """The model that ``package.module:factory`` makes, or is."""
+    """The model that ``package.module:factory`` returns, or is itself."""
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise GivenError(f"model {name!r} must be package.module:factory")
@@ -112,7 +112,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _imported(name: str) -> Any:
-    if "" not in sys.path:  # a console script does not look into the folder it is called in
+    if "" not in sys.path:  # a console script does not search the current folder
         sys.path.insert(0, "")
     try:
         return importlib.import_module(name)

@@ -33,7 +33,7 @@ In the order of compilation. `python graph_N/compare.py` runs a graph before and
 """
 _TENSOR = '''
 def tensor(shape, stride, dtype, device, requires_grad=False):
-    """Small random numbers, or zeros where they are whole, laid out as the example was."""
+    """Small random numbers, or zeros for integers, with the strides of the example."""
     made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if not dtype.is_floating_point:
         return made.zero_()
@@ -106,8 +106,8 @@ _NAMES = {
 _MANY = 64  # for a dynamic size of a site
 
 
-def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> None:
-    """Write one graph, after its rewriting, into a new folder inside ``folder``."""
+def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> Path:
+    """Write one graph, after its rewriting, into a new folder inside ``folder``; return that."""
     folder.mkdir(parents=True, exist_ok=True)
     place, training = _new_folder(folder), _is_trained(gm)
     (place / "before.py").write_text(program(report.before, gm, training))
@@ -115,11 +115,17 @@ def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> None:
     (place / "compare.py").write_text(_COMPARE.format(what=_compared(training)))
     for number, site in enumerate(report.rewritten):
         (place / f"site_{number}.py").write_text(site_program(site, training))
+    dump_report(report, place)
+    _add_to_index(folder / "index.md", place.name, report)
+    return place
+
+
+def dump_report(report: GraphReport, place: Path) -> None:
+    """Write the report of one graph; again when more is known of it."""
     whole = Report([report])
     (place / "report.txt").write_text(f"{whole}\n")
     whole.to_json(place / "report.json")
     whole.to_html(place / "report.html")
-    _add_to_index(folder / "index.md", place.name, report)
 
 
 def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
@@ -191,12 +197,12 @@ def _is_trained(gm: fx.GraphModule) -> bool:
 
 
 def _may_train(node: fx.Node) -> bool:
-    """Whether an input may require gradients, as all do but the buffers of modules."""
+    """Whether an input may require gradients, as all do except the buffers of modules."""
     return "_buffers[" not in (source_name(node) or "")
 
 
 def _new_folder(folder: Path) -> Path:
-    """The first that is not there yet, also beside those of another process."""
+    """The first that does not exist yet; other processes may create some, too."""
     number = 0
     while True:
         try:
@@ -249,12 +255,12 @@ def _tensor(shape: Any, stride: Any, dtype: Any, device: Any, requires_grad: boo
 
 
 def _attributes(gm: fx.GraphModule) -> Iterator[str]:
-    """What the graph reads from its module: tensors, and the graphs of higher-order operations."""
+    """Attributes that the graph reads: tensors, and the graphs of higher-order operations."""
     names = {str(node.target): None for node in gm.graph.nodes if node.op == "get_attr"}
     for name in names:
         value = getattr(gm, name, None)
         if isinstance(value, fx.GraphModule):
-            # Into the instance itself, or the class of that name inside GraphModule would hide it.
+            # In the instance's dict, since the class of that name inside GraphModule would shadow it.
             yield f"made.__dict__[{name!r}] = fx.symbolic_trace(GraphModule.{name}())"
         elif isinstance(value, torch.Tensor):
             yield f"made.register_buffer({name!r}, {_made(value)})"

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..compat import auto_functionalized, named_arguments, statically_known_true, storage_of
+from .outcome import Declined, Obstacle, require
 
 # Ops that Inductor cannot fuse, so that they write their results when they are called. Any other
 # node may be inlined into its readers, and would then read memory after the op has overwritten it.
@@ -44,19 +45,22 @@ class Memory:
             if storage is not None:
                 self.sharing[storage].append(node)
 
-    def is_dead_after(self, old: fx.Node, node: fx.Node) -> bool:
-        """Whether only this graph knows the storage of ``old``, and ``node`` is its last reader."""
+    def require_dead_after(self, old: fx.Node, node: fx.Node) -> None:
+        """Only this graph must know the storage of ``old``, and ``node`` must be its last reader.
+
+        Raises:
+            Declined: something may read the storage after the node.
+        """
         storage = storage_of(old)
         if storage is None:
-            return False
+            raise Declined(Obstacle.UNKNOWN_MEMORY, old)
         sharing = self.sharing[storage]
-        if any(other.op in ("placeholder", "get_attr") for other in sharing):
-            return False
+        outside = any(other.op in ("placeholder", "get_attr") for other in sharing)
+        require(not outside, Obstacle.INPUT)
         arguments = [x for x in named_arguments(node).values() if isinstance(x, fx.Node)]
-        if [x for x in arguments if x in sharing] != [old]:
-            return False
+        require([x for x in arguments if x in sharing] == [old], Obstacle.SHARED_MEMORY)
         readers = {reader for other in sharing for reader in other.users} - {node}
-        return not self._read_after(readers, node)
+        require(not self._read_after(readers, node), Obstacle.READ_LATER)
 
     def readers_of(self, old: fx.Node) -> set[fx.Node] | None:
         """Who reads the storage of a tensor, except views; None if others know it, too."""

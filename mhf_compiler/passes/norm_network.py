@@ -1,13 +1,14 @@
 """A norm, a router and the network that reads both, as one op.
 
-The last of the passes over Inductor's graph. Behind the first two, a network may stand in it as two
-calls that write to the same memory:
+The last pass over Inductor's graph. After the other two, a network may appear there as two calls
+that write to the same memory:
 
-    r, q = norm_and_route(query, ..)              put there by norm_router.py
-    out  = multi_head_ffn_over_query(q, .., r)    put there by overwrite.py
+    r, q = norm_and_route(query, ..)              from norm_router.py
+    out  = multi_head_ffn_over_query(q, .., r)    from overwrite.py
 
-If nobody else reads q and r, and the machine has a kernel that does all of it, one call takes the
-place of the two: the queries are then read and written once, and r is never written.
+If nothing else reads q and r, and the machine has a kernel that does all of it, one call of
+``normed_multi_head_ffn_over_query`` replaces the two: then the queries are read and written once,
+and r is never written.
 """
 
 from __future__ import annotations
@@ -21,22 +22,31 @@ from torch import fx
 from ..compat import auto_functionalized, has_symbols, statically_known_true
 from .functional import call_over, replace_by_item, runs
 from .memory import views_down_to
+from .outcome import Declined, Fusion, Obstacle, declined, fused, require
 
-# The op's arguments behind the queries.
+# The op's arguments after the queries.
 _TENSORS = ("norm_weight", "router", "k", "u", "v")
 _CONSTANTS = ("norm_eps", "rounds_first", "routing", "sum_floor", "sum_eps", "r_dtype")
 _NETWORK = ("activation", "k_scale", "u_scale", "out_scale")
 
 
-def join_networks(graph: fx.Graph) -> None:
-    """Let one op do what ``norm_and_route`` and the network behind it do."""
+_OP = "normed_multi_head_ffn_over_query"
+
+
+def fuse_norm_network(graph: fx.Graph) -> list[Fusion]:
+    """Let one op do what ``norm_and_route`` and the network after it do."""
+    outcomes = []
     for network in [node for node in graph.nodes if _calls(node, "multi_head_ffn_over_query")]:
-        router = _router_of(network)
-        if router is None:
+        try:
+            router = _router_of(network)
+            arguments = _arguments(router, network)
+            _check_kernel(network, arguments)
+        except Declined as reason:
+            outcomes.append(declined(_OP, network, reason))
             continue
-        arguments = _arguments(router, network)
-        if _runs(network, arguments):
-            _replace(graph, router, network, arguments)
+        outcomes.append(fused(_OP, network))
+        _replace(graph, router, network, arguments)
+    return outcomes
 
 
 def _calls(node: fx.Node, name: str) -> bool:
@@ -45,29 +55,30 @@ def _calls(node: fx.Node, name: str) -> bool:
     return node.target is auto_functionalized and op is not None and node.args[0] is op.default
 
 
-def _router_of(network: fx.Node) -> fx.Node | None:
-    """The call that makes what a network reads, if all of that is read by this network alone."""
+def _router_of(network: fx.Node) -> fx.Node:
+    """The call of ``norm_and_route`` whose results this network reads, and nothing else."""
     given = network.kwargs
     q, r = given["q"], given["r"]
     if not isinstance(q, fx.Node) or not isinstance(r, fx.Node):
-        return None
-    if any(given[name] is not None for name in ("k_bias", "u_bias", "v_bias")):
-        return None
+        raise Declined(Obstacle.NO_NORM_AND_ROUTE)
     views = views_down_to(r)
     weights = views[0].args[0] if views else r
     if not isinstance(weights, fx.Node) or weights.target is not operator.getitem:
-        return None
+        raise Declined(Obstacle.NO_NORM_AND_ROUTE)
     router = weights.args[0]
     if not isinstance(router, fx.Node) or not _calls(router, "norm_and_route"):
-        return None
+        raise Declined(Obstacle.NO_NORM_AND_ROUTE)
+    ours = q in router.users and (weights.args[1], q.args[1]) == (0, 1)
+    require(ours, Obstacle.NO_NORM_AND_ROUTE)
     items = {item for item in router.users if item.users}
-    if items != {q, weights} or (weights.args[1], q.args[1]) != (0, 1):
-        return None
-    if any(len(node.users) != 1 for node in (q, weights, *views)):
-        return None
+    alone = items == {q, weights} and all(len(node.users) == 1 for node in (q, weights, *views))
+    require(alone, Obstacle.READ_ELSEWHERE)
+    biased = any(given[name] is not None for name in ("k_bias", "u_bias", "v_bias"))
+    require(not biased, Obstacle.BIAS)
     made, read = weights.meta["val"].shape, r.meta["val"].shape
     alike = len(made) == len(read) and all(map(statically_known_true, map(operator.eq, made, read)))
-    return router if alike else None
+    require(alike, Obstacle.DIFFERENT_LAYOUT)
+    return router
 
 
 def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
@@ -83,25 +94,26 @@ def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
     }
 
 
-def _runs(network: fx.Node, arguments: dict[str, Any]) -> bool:
-    """Whether this machine has a kernel for it, which runs."""
+def _check_kernel(network: fx.Node, arguments: dict[str, Any]) -> None:
+    """There must be a kernel for this machine, and it must run."""
     from ..lowering.normed_network import Like, may_pay, trial_run
 
     q = arguments["q"].meta["val"]
     tensors = [arguments[name] and arguments[name].meta["val"] for name in _TENSORS]
-    if has_symbols([q.shape[2], *tensors]):
-        return False  # to ask would fix what is dynamic
+    # To ask would specialise what is dynamic.
+    require(not has_symbols([q.shape[2], *tensors]), Obstacle.DYNAMIC_SIZES)
     likes = tuple(x if x is None else Like(x.dtype, *map(tuple, (x.shape, x.stride())))
                   for x in tensors)  # fmt: skip
     tokens = q.shape[0] * q.shape[1]
     known = tokens if isinstance(tokens, int) else None
     k = likes[_TENSORS.index("k")]
     assert k is not None
-    if not may_pay(known, k, arguments["u"] is not None, q.device):
-        return False
+    pays = may_pay(known, k, arguments["u"] is not None, q.device)
+    require(pays, Obstacle.DOES_NOT_PAY)
     constants = tuple(arguments[name] for name in (*_CONSTANTS, *_NETWORK))
     what = "the norm before a network"
-    return runs(what, network, trial_run, q.shape[2], likes, constants, q.device)
+    ran = runs(what, network, trial_run, q.shape[2], likes, constants, q.device)
+    require(ran, Obstacle.KERNEL_FAILED)
 
 
 def _replace(graph: fx.Graph, router: fx.Node, network: fx.Node, arguments: dict[str, Any]) -> None:
@@ -110,7 +122,7 @@ def _replace(graph: fx.Graph, router: fx.Node, network: fx.Node, arguments: dict
     with graph.inserting_before(network):
         call = call_over(graph, network, op, arguments)
         for item in list(network.users):
-            replace_by_item(item, call, 1)  # behind what the op returns, which is nothing
+            replace_by_item(item, call, 1)  # item 0 is what the op returns, which is nothing
             graph.erase_node(item)
     for node in (network, *reversed(views), *list(router.users), router):
         graph.erase_node(node)

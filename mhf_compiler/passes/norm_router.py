@@ -1,9 +1,9 @@
 """The norm of the queries, the product before their router and its activation, as one op.
 
-In inference these are three kernels in front of the op, each bound by memory. A pass over
-Inductor's graph replaces them by a call of ``norm_and_route`` (lowering/normed_router.py), which
-normalises queries where they lie. The graph is read there because every spelling of a norm has
-become the same few operations, and because it tells who reads what:
+In inference these are three memory-bound kernels before the op. A pass over Inductor's graph
+replaces them by a call of ``norm_and_route`` (lowering/normed_router.py), which normalises queries
+in place. It reads that graph because there every spelling of a norm has become the same few
+operations, and because it shows who reads what:
 
     wide   = query as float32
     scale  = rsqrt(mean(wide * wide) + number)
@@ -14,16 +14,16 @@ become the same few operations, and because it tells who reads what:
     r      = logits | sigmoid(logits) | sigmoid(logits) / (sum, clamped or with a number added),
              rounded or not
 
-in any order of the factors. Behind q and the logits there may be views that drop and add dimensions
-of one, which the edit makes for a single sequence. What rounds elsewhere is not taken: the op has
-to compute what the graph says. A call is put there if all of this holds:
+in any order of the factors. q and the logits may be followed by views that drop or add dimensions
+of size one, which the edit inserts for a single sequence. A norm that rounds at other places is
+declined: the op has to compute what the graph says. A call is inserted if all of this holds:
 
-- nobody but the network and the router's product reads q, and nobody what lies between it and the
-  query; a result on the way to r that somebody else reads is where the op ends;
-- the query is dense, fills its memory, and lies as q does; that memory is no input's, and nobody
-  but the norm reads it, early or late. So not in training, where the backward pass does.
+- only the network and the router's product read q, and nothing else reads what lies between it and
+  the query; the op ends at the first result on the way to r that something else reads;
+- the query is dense, fills its storage, and has the strides of q; the storage belongs to no input,
+  and only the norm reads it. So not in training, where the backward pass reads it.
 
-The call comes in functional form, as those of overwrite.py, whose pass runs behind this one.
+The call is inserted in functional form, like those of overwrite.py, whose pass runs after this one.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from .functional import (
     viewed,
 )
 from .memory import Memory, is_call_of, takes_the_same_memory, unit_view_of, views_down_to
+from .outcome import Declined, Fusion, Obstacle, declined, fused, require
 
 _DEVICES = ("cuda",)  # on a CPU Inductor's own loops are as good
 _NARROW = (torch.bfloat16, torch.float16)
@@ -58,7 +59,7 @@ class _Norm(NamedTuple):
     wide: fx.Node  # the query in float32
     weight: fx.Node | None
     eps: float
-    rounds_first: bool  # before the weight, and behind it
+    rounds_first: bool  # before the weight, and again after it
     inside: list[fx.Node]  # all between the query and q
 
     @property
@@ -67,10 +68,10 @@ class _Norm(NamedTuple):
 
 
 class _Routing(NamedTuple):
-    """How the logits are made into weights, up to a node that the op may stand for."""
+    """How weights are computed from the logits, up to a node that the op may replace."""
 
     result: fx.Node
-    views: tuple[fx.Node, ...] = ()  # of the logits, the first thing that is made of them
+    views: tuple[fx.Node, ...] = ()  # of the logits, before anything else
     name: str = "none"
     sum_floor: float = 0.0  # sigmoids are positive
     sum_eps: float = 0.0
@@ -86,7 +87,7 @@ class _Site(NamedTuple):
     routing: _Routing
 
     def constants(self) -> tuple[Any, ...]:
-        """What the op takes behind the tensors, up to the dtype of r."""
+        """The op's arguments after the tensors, up to the dtype of r."""
         norm, routing = self.norm, self.routing
         return (
             *(norm.eps, norm.rounds_first),
@@ -94,39 +95,55 @@ class _Site(NamedTuple):
         )
 
 
-def join_norms(graph: fx.Graph) -> None:
+_OP = "norm_and_route"
+
+
+def fuse_norm_router(graph: fx.Graph) -> list[Fusion]:
     """Let one op normalise queries and compute the weights of their router."""
+    outcomes = []
     for product in [node for node in graph.nodes if is_call_of(node, "router_product")]:
         memory = Memory(graph)  # anew: what one site makes, the next may read
-        site = _read(product, memory)
-        if site is not None and _runs(site):
-            _replace(graph, site, memory)
+        try:
+            site = _read(product, memory)
+            _check_kernel(site)
+        except Declined as reason:
+            outcomes.append(declined(_OP, product, reason))
+            continue
+        outcomes.append(fused(_OP, product))
+        _replace(graph, site, memory)
+    return outcomes
 
 
-def _read(product: fx.Node, memory: Memory) -> _Site | None:
-    """What computes and reads the argument of a router's product, if the op can stand for it."""
+def _read(product: fx.Node, memory: Memory) -> _Site:
+    """What computes and reads the argument of a router's product.
+
+    Raises:
+        Declined: the op cannot replace it.
+    """
     from ..lowering.normed_router import MOST_WIDTH
 
     argument = named_arguments(product)["q"]
     example = _example(argument)
-    if example.device.type not in _DEVICES or example.dtype not in _NARROW:
-        return None
-    if not statically_known_true(example.shape[3] <= MOST_WIDTH):
-        return None
+    require(example.device.type in _DEVICES, Obstacle.DEVICE)
+    require(example.dtype in _NARROW, Obstacle.DTYPE)
+    require(statically_known_true(example.shape[3] <= MOST_WIDTH), Obstacle.WIDE_HEADS)
     views = views_down_to(argument)
     q = unit_view_of(views[0]) if views else argument
     assert q is not None
     readers = _readers(q)
-    if not all(_reads_as_query(reader, seen, product, memory) for reader, seen in readers):
-        return None
+    for reader, seen in readers:
+        require(_reads_as_query(reader, seen, product, memory), Obstacle.READ_ELSEWHERE, reader)
     norm = _norm_of(q, example)
-    if norm is None or memory.readers_of(norm.query) != {norm.wide}:
-        return None
-    if not takes_the_same_memory(norm.query, _example(q)):
-        return None
+    if norm is None:
+        raise Declined(Obstacle.NO_NORM)
+    known = memory.readers_of(norm.query)
+    if known is None:
+        raise Declined(Obstacle.INPUT)
+    require(known == {norm.wide}, Obstacle.READ_ELSEWHERE)
+    require(takes_the_same_memory(norm.query, _example(q)), Obstacle.DIFFERENT_LAYOUT)
     between = {*norm.inside, q}
-    if any(reader not in between for node in norm.inside for reader in node.users):
-        return None
+    outside = [reader for node in norm.inside for reader in node.users if reader not in between]
+    require(not outside, Obstacle.INTERMEDIATE_READ, next(iter(outside), None))
     routing = list(_routings_of(product))[-1]
     return _Site(q, views, list(dict.fromkeys(seen for _, seen in readers)), product, norm, routing)
 
@@ -145,9 +162,9 @@ def _readers(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _reads_as_query(reader: fx.Node, seen: fx.Node, product: fx.Node, memory: Memory) -> bool:
-    """Whether a node is the product, or a network behind it, and reads queries like the product.
+    """Whether a node is the product, or a network after it, that reads the same queries.
 
-    In one place only, and in the same shape.
+    As its queries only, and in the same shape.
     """
     if reader is not product and not (
         is_call_of(reader, "multi_head_ffn") and memory.position[reader] > memory.position[product]
@@ -225,7 +242,7 @@ def _is_weight(node: fx.Node, q: fx.Node, seen: torch.Tensor) -> bool:
 
 
 def _routings_of(product: fx.Node) -> Iterator[_Routing]:
-    """The ever longer ways that begin at the logits and have no reader beside them."""
+    """The ever longer chains that begin at the logits and that nothing else reads."""
     yield _Routing(product)
     readers = _readers(product)
     if len(readers) != 1:
@@ -291,7 +308,7 @@ def _normalised(last: _Routing) -> _Routing | None:
 
 
 def _lies_alike(result: fx.Node, logits: fx.Node) -> bool:
-    """Whether a result lies in memory as the logits do; strides of one number do not matter."""
+    """Whether a result has the strides of the logits, except in dimensions of size one."""
     one, other = _example(result), _example(logits)
     return all(
         statically_known_true(size == 1) or statically_known_true(step == step_)
@@ -358,15 +375,16 @@ def _over_last_dim(node: Any, target: Any) -> fx.Node | None:
 # The call.
 
 
-def _runs(site: _Site) -> bool:
-    """Whether the kernel runs on this machine."""
+def _check_kernel(site: _Site) -> None:
+    """The kernel must run on this machine."""
     from ..lowering.normed_router import trial_run
 
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
-    if any(has_symbols(x.shape) for x in (weight, norm_weight) if x is not None):
-        return False  # to ask would fix what is dynamic
-    return runs(
+    # To ask would specialise what is dynamic.
+    dynamic = any(has_symbols(x.shape) for x in (weight, norm_weight) if x is not None)
+    require(not dynamic, Obstacle.DYNAMIC_SIZES)
+    ran = runs(
         "the norm before a router",
         site.product,
         trial_run,
@@ -377,6 +395,7 @@ def _runs(site: _Site) -> bool:
         site.constants(),
         q.device,
     )
+    require(ran, Obstacle.KERNEL_FAILED)
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, ...]:
@@ -397,7 +416,7 @@ def _replace(graph: fx.Graph, site: _Site, memory: Memory) -> None:
         r = viewed(item_of(site.product, call, 0), routing.views)
         replace_with_views(routing.result, r)
         for seen in site.seen:
-            replace_by_item(seen, call, 1)  # behind what the op returns
+            replace_by_item(seen, call, 1)  # the argument follows what the op returns
     replaced = {*norm.inside, site.q, *site.seen, *routing.inside, routing.result, site.product}
     for seen in site.seen:
         replaced |= {*views_down_to(seen)}

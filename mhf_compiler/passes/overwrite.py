@@ -1,68 +1,101 @@
-"""Memory that nobody needs any more, for what the op writes.
+"""Reuse dead buffers: let the op write its result over an input that is no longer needed.
 
-In inference the queries are dead behind the op, in the backward pass the gradient of its result is:
-each as large as what the op then writes. The op itself stays functional, in Dynamo's graph and
-through autograd. Only where Inductor is about to decide what is written in place, when the readers
-of every tensor are known, are calls replaced by those of ops that write to an argument.
+In inference the queries are dead after the op; in the backward pass, so is the gradient of its
+result. Each has exactly the size of the tensor that the op writes. The op itself stays functional,
+in Dynamo's graph and through autograd. Only when the readers of every tensor are known, just before
+Inductor decides what is written in place, are calls replaced by calls of mutating ops.
 
-They are put there in the functional form that PyTorch has for such ops: where Inductor finds
-another reader in the graph, it copies. That would take more memory than before, and Inductor does
-not see who reads late: what it computes only where it is used, in one kernel with its reader. So a
-call is replaced only if all of this holds, and the last of it is what makes the result right:
+They are inserted in the functional form that PyTorch has for such ops: Inductor copies an argument
+that has another reader in the graph. Such a copy would take more memory than before, and Inductor
+does not see late readers: nodes that it inlines into their readers. So a call is replaced only if
+all of this holds, and the last condition is what makes the result right:
 
-- what is overwritten is dense, fills its memory, and has the dtype, the shape and the strides that
-  the result has;
-- its memory is no input's or parameter's, nor that of another argument;
-- nothing reads it behind the op, the graph's output included, and nothing that Inductor computes
-  late, when it is read, would have read it.
+- what is overwritten is dense, fills its storage, and has the dtype, the shape and the strides of
+  the result;
+- its storage belongs to no input or parameter, and to no other argument;
+- nothing reads it after the op, the graph's output included, and nothing that Inductor may inline
+  into a later node has read it.
 
-A router that reads the queries has a part in their gradient, another tensor as large. Where both
-parts are only read to be added, the router's backward pass adds its own to the op's.
+A router that reads the queries contributes to their gradient, in another tensor of that size. If
+both parts are only read by their sum, the router's backward pass adds its part in place.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from ..compat import named_arguments
 from .functional import call_over, replace_by_item
-from .memory import Memory, takes_the_same_memory
+from .memory import Memory, is_call_of, takes_the_same_memory
+from .outcome import Declined, Fusion, Obstacle, declined, fused, require
+
+_OVER_QUERY = "multi_head_ffn_over_query"
+_OVER_GRADIENT = "multi_head_ffn_backward_over_gradient"
+_ONTO = "router_product_backward_onto"
 
 
-def reuse_memory(graph: fx.Graph) -> None:
-    """Let the op write over the queries, and its backward pass over the gradient that it read."""
-    _add_parts_in_place(graph)
-    ops = torch.ops.mhf_compiler
-    replace = {
-        ops.multi_head_ffn.default: (_may_write_over_query, _write_over_query),
-        ops.multi_head_ffn_backward.default: (_may_write_over_gradient, _write_over_gradient),
-    }
-    calls = [node for node in graph.nodes if node.target in replace]
-    if not calls:
-        return
+def overwrite_dead_buffers(graph: fx.Graph) -> list[Fusion]:
+    """Let the op write over the queries, and its backward pass over the gradient that it read.
+
+    Before and after:
+
+        out = multi_head_ffn(q, ..)                  out = multi_head_ffn_over_query(q, ..)
+        dq, .. = multi_head_ffn_backward(dout, ..)   dq, .. = multi_head_ffn_backward_over_gradient
+        dq + router_product_backward(..)[0]          router_product_backward_onto(.., dq)
+    """
+    outcomes = _add_parts_in_place(graph)
     memory = Memory(graph)
-    # All are judged before the first is replaced: new nodes have no place in the graph's memory.
-    for node in [node for node in calls if replace[node.target][0](node, memory)]:
-        replace[node.target][1](graph, node)
+    # All are judged before the first is replaced: ``memory`` does not know new nodes.
+    judged = [(call, _judge(call, memory)) for call in _calls(graph)]
+    for call, outcome in judged:
+        if outcome.obstacle is None:
+            call.replace(graph, call.node)
+    return outcomes + [outcome for _, outcome in judged]
 
 
-def _may_write_over_query(node: fx.Node, memory: Memory) -> bool:
+class _Call(NamedTuple):
+    """A call whose result could take the place of an argument."""
+
+    node: fx.Node
+    op: str
+    check: Callable[[fx.Node, Memory], None]
+    replace: Callable[[fx.Graph, fx.Node], None]
+
+
+def _calls(graph: fx.Graph) -> Iterator[_Call]:
+    for node in graph.nodes:
+        if is_call_of(node, "multi_head_ffn"):
+            yield _Call(node, _OVER_QUERY, _check_query, _write_over_query)
+        elif is_call_of(node, "multi_head_ffn_backward") and named_arguments(node)["needs"][0]:
+            yield _Call(node, _OVER_GRADIENT, _check_gradient, _write_over_gradient)
+
+
+def _judge(call: _Call, memory: Memory) -> Fusion:
+    try:
+        call.check(call.node, memory)
+    except Declined as reason:
+        return declined(call.op, call.node, reason)
+    return fused(call.op, call.node)
+
+
+def _check_query(node: fx.Node, memory: Memory) -> None:
     q = named_arguments(node)["q"]
-    return takes_the_same_memory(q, node.meta.get("val")) and memory.is_dead_after(q, node)
+    require(takes_the_same_memory(q, node.meta.get("val")), Obstacle.DIFFERENT_LAYOUT)
+    memory.require_dead_after(q, node)
 
 
-def _may_write_over_gradient(node: fx.Node, memory: Memory) -> bool:
-    arguments = named_arguments(node)
-    grad_out, gradients = arguments["grad_out"], node.meta.get("val", ())
-    return (
-        bool(arguments["needs"][0])
-        and all(reader.target is operator.getitem for reader in node.users)
-        and takes_the_same_memory(grad_out, next(iter(gradients), None))
-        and memory.is_dead_after(grad_out, node)
-    )
+def _check_gradient(node: fx.Node, memory: Memory) -> None:
+    grad_out, gradients = named_arguments(node)["grad_out"], node.meta.get("val", ())
+    items = all(reader.target is operator.getitem for reader in node.users)
+    require(items, Obstacle.READ_ELSEWHERE)
+    same = takes_the_same_memory(grad_out, next(iter(gradients), None))
+    require(same, Obstacle.DIFFERENT_LAYOUT)
+    memory.require_dead_after(grad_out, node)
 
 
 def _write_over_query(graph: fx.Graph, node: fx.Node) -> None:
@@ -72,7 +105,7 @@ def _write_over_query(graph: fx.Graph, node: fx.Node) -> None:
     op = torch.ops.mhf_compiler.multi_head_ffn_over_query.default
     with graph.inserting_before(node):
         call = call_over(graph, node, op, arguments)
-        replace_by_item(node, call, 1)  # behind what the op returns, which is nothing
+        replace_by_item(node, call, 1)  # item 0 is what the op returns, which is nothing
     graph.erase_node(node)
 
 
@@ -85,26 +118,34 @@ def _write_over_gradient(graph: fx.Graph, node: fx.Node) -> None:
         for reader in list(node.users):
             (_, index) = reader.args
             which = wanted[int(index)]  # type: ignore[arg-type]
-            # What is written over comes behind the gradients of all arguments but the queries.
+            # The overwritten argument follows the gradients of all arguments except the queries.
             item = len(arguments["needs"]) - 1 if which == 0 else which - 1
             replace_by_item(reader, call, item)
             graph.erase_node(reader)
     graph.erase_node(node)
 
 
-def _add_parts_in_place(graph: fx.Graph) -> None:
-    """Let routers' backward passes add to the gradient of the queries that is there before them."""
-    ops = torch.ops.mhf_compiler
-    calls = [node for node in graph.nodes if node.target is ops.router_product_backward.default]
-    computed = set()  # by the op, or by what stands below
+def _add_parts_in_place(graph: fx.Graph) -> list[Fusion]:
+    """Let routers' backward passes add to a gradient of the queries that was computed before."""
+    calls = [
+        node
+        for node in graph.nodes
+        if is_call_of(node, "router_product_backward") and named_arguments(node)["needs"][0]
+    ]
+    computed = set()  # gradients of queries, by the op or by a call that was replaced here
     for node in graph.nodes:
-        if node.target is ops.multi_head_ffn_backward.default and named_arguments(node)["needs"][0]:
+        if is_call_of(node, "multi_head_ffn_backward") and named_arguments(node)["needs"][0]:
             computed |= set(_items(node, 0))
+    outcomes = []
     for node in calls:
-        parts = _items(node, 0) if named_arguments(node)["needs"][0] else []
-        totals = [total for part in parts for total in part.users]
-        if len(totals) == 1 and _may_add_onto(totals[0], parts[0], node, computed):
-            computed.add(_add_onto(graph, node, parts[0], totals[0]))
+        try:
+            part, total = _sum_of(node, computed)
+        except Declined as reason:
+            outcomes.append(declined(_ONTO, node, reason))
+            continue
+        outcomes.append(fused(_ONTO, node))
+        computed.add(_add_onto(graph, node, part, total))
+    return outcomes
 
 
 def _items(node: fx.Node, index: int) -> list[fx.Node]:
@@ -112,20 +153,27 @@ def _items(node: fx.Node, index: int) -> list[fx.Node]:
     return [x for x in node.users if x.target is operator.getitem and x.args[1] == index]
 
 
-def _may_add_onto(total: fx.Node, part: fx.Node, node: fx.Node, computed: set[fx.Node]) -> bool:
-    """Whether a sum adds a part to a gradient that is there before, and nothing else reads it."""
-    if total.target is not torch.ops.aten.add.Tensor or total.kwargs or len(total.args) != 2:
-        return False
+def _sum_of(node: fx.Node, computed: set[fx.Node]) -> tuple[fx.Node, fx.Node]:
+    """A call's part of the gradient, and the sum that adds it to one computed before.
+
+    Raises:
+        Declined: there is no such sum, or something else reads what it adds.
+    """
+    parts = _items(node, 0)
+    totals = [total for part in parts for total in part.users]
+    require(len(totals) == 1, Obstacle.NOT_ADDED)
+    part, total = parts[0], totals[0]
+    plain = not total.kwargs and len(total.args) == 2
+    require(total.target is torch.ops.aten.add.Tensor and plain, Obstacle.NOT_ADDED)
     left, right = total.args
     onto = left if right is part else right
-    return (
-        isinstance(onto, fx.Node)
-        and onto in computed
-        and onto < node
-        and len(onto.users) == 1
-        and onto.meta["val"].dtype is part.meta["val"].dtype
-        and takes_the_same_memory(onto, total.meta["val"])
-    )
+    if not (isinstance(onto, fx.Node) and onto in computed and onto < node):
+        raise Declined(Obstacle.NOT_ADDED)
+    require(len(onto.users) == 1, Obstacle.READ_ELSEWHERE)
+    alike = onto.meta["val"].dtype is part.meta["val"].dtype
+    alike = alike and takes_the_same_memory(onto, total.meta["val"])
+    require(alike, Obstacle.DIFFERENT_LAYOUT)
+    return part, total
 
 
 def _add_onto(graph: fx.Graph, node: fx.Node, part: fx.Node, total: fx.Node) -> fx.Node:
@@ -140,7 +188,7 @@ def _add_onto(graph: fx.Graph, node: fx.Node, part: fx.Node, total: fx.Node) -> 
         for reader in _items(node, 1):
             replace_by_item(reader, call, 0)
             graph.erase_node(reader)
-        result = replace_by_item(total, call, 1)  # what is added to comes behind what is returned
+        result = replace_by_item(total, call, 1)  # the argument follows what the op returns
     for old in (total, part, node):
         graph.erase_node(old)
     return result

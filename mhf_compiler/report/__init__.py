@@ -8,6 +8,7 @@ report      ``Report``, on top of the renderings
 logs        counters, log lines and trace artifacts during a compilation
 """
 
+from ..passes.outcome import Fusion
 from ..patterns import Location, Reason
 from .report import SCHEMA, Report
 from .values import (
@@ -23,6 +24,7 @@ from .values import (
 __all__ = [
     "SCHEMA",
     "Argument",
+    "Fusion",
     "GraphBreak",
     "GraphReport",
     "Location",

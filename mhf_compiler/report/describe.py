@@ -1,9 +1,9 @@
-"""From sites and near-misses to the values of a report: in the words of the model's author.
+"""From sites and near-misses to the values of a report, in the words of the model's author.
 
 A graph says ``l_self_modules_ffn_parameters_gate_``, its author says ``ffn.gate``. Names come from
 where Dynamo found each input, module paths from the stack of modules that each node was traced in,
-and lines from its stack of frames. The formula is written over the paper's letters, which the list
-of arguments then gives the model's names.
+and lines from its stack of frames. The formula uses the paper's letters; the list of arguments maps
+them to the model's names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..lowering.cost import Estimate
     from ..lowering.workload import Workload
 
-#: of the op's arguments, in the order of the formula
+#: role of a site -> its letter, in the order of the formula
 _LETTERS = {
     "query": "Q",
     "gate": "K",
@@ -44,12 +44,12 @@ _LETTERS = {
     "down_bias": "bV",
     "residual": "X",
 }
-_MANY_TOKENS = 8192  # what the cost model takes a dynamic number for
+_MANY_TOKENS = 8192  # assumed by the cost model if the number is dynamic
 _PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|tensordot|mv)\b")
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
-_MOST_NODES = 160  # of a region; a larger one is no picture to be read
-_MOST_AROUND = 24  # of what is around an operation
+_MOST_NODES = 160  # of a region; a larger picture is unreadable
+_MOST_AROUND = 24  # neighbours of an operation
 
 
 def site_report(
@@ -59,7 +59,7 @@ def site_report(
     reason: Reason | None = None,
     products: Sequence[RouterProduct] = (),
 ) -> SiteReport:
-    """A proved site: rewritten, with the products before its router, or with a reason why not."""
+    """A proved site: rewritten with the products before its router, or declined with a reason."""
     from ..lowered import kernels_of
 
     module, module_class = _module_of_site(site)
@@ -112,13 +112,13 @@ def operation(node: fx.Node) -> Operation:
 
 
 def matrix_products(gm: fx.GraphModule) -> list[Operation]:
-    """Every matrix product of a graph: what a down projection could have been."""
+    """Every matrix product of a graph, each a possible down projection."""
     calls = (node for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
     return [operation(node) for node in calls if _PRODUCT.search(_target(node))]
 
 
 def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
-    """Why Dynamo ended this graph, if the model goes on behind it."""
+    """Why Dynamo ended this graph, if the model continues after it."""
     found = reason_of_graph_break(gm)
     if found is None:
         return None
@@ -181,7 +181,7 @@ def _arguments(site: Site) -> Iterator[Argument]:
 
 
 def _before_views(value: Value) -> Value:
-    """What a cast, or another operation of one tensor, was made of, if that is an input."""
+    """The input under a chain of casts and other operations of one tensor, if there is one."""
     source = value
     while source.op != STACK and len(source.operands) == 1:
         (source,) = source.operands
@@ -189,7 +189,7 @@ def _before_views(value: Value) -> Value:
 
 
 def name_of(value: Value) -> str:
-    """What the model calls it: the path of a parameter, the variable of what is computed."""
+    """The model's name for it: the path of a parameter, the variable of a computed value."""
     if value.op == STACK:
         names = [name_of(_before_views(part)) for part in value.args]
         if len(names) > _MOST_NAMES:
@@ -218,7 +218,7 @@ def _modules(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def _module_of_site(site: Site) -> tuple[str | None, str | None]:
-    """The innermost module that all projections belong to; views may lie outside of it."""
+    """The innermost module that contains all projections; views may be outside of it."""
     nodes = {value.origin for value in site.replaces}
     products = [node for node in nodes if _PRODUCT.search(_target(node))]
     common: list[tuple[str, str]] | None = None
@@ -265,8 +265,8 @@ def _region(site: Site) -> tuple[RegionNode, ...]:
 
 
 def _around(offending: fx.Node) -> tuple[RegionNode, ...]:
-    """The operations nearest to one: what is made of it, and what it and those are made of."""
-    found = {offending: True}  # in the order of their distance: whether it is made of the one
+    """The operations nearest to one: its users, and the operands of it and of those."""
+    found = {offending: True}  # in order of distance -> whether it depends on the offending one
     edge = [offending]
     while edge and len(found) < _MOST_AROUND:
         near = {node: False for reader in edge for node in reader.all_input_nodes}
@@ -318,7 +318,7 @@ def _shown(argument: object) -> str:
 
 
 def _without_node(reason: Reason | None) -> Reason | None:
-    """A report must not keep its graph alive."""
+    """The reason without its node, so that a report does not keep its graph alive."""
     return None if reason is None else replace(reason, node=None)
 
 

@@ -1,8 +1,9 @@
 """What a compilation tells about its graphs: counters, log lines, trace artifacts.
 
 counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
+                                (the passes after autograd are counted where they run)
 TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all details
-TORCH_TRACE=folder              the graph before and after and the report, for tlparse
+TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..compat import counters, trace_artifact
-from .report import Report
-from .text import details, line_for
+from ..passes.outcome import Fusion
+from .report import Report, plain
+from .text import details, line_for, line_for_fusion
 from .values import GraphReport
 
 log = logging.getLogger("mhf_compiler")
@@ -28,6 +30,19 @@ def announce(report: GraphReport) -> None:
     trace_artifact("flashmhf_before", "string", lambda: report.before)
     trace_artifact("flashmhf_after", "string", lambda: report.after)
     trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
+
+
+def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
+    """Log and trace what the passes after autograd did to one of Inductor's graphs."""
+    for fusion in fusions:
+        log.info("%s", line_for_fusion(fusion))
+    for note in notes:
+        log.info("%s", note)
+    trace_artifact(
+        "flashmhf_fusions",
+        "json",
+        lambda: json.dumps({"fusions": plain(fusions), "notes": plain(notes)}),
+    )
 
 
 @contextmanager

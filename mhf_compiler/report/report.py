@@ -14,6 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..passes.outcome import Obstacle
 from ..patterns import Reason
 from .dot import draw
 from .page import notebook, page
@@ -60,7 +61,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, numbers and strings; docs/report.md lists the keys."""
-        return {"schema": SCHEMA, **_plain(self)}
+        return {"schema": SCHEMA, **plain(self)}
 
     def to_json(self, path: str | PathLike[str] | None = None, *, indent: int | None = 2) -> str:
         """``to_dict`` as JSON, which is also written to ``path`` if one is given."""
@@ -91,16 +92,18 @@ class Report:
         return notebook(self.graphs)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value for JSON: dataclasses as dicts of their fields, reasons in words."""
+    if isinstance(value, Obstacle):
+        return {"kind": value.name, "sentence": value.sentence}
     if isinstance(value, Reason):
         kind = value.kind
         words = {"sentence": kind.sentence, "detail": value.detail, "remedy": kind.remedy}
         return {"kind": kind.name, **words}
     if is_dataclass(value):
-        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return value.name if isinstance(value, Enum) else value

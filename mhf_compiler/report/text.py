@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
+from ..passes.outcome import Fusion
 from .groups import Group, grouped
 from .values import (
     GraphReport,
@@ -18,6 +20,7 @@ from .values import (
 
 _WIDTH = 100
 _MOST_PRODUCTS = 12
+_NOT_RUN = "no pass has run; when Inductor compiles the model, counters and logs say what was fused"
 _WHOLE = ("why", "operation", "what to do")  # never wrapped, so that they can be searched for
 
 Graphs = Sequence[GraphReport]
@@ -36,6 +39,8 @@ def printed(graphs: Graphs) -> str:
         parts.append(f"Declined\n{paragraphs}")
     if not rewritten and not declined and not notes:
         parts.append(why_nothing(graphs))
+    if rewritten:
+        parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
     breaks = list(_graph_breaks(graphs))
     if breaks:
         parts.append("Graph breaks\n" + "\n".join(breaks))
@@ -68,6 +73,20 @@ def why_nothing(graphs: Graphs) -> str:
         lines.append(f"and {len(products) - _MOST_PRODUCTS} more")
     listed = "\n".join(f"  {line}" for line in lines)
     return f"{text}\n\nLooked at, as the matrix products that there are\n{listed}"
+
+
+def fusion_lines(graphs: Graphs) -> list[str]:
+    """What the passes after autograd did and declined; equal lines once, with their number."""
+    ran = [graph.fusions for graph in graphs if graph.fusions is not None]
+    if not ran:
+        return [_NOT_RUN]
+    found = Counter(line_for_fusion(fusion) for fusions in ran for fusion in fusions)
+    return [line if count == 1 else f"{line} ({count} times)" for line, count in found.items()]
+
+
+def line_for_fusion(fusion: Fusion) -> str:
+    """A fusion in one line."""
+    return f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}"
 
 
 def line_for(site: SiteReport) -> str:

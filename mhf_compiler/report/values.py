@@ -1,6 +1,7 @@
 """What a report holds, as plain values.
 
     GraphReport          one graph: its code before and after, its sites
+      Fusion             what a pass after autograd did at one place, or why not (passes/outcome.py)
       SiteReport         one MH-FFN that was rewritten, or one near-miss
         Argument         a tensor of the formula, by the model's own name for it
         Operation        the operation that decided a near-miss
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..passes.outcome import Fusion
 from ..patterns import Location, Reason
 
 
@@ -193,6 +195,8 @@ class GraphReport:
         notes: further remarks, one sentence each.
         products: all its matrix products, if none belongs to a site or a near-miss.
         graph_break: why it ended before the end of the model, if it did.
+        fusions: what the passes after autograd did and declined; None if they did not run, because
+            Inductor was not asked to compile the graph, or found it in its cache.
     """
 
     before: str
@@ -204,6 +208,7 @@ class GraphReport:
     notes: list[str] = field(default_factory=list)
     products: list[Operation] = field(default_factory=list)
     graph_break: GraphBreak | None = None
+    fusions: list[Fusion] | None = None
 
 
 def all_rewritten(graphs: Iterable[GraphReport]) -> list[SiteReport]:

@@ -157,14 +157,14 @@ def times(output: str) -> list[str]:
 
 
 def test_bench_compares_both_ways():
-    done = bench("Heads")
+    done = bench("Heads", "--no-grad")
     assert done.exit_code == 0, done.output
     assert times(done.stdout) == ["forward"]
     assert "as written     rewritten   speed-up" in done.stdout
 
 
 def test_bench_takes_one_site_by_its_number_in_the_report():
-    done = bench("Tower", "--site", "1", "--training")
+    done = bench("Tower", "--site", "1")
     assert done.exit_code == 0, done.output
     title, numbers, *_ = done.stdout.splitlines()
     assert title.startswith("site 1: layers.1 at ")
@@ -193,7 +193,7 @@ def test_a_site_that_is_not_there_is_one_line(model: str, site: str, message: st
 def test_no_times_where_the_numbers_disagree(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "takes", lambda q, activation: False)
     monkeypatch.setitem(ACTIVATIONS, "relu", ACTIVATIONS["silu"])
-    done = bench("Heads", "--site", "0")
+    done = bench("Heads", "--site", "0", "--no-grad")
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: 1 of 1 results are wrong: output 0: error ")
     assert times(done.stdout) == []

@@ -3,8 +3,9 @@
 On a CPU the passes leave graphs as they are; here they take them for those of a GPU.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ from mhf_compiler.lowering.normed_network import Like
 from mhf_compiler.passes import functional, norm_network, norm_router
 
 B, L, H, E, d, f = 2, 16, 4, 3, 16, 32
-JOINED = "mhf_compiler.normed_multi_head_ffn_over_query.default("
-APART = ("mhf_compiler.norm_and_route.default(", "mhf_compiler.multi_head_ffn_over_query.default(")
+FUSED = "normed_multi_head_ffn_over_query"
+PARTS = ("norm_and_route", "multi_head_ffn_over_query")
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +60,16 @@ class Network(MultiHeadFFN):
 Run = Callable[[Network, Tensor], Any]
 
 
-def infer(run: Run, module: Any = None, tokens: tuple[int, int] = (B, L), **options: Any) -> str:
+class Program(NamedTuple):
+    """What was compiled: how often each op was put in place or declined, and the code."""
+
+    counts: Counter[str]
+    code: str
+
+
+def infer(
+    run: Run, module: Any = None, tokens: tuple[int, int] = (B, L), **options: Any
+) -> Program:
     """The program, whose results are those of eager, over inputs that it leaves as they were."""
     module, x = module or Network(), torch.randn(*tokens, H * d).bfloat16()
     before = x.clone()
@@ -77,27 +87,28 @@ def infer(run: Run, module: Any = None, tokens: tuple[int, int] = (B, L), **opti
         assert (one.float() - right.float()).norm() <= 2e-2 * right.float().norm()
         assert one.equal(other)
     assert x.equal(before)
-    return "\n".join(codes)
+    return Program(Counter(counters["flashmhf"]), "\n".join(codes))
 
 
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(B, L), (1, L), (B, 1), (1, 1)])
 def test_one_call_takes_the_place_of_two(networks: Any, tokens: tuple[int, int]):
-    code = infer(lambda m, x: x + m(x), Network(networks), tokens)
-    assert code.count(JOINED) == 1
-    assert not any(call in code for call in APART)
+    counts, code = infer(lambda m, x: x + m(x), Network(networks), tokens)
+    assert counts[FUSED] == 1
+    assert counts[f"{FUSED}_declined"] == 0
+    assert not any(f"mhf_compiler.{part}.default(" in code for part in PARTS)
 
 
 def test_nothing_is_copied():
     """The queries are made once, and one op writes over them; beside them is what comes behind."""
-    code = infer(lambda m, x: m(x))
+    code = infer(lambda m, x: m(x)).code
     assert code.count(" = empty_strided_cpu(") == 2
     assert "copy_" not in code
 
 
 def test_every_layer():
-    code = infer(lambda m, x: x + m(x + m(x + m(x))))
-    assert code.count(JOINED) == 3
+    counts = infer(lambda m, x: x + m(x + m(x + m(x)))).counts
+    assert counts[FUSED] == counts[PARTS[0]] == counts[PARTS[1]] == 3
 
 
 def test_heads_that_share_weights():
@@ -108,7 +119,7 @@ def test_heads_that_share_weights():
         gate, up, down = (w[::2].repeat_interleave(2, 0) for w in (m.gate, m.up, m.down))
         return m.outputs(m.networks(q, gate, up, down, m.route(q)).flatten(2))
 
-    assert infer(run).count(JOINED) == 1
+    assert infer(run).counts[FUSED] == 1
 
 
 def test_numbers_that_change_in_between():
@@ -121,7 +132,7 @@ def test_numbers_that_change_in_between():
         scale.mul_(3)
         return m.outputs(m.networks(q, m.gate * scale, m.up, m.down, r).flatten(2))
 
-    assert infer(run).count(JOINED) == 1
+    assert infer(run).counts[FUSED] == 1
 
 
 def kept_q(m: Network, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,18 +212,38 @@ APARTS: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize("run", APARTS.values(), ids=APARTS)
-def test_they_stay_apart(run: Run):
-    assert JOINED not in infer(run)
+OBSTACLES = {
+    "q is returned": "",  # then nothing is overwritten
+    "r is returned": "NO_NORM_AND_ROUTE",
+    "r is read behind the op": "NO_NORM_AND_ROUTE",
+    "softmax": "NO_NORM_AND_ROUTE",
+    "heads rolled": "NO_NORM_AND_ROUTE",
+    "networks flipped": "NO_NORM_AND_ROUTE",
+    "tokens shifted": "NO_NORM_AND_ROUTE",
+    "two networks read them": "NO_NORM_AND_ROUTE",
+    "routed by another's queries": "NO_NORM_AND_ROUTE",
+    "a bias": "BIAS",
+    "no router": "NO_NORM_AND_ROUTE",
+}
+
+
+@pytest.mark.parametrize(("name", "run"), APARTS.items(), ids=APARTS)
+def test_they_stay_apart(name: str, run: Run):
+    counts = infer(run).counts
+    networks = counts[PARTS[1]]
+    assert counts[FUSED] == 0
+    assert counts[f"{FUSED}_declined"] == networks
+    assert networks == 0 or counts[f"{FUSED}_declined.{OBSTACLES[name]}"] == networks
 
 
 def test_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
     monkeypatch.setattr(normed_network, "may_pay", lambda *sizes: asked.append(sizes))
-    code = infer(lambda m, x: m(x))
+    counts = infer(lambda m, x: m(x)).counts
     weights = Like(torch.bfloat16, (H, E, f, d), (E * f * d, f * d, d, 1))
     assert asked == [(B * L, weights, True, torch.device("cpu"))]
-    assert all(call in code for call in APART)
+    assert counts[f"{FUSED}_declined.DOES_NOT_PAY"] == 1
+    assert all(counts[part] == 1 for part in PARTS)
 
 
 def test_a_kernel_that_fails_is_tried_once_and_the_calls_stay(monkeypatch: pytest.MonkeyPatch):
@@ -224,9 +255,10 @@ def test_a_kernel_that_fails_is_tried_once_and_the_calls_stay(monkeypatch: pytes
 
     monkeypatch.setattr(normed_network, "trial_run", fail)
     with pytest.warns(match=r"the norm before a network at .*no such instruction"):
-        code = infer(lambda m, x: m(m(x)))
-    assert JOINED not in code
-    assert all(code.count(call) == 2 for call in APART)
+        counts = infer(lambda m, x: m(m(x))).counts
+    assert counts[FUSED] == 0
+    assert counts[f"{FUSED}_declined.KERNEL_FAILED"] == 2
+    assert all(counts[part] == 2 for part in PARTS)
     assert len(tried) == 1
 
 
@@ -258,7 +290,7 @@ def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
             right = module(x)
             assert (found - right).norm() <= 2e-2 * right.norm()
     assert len(set(codes)) == 1
-    assert JOINED in codes[0]
+    assert counters["flashmhf"][FUSED] == 1
     assert asked[0][0] is None
 
 
@@ -295,21 +327,23 @@ def test_a_pass_that_fails_leaves_what_the_others_did(monkeypatch: pytest.Monkey
         raise RuntimeError("no such node")
 
     monkeypatch.setattr(norm_network, "_replace", fail)
-    with pytest.warns(match="since a pass failed: RuntimeError: no such node"):
-        code = infer(lambda m, x: m(x), strict=False)
-    assert all(code.count(call) == 1 for call in APART)
+    with pytest.warns(match="since the pass mhf_norm_network failed: RuntimeError: no such node"):
+        counts, code = infer(lambda m, x: m(x), strict=False)
+    assert counts[FUSED] == counts[f"{FUSED}_declined"] == 0
+    assert all(code.count(f"mhf_compiler.{part}.default(") == 1 for part in PARTS)
 
 
 def test_training_keeps_all_of_it_apart():
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
     model = torch.compile(module, backend="flashmhf", options={"rewrite": "always"})
     with fresh_cache():
-        _, codes = run_and_get_code(lambda: model(x).sum().backward())
-    assert not any(JOINED in code for code in codes)
+        model(x).sum().backward()
+    assert counters["flashmhf"][f"{PARTS[1]}_declined"] == 1  # the passes ran
+    assert counters["flashmhf"][FUSED] == counters["flashmhf"][f"{FUSED}_declined"] == 0
 
 
 def test_the_pass_reads_no_more_than_it_has_to():
     graph = torch.fx.symbolic_trace(nn.Linear(3, 3)).graph
     before = str(graph)
-    norm_network.join_networks(graph)
+    assert norm_network.fuse_norm_network(graph) == []
     assert str(graph) == before

@@ -1,28 +1,20 @@
 """Where compiled graphs write the op's results over what it read, and where they must not."""
 
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor, nn
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from mhf_compiler.compat import counters
-from mhf_compiler.errors import MhfCompilerWarning
-from mhf_compiler.passes import manager, overwrite
-from mhf_compiler.passes.manager import with_post_grad_passes
 
 B, L, H, E, d, f = 2, 8, 4, 2, 8, 16
-OVER_QUERY = "multi_head_ffn_over_query.default("
-OVER_GRADIENT = "multi_head_ffn_backward_over_gradient.default("
-ELSEWHERE = "multi_head_ffn.default("
-GRADIENT_ELSEWHERE = "multi_head_ffn_backward.default("
-ONTO = "router_product_backward_onto.default("
-PART_ELSEWHERE = "router_product_backward.default("
+OVER_QUERY = "multi_head_ffn_over_query"
+OVER_GRADIENT = "multi_head_ffn_backward_over_gradient"
+ONTO = "router_product_backward_onto"
 
 
 class Network(nn.Module):
@@ -59,22 +51,29 @@ def compiled(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(run, backend="flashmhf", options=options, fullgraph=True)
 
 
-def code_of(run: Callable[[], Any]) -> tuple[Any, str]:
-    """What a compiled call returns, and the program of every graph in it."""
+class Program(NamedTuple):
+    """What was compiled: how often each op was put in place or declined, and the code."""
+
+    counts: Counter[str]
+    code: str
+
+
+def compile_and_run(run: Callable[[], Any]) -> tuple[Any, Program]:
+    """What a compiled call returns, and the programs of every graph in it."""
     with fresh_cache():
         result, codes = run_and_get_code(run)
     assert codes
-    return result, "\n".join(codes)
+    return result, Program(Counter(counters["flashmhf"]), "\n".join(codes))
 
 
-def infer(run: Run, **options: Any) -> str:
+def infer(run: Run, **options: Any) -> Program:
     """The program, whose results are those of eager, over inputs that it leaves as they were."""
     module, x = Network(), torch.randn(B, L, H * d)
     before = x.clone(), [p.clone() for p in module.parameters()]
     model = compiled(run, **options)
     with torch.no_grad():
         expected = run(module, x)
-        found, code = code_of(lambda: model(module, x))
+        found, program = compile_and_run(lambda: model(module, x))
         again = model(module, x)
     assert counters["flashmhf"]["sites_rewritten"] >= 1
     for one, other, right in zip(*map(tensors, (found, again, expected)), strict=True):
@@ -82,7 +81,7 @@ def infer(run: Run, **options: Any) -> str:
         assert one.equal(other)
     assert x.equal(before[0])
     assert all(p.equal(old) for p, old in zip(module.parameters(), before[1], strict=True))
-    return code
+    return program
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -139,44 +138,62 @@ REUSED: dict[str, tuple[Run, int]] = {
 
 @pytest.mark.parametrize(("run", "calls"), REUSED.values(), ids=REUSED)
 def test_the_result_takes_the_querys_place(run: Run, calls: int):
-    code = infer(run)
-    assert code.count(OVER_QUERY) == calls
-    assert ELSEWHERE not in code
+    counts = infer(run).counts
+    assert counts[OVER_QUERY] == calls
+    assert counts[f"{OVER_QUERY}_declined"] == 0
 
 
 def of(module: Network, q: Tensor, *others: Tensor) -> Any:
-    """The network of some queries, and what is behind it; the result lies as the queries do."""
+    """The network of some queries and a projection; the result has the queries' strides."""
     out = module.project(module.network(q))
     return (out, *others) if others else out
 
 
-KEPT: dict[str, Run] = {
-    "returned": lambda m, x: of(m, q := m.queries(x), q),
-    "a view is returned": lambda m, x: of(m, q := m.queries(x), q.flatten(2)[:, 1:]),
-    "residual": lambda m, x: of(m, q := m.queries(x)) + q.flatten(2),
-    "read later": lambda m, x: of(m, q := m.queries(x)) * q.mean(),
-    "an input": lambda m, x: of(m, x.view(B, L, H, d)),
-    "a parameter": lambda m, x: of(m, m.query),
-    "expanded": lambda m, x: of(m, m.narrow(x).unsqueeze(2).expand(B, L, H, d)),
-    "a part": lambda m, x: of(m, m.wide(x).chunk(2, -1)[0].unflatten(-1, (H, d))),
-    "a part in front": lambda m, x: of(m, m.queries(x)[:1]),
-    "in another dtype": lambda m, x: (m.network(m.queries(x).bfloat16()).float()).flatten(2),
-    "a part of it routes": lambda m, x: weighted(m, q := m.queries(x), q[..., :E]),
-    "a narrow product of it is returned": narrow_product,
-    "the result in another order": lambda m, x: m.network(m.queries(x)),  # heads outermost
+KEPT: dict[str, tuple[Run, str]] = {
+    "returned": (lambda m, x: of(m, q := m.queries(x), q), "READ_LATER"),
+    "a view is returned": (
+        lambda m, x: of(m, q := m.queries(x), q.flatten(2)[:, 1:]),
+        "READ_LATER",
+    ),
+    "residual": (lambda m, x: of(m, q := m.queries(x)) + q.flatten(2), "READ_LATER"),
+    "read later": (lambda m, x: of(m, q := m.queries(x)) * q.mean(), "READ_LATER"),
+    "an input": (lambda m, x: of(m, x.view(B, L, H, d)), "INPUT"),
+    "a parameter": (lambda m, x: of(m, m.query), "INPUT"),
+    "expanded": (
+        lambda m, x: of(m, m.narrow(x).unsqueeze(2).expand(B, L, H, d)),
+        "DIFFERENT_LAYOUT",
+    ),
+    "a part": (
+        lambda m, x: of(m, m.wide(x).chunk(2, -1)[0].unflatten(-1, (H, d))),
+        "DIFFERENT_LAYOUT",
+    ),
+    "a part in front": (lambda m, x: of(m, m.queries(x)[:1]), "DIFFERENT_LAYOUT"),
+    "in another dtype": (
+        lambda m, x: (m.network(m.queries(x).bfloat16()).float()).flatten(2),
+        "DIFFERENT_LAYOUT",
+    ),
+    "a part of it routes": (
+        lambda m, x: weighted(m, q := m.queries(x), q[..., :E]),
+        "SHARED_MEMORY",
+    ),
+    "a narrow product of it is returned": (narrow_product, "READ_LATER"),
+    "the result in another order": (  # heads outermost
+        lambda m, x: m.network(m.queries(x)),
+        "DIFFERENT_LAYOUT",
+    ),
 }
 
 
-@pytest.mark.parametrize("run", KEPT.values(), ids=KEPT)
-def test_the_query_stays(run: Run):
-    code = infer(run)
-    assert OVER_QUERY not in code
-    assert ELSEWHERE in code
+@pytest.mark.parametrize(("run", "obstacle"), KEPT.values(), ids=KEPT)
+def test_the_query_stays(run: Run, obstacle: str):
+    counts = infer(run).counts
+    assert counts[OVER_QUERY] == 0
+    assert counts[f"{OVER_QUERY}_declined.{obstacle}"] == counts[f"{OVER_QUERY}_declined"] == 1
 
 
 def test_no_copy_is_made_of_a_query_that_inductor_computes():
     """One buffer for it and the result, one for what comes behind; none to give it strides."""
-    code = infer(REUSED["of a view of a sine"][0])
+    code = infer(REUSED["of a view of a sine"][0]).code
     assert code.count(" = empty_strided_cpu(") == 2
 
 
@@ -186,15 +203,15 @@ def test_dynamic_shapes():
     model = torch.compile(ffn, backend="flashmhf", options=options, dynamic=True)
     with torch.no_grad():
         x = torch.randn(3, 7, H * d)
-        found, code = code_of(lambda: model(module, x))
+        found, program = compile_and_run(lambda: model(module, x))
         torch.testing.assert_close(found, ffn(module, x))
-        assert OVER_QUERY in code
+        assert program.counts[OVER_QUERY] == 1
         for sizes in ((5, 4), (1, 9), (2, 1)):
             x = torch.randn(*sizes, H * d)
             torch.testing.assert_close(model(module, x), ffn(module, x))
 
 
-def train(run: Run, **options: Any) -> str:
+def train(run: Run, **options: Any) -> Program:
     """The programs of a training step, whose gradients are those of eager."""
     module, x = Network(), torch.randn(B, L, H * d, requires_grad=True)
     leaves = [x, *module.parameters()]
@@ -209,7 +226,7 @@ def train(run: Run, **options: Any) -> str:
 
     expected = step(run)
     model = compiled(run, **options)
-    found, code = code_of(lambda: step(model))
+    found, program = compile_and_run(lambda: step(model))
     again = step(model)
     assert counters["flashmhf"]["sites_rewritten"] >= 1
     for one, other, right in zip(found, again, expected, strict=True):
@@ -219,7 +236,7 @@ def train(run: Run, **options: Any) -> str:
         assert one is not None
         assert (one - right).norm() <= 2e-2 * right.norm()
         assert one.equal(other)
-    return code
+    return program
 
 
 def before(module: Network, x: Tensor) -> Tensor:
@@ -251,29 +268,33 @@ TRAINED: dict[str, tuple[Run, int]] = {
 
 @pytest.mark.parametrize(("run", "calls"), TRAINED.values(), ids=TRAINED)
 def test_the_gradient_takes_that_of_the_results_place(run: Run, calls: int):
-    code = train(run)
-    assert code.count(OVER_GRADIENT) == calls
-    assert GRADIENT_ELSEWHERE not in code
+    counts = train(run).counts
+    assert counts[OVER_GRADIENT] == calls
+    assert counts[f"{OVER_GRADIENT}_declined"] == 0
     # The forward pass keeps the queries for the backward pass.
-    assert OVER_QUERY not in code
-    assert code.count(ELSEWHERE) == calls
+    assert counts[OVER_QUERY] == 0
+    assert counts[f"{OVER_QUERY}_declined"] == calls
 
 
-UNTRAINED: dict[str, Run] = {
-    "read later": before,
-    "read late": late,
-    "from outside": lambda m, x: m.network(m.queries(x)),
-    "expanded": lambda m, x: m.network(m.queries(x)).sum(),
-    "the query needs none": lambda m, x: m.project(m.network(m.queries(x).detach())),
-    "in another dtype": lambda m, x: m.project(m.network(m.queries(x).bfloat16()).float()),
+UNTRAINED: dict[str, tuple[Run, str | None]] = {
+    "read later": (before, "READ_LATER"),
+    "read late": (late, "READ_LATER"),
+    "from outside": (lambda m, x: m.network(m.queries(x)), "DIFFERENT_LAYOUT"),
+    "expanded": (lambda m, x: m.network(m.queries(x)).sum(), "DIFFERENT_LAYOUT"),
+    "the query needs none": (lambda m, x: m.project(m.network(m.queries(x).detach())), None),
+    "in another dtype": (
+        lambda m, x: m.project(m.network(m.queries(x).bfloat16()).float()),
+        "DIFFERENT_LAYOUT",
+    ),
 }
 
 
-@pytest.mark.parametrize("run", UNTRAINED.values(), ids=UNTRAINED)
-def test_the_gradient_of_the_result_stays(run: Run):
-    code = train(run)
-    assert OVER_GRADIENT not in code
-    assert GRADIENT_ELSEWHERE in code
+@pytest.mark.parametrize(("run", "obstacle"), UNTRAINED.values(), ids=UNTRAINED)
+def test_the_gradient_of_the_result_stays(run: Run, obstacle: str | None):
+    counts = train(run).counts
+    assert counts[OVER_GRADIENT] == 0
+    assert counts[f"{OVER_GRADIENT}_declined"] == (obstacle is not None)
+    assert obstacle is None or counts[f"{OVER_GRADIENT}_declined.{obstacle}"] == 1
 
 
 def weigh(module: Network, q: Tensor, of_router: Tensor) -> Tensor:
@@ -311,15 +332,15 @@ APART: dict[str, Run] = {
 
 @pytest.mark.parametrize(("run", "calls"), ONTO_ANOTHER.values(), ids=ONTO_ANOTHER)
 def test_a_routers_part_of_the_gradient_is_added_in_place(run: Run, calls: int):
-    code = train(run)
-    assert code.count(ONTO) == calls
-    assert PART_ELSEWHERE not in code
+    counts, code = train(run)
+    assert counts[ONTO] == calls
+    assert counts[f"{ONTO}_declined"] == 0
     assert "clone" not in code
 
 
 @pytest.mark.parametrize("run", APART.values(), ids=APART)
 def test_parts_that_are_not_added_stay_apart(run: Run):
-    assert ONTO not in train(run)
+    assert train(run).counts[ONTO] == 0
 
 
 @pytest.mark.parametrize("other", [torch.sin, lambda q: q * q.sum(-1, keepdim=True)])
@@ -340,77 +361,11 @@ def test_a_gradient_that_is_looked_at_is_not_written_over():
     assert seen[0].equal(before)
 
 
-class Watching(CustomGraphPass):
-    """A pass of the user's, which sees the graph before ours."""
-
-    def __init__(self) -> None:
-        self.seen: list[str] = []
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        self.seen.append(str(graph))
-
-    def uuid(self) -> str:
-        return "watching"
-
-
-NAME = "post_grad_custom_post_pass"
-
-
-@pytest.mark.parametrize("globally", [False, True])
-def test_a_pass_of_the_users_runs_first(globally: bool):
-    watching = Watching()
-    with inductor.patch({NAME: watching} if globally else {}):
-        code = infer(ffn, **({} if globally else {NAME: watching}))
-    assert OVER_QUERY in code
-    assert len(watching.seen) == 1
-    assert "multi_head_ffn.default" in watching.seen[0]
-    assert "over_query" not in watching.seen[0]
-
-
-def test_a_function_of_the_users_runs_too():
-    """Inductor then caches nothing, as without us."""
-    seen = []
-    assert OVER_QUERY in infer(ffn, **{NAME: lambda graph: seen.append(graph)})
-    assert len(seen) == 1
-
-
-@pytest.mark.skipif(
-    not hasattr(torch._inductor.custom_graph_pass, "get_custom_graph_passes"),
-    reason="this PyTorch takes one pass",
-)
-def test_several_passes_of_the_users_run():
-    seen = []
-    passes = [lambda graph: seen.append(1), Watching(), lambda graph: seen.append(2)]
-    assert OVER_QUERY in infer(ffn, **{NAME: passes})
-    assert seen == [1, 2]
-    assert len(passes[1].seen) == 1
-    assert len(passes) == 3
-
-
-def test_what_was_compiled_is_found_again():
-    """The pass has a name that Inductor's cache takes."""
-    module, x = Network(), torch.randn(B, L, H * d)
-    with fresh_cache(), torch.no_grad():
-        for _ in range(2):
-            torch.compiler.reset()
-            torch.testing.assert_close(compiled(ffn)(module, x), ffn(module, x))
-        assert counters["inductor"]["fxgraph_cache_bypass"] == 0
-        assert counters["inductor"]["fxgraph_cache_hit"] == 1
-
-
-def test_a_graph_without_the_op_is_inductors_alone():
-    config: dict[str, Any] = {"max_autotune": False}
-    assert (
-        with_post_grad_passes(torch.fx.symbolic_trace(nn.Linear(3, 3)), config, strict=True)
-        is config
-    )
-
-
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes(mode: str):
-    assert OVER_QUERY in infer(ffn, mode=mode)
+    assert infer(ffn, mode=mode).counts[OVER_QUERY] == 1
     torch.compiler.reset()
-    assert OVER_GRADIENT in train(ffn, mode=mode)
+    assert train(ffn, mode=mode).counts[OVER_GRADIENT] == 1
 
 
 @pytest.mark.parametrize("fallback", ["aot_eager", "eager"])
@@ -418,53 +373,3 @@ def test_other_fallbacks_write_nothing_over(fallback: str):
     module, x = Network(), torch.randn(B, L, H * d)
     with torch.no_grad():
         torch.testing.assert_close(compiled(ffn, fallback=fallback)(module, x), ffn(module, x))
-
-
-# A pass that fails.
-
-
-def fails_behind(run: Callable[[torch.fx.Graph], None], graph: torch.fx.Graph) -> None:
-    run(graph)
-    raise RuntimeError("no more")
-
-
-@pytest.mark.parametrize("name", ["reuse_memory", "join_norms"])
-def test_what_a_pass_that_fails_has_done_is_undone(name: str, monkeypatch: pytest.MonkeyPatch):
-    """And nothing else: the passes behind it do theirs."""
-    monkeypatch.setattr(manager, name, partial(fails_behind, overwrite.reuse_memory))
-    with pytest.warns(MhfCompilerWarning, match="RuntimeError: no more"):
-        code = infer(ffn, strict=False)
-    assert (ELSEWHERE in code) == (name == "reuse_memory")
-    assert (OVER_QUERY in code) == (name == "join_norms")
-    assert counters["flashmhf"]["failures"] == 1
-
-
-def test_what_is_known_of_nodes_stays_as_well():
-    """Inductor notes the strides that results must have at the output node."""
-    graph = torch.fx.symbolic_trace(lambda x: (x.sin().cos(), x)).graph
-    for number, node in enumerate(graph.nodes):
-        node.meta["number"] = number
-
-    def fails(graph: torch.fx.Graph) -> None:
-        list(graph.nodes)[1].target = "exp"
-        raise RuntimeError("no more")
-
-    with pytest.warns(MhfCompilerWarning):
-        manager._run([fails], False, graph)
-    graph.lint()
-    assert [node.target for node in graph.nodes] == ["x", "sin", "cos", "output"]
-    assert [node.meta["number"] for node in graph.nodes] == [0, 1, 2, 3]
-
-
-def test_graphs_for_training_stay_as_they_were(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(manager, "reuse_memory", partial(fails_behind, overwrite.reuse_memory))
-    with pytest.warns(MhfCompilerWarning, match="RuntimeError: no more"):
-        code = train(ffn, strict=False)
-    assert GRADIENT_ELSEWHERE in code
-    assert OVER_GRADIENT not in code
-
-
-def test_a_pass_that_fails_raises_if_told_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(manager, "reuse_memory", partial(fails_behind, overwrite.reuse_memory))
-    with pytest.raises(Exception, match="no more"):
-        infer(ffn)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from mhf_compiler.passes import manager
+from mhf_compiler.passes.manager import PASSES
 
 pytestmark = pytest.mark.gpu
 
@@ -51,8 +51,8 @@ def peaks(
 ) -> tuple[float, float]:
     """The peaks of what is compiled with the pass, and without it."""
     found = []
-    for run_pass in (manager.reuse_memory, lambda graph: None):
-        monkeypatch.setattr(manager, "reuse_memory", run_pass)
+    for run_pass in (PASSES["mhf_overwrite"], lambda graph: []):
+        monkeypatch.setitem(PASSES, "mhf_overwrite", run_pass)
         torch.compiler.reset()
         with fresh_cache():
             found.append(peak(make_run()))
