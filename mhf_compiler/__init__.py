@@ -5,7 +5,7 @@
     mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
 
-The package has three rooms: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
+The package has three parts: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
 ``lowering`` what replaces it. Importing the package loads none of them: names are loaded when used.
 """
 
@@ -16,20 +16,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backend import flashmhf
+    from .errors import MhfCompilerWarning
     from .explanation import explain
-    from .lowering import ArgumentError, multi_head_ffn
+    from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
     from .options import OptionError, Options
-    from .report import Report, SiteReport
-    from .rewriting import MhfCompilerWarning
+    from .passes.outcome import Fusion, Obstacle
+    from .patterns import Kind as DeclineKind
+    from .patterns import Location, Reason
+    from .report import GraphReport, Report, SiteReport
+    from .report.dot import DrawingError
     from .testing import assert_rewritten
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"  # the only place: pyproject.toml reads it from here
 
 __all__ = [
     "ArgumentError",
+    "DeclineKind",
+    "DrawingError",
+    "Fusion",
+    "GraphReport",
+    "Location",
     "MhfCompilerWarning",
+    "Obstacle",
     "OptionError",
     "Options",
+    "Reason",
     "Report",
     "SiteReport",
     "__version__",
@@ -37,26 +48,36 @@ __all__ = [
     "explain",
     "flashmhf",
     "multi_head_ffn",
+    "multi_head_ffn_reference",
 ]
 
-_HOMES = {
+_HOMES = {  # name -> module, and its name there if that is another
     "ArgumentError": "lowering",
-    "MhfCompilerWarning": "rewriting",
+    "DeclineKind": "patterns:Kind",
+    "DrawingError": "report.dot",
+    "Fusion": "passes.outcome",
+    "GraphReport": "report",
+    "Location": "patterns",
+    "MhfCompilerWarning": "errors",
+    "Obstacle": "passes.outcome",
     "OptionError": "options",
     "Options": "options",
+    "Reason": "patterns",
     "Report": "report",
     "SiteReport": "report",
     "assert_rewritten": "testing",
     "explain": "explanation",
     "flashmhf": "backend",
     "multi_head_ffn": "lowering",
+    "multi_head_ffn_reference": "lowering",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    module, _, original = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f".{module}", __name__), original or name)
 
 
 def __dir__() -> list[str]:

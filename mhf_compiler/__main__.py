@@ -1,4 +1,4 @@
-"""``python -m mhf_compiler`` and the console script ``mhf-compiler``: see ``command.py``."""
+"""``python -m mhf_compiler`` and the console script ``mhf-compiler``: see ``cli``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; one clear line where its library is missing."""
+    """Run the command line; one clear line if its library is missing."""
     try:
-        from .command import commands
+        from .cli.commands import commands
     except ModuleNotFoundError as error:
         if error.name != "click":
             raise

@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import fx
+
+    from .options import Options
+    from .passes.outcome import Fusion
+    from .report.values import GraphReport
 
 
 def flashmhf(
@@ -20,7 +27,7 @@ def flashmhf(
     example_inputs: list[Any],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Rewrite every multi-head feed-forward network of a graph, then compile the graph.
 
@@ -28,7 +35,7 @@ def flashmhf(
         gm: the graph from Dynamo.
         example_inputs: its inputs.
         mode: one of Inductor's modes.
-        options: see ``mhf_compiler.Options``; other keys are Inductor's.
+        options: ``mhf_compiler.Options``, or a dict of its names and of Inductor's settings.
 
     Returns:
         The compiled graph.
@@ -37,17 +44,19 @@ def flashmhf(
         OptionError: an unknown option, or a value it does not take.
     """
     from .compat import compile_graph, counters, tell_inductor_of
+    from .errors import MhfCompilerWarning
     from .options import inductor_config, parse_options
-    from .reusing import with_reuse
-    from .rewriting import MhfCompilerWarning, rewrite_graph
+    from .passes.manager import with_post_grad_passes
+    from .rewrite.graph import rewrite_graph
 
     parsed = parse_options(mode, options)
+    report, folder = None, None
     try:
         report = rewrite_graph(gm, parsed)
         if parsed.dump_dir is not None:
-            from .dumping import dump
+            from .debug.dump import dump
 
-            dump(report, gm, parsed.dump_dir)
+            folder = dump(report, gm, parsed.dump_dir)
     except Exception as error:
         counters["flashmhf"]["failures"] += 1
         if parsed.strict:
@@ -57,13 +66,35 @@ def flashmhf(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    config = with_reuse(gm, inductor_config(parsed), strict=parsed.strict)
+    config = with_post_grad_passes(
+        gm, inductor_config(parsed), strict=parsed.strict, tell=partial(_tell, report, folder)
+    )
     # The user may have called the op, too: what matters is whether it is defined.
     if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
         from .lowering.ops import ALL, MUTATING
 
         tell_inductor_of(ALL, MUTATING)
     return compile_graph(parsed.fallback, gm, example_inputs, config)
+
+
+def _tell(
+    report: GraphReport | None,
+    folder: Path | None,
+    fusions: Sequence[Fusion],
+    notes: Sequence[str],
+) -> None:
+    """Log what the passes after autograd did, and add it to the report of the graph."""
+    from .report.logs import announce_fusions
+
+    announce_fusions(fusions, notes)
+    if report is None:
+        return
+    report.fusions = [*(report.fusions or ()), *fusions]
+    report.notes += notes
+    if folder is not None:
+        from .debug.dump import dump_report
+
+        dump_report(report, folder)
 
 
 def _reset() -> None:

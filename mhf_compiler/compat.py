@@ -10,8 +10,6 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
@@ -41,6 +39,7 @@ __all__ = [
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
+    "disables_added_passes",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
@@ -71,7 +70,7 @@ auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
-    """A number as an int, or as the sympy expression behind a symbolic one."""
+    """A number as an int, or as the sympy expression of a symbolic one."""
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -79,7 +78,7 @@ def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr
 
 
 def has_symbols(example: Any) -> bool:
-    """Whether a node's example is, or has among its sizes, a number that is not known."""
+    """Whether a node's example is symbolic, or has a symbolic size or stride."""
     if isinstance(example, torch.Tensor):
         numbers = (*example.shape, *example.stride(), example.storage_offset())
         return any(isinstance(number, torch.SymInt) for number in numbers)
@@ -89,14 +88,14 @@ def has_symbols(example: Any) -> bool:
 
 
 def size_hint(size: Any) -> Any:
-    """A number, and of a symbolic one the value that it had in the example."""
+    """A number; for a symbolic one, its value in the example."""
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size.node.hint
     return size
 
 
 def tracing_shape_env() -> Any | None:
-    """The shape environment of the compilation that is under way, if there is one."""
+    """The shape environment of the current compilation, if there is one."""
     context = TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
@@ -118,7 +117,7 @@ def no_new_guards(shape_env: Any | None) -> Iterator[None]:
 
 
 def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:
-    """What Dynamo hangs on a node beside ``meta``, such as the source of an input."""
+    """Copy what Dynamo attaches to a node besides ``meta``, such as the source of an input."""
     for name, value in vars(old).items():
         if name not in vars(new):
             setattr(new, name, value)
@@ -143,9 +142,13 @@ def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary |
 
 
 def run_pass(
-    gm: torch.fx.GraphModule, name: str, run: Callable[[torch.fx.GraphModule], None]
+    gm: torch.fx.GraphModule,
+    name: str,
+    run: Callable[[torch.fx.GraphModule], None],
+    *,
+    after_autograd: bool = False,
 ) -> bool:
-    """Run a pass as Inductor runs its own before autograd; whether it was run.
+    """Run a pass as Inductor runs its own, and return whether it was run.
 
     It is timed, and left out if it is disabled by name or by a bisection. The import is late, as
     it brings Inductor's settings.
@@ -156,17 +159,18 @@ def run_pass(
         run(gm)
         return True
 
-    return bool(GraphTransformObserver(gm, name, "pre_grad_passes").apply_gm_pass(ran))
+    stage = "post_grad_passes" if after_autograd else "pre_grad_passes"
+    return bool(GraphTransformObserver(gm, name, stage).apply_gm_pass(ran))
 
 
-class _PassBehindTheUsers(CustomGraphPass):
-    """A pass over Inductor's graphs, behind one that the user has given."""
+class _PassAfterTheUsers(CustomGraphPass):
+    """A pass over Inductor's graphs, after one that the user has given."""
 
     def __init__(
-        self, run: Callable[[torch.fx.Graph], None], files: tuple[str, ...], users: Any
+        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...], users: Any
     ) -> None:
         self.run = run
-        self.files = files
+        self.key = key
         self.users = users
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -175,26 +179,26 @@ class _PassBehindTheUsers(CustomGraphPass):
         self.run(graph)
 
     def uuid(self) -> Any | None:
-        """What Inductor's cache knows the pass by; None, to cache nothing, as for a mere function.
-
-        Inductor asks often, so the files are read once.
-        """
+        """The pass in the key of Inductor's cache; None, to cache nothing, for a mere function."""
         if self.users is None:
-            return self._own
+            return self.key
         theirs = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
-        return None if theirs is None else (theirs, self._own)
+        return None if theirs is None else (theirs, self.key)
 
-    @cached_property
-    def _own(self) -> str:
-        return sha256(b"".join(Path(file).read_bytes() for file in self.files)).hexdigest()
+
+def disables_added_passes() -> bool:
+    """Whether the user has disabled every pass that is added to Inductor's after autograd."""
+    import torch._inductor.config
+
+    return "POST_GRAD_CUSTOM_POST_PASS" in torch._inductor.config.disabled_passes.upper()
 
 
 def with_pass(
-    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], files: tuple[str, ...]
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Inductor's settings with a pass, written in ``files``, over graphs that are differentiated.
+    """Inductor's settings with a pass over graphs after autograd, which ``key`` stands for.
 
-    It comes just before Inductor decides what to write in place. A pass of the user's own, from
+    It runs just before Inductor decides what to write in place. A pass of the user's own, from
     these settings or from the global ones, runs first.
     """
     import torch._inductor.config
@@ -203,13 +207,13 @@ def with_pass(
     users = config.get(name, getattr(torch._inductor.config, name))
     several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
     if several is None:  # before torch 2.13 there is one pass, not a list of them
-        return config | {name: _PassBehindTheUsers(run, files, users or None)}
-    ours = _PassBehindTheUsers(run, files, None)
+        return config | {name: _PassAfterTheUsers(run, key, users or None)}
+    ours = _PassAfterTheUsers(run, key, None)
     return config | {name: [*several(users), ours]}
 
 
 def storage_of(node: torch.fx.Node) -> int | None:
-    """A number for the memory that a node's tensor lies in, if it has one tensor with memory."""
+    """An identifier of the storage of a node's tensor, if it is one tensor with a storage."""
     from torch._inductor.fx_utils import get_node_storage
 
     return get_node_storage(node)
@@ -221,14 +225,14 @@ def realize_to_strides(node: torch.fx.Node) -> None:
 
 
 def named_arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """The arguments of an op's call by name, those that were left out among them."""
+    """The arguments of an op's call by name, defaults included."""
     parameters = node.target._schema.arguments  # type: ignore[union-attr]
     given = dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
     return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 def set_example(node: torch.fx.Node) -> None:
-    """Give a new node of Inductor's graph the fake tensors that its function makes."""
+    """Compute the fake tensors of a new node of Inductor's graph."""
 
     def example(argument: Any) -> Any:
         return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
@@ -240,7 +244,7 @@ def set_example(node: torch.fx.Node) -> None:
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
-    """Write an artifact to ``TORCH_TRACE``, if it is on; tlparse shows it beside Dynamo's."""
+    """Write an artifact to ``TORCH_TRACE``, if it is on; tlparse shows it with Dynamo's."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": encoding},
@@ -290,10 +294,10 @@ def _import_ops_in_repros() -> None:
 
 
 def _compute_arguments_once(ops: Sequence[Any]) -> None:
-    """Make Inductor write what two of the ops read, such as the queries, to memory once, for both.
+    """Make Inductor compute what two of our ops read, such as the queries, once for both.
 
-    It learns from the first call that it lowers that an op wants its arguments in memory, and by
-    then has left the queries of that call to be computed for each of their readers.
+    Inductor learns that a fallback op needs realized inputs only when it lowers the first call, and
+    by then it has inlined that call's queries into every reader.
     """
     from torch._inductor.lowering import add_needs_realized_inputs
 
@@ -301,9 +305,10 @@ def _compute_arguments_once(ops: Sequence[Any]) -> None:
 
 
 def _overwrite_without_a_copy(ops: Sequence[Any]) -> None:
-    """Make Inductor give the ops that write to an argument its memory, not that of a copy.
+    """Make Inductor pass ops that mutate an argument its own memory, not that of a copy.
 
-    It would copy a view of what it has not yet computed to get its strides, and the result back.
+    Without this it copies a view of a buffer that is not realized yet to get its strides, and
+    copies the result back.
     """
     from torch._inductor.lowering import constrain_to_fx_strides, make_fallback
 
@@ -331,7 +336,7 @@ def inductor_options() -> set[str]:
 
 
 def cache_folder() -> Path | None:
-    """Ours beside Inductor's caches; None where the user wants none to be used."""
+    """Our folder in Inductor's cache folder; None if the user has disabled caches."""
     import torch._inductor.config as config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -339,7 +344,7 @@ def cache_folder() -> Path | None:
 
 
 def reset_cuda_graphs() -> None:
-    """Drop what Inductor's CUDA graph trees hold, if they are in use."""
+    """Reset Inductor's CUDA graph trees, if they are in use."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     if trees is not None:
         trees.reset_cudagraph_trees()

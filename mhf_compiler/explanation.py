@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .options import Options, parse_options
+from .options import GivenOptions, Options, parse_options
 from .report import Report
-from .rewriting import Keep, rewrite_graph
+from .rewrite.graph import Keep, rewrite_graph
 
 
 def explain(
-    model: Callable[..., Any], *, options: Mapping[str, Any] | None = None
+    model: Callable[..., Any], *, options: GivenOptions | None = None
 ) -> Callable[..., Report]:
     """Say what ``torch.compile(model, backend="flashmhf")`` rewrites, and what it declines.
 
@@ -23,12 +23,14 @@ def explain(
         report = mhf_compiler.explain(model)(*args, **kwargs)
         print(report)
 
-    The model runs once, in its rewritten form but otherwise eagerly. As ``torch._dynamo.explain``
-    does, it resets Dynamo before and after, so compiled functions compile again.
+    The model runs once, in its rewritten form but otherwise eagerly: Inductor does not run, nor do
+    the passes after autograd, whose work is counted and logged during a compilation. As
+    ``torch._dynamo.explain`` does, it resets Dynamo before and after, so compiled functions compile
+    again.
 
     Args:
         model: a module or function.
-        options: the options that ``torch.compile`` would be given.
+        options: the options that ``torch.compile`` would be given, a dict or ``Options``.
 
     Returns:
         A function that takes the model's arguments and returns a ``Report``.

@@ -22,7 +22,14 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What ``torch.compile(model, backend="flashmhf", options={...})`` takes.
+    """What ``torch.compile(model, backend="flashmhf", options=...)`` takes.
+
+    Options can be given as a dict of these names, and of Inductor's settings, or as an instance:
+
+        {"rewrite": "always", "max_autotune": True}
+        Options(rewrite="always", inductor={"max_autotune": True})
+
+    Values are checked where the options are used.
 
     Attributes:
         rewrite: ``"auto"`` rewrites where it pays, ``"always"`` wherever it is proved right,
@@ -31,7 +38,7 @@ class Options:
             with a warning.
         fallback: what compiles the graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         dump_dir: a folder that receives each graph before and after as programs, and the report.
-        mode: one of Inductor's modes. ``torch.compile`` takes no ``mode`` beside ``options``.
+        mode: one of Inductor's modes; ``torch.compile`` takes ``mode`` or ``options``, not both.
         inductor: settings for Inductor, by their names in ``torch._inductor.config``.
     """
 
@@ -45,14 +52,23 @@ class Options:
 
 _OURS = tuple(f.name for f in fields(Options) if f.name != "inductor")
 
+GivenOptions = Options | Mapping[str, Any]
 
-def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
+
+def as_mapping(options: GivenOptions | None) -> dict[str, Any]:
+    """Options by name, ours and Inductor's."""
+    if isinstance(options, Options):
+        return {**options.inductor, **{name: getattr(options, name) for name in _OURS}}
+    return dict(options or {})
+
+
+def parse_options(mode: str | None, options: GivenOptions | None) -> Options:
     """Check the options of ``torch.compile`` and sort them into ours and Inductor's.
 
     Raises:
         OptionError: an unknown key or mode (the message names the nearest), or a wrong value.
     """
-    given = dict(options or {})
+    given = as_mapping(options)
     ours = {key: given.pop(key) for key in _OURS if key in given}
     for key, allowed in _CHOICES.items():
         if key in ours and ours[key] not in allowed:

@@ -1,12 +1,19 @@
-"""For the test suites of models: an assertion that their MH-FFNs are rewritten."""
+"""For the test suites of models: are their MH-FFNs rewritten, and are the numbers right?
+
+The programs that ``dump_dir`` writes import ``compare`` and ``print_differences`` from here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .debug.accuracy import Difference, compare, print_differences
 from .explanation import explain
+from .options import GivenOptions, as_mapping
 from .report import Report
+
+__all__ = ["Difference", "assert_rewritten", "compare", "print_differences"]
 
 
 def assert_rewritten(
@@ -15,7 +22,7 @@ def assert_rewritten(
     kwargs: Mapping[str, Any] | None = None,
     *,
     sites: int | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: GivenOptions | None = None,
 ) -> Report:
     """Raise ``AssertionError`` unless the MH-FFNs of a model are found and rewritten.
 
@@ -32,7 +39,8 @@ def assert_rewritten(
         kwargs: its named arguments.
         sites: how many MH-FFNs are to be rewritten; at least one if it is None.
         options: the options that ``torch.compile`` would be given. Unlike there, ``rewrite`` is
-            ``"always"`` by default: whether it pays depends on the machine that runs the test.
+            ``"always"`` if a dict does not name it: whether it pays depends on the machine that
+            runs the test. ``Options`` are taken as they are.
 
     Returns:
         The report, for further assertions.
@@ -48,7 +56,7 @@ def assert_rewritten(
         )
     if sites is not None and sites < 0:
         raise ValueError(f"sites is {sites}, must be None or at least 0")
-    report = explain(model, options={"rewrite": "always", **(options or {})})(
+    report = explain(model, options={"rewrite": "always"} | as_mapping(options))(
         *args, **(kwargs or {})
     )
     found = len(report.rewritten)

@@ -1,5 +1,6 @@
 """The documentation says what the code says."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -123,6 +124,23 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path):
     loads = r"<(?:script|img|iframe)\b[^>]*\bsrc=\W?https?:|<link\b[^>]*\bhref=\W?https?:"
     for page in site.glob("*.html"):
         assert not re.search(loads, page.read_text()), page.name
+
+
+def test_the_reference_lists_what_is_public():
+    """Names of the top by themselves; others by the module that they are imported from."""
+    listed = set(re.findall(r"^::: mhf_compiler\.(\S+)$", (DOCS / "api.md").read_text(), re.M))
+    assert {name for name in listed if "." not in name} == {
+        name for name in mhf_compiler.__all__ if not name.startswith("__")
+    }
+    for name in listed:
+        module, _, last = f"mhf_compiler.{name}".rpartition(".")
+        assert last in importlib.import_module(module).__all__, name
+
+
+def test_every_public_name_can_be_imported():
+    for name in mhf_compiler.__all__:
+        assert getattr(mhf_compiler, name) is not None
+    assert set(mhf_compiler.__all__) <= set(dir(mhf_compiler))
 
 
 def test_the_reference_has_every_public_name(site: Path):

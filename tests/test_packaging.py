@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import mhf_compiler
 
@@ -108,7 +110,7 @@ def test_the_wheel_holds_every_source(wheel: zipfile.ZipFile) -> None:
         f"{target}/{source.relative_to(ROOT / room).as_posix()}"
         for room, target in installed.items()
         for source in (ROOT / room).rglob("*")
-        if source.suffix in (".py", ".cpp", ".h")
+        if source.suffix in (".py", ".cpp", ".h", ".html", ".css", ".js")
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected | {"mhf_compiler/py.typed"}
@@ -122,9 +124,16 @@ def test_the_wheel_names_the_entry_point_and_the_licence(wheel: zipfile.ZipFile)
 
 
 def test_versions_agree() -> None:
-    version = PROJECT["version"]
-    assert metadata.version(PROJECT["name"]) == mhf_compiler.__version__ == version
-    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    version = Version(mhf_compiler.__version__)
+    assert metadata.version(PROJECT["name"]) == str(version)
+    assert f"\n## [{version.base_version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert "version" in PROJECT["dynamic"]
+
+
+def test_the_classifiers_name_the_pythons_that_are_allowed() -> None:
+    allowed = SpecifierSet(PROJECT["requires-python"])
+    named = {text.rpartition(" ")[2] for text in PROJECT["classifiers"] if "Python :: 3." in text}
+    assert named == {f"3.{minor}" for minor in range(40) if f"3.{minor}" in allowed}
 
 
 def test_the_core_needs_three_packages() -> None:

@@ -1,8 +1,9 @@
-"""The three rooms: who may import whom, and that their tables agree."""
+"""The architecture: who may import whom, and that the tables of different folders agree."""
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,41 +12,186 @@ from mhf_compiler.lowering.activations import ACTIVATIONS
 from mhf_compiler.patterns import Kind, meaning
 
 ROOT = Path(__file__).parents[1]
-MODULES = [
-    path.relative_to(ROOT)
-    for room in ("mhf_compiler", "patterns", "lowering")
+PRODUCT = "mhf_compiler"
+MODULES = {
+    ".".join(
+        [
+            *([] if room == PRODUCT else [PRODUCT]),
+            *path.relative_to(ROOT)
+            .with_suffix("")
+            .parts[: -1 if path.stem == "__init__" else None],
+        ]
+    ): path
+    for room in (PRODUCT, "patterns", "lowering")
     for path in sorted((ROOT / room).rglob("*.py"))
-]
-COMPAT = Path("mhf_compiler/compat.py")
+}
+COMPAT = f"{PRODUCT}.compat"
+#: room -> whose names it may import, of this product; and which others it may not
+ALLOWED = {room: (f"{PRODUCT}.{room}", COMPAT) for room in ("patterns", "lowering")}
+FORBIDDEN = {"patterns": ("triton",), "lowering": ("torch.fx",)}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The absolute names of the modules that a file imports, anywhere in it."""
-    package = ["mhf_compiler", *path.parts[:-1]] if path.parts[0] != "mhf_compiler" else []
-    package = package or list(path.parts[:-1])
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+def imports(nodes: Iterable[ast.AST], package: str) -> Iterator[str]:
+    """What import statements import: absolute names of modules, or of names inside them."""
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            yield ".".join([*base, *([node.module] if node.module else [])])
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+            called = called.id if isinstance(called, ast.Name) else called
+            name = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else 0
+            if called in ("import_module", "__import__") and isinstance(name, str):
+                yield name if not name.startswith(".") else package + name
+        elif isinstance(node, ast.Attribute):  # torch._dynamo, without an import of its own
+            parts = ast.unparse(node).split(".")
+            if parts[0] == "torch" and all(map(str.isidentifier, parts)):
+                yield ".".join(parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=str)
-def test_rooms_look_in_one_direction(path: Path):
-    others = {"patterns": ("lowering",), "lowering": ("patterns",)}.get(path.parts[0], ())
-    for name in imported(path):
-        assert not any(name.startswith(f"mhf_compiler.{other}") for other in others), name
-        if path.parts[0] == "patterns":
-            assert not name.startswith("triton"), name
-        if path.parts[0] == "lowering":
-            assert not name.startswith("torch.fx"), name
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path != COMPAT], ids=str)
-def test_private_modules_of_torch_are_imported_in_one_file(path: Path):
-    private = [name for name in imported(path) if re.match(r"torch\.(.*\.)?_", name)]
-    assert not private
+def trespasses(code: str, package: str) -> list[str]:
+    """The names that code in a package must not import."""
+    names = set(imports(ast.walk(ast.parse(code)), package))
+    found = {name for name in names if re.match(r"torch\.(?!ops\.)(.*\.)?_(?!_)", name)}
+    room = package.split(".")[1] if "." in package else ""
+    if room in ALLOWED:
+        ours = {name for name in names if is_within(name, [PRODUCT])}
+        found |= {name for name in ours if not is_within(name, ALLOWED[room])}
+        found |= {name for name in names if is_within(name, FORBIDDEN[room])}
+    return sorted(found)
+
+
+def package_of(module: str) -> str:
+    return module if MODULES[module].stem == "__init__" else module.rpartition(".")[0]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != COMPAT])
+def test_nobody_imports_what_it_must_not(module: str):
+    """Rooms look in one direction, and private names of PyTorch are imported in one file."""
+    assert trespasses(MODULES[module].read_text(), package_of(module)) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "code"),
+    [
+        *(
+            (f"{PRODUCT}.{room}", code.format(other=other))
+            for room, other in (("patterns", "lowering"), ("lowering", "patterns"))
+            for code in (
+                "import mhf_compiler.{other}",
+                "import mhf_compiler.{other}.site as other",
+                "from mhf_compiler import {other}",
+                "from mhf_compiler.{other} import Site",
+                "from .. import {other}",
+                "from ..{other} import Site",
+                "from .. import compat, {other}",
+                "def later():\n    from .. import {other}",
+                "import importlib\nimportlib.import_module('mhf_compiler.{other}')",
+                "from mhf_compiler.rewrite.edit import rewrite",
+                "from .. import options",
+                "from ..report import Report",
+                "import mhf_compiler",
+                "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .. import options",
+            )
+        ),
+        (f"{PRODUCT}.patterns", "from triton import language"),
+        (f"{PRODUCT}.lowering.kernels", "from torch import fx"),
+        (f"{PRODUCT}.lowering", "from torch.fx import Node"),
+        (f"{PRODUCT}.lowering", "import torch\ntorch.fx.Graph()"),
+        *(
+            (PRODUCT, code)
+            for code in (
+                "import torch._dynamo",
+                "from torch import _dynamo",
+                "from torch._dynamo import utils",
+                "from torch.utils import _pytree",
+                "from torch.utils._pytree import tree_map",
+                "import torch\ntorch._dynamo.reset()",
+            )
+        ),
+    ],
+)
+def test_the_guard_sees_every_way_of_importing(package: str, code: str):
+    assert trespasses(code, package)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_the_guard_lets_through_what_is_allowed(room: str):
+    code = (
+        f"from .. import compat\nfrom ..compat import counters\nfrom mhf_compiler.{room} import x"
+    )
+    assert trespasses(code, f"{PRODUCT}.{room}") == []
+
+
+def executed(tree: ast.Module) -> Iterator[ast.stmt]:
+    """The statements that run when a module is imported, without those for type checkers."""
+    todo: list[ast.AST] = list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += node.orelse
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            if isinstance(node, ast.stmt):
+                yield node
+            todo += ast.iter_child_nodes(node)
+
+
+def loads(module: str, code: str) -> set[str]:
+    """The modules of this product that the import of one executes, itself not counted.
+
+    A package runs before its modules, except those that import from inside: it is running then.
+    """
+    found = set()
+    for name in imports(executed(ast.parse(code)), package_of(module)):
+        target = name
+        while target and target not in MODULES:  # a name inside a module
+            target = target.rpartition(".")[0]
+        parts = target.split(".")
+        packages = {".".join(parts[:end]) for end in range(1, len(parts))}
+        found |= {target, *(package for package in packages if not is_within(module, [package]))}
+    return found & set(MODULES) - {module}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Some circle of a graph, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_run_in_no_circle():
+    assert circle({name: loads(name, path.read_text()) for name, path in MODULES.items()}) == []
+
+
+def test_a_circle_of_imports_is_found():
+    """Also through a package that runs before its module; not for type checkers, and not later."""
+    values, page = "mhf_compiler.report.values", "mhf_compiler.report.page"
+    graph = {name: loads(name, path.read_text()) for name, path in MODULES.items()}
+    for harmless in (
+        "if TYPE_CHECKING:\n    from .page import page",
+        "def later():\n    from .page import page",
+    ):
+        assert circle(graph | {values: loads(values, harmless)}) == []
+    for code in (
+        "from .page import page",
+        "from . import page",
+        "try:\n    from . import page\nfinally: pass",
+    ):
+        assert page in circle(graph | {values: loads(values, code)})
+    compat = "mhf_compiler.compat"
+    assert compat in circle(
+        graph | {compat: loads(compat, "from .rewrite.graph import rewrite_graph")}
+    )
 
 
 def test_every_activation_that_is_recognised_can_be_computed():

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from mhf_compiler import Report
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Kind
-from mhf_compiler.rewriting import rewrite_graph
+from mhf_compiler.rewrite.graph import rewrite_graph
 
 from .programs import Program
 

@@ -19,11 +19,11 @@ from torch.autograd import forward_ad
 import mhf_compiler.compat
 import mhf_compiler.lowering.cost
 import mhf_compiler.lowering.workload
-import mhf_compiler.rewriting
+import mhf_compiler.rewrite.graph
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
-from mhf_compiler.edit import EditError
 from mhf_compiler.lowering.cost import Estimate
+from mhf_compiler.rewrite.emit import EditError
 
 ALWAYS = {"rewrite": "always", "fallback": "eager"}
 
@@ -156,7 +156,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 def test_a_failure_leaves_the_graph_as_it_is_with_one_warning(
     part: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
     with pytest.warns(MhfCompilerWarning, match="RuntimeError: a bug in the compiler") as caught:
         run(Heads())
     assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
@@ -166,7 +166,7 @@ def test_a_failure_leaves_the_graph_as_it_is_with_one_warning(
 
 @pytest.mark.parametrize("part", ["find_sites", "rewrite"])
 def test_strict_lets_a_failure_through(part: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
     with pytest.raises(Exception, match="a bug in the compiler"):
         run(Heads(), strict=True)
     assert tallied()["failures"] == 1
@@ -212,7 +212,7 @@ def test_the_graph_is_untouched_after_a_failure(
 ):
     model = nn.Sequential(Heads(), Heads())
     graphs = dynamo_graphs(model)
-    monkeypatch.setattr(mhf_compiler.rewriting, part, _broken)
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
     with pytest.warns(MhfCompilerWarning):
         run(model)
     assert compiled_graphs == graphs
@@ -221,7 +221,7 @@ def test_the_graph_is_untouched_after_a_failure(
 def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    whole = mhf_compiler.rewriting.rewrite
+    whole = mhf_compiler.rewrite.graph.rewrite
 
     def rewrite(graph: torch.fx.Graph, sites: Any, copy: Any) -> torch.fx.Graph:
         if len(sites) == 3:
@@ -230,7 +230,7 @@ def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
             raise error
         return whole(graph, sites, copy)
 
-    monkeypatch.setattr(mhf_compiler.rewriting, "rewrite", rewrite)
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, "rewrite", rewrite)
     run(nn.Sequential(Heads(), Heads(), Heads()), strict=True)
     assert tallied() == {"graphs": 1, "sites_rewritten": 2, "sites_declined": 1, "failures": 0}
 

@@ -161,7 +161,10 @@ Rewritten
                 units stay in the cache; the backward pass recomputes the hidden units: only the
                 arguments are saved
     work  23 kFLOP and 5.57 kB forward for 12 tokens; 2.88 kB of hidden units are not kept
-                in memory""",
+                in memory
+
+After autograd
+  no pass has run; when Inductor compiles the model, counters and logs say what was fused""",
     )
 
 
@@ -212,7 +215,10 @@ Declined
     module  1 (Clamped)
     why  the activation is none of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh (it is clamped)
     operation  FILE: hidden_1 = silu_1.clamp(max=1)
-    what to do  use one of these, without a clamp, a shift or another slope""",
+    what to do  use one of these, without a clamp, a shift or another slope
+
+After autograd
+  no pass has run; when Inductor compiles the model, counters and logs say what was fused""",
     )
 
 

@@ -10,6 +10,7 @@ import torch._inductor
 
 import mhf_compiler
 from mhf_compiler import OptionError, Options
+from mhf_compiler.compat import counters
 from mhf_compiler.options import inductor_config, parse_options, tunes
 
 
@@ -145,6 +146,53 @@ def test_a_mode_given_twice_has_to_be_the_same():
     message = "mode is 'max-autotune', but option 'mode' is 'default'"
     with pytest.raises(OptionError, match=message):
         parse_options("max-autotune", {"mode": "default"})
+
+
+# As an instance.
+
+
+def test_an_instance_says_what_a_dict_says():
+    given = {"rewrite": "always", "strict": True, "dump_dir": Path("a"), "max_autotune": True}
+    instance = Options(
+        rewrite="always", strict=True, dump_dir=Path("a"), inductor={"max_autotune": True}
+    )
+    assert parse_options(None, instance) == parse_options(None, given) == instance
+    assert parse_options("default", Options()).mode == "default"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(rewrite="sometimes"),
+        Options(fallback="cudagraphs"),
+        Options(mode="max-autotun"),
+        Options(inductor={"max_autotun": True}),
+    ],
+)
+def test_an_instance_is_checked(options: Options):
+    with pytest.raises(OptionError):
+        parse_options(None, options)
+
+
+@pytest.mark.parametrize("rewrite", ["always", "never"])
+def test_an_instance_is_taken_wherever_options_are(rewrite: str):
+    class Heads(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (torch.nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x @ self.up).relu() @ self.down
+
+    model, x = Heads(), torch.randn(4, 6, 8)
+    options = Options(rewrite=rewrite, fallback="eager", strict=True)
+    sites = int(rewrite == "always")
+    assert len(mhf_compiler.explain(model, options=options)(x).rewritten) == sites
+    mhf_compiler.assert_rewritten(model, (x,), sites=sites, options=options)
+    counters.clear()
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert counters["flashmhf"]["sites_rewritten"] == sites
 
 
 # Where a user meets them.

@@ -13,9 +13,9 @@ from corpus.positive import POSITIVE
 
 import mhf_compiler.compat
 import mhf_compiler.lowering.workload
-from mhf_compiler.announcing import progress
 from mhf_compiler.compat import cache_folder
 from mhf_compiler.lowering.workload import Workload
+from mhf_compiler.report.logs import progress
 
 FOUND, MISSED = POSITIVE["Bmm"], NEAR_MISSES["DifferentQueries"]
 

@@ -1,0 +1,7 @@
+"""The command line ``mhf-compiler``.
+
+commands    ``explain``, ``bench``, ``info`` and ``doctor``
+inputs      models by their factories, tensors by dtype and shape
+bench       timings of a model or a site, as written and rewritten
+doctor      versions, card, kernels, and what is broken
+"""

@@ -1,0 +1,195 @@
+"""One site as a program of its own, as the model spells it.
+
+It computes the site's output from the tensors that the op's arguments are read from. It is built
+from the values that recognition read, so autocast, ``vmap``, ``no_grad`` and in-place writes have
+already become ATen operations, which autograd differentiates as it would differentiate the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ..compat import FakeTensorMode, make_fx, size_hint, symbolic_size
+from ..patterns import COPY, SCATTER, Site, Value
+from ..report.describe import boundary, name_of
+from .accuracy import tensors_of
+
+_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like", "new_")  # read only a shape
+
+
+@dataclass(frozen=True)
+class Given:
+    """Specification of one input of an extracted site.
+
+    Attributes:
+        name: its letter in the formula, then the model's name for it.
+        shape: of the example.
+        stride: of the example.
+        dtype: of the example.
+        device: of the example.
+        requires_grad: whether the model trains it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    def make(self) -> Tensor:
+        """Small random numbers, or zeros for integers."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        if not made.is_floating_point():
+            return made.zero_()
+        return made.normal_(std=0.3).requires_grad_(self.requires_grad)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One site by itself.
+
+    Attributes:
+        spelling: computes the output of the site, a tensor, from its arguments.
+        given: the arguments.
+    """
+
+    spelling: fx.GraphModule
+    given: tuple[Given, ...]
+
+
+def cut(gm: fx.GraphModule, site: Site) -> Part:
+    """Extract a site. Dynamic sizes become those of the example.
+
+    Args:
+        gm: the graph in which the site was found, also after it was rewritten.
+        site: the site.
+    """
+    sizes, letters = _Sizes(gm), boundary(site)
+    inputs, computed = _between(site.output, letters)
+    given = tuple(_given(value, letters.get(value), sizes) for value in inputs)
+
+    inside = frozenset(computed)
+
+    def run(*tensors: Tensor) -> Tensor:
+        known = dict(zip(inputs, tensors, strict=True))
+        for value in computed:
+            result = _compute(value, known, sizes, in_place=_is_last_reader(value, inside))
+            # An in-place write casts to the dtype of its target.
+            known[value] = result if result.dtype is value.dtype else result.to(value.dtype)
+        return known[site.output]
+
+    with FakeTensorMode(), torch.no_grad():
+        return Part(make_fx(run)(*(entry.make() for entry in given)), given)
+
+
+def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], list[Value]]:
+    """The inputs, in the order of the formula, and the computed values, in order of execution.
+
+    Inputs are the arguments, and values that do not depend on them unless a factory creates them.
+    """
+    reached = set(letters)
+    for value in _closure(output, lambda value: value not in letters):
+        if not reached.isdisjoint(value.operands):
+            reached.add(value)
+
+    def is_computed(value: Value) -> bool:
+        return value not in letters and (value in reached or _is_made(value))
+
+    found = _closure(output, is_computed)
+    order = list(letters)
+    inputs = [value for value in found if not is_computed(value)]
+    inputs.sort(key=lambda value: order.index(value) if value in letters else len(order))
+    return inputs, [value for value in found if is_computed(value)]
+
+
+def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:
+    """The output and all values that it depends on, in order of execution."""
+    found: set[Value] = set()
+    todo = [output]
+    while todo:
+        value = todo.pop()
+        if value not in found:
+            found.add(value)
+            todo += value.operands if enters(value) else ()
+    return sorted(found, key=lambda value: value.step)
+
+
+def _is_made(value: Value) -> bool:
+    """Whether a factory creates the value."""
+    if isinstance(value.op, str):
+        return False
+    name = value.op._schema.name.removeprefix("aten::")
+    return not value.operands or name.startswith(_LIKE)
+
+
+def _given(value: Value, letter: str | None, sizes: _Sizes) -> Given:
+    name = name_of(value)
+    example = value.origin.meta.get("example_value", value.origin.meta.get("val"))
+    return Given(
+        name=name if letter is None else f"{letter} ({name})",
+        shape=sizes.known(value.shape),
+        stride=sizes.known(value.strides),
+        dtype=value.dtype,
+        device=value.device,
+        requires_grad=any(x.requires_grad for x in tensors_of(example)),
+    )
+
+
+def _is_last_reader(value: Value, computed: Set[Value]) -> bool:
+    """Whether a write may be done in place: nothing else reads the old contents."""
+    if value.op != SCATTER or value.source not in computed:
+        return False
+    return all(reader is value or reader not in computed for reader in value.source.readers)
+
+
+def _compute(value: Value, known: dict[Value, Tensor], sizes: _Sizes, in_place: bool) -> Tensor:
+    def concrete(tree: Any) -> Any:
+        if isinstance(tree, Value):
+            return known[tree]
+        if isinstance(tree, dict):
+            return {key: concrete(part) for key, part in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(map(concrete, tree))
+        return sizes.known(tree)
+
+    args, kwargs = concrete(value.args), concrete(value.kwargs)
+    if value.op == COPY:
+        return args[0].to(value.dtype).expand(sizes.known(value.shape)).clone()
+    if value.op == SCATTER:
+        base, part = args
+        whole = shown = base if in_place else base.clone()
+        for step in value.chain:
+            shown = step.op(shown, *concrete(step.args), **concrete(step.kwargs))
+            shown = shown if step.item is None else shown[step.item]
+        shown.copy_(part)
+        return whole
+    result = value.op(*args, **kwargs)
+    return result if value.item is None else result[value.item]
+
+
+class _Sizes:
+    """The sizes of the example, for a graph's dynamic sizes."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.hints: dict[sympy.Expr, int] = {}
+        for node in gm.graph.find_nodes(op="placeholder"):
+            example = node.meta.get("example_value", node.meta.get("val"))
+            shapes = [x.shape for x in tensors_of(example)]
+            for size in (example, *(size for shape in shapes for size in shape)):
+                if isinstance(size, torch.SymInt):
+                    self.hints[symbolic_size(size)] = size_hint(size)
+
+    def known(self, tree: Any) -> Any:
+        """The same, with a number for each size."""
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(map(self.known, tree))
+        if isinstance(tree, (torch.SymInt, torch.SymFloat)):
+            return size_hint(tree)
+        return int(tree.subs(self.hints)) if isinstance(tree, sympy.Expr) else tree

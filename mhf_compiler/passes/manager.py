@@ -1,0 +1,122 @@
+"""Which passes run over Inductor's graphs, in which order, and what happens if one fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..compat import counters, disables_added_passes, run_pass, with_pass
+from ..errors import MhfCompilerWarning
+from .cache_key import package_hash
+from .layouts import fix_layouts
+from .memory import is_call_of
+from .norm_network import fuse_norm_network
+from .norm_router import fuse_norm_router
+from .outcome import Fusion
+from .overwrite import overwrite_dead_buffers
+
+#: In this order: queries that were normalised are dead after the op, too. Inductor disables a pass
+#: by a part of a name, so no name may contain that of another, or of the pass before autograd.
+PASSES: dict[str, Callable[[fx.Graph], list[Fusion]]] = {
+    "mhf_norm_router": fuse_norm_router,
+    "mhf_overwrite": overwrite_dead_buffers,
+    "mhf_norm_network": fuse_norm_network,
+}
+_FOR_TRAINING = ("mhf_overwrite",)  # the backward pass reads what the others would overwrite
+
+Tell = Callable[[Sequence[Fusion], Sequence[str]], None]
+
+
+def with_post_grad_passes(
+    gm: fx.GraphModule, config: dict[str, Any], *, strict: bool, tell: Tell | None = None
+) -> dict[str, Any]:
+    """Inductor's settings for one of Dynamo's graphs, with our passes if the graph has the op.
+
+    Args:
+        gm: the graph.
+        config: the settings.
+        strict: raise if a pass fails, instead of undoing it with a warning.
+        tell: is called after the passes with what they did and declined, and with remarks; for
+            training once for the forward graph and once for the backward graph. Not called if
+            Inductor finds the compiled graph in its cache.
+    """
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
+        return config
+    if disables_added_passes():
+        warnings.warn(
+            "Inductor's option 'disabled_passes' leaves out the step that fixes the strides of the "
+            "op's arguments: results on a GPU may be wrong",
+            MhfCompilerWarning,
+            stacklevel=2,
+        )
+    names = _FOR_TRAINING if torch.is_grad_enabled() else tuple(PASSES)
+    return with_pass(config, partial(run_passes, names, strict, tell), (package_hash(), *names))
+
+
+def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.Graph) -> None:
+    """Run passes over a graph, count what they did, and fix the layouts for our ops.
+
+    The layouts are needed for correct results. So that step is none of the passes that can be
+    disabled, and if it fails the compilation fails.
+    """
+    fusions: list[Fusion] = []
+    notes: list[str] = []
+    for name in names:
+        found = _run(name, strict, graph)
+        if found is None:
+            notes.append(f"the pass {name!r} is disabled, left out by a bisection, or has failed")
+        else:
+            fusions += found
+    fix_layouts(graph)
+    _count(fusions)
+    if tell is not None:
+        tell(fusions, notes)
+
+
+def _run(name: str, strict: bool, graph: fx.Graph) -> list[Fusion] | None:
+    """Run one pass, and undo it if it fails; None if it did not run, or was undone."""
+    before = fx.Graph()
+    _copy(graph, before)
+    found: list[Fusion] = []
+    owner = graph.owning_module or fx.GraphModule(torch.nn.Module(), graph)
+    try:
+        ran = run_pass(
+            owner, name, lambda _: found.extend(PASSES[name](graph)), after_autograd=True
+        )
+    except Exception as error:
+        if strict:
+            raise
+        for node in reversed(graph.nodes):
+            graph.erase_node(node)
+        _copy(before, graph)
+        counters["flashmhf"]["failures"] += 1
+        warnings.warn(
+            f"not all memory is reused, since the pass {name} failed: "
+            f"{type(error).__name__}: {error}",
+            MhfCompilerWarning,
+            stacklevel=2,
+        )
+        return None
+    return found if ran else None
+
+
+def _count(fusions: Sequence[Fusion]) -> None:
+    tally = counters["flashmhf"]
+    for fusion in fusions:
+        if fusion.obstacle is None:
+            tally[fusion.op] += 1
+        else:
+            tally[f"{fusion.op}_declined"] += 1
+            tally[f"{fusion.op}_declined.{fusion.obstacle.name}"] += 1
+
+
+def _copy(graph: fx.Graph, empty: fx.Graph) -> None:
+    """Copy a graph with the metadata of its output, where Inductor keeps required strides."""
+    output = empty.output(empty.graph_copy(graph, {}))
+    output.meta.update(graph.output_node().meta)

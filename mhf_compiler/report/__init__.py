@@ -1,0 +1,37 @@
+"""What happened to a model's graphs: values, and their renderings.
+
+values      the plain values that a report holds
+describe    makes them from graphs, in the words of the model's author
+groups      puts equal sites of several layers together
+text, page, dot    renderings of graphs: text, HTML, pictures
+report      ``Report``, on top of the renderings
+logs        counters, log lines and trace artifacts during a compilation
+"""
+
+from ..passes.outcome import Fusion
+from ..patterns import Location, Reason
+from .report import SCHEMA, Report
+from .values import (
+    Argument,
+    GraphBreak,
+    GraphReport,
+    Operation,
+    RegionNode,
+    SiteReport,
+    Work,
+)
+
+__all__ = [
+    "SCHEMA",
+    "Argument",
+    "Fusion",
+    "GraphBreak",
+    "GraphReport",
+    "Location",
+    "Operation",
+    "Reason",
+    "RegionNode",
+    "Report",
+    "SiteReport",
+    "Work",
+]

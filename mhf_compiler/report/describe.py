@@ -1,0 +1,345 @@
+"""From sites and near-misses to the values of a report, in the words of the model's author.
+
+A graph says ``l_self_modules_ffn_parameters_gate_``, its author says ``ffn.gate``. Names come from
+where Dynamo found each input, module paths from the stack of modules that each node was traced in,
+and lines from its stack of frames. The formula uses the paper's letters; the list of arguments maps
+them to the model's names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..compat import reason_of_graph_break, source_name
+from ..patterns import (
+    STACK,
+    Location,
+    NearMiss,
+    Reason,
+    RouterProduct,
+    Site,
+    TensorView,
+    Value,
+    locate,
+)
+from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
+
+if TYPE_CHECKING:
+    from ..lowering.cost import Estimate
+    from ..lowering.workload import Workload
+
+#: role of a site -> its letter, in the order of the formula
+_LETTERS = {
+    "query": "Q",
+    "gate": "K",
+    "up": "U",
+    "down": "V",
+    "gate_bias": "bK",
+    "up_bias": "bU",
+    "down_bias": "bV",
+    "residual": "X",
+}
+_MANY_TOKENS = 8192  # assumed by the cost model if the number is dynamic
+_PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|tensordot|mv)\b")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
+_MOST_NAMES = 3
+_MOST_NODES = 160  # of a region; a larger picture is unreadable
+_MOST_AROUND = 24  # neighbours of an operation
+
+
+def site_report(
+    site: Site,
+    workload: Workload,
+    estimate: Estimate | None,
+    reason: Reason | None = None,
+    products: Sequence[RouterProduct] = (),
+) -> SiteReport:
+    """A proved site: rewritten with the products before its router, or declined with a reason."""
+    from ..lowering.summary import kernels_of
+
+    module, module_class = _module_of_site(site)
+    return SiteReport(
+        heads=site.heads,
+        kuv_heads=site.kuv_heads,
+        head_dim=site.head_dim,
+        experts=site.experts,
+        expert_dim=site.expert_dim,
+        activation=site.activation,
+        gated=site.gated,
+        has_gate=site.has_gate,
+        location=site.location,
+        reason=_without_node(reason),
+        module=module,
+        module_class=module_class,
+        formula=formula(site),
+        arguments=tuple(_arguments(site)),
+        lowered=() if reason is not None else (*kernels_of(workload), *map(_product, products)),
+        work=_work(workload, estimate),
+        region=_region(site),
+        scales=(site.gate_scale, site.up_scale, site.out_scale),
+        device=str(site.device),
+    )
+
+
+def _product(product: RouterProduct) -> str:
+    dtype = str(product.query.value.dtype).removeprefix("torch.")
+    return f"the router's product reads {name_of(product.query.value)} in {dtype}, without a copy"
+
+
+def near_miss_report(miss: NearMiss) -> SiteReport:
+    """A candidate that was not proved: the operation that decided it, and its down projection."""
+    node = miss.reason.node or miss.anchor.origin
+    stack = _modules(node)
+    module, module_class = stack[-1] if stack else (None, None)
+    return SiteReport(
+        location=miss.location,
+        reason=_without_node(miss.reason),
+        module=module,
+        module_class=module_class,
+        operation=operation(node),
+        region=_around(node),
+    )
+
+
+def operation(node: fx.Node) -> Operation:
+    stack = _modules(node)
+    return Operation(node.name, _call(node), locate(node), stack[-1][0] if stack else None)
+
+
+def matrix_products(gm: fx.GraphModule) -> list[Operation]:
+    """Every matrix product of a graph, each a possible down projection."""
+    calls = (node for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
+    return [operation(node) for node in calls if _PRODUCT.search(_target(node))]
+
+
+def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """Why Dynamo ended this graph, if the model continues after it."""
+    found = reason_of_graph_break(gm)
+    if found is None:
+        return None
+    text, frame = found
+    reason = text.split("For more details about")[0].split("\n\n")[0].strip()
+    if frame is None:
+        return GraphBreak(reason)
+    resumed = _RESUMED.fullmatch(frame.name)
+    function = resumed["function"] if resumed else frame.name
+    return GraphBreak(
+        reason, Location(frame.filename, frame.lineno or 0, function, frame.line or "")
+    )
+
+
+# The formula and its names.
+
+
+def formula(site: Site) -> str:
+    """What the site computes for one token of one head, over the roles of its arguments."""
+    at = "[e]" if site.experts > 1 or site.has_gate else ""
+
+    def affine(scale: float, product: str, bias: TensorView | None, name: str) -> str:
+        text = product if scale == 1.0 else f"{scale:g} * {product}"
+        return text if bias is None else f"{text} + {name}{at}"
+
+    gate = affine(site.gate_scale, f"Q K{at}^T", site.gate_bias, "bK")
+    hidden = f"{site.activation}({gate})"
+    if site.gated:
+        up = affine(site.up_scale, f"Q U{at}^T", site.up_bias, "bU")
+        hidden = f"({hidden} * ({up}))"
+    out = affine(1.0, f"{hidden} V{at}", site.down_bias, "bV")
+    if at:
+        routers = [f"{_letter(role)}[e]" for role in site.views() if role.startswith("router")]
+        term = f"({out})" if site.down_bias is not None else out
+        out = f"sum over e of {' * '.join([*routers, term])}"
+    out = out if site.out_scale == 1.0 else f"{site.out_scale:g} * ({out})"
+    return out if site.residual is None else f"{out} + X"
+
+
+def _letter(role: str) -> str:
+    if role.startswith("router"):
+        return "R" if role == "router0" else f"R{int(role.removeprefix('router')) + 1}"
+    return _LETTERS[role]
+
+
+def _arguments(site: Site) -> Iterator[Argument]:
+    order = [*_LETTERS]
+    views = site.views()
+    for role in sorted(views, key=lambda role: order.index(role) if role in order else 3.5):
+        view = views[role]
+        value = _before_views(view.value)
+        computed = value.op != STACK and bool(value.operands)
+        yield Argument(
+            role=_letter(role),
+            name=name_of(value),
+            shape=tuple(size if isinstance(size, int) else str(size) for size in view.shape),
+            dtype=str(view.value.dtype).removeprefix("torch."),
+            location=locate(value.origin) if computed else None,
+        )
+
+
+def _before_views(value: Value) -> Value:
+    """The input under a chain of casts and other operations of one tensor, if there is one."""
+    source = value
+    while source.op != STACK and len(source.operands) == 1:
+        (source,) = source.operands
+    return source if not source.operands else value
+
+
+def name_of(value: Value) -> str:
+    """The model's name for it: the path of a parameter, the variable of a computed value."""
+    if value.op == STACK:
+        names = [name_of(_before_views(part)) for part in value.args]
+        if len(names) > _MOST_NAMES:
+            return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
+        return ", ".join(names)
+    if not value.operands:
+        return readable(source_name(value.origin) or str(value.origin.target))
+    return value.origin.name
+
+
+def readable(source: str) -> str:
+    """``ffn.gate`` for ``L['self']._modules['ffn']._parameters['gate']``, as Dynamo has it."""
+    text = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", source)
+    text = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text)
+    text = re.sub(r"^[LG]\.", "", text)
+    return re.sub(r"^(?:self|fn)\.(?=.)", "", text)  # Dynamo calls torch's own modules fn
+
+
+# Modules and operations.
+
+
+def _modules(node: fx.Node) -> list[tuple[str, str]]:
+    """The modules that a node was traced in, outermost first: path, and name of the class."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return [(readable(path), getattr(kind, "__name__", str(kind))) for path, kind in stack]
+
+
+def _module_of_site(site: Site) -> tuple[str | None, str | None]:
+    """The innermost module that contains all projections; views may be outside of it."""
+    nodes = {value.origin for value in site.replaces}
+    products = [node for node in nodes if _PRODUCT.search(_target(node))]
+    common: list[tuple[str, str]] | None = None
+    for node in products or [site.output_node]:
+        stack = _modules(node)
+        common = stack if common is None else list(_common(common, stack))
+    return common[-1] if common else (None, None)
+
+
+def _common(
+    stack: Iterable[tuple[str, str]], other: Iterable[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    for entry, same in zip(stack, other, strict=False):
+        if entry != same:
+            return
+        yield entry
+
+
+def boundary(site: Site) -> dict[Value, str]:
+    """The values that the op's arguments are read from, each with its letter in the formula."""
+    letters: dict[Value, str] = {}
+    for role, view in site.views().items():
+        for value in _parts(_before_views(view.value)):
+            letters.setdefault(value, _letter(role))
+    return letters
+
+
+def _region(site: Site) -> tuple[RegionNode, ...]:
+    """The nodes from the arguments to the output, in the order of the graph."""
+    roles = {site.output_node: "out"}
+    for value, letter in boundary(site).items():
+        roles.setdefault(value.origin, letter)
+    found: set[fx.Node] = set()
+    todo = [site.output_node, *(value.origin for value in site.replaces)]
+    while todo and len(found) <= _MOST_NODES:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += [] if roles.get(node, "out") != "out" else node.all_input_nodes
+    if len(found) > _MOST_NODES:
+        return ()
+    ends = {node for node, role in roles.items() if role != "out"}
+    return tuple(_region_nodes(site.output_node.graph, found, roles, ends))
+
+
+def _around(offending: fx.Node) -> tuple[RegionNode, ...]:
+    """The operations nearest to one: its users, and the operands of it and of those."""
+    found = {offending: True}  # in order of distance -> whether it depends on the offending one
+    edge = [offending]
+    while edge and len(found) < _MOST_AROUND:
+        near = {node: False for reader in edge for node in reader.all_input_nodes}
+        near |= {reader: True for node in edge if found[node] for reader in node.users}
+        edge = [node for node in near if node not in found and node.op != "output"]
+        edge = edge[: _MOST_AROUND - len(found)]
+        found |= {node: near[node] for node in edge}
+    return tuple(_region_nodes(offending.graph, {*found}, {offending: "offends"}, set()))
+
+
+def _region_nodes(
+    graph: fx.Graph, nodes: set[fx.Node], roles: dict[fx.Node, str], ends: set[fx.Node]
+) -> Iterator[RegionNode]:
+    """Nodes as values, in the order of the graph; ``ends`` are shown without what they read."""
+    for node in graph.nodes:
+        if node in nodes:
+            yield RegionNode(
+                name=node.name,
+                call=_shown(node) if node.op in ("placeholder", "get_attr") else _call(node),
+                role=roles.get(node),
+                inputs=() if node in ends else tuple(n.name for n in node.all_input_nodes),
+            )
+
+
+def _parts(value: Value) -> list[Value]:
+    """A tensor of the graph, or those that are stacked."""
+    return [_before_views(part) for part in value.args] if value.op == STACK else [value]
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _call(node: fx.Node) -> str:
+    arguments = [_shown(argument) for argument in node.args]
+    named = [f"{key}={_shown(argument)}" for key, argument in node.kwargs.items()]
+    if node.op == "call_method" and arguments:
+        subject, *arguments = arguments
+        return f"{node.name} = {subject}.{node.target}({', '.join(arguments + named)})"
+    return f"{node.name} = {_target(node)}({', '.join(arguments + named)})"
+
+
+def _shown(argument: object) -> str:
+    if isinstance(argument, fx.Node) and argument.op in ("placeholder", "get_attr"):
+        return readable(source_name(argument) or str(argument.target))
+    return str(argument)
+
+
+def _without_node(reason: Reason | None) -> Reason | None:
+    """The reason without its node, so that a report does not keep its graph alive."""
+    return None if reason is None else replace(reason, node=None)
+
+
+# Work.
+
+
+def _work(workload: Workload, estimate: Estimate | None) -> Work:
+    w = workload
+    tokens = _MANY_TOKENS if w.tokens is None else w.tokens
+    projections = 3 if w.gated else 2
+    weights = projections * w.kuv_heads * w.experts * w.expert_dim * w.head_dim
+    routers = tokens * w.heads * w.experts if w.routed else 0
+    ends = tokens * w.heads * w.head_dim * (w.dtype.itemsize + w.out_dtype.itemsize)
+    units = tokens * w.heads * w.experts * w.expert_dim
+    known = estimate is not None and estimate.original > 0
+    return Work(
+        tokens=tokens,
+        dynamic=w.tokens is None,
+        flops=2.0 * projections * units * w.head_dim,
+        bytes=float(ends + (weights + routers) * w.dtype.itemsize),
+        hidden_bytes=float(units * w.dtype.itemsize),
+        rewritten=estimate.rewritten if estimate is not None and known else None,
+        original=estimate.original if estimate is not None and known else None,
+    )

@@ -1,0 +1,99 @@
+"""What a compilation tells about its graphs: counters, log lines, trace artifacts.
+
+counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
+                                (the passes after autograd are counted where they run)
+TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all details
+TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ..compat import counters, trace_artifact
+from ..passes.outcome import Fusion
+from .report import Report, plain
+from .text import details, line_for, line_for_fusion
+from .values import GraphReport
+
+log = logging.getLogger("mhf_compiler")
+
+
+def announce(report: GraphReport) -> None:
+    """Count, log and trace what happened to one graph."""
+    _count(report)
+    _log(report)
+    trace_artifact("flashmhf_before", "string", lambda: report.before)
+    trace_artifact("flashmhf_after", "string", lambda: report.after)
+    trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
+
+
+def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
+    """Log and trace what the passes after autograd did to one of Inductor's graphs."""
+    for fusion in fusions:
+        log.info("%s", line_for_fusion(fusion))
+    for note in notes:
+        log.info("%s", note)
+    trace_artifact(
+        "flashmhf_fusions",
+        "json",
+        lambda: json.dumps({"fusions": plain(fusions), "notes": plain(notes)}),
+    )
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Show what is being waited for: one line of the terminal, erased at the end, or log lines.
+
+    Prints nothing if there was nothing to wait for.
+    """
+    terminal = sys.stderr.isatty()
+    shown = False
+
+    def say(text: str) -> None:
+        nonlocal shown
+        if terminal:
+            print(f"\r\x1b[Kflashmhf: {text}", end="", file=sys.stderr, flush=True)
+            shown = True
+        else:
+            log.info("%s", text)
+
+    try:
+        yield say
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _count(report: GraphReport) -> None:
+    tally = counters["flashmhf"]
+    tally["graphs"] += 1
+    tally["sites_rewritten"] += len(report.rewritten)
+    tally["sites_declined"] += len(report.declined)
+    for site in report.declined:
+        if site.reason is not None:
+            tally[f"declined.{site.reason.kind.name}"] += 1
+
+
+def _log(report: GraphReport) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    for site in [*report.rewritten, *report.declined]:
+        log.info("%s", line_for(site))
+        log.debug("%s", details(site))
+    for note in report.notes:
+        log.info("%s", note)
+    if not report.rewritten and not report.declined and not report.notes:
+        log.info("nothing to rewrite among %d operations", report.operations)
+        for product in report.products:
+            log.debug("looked at %s: %s", product.location or "unknown source", product.call)
+    if report.graph_break is not None:
+        where = report.graph_break.location or "unknown source"
+        log.info("graph break at %s: %s", where, report.graph_break.reason.splitlines()[0])
+    if report.rewritten:
+        log.debug("before:\n%s", report.before)
+        log.debug("after:\n%s", report.after)

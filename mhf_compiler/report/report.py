@@ -1,0 +1,109 @@
+"""``Report``: all graphs of one call of a model, and the ways to show them.
+
+It stands on top of the renderers, which take the graphs alone: ``text.py``, ``page.py`` (HTML) and
+``dot.py`` (pictures).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..passes.outcome import Obstacle
+from ..patterns import Reason
+from .dot import draw
+from .page import notebook, page
+from .text import headline, printed
+from .values import GraphBreak, GraphReport, SiteReport, all_declined, all_rewritten
+
+SCHEMA = 1  # version of to_dict: raised when a key disappears or changes its meaning
+
+
+@dataclass
+class Report:
+    """What the back end does with a model; ``print`` shows it as text.
+
+    Attributes:
+        graphs: one entry for each graph, in the order of compilation.
+    """
+
+    graphs: list[GraphReport] = field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        """The MH-FFNs that are replaced, in all graphs."""
+        return all_rewritten(self.graphs)
+
+    @property
+    def declined(self) -> list[SiteReport]:
+        """The near-misses of all graphs, each with its reason."""
+        return all_declined(self.graphs)
+
+    @property
+    def graph_breaks(self) -> list[GraphBreak]:
+        """The ends of graphs before the end of the model."""
+        return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+
+    @property
+    def graph_before(self) -> str:
+        """The graphs as Dynamo gave them, as readable code."""
+        return "\n\n".join(graph.before for graph in self.graphs)
+
+    @property
+    def graph_after(self) -> str:
+        """The graphs as they are passed to the compiler, as readable code."""
+        return "\n\n".join(graph.after for graph in self.graphs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, numbers and strings; docs/report.md lists the keys."""
+        return {"schema": SCHEMA, **plain(self)}
+
+    def to_json(self, path: str | PathLike[str] | None = None, *, indent: int | None = 2) -> str:
+        """``to_dict`` as JSON, which is also written to ``path`` if one is given."""
+        text = json.dumps(self.to_dict(), indent=indent)
+        if path is not None:
+            Path(path).write_text(f"{text}\n")
+        return text
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write the report as one HTML page that needs neither network nor server."""
+        Path(path).write_text(page(self.graphs))
+
+    def draw(self, path: str | PathLike[str]) -> None:
+        """Draw sites before and after, and near-misses: ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
+
+        Raises:
+            DrawingError: another format, nothing to draw, or no ``dot`` program.
+        """
+        draw(self.graphs, Path(path))
+
+    def __str__(self) -> str:
+        return printed(self.graphs)
+
+    def __repr__(self) -> str:
+        return f"<Report: {headline(self.graphs)}>"
+
+    def _repr_html_(self) -> str:
+        return notebook(self.graphs)
+
+
+def plain(value: Any) -> Any:
+    """A value for JSON: dataclasses as dicts of their fields, reasons in words."""
+    if isinstance(value, Obstacle):
+        return {"kind": value.name, "sentence": value.sentence}
+    if isinstance(value, Reason):
+        kind = value.kind
+        words = {"sentence": kind.sentence, "detail": value.detail, "remedy": kind.remedy}
+        return {"kind": kind.name, **words}
+    if is_dataclass(value):
+        return {entry.name: plain(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(part) for part in value]
+    return value.name if isinstance(value, Enum) else value

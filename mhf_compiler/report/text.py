@@ -1,0 +1,231 @@
+"""Graph reports as text: a headline, a table of the rewritten sites, a paragraph for each site."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+from ..passes.outcome import Fusion
+from .groups import Group, grouped
+from .values import (
+    GraphReport,
+    Operation,
+    SiteReport,
+    Work,
+    all_declined,
+    all_notes,
+    all_rewritten,
+)
+
+_WIDTH = 100
+_MOST_PRODUCTS = 12
+_NOT_RUN = "no pass has run; when Inductor compiles the model, counters and logs say what was fused"
+_WHOLE = ("why", "operation", "what to do")  # never wrapped, so that they can be searched for
+
+Graphs = Sequence[GraphReport]
+
+
+def printed(graphs: Graphs) -> str:
+    """All that is known of the graphs."""
+    rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
+    parts = [headline(graphs)]
+    if rewritten:
+        groups = grouped(rewritten)
+        parts.append("Rewritten\n" + _table(groups))
+        parts += [_details(group) for group in groups]
+    if declined:
+        paragraphs = "\n\n".join(_details(group) for group in grouped(declined))
+        parts.append(f"Declined\n{paragraphs}")
+    if not rewritten and not declined and not notes:
+        parts.append(why_nothing(graphs))
+    if rewritten:
+        parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
+    breaks = list(_graph_breaks(graphs))
+    if breaks:
+        parts.append("Graph breaks\n" + "\n".join(breaks))
+    return "\n\n".join([*parts, *notes])
+
+
+def headline(graphs: Graphs) -> str:
+    """The counts, in one line."""
+    return (
+        f"{_count(all_rewritten(graphs), 'MH-FFN')} rewritten, "
+        f"{len(all_declined(graphs))} declined, in {_count(graphs, 'graph')}"
+    )
+
+
+def why_nothing(graphs: Graphs) -> str:
+    """What was examined, if there is neither a site nor a near-miss."""
+    if not graphs:
+        return "No graph was compiled: nothing in the call was captured by torch.compile."
+    operations = sum(graph.operations for graph in graphs)
+    text = (
+        f"None of the {operations} operations is the down projection of a feed-forward "
+        "network: a matrix product (or a sum of products) of activated hidden units. An MH-FFN "
+        "is down(act(gate(q)) * up(q)) or down(act(gate(q))), head by head."
+    )
+    products = [product for graph in graphs for product in graph.products]
+    if not products:
+        return text
+    lines = [_operation(product) for product in products[:_MOST_PRODUCTS]]
+    if len(products) > _MOST_PRODUCTS:
+        lines.append(f"and {len(products) - _MOST_PRODUCTS} more")
+    listed = "\n".join(f"  {line}" for line in lines)
+    return f"{text}\n\nLooked at, as the matrix products that there are\n{listed}"
+
+
+def fusion_lines(graphs: Graphs) -> list[str]:
+    """What the passes after autograd did and declined; equal lines once, with their number."""
+    ran = [graph.fusions for graph in graphs if graph.fusions is not None]
+    if not ran:
+        return [_NOT_RUN]
+    found = Counter(line_for_fusion(fusion) for fusions in ran for fusion in fusions)
+    return [line if count == 1 else f"{line} ({count} times)" for line, count in found.items()]
+
+
+def line_for_fusion(fusion: Fusion) -> str:
+    """A fusion in one line."""
+    return f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}"
+
+
+def line_for(site: SiteReport) -> str:
+    """A site in one line, for logs."""
+    where = f"{site.location or 'unknown source'}{f' in {site.module}' if site.module else ''}"
+    if site.reason is None:
+        return f"rewritten: {where}: {site.sizes}"
+    return f"declined: {where}: {site.reason.kind.name}: {site.reason}"
+
+
+def details(site: SiteReport) -> str:
+    """A site's paragraph."""
+    return _details(Group(site, (site.module,)))
+
+
+# Paragraphs.
+
+
+def _details(group: Group) -> str:
+    site = group.first
+    where = site.location
+    lines = [f"  {where or 'unknown source'}"]
+    if where is not None and where.code:
+        lines.append(f"      {where.code}")
+    listed = rows(group)
+    wide = max((len(name) for name, _ in listed), default=0)
+    for name, text in listed:
+        whole = name in _WHOLE
+        first, *others = [text] if whole else textwrap.wrap(text, _WIDTH - wide - 8)
+        lines.append(f"    {name.ljust(wide)}  {first}".rstrip())
+        lines += [f"    {' ' * wide}  {other}" for other in others]
+    return "\n".join(lines)
+
+
+def rows(group: Group) -> list[tuple[str, str]]:
+    """All that is known of the sites of a group, as pairs of a name and a text."""
+    site = group.first
+    found = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
+    if group.where:
+        named = f"{group.where} ({site.module_class})" if site.module_class else group.where
+        found = [("module", named), *found]
+    return found
+
+
+def _why(site: SiteReport) -> list[tuple[str, str]]:
+    assert site.reason is not None
+    rows = [("why", str(site.reason))]
+    if site.operation is not None:
+        rows.append(("operation", _operation(site.operation)))
+    return [*rows, ("what to do", site.reason.kind.remedy)]
+
+
+def _rows(site: SiteReport) -> list[tuple[str, str]]:
+    rows = [] if site.formula is None else [("formula", site.formula)]
+    for argument in site.arguments:
+        shape = ", ".join(map(str, argument.shape))
+        rows.append((argument.role, f"{argument.name}  ({shape}) {argument.dtype}"))
+    if site.lowered:
+        rows.append(("lowered to", "; ".join(site.lowered)))
+    if site.work is not None:
+        rows.append(("work", _work(site.work)))
+        if site.work.original is not None and site.work.rewritten is not None:
+            rows.append(("estimate", _estimate(site.work.rewritten, site.work.original)))
+    return rows
+
+
+def _operation(operation: Operation) -> str:
+    where = f"{operation.location}: " if operation.location is not None else ""
+    return f"{where}{operation.call}"
+
+
+def _work(work: Work) -> str:
+    tokens = f"for {work.tokens} tokens (dynamic)" if work.dynamic else f"for {work.tokens} tokens"
+    return (
+        f"{scaled(work.flops, 'FLOP')} and {scaled(work.bytes, 'B')} forward {tokens}; "
+        f"{scaled(work.hidden_bytes, 'B')} of hidden units are not kept in memory"
+    )
+
+
+def _estimate(rewritten: float, original: float) -> str:
+    saving = 1 - rewritten / original
+    change = f"{saving:.0%} less" if saving >= 0 else f"{-saving:.0%} more"
+    return f"{rewritten * 1e3:.3g} ms instead of {original * 1e3:.3g} ms ({change})"
+
+
+def scaled(number: float, unit: str) -> str:
+    """A number with a prefix: ``scaled(1.5e9, "FLOP")`` is ``"1.5 GFLOP"``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g} P{unit}"
+
+
+def _graph_breaks(graphs: Graphs) -> Iterator[str]:
+    for position, graph in enumerate(graphs):
+        if graph.graph_break is not None:
+            where = graph.graph_break.location or "unknown source"
+            reason = graph.graph_break.reason.splitlines()
+            yield f"  after graph {position}, at {where}: {reason[0]}"
+            yield from (f"      {line.strip()}" for line in reason[1:])
+
+
+# The table.
+
+_COLUMNS: dict[str, Callable[[Group], object]] = {
+    "site": lambda group: group.numbered,
+    "source": lambda group: group.first.location or "unknown",
+    "module": lambda group: group.where,
+    "heads": lambda group: _heads(group.first),
+    "width": lambda group: group.first.head_dim,
+    "sub-networks": lambda group: f"{group.first.experts} x {group.first.expert_dim}",
+    "hidden units": lambda group: _hidden_units(group.first),
+    "router": lambda group: "yes" if group.first.has_gate else "no",
+}
+
+
+def _heads(site: SiteReport) -> str:
+    return (
+        str(site.heads) if site.heads == site.kuv_heads else f"{site.heads} ({site.kuv_heads} kuv)"
+    )
+
+
+def _hidden_units(site: SiteReport) -> str:
+    return f"{site.activation}(gate) * up" if site.gated else str(site.activation)
+
+
+def cells(groups: Sequence[Group]) -> list[list[str]]:
+    """The rewritten sites as the rows of a table, header first."""
+    header = [*_COLUMNS]
+    return [header, *([str(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
+
+
+def _table(groups: Sequence[Group]) -> str:
+    rows = cells(groups)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"

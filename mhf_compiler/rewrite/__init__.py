@@ -1,0 +1,7 @@
+"""Dynamo's graph, before autograd: what is rewritten, and how.
+
+graph    one graph, from recognition to the edited graph and its report
+judge    whether a proved site is worth rewriting and runs on this machine
+edit     the edit of a copy of the graph: redirect readers, remove dead nodes
+emit     one op with its arguments, as view operations of values that the graph has
+"""

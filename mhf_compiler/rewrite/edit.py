@@ -1,0 +1,119 @@
+"""The edit: an op in place of each site, in a copy of Dynamo's graph.
+
+A site is an MH-FFN or, before it, a product of widened queries that its router is computed from.
+The op is inserted, the readers of the value that it replaces are redirected to its result, and
+what is then dead is removed. The given graph stays untouched; the caller takes the edited copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..compat import copy_dynamo_metadata
+from ..patterns import CanonicalCopy, RouterProduct, Site, Value
+from .emit import EditError, Editor
+
+
+def rewrite(
+    graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: CanonicalCopy
+) -> fx.Graph:
+    """A copy of ``graph`` with its op in place of every site.
+
+    Raises:
+        EditError: an argument of a site cannot be expressed; nothing was changed.
+    """
+    edited = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = edited.graph_copy(graph, nodes)
+    old_output = graph.output_node()
+    nodes[old_output] = edited.output(output)
+    nodes[old_output].meta = dict(old_output.meta)
+    for old, new in nodes.items():
+        copy_dynamo_metadata(old, new)
+    results: dict[Value, fx.Node] = {}
+    for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
+        editor = Editor(edited, nodes, copy, site, results)
+        try:
+            output = editor.insert()
+            made = {site.output: output, **{p: editor.piece(output, p) for p in site.pieces}}
+        except EditError as error:
+            error.site = site
+            raise
+        results |= made
+        for value, result in made.items():
+            _redirect_readers(value, result, nodes, copy, after=editor.position)
+    _remove_dead(edited, nodes, copy, sites)
+    edited.lint()
+    return edited
+
+
+def _redirect_readers(
+    value: Value,
+    result: fx.Node,
+    nodes: dict[fx.Node, fx.Node],
+    copy: CanonicalCopy,
+    after: int,
+) -> None:
+    """Let every node after a position that reads the value read the result instead.
+
+    Exception: a value that the model copied into an input is still read from that input, because
+    mutating the returned tensor must mutate the input. For the same reason equal results in
+    separate storages keep separate storages.
+    """
+    returned = {memory for _, memory in copy.returned}
+    places: dict[int | None, fx.Node] = {}
+    for reader, argument in copy.readers_of.get(value, ()):
+        if copy.positions[reader] <= after or copy.is_outside(argument):
+            continue
+        memory = copy.memory_of(argument)
+        if memory not in returned:
+            place = result
+        elif memory in places:
+            place = places[memory]
+        else:
+            place = places[memory] = _copied(result) if places else result
+        nodes[reader].replace_input_with(nodes[argument], place)
+
+
+def _copied(node: fx.Node) -> fx.Node:
+    with node.graph.inserting_after(node):
+        copied = node.graph.call_function(torch.clone, (node,))
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            copied.meta[key] = node.meta[key]
+    return copied
+
+
+def _remove_dead(
+    graph: fx.Graph,
+    nodes: dict[fx.Node, fx.Node],
+    copy: CanonicalCopy,
+    sites: Sequence[Site | RouterProduct],
+) -> None:
+    """Remove what computed the sites: nodes without readers, and writes that nothing observes."""
+    replaced = {
+        value: list(_read_by(site)) for site in sites for value in (site.output, *site.pieces)
+    }
+    needed = copy.needed_without(replaced)
+    for old in reversed(copy.positions):
+        node = nodes[old]
+        writes = copy.written.get(old)
+        # A write that had no reader before either: for a hook, or for the backward pass.
+        outside = copy.written_outside.get(old, ())
+        unseen = (
+            writes is not None
+            and any(copy.is_live(v) for v in writes)
+            and not any(v in needed and (v not in replaced or v in outside) for v in writes)
+        )
+        stays = node.users or node.op in ("output", "placeholder")
+        if not stays and (old in copy.pure or unseen):
+            graph.erase_node(node)
+        elif old in copy.looked_into:  # it inspects memory, so what it finds must be written
+            needed |= copy.needed_without(replaced, copy.looked_into[old])
+
+
+def _read_by(site: Site | RouterProduct) -> Sequence[Value]:
+    return [view.value for view in site.views().values()]

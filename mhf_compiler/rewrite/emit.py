@@ -1,0 +1,372 @@
+"""One op with its arguments, written into a graph.
+
+The arguments of the op are views of values that the graph has anyway. So what is inserted are view
+operations, the op, and views of its result in the shape that the readers expect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..patterns import (
+    RESHAPES,
+    STACK,
+    Axis,
+    CanonicalCopy,
+    RouterProduct,
+    Site,
+    Size,
+    TensorView,
+    Value,
+    at_most,
+    multiply,
+    plus,
+    quotient,
+)
+
+_ALIGNED_TOKENS = 8  # 16 bytes of 16-bit numbers
+
+
+class EditError(Exception):
+    """A site cannot be written into the graph; the message says what is in the way."""
+
+    site: Site | RouterProduct | None = None
+
+
+class Editor:
+    """Inserts one site after the node that holds its output."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        nodes: dict[fx.Node, fx.Node],
+        copy: CanonicalCopy,
+        site: Site | RouterProduct,
+        results: dict[Value, fx.Node],
+    ) -> None:
+        self.graph, self.nodes, self.copy, self.site = graph, nodes, copy, site
+        self.results = results
+        self.position = copy.positions[site.output_node]
+        self.last = nodes[site.output_node]
+        self.made: dict[Value, fx.Node] = {}
+
+    def insert(self) -> fx.Node:
+        """The op's result, with the shape and the strides of the value that it replaces."""
+        site = self.site
+        if isinstance(site, RouterProduct) and not site.placed and _aligned_by_tokens(site):
+            return self.router_product(site, [2, 3, 0, 1])  # as the kernels read a router best
+        order = _order_that_keeps_strides(site)
+        out_order = None if order in (None, (0, 1, 2, 3)) else list(order)
+        if isinstance(site, Site):
+            output = self.network(site, out_order)
+        else:
+            output = self.router_product(site, out_order)
+        return output if order is not None else self._with_strides(output, site.output)
+
+    def network(self, site: Site, out_order: list[int] | None) -> fx.Node:
+        query = self.argument(site.query)
+        gate, down = self.argument(site.gate), self.argument(site.down)
+        up = self.optional(site.up)
+        router = self.router(site)
+        biases = [
+            self.optional(view, site.dtype)
+            for view in (site.gate_bias, site.up_bias, site.down_bias)
+        ]
+        result = self.call(
+            torch.ops.mhf_compiler.multi_head_ffn.default,
+            *(query, gate, up, down, router, *biases),
+            activation=site.activation,
+            k_scale=site.gate_scale,
+            u_scale=site.up_scale,
+            out_scale=site.out_scale,
+            out_order=out_order,
+            out_dtype=None if site.out_dtype is site.dtype else site.out_dtype,
+        )
+        output = self.output(result)
+        if site.residual is not None:
+            residual = self.argument(site.residual)
+            if site.residual.scale != 1.0:
+                residual = self.call(operator.mul, residual, site.residual.scale)
+            output = self.call(operator.add, output, residual)
+        return output
+
+    def router_product(self, site: RouterProduct, out_order: list[int] | None) -> fx.Node:
+        result = self.call(
+            torch.ops.mhf_compiler.router_product.default,
+            self.argument(site.query),
+            self.argument(site.weight),
+            out_order=out_order,
+        )
+        output = self.output(result)
+        if site.bias is not None:
+            output = self.call(operator.add, output, self.argument(site.bias))
+        return output
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            kind = "call_method" if isinstance(target, str) else "call_function"
+            self.last = self.graph.create_node(kind, target, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.site.output_node.meta:
+                self.last.meta[key] = self.site.output_node.meta[key]
+        return self.last
+
+    # Arguments.
+
+    def optional(self, view: TensorView | None, dtype: torch.dtype | None = None) -> fx.Node | None:
+        if view is None:
+            return None
+        node = self.argument(view)
+        if view.scale != 1.0:
+            node = self.call(operator.mul, node, view.scale)
+        if dtype is not None and view.value.dtype is not dtype:
+            node = self.call("to", node, dtype)
+        return node
+
+    def router(self, site: Site) -> fx.Node | None:
+        routers = [self.argument(view) for view in site.routers]
+        product_ = routers[0] if routers else None
+        for other in routers[1:]:
+            product_ = self.call(operator.mul, product_, other)
+        return product_
+
+    def value(self, value: Value) -> fx.Node:
+        """A node that holds the value where the op stands; it is recomputed if there is none."""
+        if value in self.results:
+            return self.results[value]
+        holder = self.copy.holder_at(value, self.position)
+        if holder is not None:
+            return self.nodes[holder]
+        if value not in self.made:
+            self.made[value] = self._recompute(value)
+        return self.made[value]
+
+    def _recompute(self, value: Value) -> fx.Node:
+        if value.op == STACK:
+            return self.call(torch.stack, [self.value(v) for v in value.args])
+        for view in value.readers:  # of a linear layer, only a view of its product is held
+            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
+            holder = self.copy.holder_at(view, self.position) if alike else None
+            if holder is not None:
+                sizes = [self.size(size) for size in value.shape]
+                return self.call("reshape", self.nodes[holder], *sizes)
+        if isinstance(value.op, str):
+            raise EditError(f"no node holds {value}")
+        args, kwargs = self._plain(value.args), self._plain(value.kwargs)
+        node = self.call(value.op, *args, **kwargs)
+        return node if value.item is None else self.call(operator.getitem, node, value.item)
+
+    def _plain(self, tree: Any) -> Any:
+        if isinstance(tree, Value):
+            return self.value(tree)
+        if isinstance(tree, dict):
+            return {key: self._plain(part) for key, part in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._plain(part) for part in tree)
+        return self.size(tree) if isinstance(tree, sympy.Expr) else tree
+
+    def argument(self, view: TensorView) -> fx.Node:
+        """The view operations that turn its value into ``view``."""
+        node = self.value(view.value)
+        axes: list[Axis] = []
+        for dim in reversed(range(len(view.index))):
+            node, found = self._digits(node, view, dim)
+            axes = found + axes
+        wanted = [axis for dim in view.dims for axis in dim if axis.size != 1]
+        present = [axis for axis in wanted if axis in axes]
+        if len(present) != len(axes) or len(set(axes)) != len(axes):
+            raise EditError("an argument is read along a diagonal")
+        node = self._permute(node, [axes.index(axis) for axis in present])
+        for position, axis in enumerate(wanted):
+            if axis not in axes:
+                node = self.call("unsqueeze", node, position)
+        if len(present) != len(wanted):
+            sizes = [-1 if axis in axes else self.size(axis.size) for axis in wanted]
+            node = self.call("expand", node, *sizes)
+        return self._group(node, view.dims)
+
+    def _digits(self, node: fx.Node, view: TensorView, dim: int) -> tuple[fx.Node, list[Axis]]:
+        """Dimension ``dim`` of the value, split into the axes along which it is read."""
+        form, size = view.index[dim].resolved(), view.value.shape[dim]
+        terms = [(axis, step) for axis, step in form.terms if axis.size != 1]
+        terms.sort(key=lambda term: _descending(term[1]))
+        if not terms:
+            return self.call("select", node, dim, form.offset), []
+        axes = [axis for axis, _ in terms]
+        if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
+            return node, axes
+        steps: list[Size] = [step for _, step in terms]
+        whole = steps[-1] == 1  # nothing is skipped inside the innermost axis
+        sizes: list[Size] = []
+        for outer, inner in itertools.pairwise([size, *steps, *([] if whole else [1])]):
+            digit = quotient(outer, inner)
+            if digit is None:
+                return self._strided(node, dim, terms, form.offset, size), axes
+            sizes.append(digit)
+        if len(sizes) > 1:
+            known = [s if isinstance(s, int) else None for s in sizes]
+            node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+        offset = form.offset
+        for position, (axis, step) in enumerate(terms):
+            at: Size = 0
+            if offset != 0:
+                at, offset = divmod(offset, step)
+            if not at_most(plus(at, axis.size), sizes[position]):
+                raise EditError("an argument is read in overlapping parts")
+            if at != 0 or axis.size != sizes[position]:
+                where = (dim + position, self.size(at), self.size(axis.size))
+                node = self.call("narrow", node, *where)
+        if not whole:
+            node = self.call("select", node, dim + len(terms), offset)
+        return node, axes
+
+    def _strided(
+        self, node: fx.Node, dim: int, terms: list[Any], offset: Size, size: Size
+    ) -> fx.Node:
+        """One axis, read with a step that does not divide the dimension."""
+        (axis, step), *others = terms
+        if others or not all(isinstance(s, int) for s in (axis.size, step, offset, size)):
+            raise EditError("an argument is read at irregular distances")
+        every = slice(offset, offset + step * (axis.size - 1) + 1, step)
+        return self.call(operator.getitem, node, (*(slice(None),) * dim, every))
+
+    def _one_unknown(self, sizes: list[Size], known: list[int | None]) -> tuple[Any, ...]:
+        """Sizes for ``unflatten``, which can infer one symbolic size."""
+        unknown = known.count(None)
+        if unknown <= 1:
+            return tuple(-1 if size is None else size for size in known)
+        return tuple(self.size(size) for size in sizes)
+
+    # The result.
+
+    def output(self, node: fx.Node) -> fx.Node:
+        """The op's four dimensions, in the shape of the value that it replaces."""
+        site = self.site
+        inner = [[a for a in dim if a.size != 1] for dim in site.result_dims]
+        for dim in reversed(range(4)):
+            if not inner[dim]:
+                # Not a selection, whose gradient would be copied into a tensor of zeros.
+                node = self.call("squeeze", node, dim)
+            elif len(inner[dim]) > 1:
+                sizes = [axis.size for axis in inner[dim]]
+                known = [size if isinstance(size, int) else None for size in sizes]
+                node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+        have = [axis for dim in inner for axis in dim]
+        want = [axis for dim in site.output_dims for axis in dim if axis.size != 1]
+        node = self._permute(node, [have.index(axis) for axis in want])
+        return self._group(node, site.output_dims)
+
+    def piece(self, output: fx.Node, piece: Value) -> fx.Node:
+        """One of the values that the output concatenates, in a storage of its own."""
+        merge = self.site.output
+        dim = merge.argument(1, "dim", 0) % len(merge.shape)
+        place = merge.args[0].index(piece)
+        if merge.op is torch.ops.aten.stack.default:
+            node = self.call("select", output, dim, place)
+        else:
+            start: Size = 0
+            for before in merge.args[0][:place]:
+                start = plus(start, before.shape[dim])
+            node = self.call("narrow", output, dim, self.size(start), self.size(piece.shape[dim]))
+        order = piece.memory_order()
+        if order is None:
+            raise EditError("the strides of a head's output cannot be kept")
+        node = self._permute(node, list(order))
+        node = self.call(torch.clone, node, memory_format=torch.contiguous_format)
+        return self._permute(node, [order.index(dim) for dim in range(len(order))])
+
+    def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
+        """A copy with the strides of the replaced value: readers may depend on them."""
+        order = like.memory_order()
+        if order is None:
+            raise EditError("the output's strides cannot be kept")
+        node = self._permute(node, list(order))
+        node = self.call("contiguous", node)
+        return self._permute(node, [order.index(dim) for dim in range(len(order))])
+
+    # Small steps.
+
+    def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
+        return node if order == sorted(order) else self.call("permute", node, *order)
+
+    def _group(self, node: fx.Node, dims: Sequence[Sequence[Axis]]) -> fx.Node:
+        """One dimension for each group of axes; a dimension of one for an empty group."""
+        position = sum(axis.size != 1 for dim in dims for axis in dim)
+        for dim in reversed(dims):
+            count = sum(axis.size != 1 for axis in dim)
+            position -= count
+            if count == 0:
+                node = self.call("unsqueeze", node, position)
+            elif count > 1:
+                node = self.call("flatten", node, position, position + count - 1)
+        return node
+
+    def size(self, size: Size) -> Any:
+        """A size as an int, or as a node that computes it."""
+        if isinstance(size, int):
+            return size
+        if size.is_Integer:
+            return int(size)
+        if size.is_Symbol:
+            return self._symbol(size)
+        if size.is_Mul or size.is_Add:
+            function = operator.mul if size.is_Mul else operator.add
+            total, *rest = [self.size(part) for part in size.args]
+            for part in rest:
+                total = self.call(function, total, part)
+            return total
+        raise EditError(f"the size {size} is not known in the graph")
+
+    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
+        for value, holders in self.copy.inputs():
+            if symbol in value.shape:
+                return self.call("size", self.nodes[holders], value.shape.index(symbol))
+        raise EditError(f"the size {symbol} is not known in the graph")
+
+
+def _descending(step: Size) -> tuple[int, int]:
+    """Sort key: a symbolic step is a product with the inner sizes, so it comes first."""
+    return (1, -step) if isinstance(step, int) else (0, -len(sympy.Mul.make_args(step)))
+
+
+def _aligned_by_tokens(site: RouterProduct) -> bool:
+    """Whether rows of tokens, one for each head and sub-network, all begin at aligned addresses.
+
+    A router that all heads share counts heads as tokens, too.
+    """
+    batch, length, heads = site.query.shape[:3]
+    row = batch if length == 1 else length
+    return heads != 1 and isinstance(row, int) and row % _ALIGNED_TOKENS == 0
+
+
+def _order_that_keeps_strides(site: Site | RouterProduct) -> tuple[int, ...] | None:
+    """The ``out_order`` that gives the output the strides of the replaced value."""
+    return next((o for o in itertools.permutations(range(4)) if _keeps_strides(site, o)), None)
+
+
+def _keeps_strides(site: Site | RouterProduct, order: tuple[int, ...]) -> bool:
+    dims = site.result_dims
+    stride_of: dict[Axis, Size] = {}
+    step: Size = 1
+    for dim in reversed(order):
+        for axis in reversed(dims[dim]):
+            stride_of[axis] = step
+            step = multiply(step, axis.size)
+    value = site.output
+    for dim_axes, size, stride in zip(site.output_dims, value.shape, value.strides, strict=True):
+        axes = [axis for axis in dim_axes if axis.size != 1]
+        if size == 1:
+            continue
+        if stride_of[axes[-1]] != stride:
+            return False
+        for outer, inner in itertools.pairwise(axes):
+            if stride_of[outer] != multiply(stride_of[inner], inner.size):
+                return False
+    return True

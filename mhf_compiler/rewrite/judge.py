@@ -1,0 +1,131 @@
+"""Whether a proved site is rewritten here: does the op take it, does it pay, does it run?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..compat import cache_folder, no_fake_mode
+from ..errors import warn_of_failure
+from ..options import Options, inductor_config, tunes
+from ..patterns import STACK, Kind, Reason, RouterProduct, Site, Value, locate
+from ..report.logs import progress
+
+if TYPE_CHECKING:
+    from ..lowering.cost import Estimate
+    from ..lowering.workload import Workload
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided about a proved site.
+
+    Attributes:
+        site: the site.
+        workload: its sizes.
+        estimate: of the time that it takes, as written and rewritten.
+        reason: why it is declined; None if it is rewritten.
+        products: products before its router that are rewritten with it.
+    """
+
+    site: Site
+    workload: Workload
+    estimate: Estimate
+    reason: Reason | None = None
+    products: tuple[RouterProduct, ...] = ()
+
+
+def decide(site: Site, options: Options) -> Decision:
+    """Ask the op, the cost model and the machine, in this order."""
+    from ..lowering.cost import estimate
+
+    workload = workload_of(site, options)
+    estimated = estimate(workload)
+    return Decision(site, workload, estimated, _objection(site, workload, estimated, options))
+
+
+def _objection(
+    site: Site, workload: Workload, estimate: Estimate, options: Options
+) -> Reason | None:
+    from ..lowering.arguments import differentiates_forward
+    from ..lowering.workload import trial_run, tune, unsupported
+
+    message = unsupported(workload)
+    if message is not None:
+        return Reason(Kind.UNSUPPORTED_PROBLEM, message, site.output_node)
+    if differentiates_forward(torch.empty(0)):
+        return Reason(Kind.FORWARD_MODE, node=site.output_node)
+    if options.rewrite == "auto" and not estimate.pays:
+        return Reason(Kind.DOES_NOT_PAY, str(estimate), site.output_node)
+    try:
+        with no_fake_mode():
+            if tunes(options):
+                with progress() as say:
+                    tune(workload, cache_folder(), say)
+            trial_run(workload)
+    except Exception as error:
+        warn_of_failure("the MH-FFN", site.location, error)
+        return Reason(Kind.KERNEL_FAILED, str(error).splitlines()[0], site.output_node)
+    return None
+
+
+def product_runs(product: RouterProduct) -> bool:
+    """Whether there is a kernel for a router's product, and it runs on this machine."""
+    from ..lowering.ops.router import takes, trial_run
+
+    query, weight = product.query.value, product.weight.value
+    shape = [int(size) for size in product.weight.shape]
+    if not takes(query.dtype, weight.dtype, *shape[1:]):
+        return False
+    try:
+        with no_fake_mode():
+            trial_run(query.dtype, weight.dtype, shape, query.device, torch.is_grad_enabled())
+    except Exception as error:
+        warn_of_failure("the product before a router", locate(product.output_node), error)
+        return False
+    return True
+
+
+def workload_of(site: Site, options: Options) -> Workload:
+    """The sizes of a site, for ``lowering``, which knows no graphs."""
+    from ..lowering.workload import Workload
+
+    batch, length = (_known(size) for size in site.tokens)
+    return Workload(
+        batch=batch,
+        length=length,
+        heads=site.heads,
+        kuv_heads=site.kuv_heads,
+        head_dim=site.head_dim,
+        experts=site.experts,
+        expert_dim=site.expert_dim,
+        gated=site.gated,
+        routed=site.has_gate,
+        biased=(
+            site.gate_bias is not None,
+            site.up_bias is not None,
+            site.down_bias is not None,
+        ),
+        activation=site.activation,
+        dtype=site.dtype,
+        out_dtype=site.out_dtype,
+        device=site.device,
+        training=torch.is_grad_enabled(),
+        pieces=(
+            _pieces(site.gate.value),
+            1 if site.up is None else _pieces(site.up.value),
+            _pieces(site.down.value),
+        ),
+        captured=bool(inductor_config(options).get("triton.cudagraphs")),
+    )
+
+
+def _pieces(value: Value) -> int:
+    """How many tensors of the graph a weight is stacked from; modules may be nested."""
+    return sum(map(_pieces, value.args)) if value.op == STACK else 1
+
+
+def _known(size: Any) -> int | None:
+    return size if isinstance(size, int) else None

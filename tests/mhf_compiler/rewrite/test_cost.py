@@ -1,0 +1,264 @@
+"""The cost model: the relations that it states, and its choices where they were measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import grid, results
+from mhf_compiler.lowering.cost import Estimate, estimate
+from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+CPU = Workload(
+    batch=4,
+    length=512,
+    heads=4,
+    kuv_heads=4,
+    head_dim=64,
+    experts=4,
+    expert_dim=192,
+    gated=True,
+    routed=True,
+    biased=(False, False, False),
+    activation="silu",
+    dtype=torch.float32,
+    out_dtype=torch.float32,
+    device=torch.device("cpu"),
+    training=True,
+)
+#: on a card with a number of its own, so that nothing is remembered of a real one
+GPU = replace(CPU, dtype=torch.bfloat16, out_dtype=torch.bfloat16, device=torch.device("cuda", 63))
+
+
+@pytest.fixture(autouse=True)
+def _h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver of an H200 reports."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+
+everywhere = pytest.mark.parametrize("workload", [CPU, GPU], ids=["cpu", "gpu"])
+both_ways = pytest.mark.parametrize("way", ["rewritten", "original"])
+
+
+def seconds(workload: Workload, way: str, **changes: Any) -> float:
+    return float(getattr(estimate(replace(workload, **changes)), way))
+
+
+# Relations.
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_estimates_are_times(workload: Workload, training: bool):
+    found = estimate(replace(workload, training=training))
+    assert 0 < found.rewritten < math.inf
+    assert 0 < found.original < math.inf
+
+
+@everywhere
+@both_ways
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("size", "values"),
+    [
+        ("length", [1, 64, 512, 4096, 65536]),
+        ("heads", [4, 8, 16, 64]),
+        ("experts", [1, 2, 4, 16]),
+        ("expert_dim", [64, 128, 1024, 8192]),
+        ("head_dim", [64, 128, 256]),  # narrower heads go to other kernels on a GPU
+    ],
+)
+def test_more_work_never_takes_less_time(
+    workload: Workload, way: str, training: bool, size: str, values: list[int]
+):
+    graph = replace(workload, captured=True)  # where the host is no limit
+    times = [seconds(graph, way, training=training, **{size: value}) for value in values]
+    assert all(less <= more for less, more in pairwise(times))
+    assert times[0] < times[-1]
+
+
+@everywhere
+@both_ways
+def test_training_takes_longer_than_inference(workload: Workload, way: str):
+    assert seconds(workload, way, training=False) < seconds(workload, way, training=True)
+
+
+@everywhere
+@both_ways
+def test_an_up_projection_takes_time(workload: Workload, way: str):
+    graph = replace(workload, captured=True)
+    assert seconds(graph, way, gated=False) < seconds(graph, way, gated=True)
+
+
+@everywhere
+@both_ways
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+def test_weights_in_separate_modules_cost_both_ways_more(
+    workload: Workload, way: str, training: bool, captured: bool
+):
+    """The original runs a kernel for each; for the op they are copied together."""
+    large = replace(workload, training=training, captured=captured, length=65536)
+    apart = [(1, 1, 1), (1, 1, 4), (1, 4, 4), (4, 4, 4)]
+    times = [seconds(large, way, pieces=pieces) for pieces in apart]
+    assert all(less < more for less, more in pairwise(times))
+
+
+@everywhere
+@pytest.mark.parametrize("training", [False, True])
+def test_more_modules_cost_the_original_more_and_the_op_nothing(workload: Workload, training: bool):
+    apart = replace(workload, training=training, captured=True)
+    few, many = (replace(apart, pieces=(count, count, count)) for count in (4, 16))
+    assert estimate(few).original < estimate(many).original
+    assert estimate(few).rewritten == estimate(many).rewritten
+
+
+def test_more_modules_have_more_gradients_for_the_host_to_keep():
+    small = replace(GPU, batch=1, length=64)
+    few, many = (replace(small, pieces=(count, count, count)) for count in (4, 16))
+    assert estimate(few).rewritten < estimate(many).rewritten
+
+
+@both_ways
+def test_an_up_projection_that_is_not_there_lies_in_no_pieces(way: str):
+    plain = replace(GPU, gated=False, pieces=(4, 1, 4))
+    assert seconds(plain, way) == seconds(plain, way, pieces=(4, 4, 4))
+
+
+# Verdicts.
+
+
+def test_large_problems_pay_on_a_gpu():
+    """The original writes the hidden units to memory and reads them again."""
+    for training in (False, True):
+        assert estimate(replace(GPU, length=65536, training=training)).pays
+
+
+def test_a_small_training_step_with_wide_heads_does_not_pay():
+    """Few programs, long loops: the latency of the loop is all there is."""
+    small = replace(GPU, batch=1, length=64, heads=2, kuv_heads=2, head_dim=256, expert_dim=4096)
+    assert not estimate(small).pays
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("length", [1, 1024, 16384])
+def test_networks_in_separate_modules_pay_on_a_gpu(length: int, training: bool):
+    """Small or large: the host launches dozens of kernels, or hundreds, where the op has a few."""
+    apart = replace(GPU, batch=1, heads=8, kuv_heads=8, experts=1, pieces=(8, 8, 8))
+    assert estimate(replace(apart, length=length, training=training)).pays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_step_of_decoding_does_not_pay_on_a_cpu(dtype: torch.dtype, training: bool):
+    few = replace(CPU, batch=1, length=1, dtype=dtype, out_dtype=dtype, training=training)
+    assert not estimate(few).pays
+
+
+def test_converting_weights_costs_half_precision_more():
+    few = replace(CPU, batch=1, length=1, training=False)
+    half = replace(few, dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+    assert estimate(half).rewritten > estimate(few).rewritten
+
+
+def test_half_precision_does_not_pay_on_a_cpu_that_has_products_for_it():
+    """The op computes in float32."""
+    many = replace(CPU, batch=64, training=False)
+    assert estimate(many).pays
+    assert not estimate(replace(many, dtype=torch.bfloat16, out_dtype=torch.bfloat16)).pays
+
+
+def points(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The op at each point of a grid, and behind it the original in every spelling."""
+    starts = [i for i, row in enumerate(rows) if row["contender"] == "op"]
+    for start, end in pairwise([*starts, len(rows)]):
+        yield rows[start:end]
+
+
+@pytest.mark.parametrize(("results_of", "device"), [("cpu", "cpu"), ("h200", "cuda:63")])
+def test_the_model_chooses_as_measured(
+    results_of: str, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """At every point of a stored grid its choice is within five percent of the better."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # as where the CPU's was measured
+    _, rows = results.read(RESULTS / f"{results_of}_grid.json")
+    losses = []
+    for op, *others in points(rows):
+        fastest = min(row["ms"] for row in others)
+        rewrites = estimate(grid.workload(op, device)).pays
+        losses.append((op["ms"] if rewrites else fastest) / min(op["ms"], fastest))
+    assert max(losses) <= 1.05
+
+
+def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
+    """That is where rewriting matters."""
+    for missing in ({"batch": None}, {"length": None}, {"batch": None, "length": None}):
+        dynamic = replace(GPU, **missing)
+        assert dynamic.tokens is None
+        assert estimate(dynamic) == estimate(replace(GPU, batch=None))
+        for way in ("rewritten", "original"):
+            assert seconds(GPU, way, length=16, captured=True) < seconds(dynamic, way)
+
+
+def test_the_host_is_no_limit_inside_a_cuda_graph():
+    small = replace(GPU, batch=1, length=64)
+    for way in ("rewritten", "original"):
+        assert seconds(small, way, captured=True) < seconds(small, way, captured=False)
+
+
+def test_the_host_is_no_limit_to_inference():
+    """It is ahead of the card, or both ways wait for it."""
+    small = replace(GPU, batch=1, length=64, training=False)
+    for way in ("rewritten", "original"):
+        assert seconds(small, way, captured=True) == seconds(small, way, captured=False)
+
+
+def test_no_tokens_are_no_error():
+    assert estimate(replace(GPU, batch=0)).original > 0
+
+
+@pytest.mark.parametrize("kind", ["meta", "xpu"])
+def test_where_nothing_is_known_rewriting_is_taken_to_pay(kind: str):
+    assert estimate(replace(CPU, device=torch.device(kind))).pays
+
+
+@pytest.mark.parametrize(
+    ("rewritten", "original", "pays"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, True)]
+)
+def test_what_pays(rewritten: float, original: float, pays: bool):
+    assert Estimate(rewritten, original).pays is pays
+
+
+def test_there_is_nothing_to_try_on_a_cpu():
+    """Nor is the op called, whatever the sizes."""
+    trial_run(replace(CPU, batch=1 << 20, length=1 << 20, heads=1 << 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"head_dim": 257}, "head width d=257"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"out_dtype": torch.float64}, "out_dtype"),
+        ({"device": torch.device("mps")}, "mps"),
+    ],
+)
+def test_what_a_device_does_not_run_is_named(changes: dict[str, Any], named: str):
+    message = unsupported(replace(GPU, **changes))
+    assert message is not None
+    assert named in message
+
+
+def test_what_a_device_runs_meets_no_objection():
+    assert unsupported(GPU) is None
