@@ -21,6 +21,7 @@ import torch
 
 Kernel = Literal["forward", "normed_forward", "query", "down", "up"]
 
+TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
 ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
 _SMALLEST = 16  # the least extent of a matrix instruction's operand

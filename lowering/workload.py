@@ -13,13 +13,11 @@ from torch import Tensor
 from .arguments import device_objection
 from .device import capability, interpreted
 from .problem import Problem
-from .tiles import MANY_TOKENS, Kernel, Sizes
+from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes
 
 if TYPE_CHECKING:
     from .kernels.tuning.search import Run
     from .kernels.tuning.store import TuningKey
-
-_TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def trial_run(workload: Workload) -> None:
     """
     if workload.device.type == "cpu":
         return
-    tokens = min(workload.tokens or _TRIAL_TOKENS, _TRIAL_TOKENS)
+    tokens = min(workload.tokens or TRIAL_TOKENS, TRIAL_TOKENS)
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=workload.device)

@@ -22,7 +22,7 @@ from .. import cpu
 from ..arguments import ArgumentError, check_arguments, check_backward_arguments, check_device
 from ..problem import Problem
 from .common import kernels, overwrite, register, with_strides_of
-from .network import Backward, Forward, compute_backward, compute_forward
+from .network import AFTER_Q, Backward, Forward, compute_backward, compute_forward
 from .router import add_gradients_on_cpu, check_product
 
 
@@ -75,17 +75,14 @@ def _router(
 
 register(
     "multi_head_ffn_over_query",
-    "(Tensor(a!) q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, Tensor? u_bias, "
-    "Tensor? v_bias, str activation, float k_scale, float u_scale, float out_scale) -> ()",
+    f"(Tensor(a!) q, {AFTER_Q}) -> ()",
     _forward,
     cpu=cpu.forward,
     cuda=kernels("dispatch.forward"),
 )
 register(
     "multi_head_ffn_backward_over_gradient",
-    "(Tensor(a!) grad_out, Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, "
-    "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
-    "float out_scale, bool[] needs) "
+    f"(Tensor(a!) grad_out, Tensor q, {AFTER_Q}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     cpu=cpu.backward,

@@ -24,6 +24,12 @@ _TENSORS = len(Gradients._fields)  # the leading arguments of both operators
 _ROUTER = Gradients._fields.index("r")
 _NO_GRADIENT = 6  # activation, three scales, out_order, out_dtype
 
+#: a problem in a schema, without defaults and after its first argument
+AFTER_Q = (
+    "Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, Tensor? u_bias, Tensor? v_bias, "
+    "str activation, float k_scale, float u_scale, float out_scale"
+)
+
 Forward = Callable[[Problem, Tensor], None]  # fills the result
 Backward = Callable[[Problem, Tensor, Gradients], None]  # fills the gradients from the result's
 
@@ -165,9 +171,7 @@ _FORWARD = register(
 )
 _BACKWARD = register(
     "multi_head_ffn_backward",
-    "(Tensor grad_out, Tensor q, Tensor k, Tensor? u, Tensor v, Tensor? r, Tensor? k_bias, "
-    "Tensor? u_bias, Tensor? v_bias, str activation, float k_scale, float u_scale, "
-    "float out_scale, bool[] needs) -> Tensor[]",
+    f"(Tensor grad_out, Tensor q, {AFTER_Q}, bool[] needs) -> Tensor[]",
     _backward,
     cpu=cpu.backward,
     cuda=kernels("dispatch.backward"),

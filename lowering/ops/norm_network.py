@@ -20,13 +20,11 @@ from .. import cpu
 from ..arguments import ArgumentError, check_arguments, check_device
 from ..device import capability, interpreted
 from ..problem import Formula, NormedRouter, Problem
-from ..tiles import Sizes, specialised
+from ..tiles import TRIAL_TOKENS, Sizes, specialised
 from .common import kernels, overwrite, register
 from .norm_router import check_normed_router, norm_and_route_on_cpu
 
 __all__ = ["Like", "may_pay", "trial_run"]
-
-_TRIAL_TOKENS = 4096  # more select no other kernel
 
 
 class Like(NamedTuple):
@@ -52,7 +50,7 @@ def may_pay(tokens: int | None, k: Like, gated: bool, device: torch.device) -> b
         return False
     groups, sub_networks, hidden, head_dim = k.shape
     sizes = Sizes(
-        tokens=_TRIAL_TOKENS if tokens is None else tokens,
+        tokens=TRIAL_TOKENS if tokens is None else tokens,
         heads=groups,  # or a multiple, which makes no difference
         groups=groups,
         head_dim=head_dim,
@@ -87,7 +85,7 @@ def trial_run(
     given = [None if like is None else like.zeros(device) for like in tensors]
     k = given[2]
     assert k is not None
-    q = k.new_zeros(1, _TRIAL_TOKENS, heads, k.shape[3])
+    q = k.new_zeros(1, TRIAL_TOKENS, heads, k.shape[3])
     with torch.no_grad():
         torch.ops.mhf_compiler.normed_multi_head_ffn_over_query(q, *given, *constants)
     torch.cuda.synchronize(device)

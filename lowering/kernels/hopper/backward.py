@@ -24,7 +24,7 @@ that a tensor descriptor takes. Everything else goes to the plain kernels. Heads
 are computed as 64 columns, of which the descriptors fill the ones that are not there with zeros.
 """
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -81,6 +81,35 @@ class Parts(NamedTuple):
         return self.whole + self.shared * self.parts
 
 
+@dataclass(frozen=True)
+class Constants:
+    """All that a kernel is compiled for: sizes, the network, and how tiles are cut and stored.
+
+    One argument stands for all of them, and is passed on whole: each attribute of it is a constant.
+    There are fields alone, no properties: Triton knows a compiled kernel by their values. A string
+    has to be named a constant before it is passed on by itself (Triton 3.6).
+    """
+
+    E: int  # sub-networks
+    F: int  # hidden units of each
+    HEADS_PER_GROUP: int
+    ACTIVATION: str
+    K_SCALE: float
+    U_SCALE: float
+    OUT_SCALE: float
+    BS: int  # rows of the tiles that stream past: hidden units in the query kernel, else tokens
+    BD: int
+    STAGES: int
+    LAYOUTS: tuple[str | None, ...]  # of the weights, in the order K, U, V: "rows" or "columns"
+    # The same by name, and of the weights' gradients.
+    K: str | None = None
+    U: str | None = None
+    V: str | None = None
+    dK: str | None = None
+    dU: str | None = None
+    dV: str | None = None
+
+
 @gluon.jit
 def _matrix(buffer, COLUMNS: gl.constexpr):
     """A tile in shared memory, [1, 1, rows, columns] as it was copied, as a matrix [rows, BD]."""
@@ -119,20 +148,17 @@ def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.cons
 @gluon.jit
 def hopper_query_kernel(
     Q, K, U, V, R, dOut, dQ, dR, R_strides, dR_strides,
-    B, L,
-    E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    B, L, C: gl.constexpr,
 ):  # fmt: skip
     """dQ and dR of 128 tokens of one head, 64 for each warpgroup."""
+    STAGES: gl.constexpr = C.STAGES
+    BD: gl.constexpr = C.BD
     token_tiles = gl.cdiv(L, _CONSUMERS * _ROWS)
     program = gl.program_id(0)
     l0 = (program % token_tiles) * (_CONSUMERS * _ROWS)
     b = program // token_tiles % B
     h = program // token_tiles // B
-    g = h // HEADS_PER_GROUP
+    g = h // C.HEADS_PER_GROUP
 
     q_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS, 1, 1, _ROWS, BD], Q.layout)
     do_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS, 1, 1, _ROWS, BD], dOut.layout)
@@ -157,16 +183,14 @@ def hopper_query_kernel(
         R += gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2]
     if dR is not None:
         dR += gl.cast(b, gl.int64) * dR_strides[0] + gl.cast(h, gl.int64) * dR_strides[2]
+    # The strides are not in another tuple: of those, Triton 3.6 forgets which are known to be 1.
     gl.warp_specialize(
         [
             (_query_consumer, (0, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-                               E, F, ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE,
-                               K_layout, U_layout, V_layout, BF, BD, STAGES)),
+                               C)),
             (_query_consumer, (1, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-                               E, F, ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE,
-                               K_layout, U_layout, V_layout, BF, BD, STAGES)),
-            (_query_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g,
-                               E, F, K_layout, U_layout, V_layout, BF, BD, STAGES)),
+                               C)),
+            (_query_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C)),
         ],
         [4, 1],
         [_REGISTERS, 24],
@@ -174,47 +198,44 @@ def hopper_query_kernel(
 
 
 @gluon.jit
-def _query_producer(
-    Q, K, U, V, dOut, tiles, barriers, b, h, l0, g,
-    E: gl.constexpr, F: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _query_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.constexpr):
     """Brings the token tiles once, then all tiles of K, V and U in turn."""
     q_s, do_s, k_s, u_s, v_s = tiles
     tokens_here, k_here, u_here, v_here, used = barriers
-    F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BF: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    F_TILES: gl.constexpr = (C.F + BF - 1) // BF
     mbarrier.expect(tokens_here, 2 * _CONSUMERS * _ROWS * BD * 2)
     for consumer in gl.static_range(_CONSUMERS):
         _load_tile(Q, b, h, l0 + consumer * _ROWS, tokens_here, q_s.index(consumer), False)
         _load_tile(dOut, b, h, l0 + consumer * _ROWS, tokens_here, do_s.index(consumer), False)
     stage = 0
     phase = 0
-    for i in range(E * F_TILES):
+    for i in range(C.E * F_TILES):
         e = i // F_TILES
         f0 = (i % F_TILES) * BF
         mbarrier.wait(used.index(stage), phase ^ 1)
         mbarrier.expect(k_here.index(stage), BF * BD * 2)
-        _load_tile(K, g, e, f0, k_here.index(stage), k_s.index(stage), K_layout == "columns")
+        _load_tile(K, g, e, f0, k_here.index(stage), k_s.index(stage), C.K == "columns")
         mbarrier.expect(v_here.index(stage), BF * BD * 2)
-        _load_tile(V, g, e, f0, v_here.index(stage), v_s.index(stage), V_layout == "columns")
+        _load_tile(V, g, e, f0, v_here.index(stage), v_s.index(stage), C.V == "columns")
         mbarrier.expect(u_here.index(stage), BF * BD * 2)
-        _load_tile(U, g, e, f0, u_here.index(stage), u_s.index(stage), U_layout == "columns")
-        stage, phase = _next(stage, phase, STAGES)
+        _load_tile(U, g, e, f0, u_here.index(stage), u_s.index(stage), C.U == "columns")
+        stage, phase = _next(stage, phase, C.STAGES)
 
 
 @gluon.jit
 def _query_consumer(
     consumer: gl.constexpr, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-    E: gl.constexpr, F: gl.constexpr, ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr,
 ):  # fmt: skip
     """64 tokens against all hidden units: dQ stays in registers, dR leaves once a sub-network."""
     q_s, do_s, k_s, u_s, v_s = tiles
     tokens_here, k_here, u_here, v_here, used = barriers
-    F_TILES: gl.constexpr = (F + BF - 1) // BF
+    BF: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    ACTIVATION: gl.constexpr = C.ACTIVATION
+    F_TILES: gl.constexpr = (C.F + BF - 1) // BF
     HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
     WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, HIDDEN, 2)
@@ -234,23 +255,23 @@ def _query_consumer(
     do = _matrix(do_s.index(consumer), False)
     stage = 0
     phase = 0
-    for e in range(E):
+    for e in range(C.E):
         if R is not None:
             r = gl.load(R + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0).to(
                 gl.float32
             )
         dr = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN))
         for _ in range(F_TILES):
-            k = _matrix(k_s.index(stage), K_layout == "columns")  # [BF, BD]
-            u = _matrix(u_s.index(stage), U_layout == "columns")
-            v = _matrix(v_s.index(stage), V_layout == "columns")
+            k = _matrix(k_s.index(stage), C.K == "columns")  # [BF, BD]
+            u = _matrix(u_s.index(stage), C.U == "columns")
+            v = _matrix(v_s.index(stage), C.V == "columns")
             mbarrier.wait(k_here.index(stage), phase)
             m = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_here.index(stage), phase)
             da = warpgroup_mma(do, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
             m = warpgroup_mma_wait(1, [m])
-            if K_SCALE != 1.0:
-                m *= K_SCALE
+            if C.K_SCALE != 1.0:
+                m *= C.K_SCALE
             y, slope = activate_with_slope(m, ACTIVATION, True)
             # U's product comes last: there are no registers for it before m is used up.
             mbarrier.wait(u_here.index(stage), phase)
@@ -259,8 +280,8 @@ def _query_consumer(
             dn = da * y
             dm = da * slope
             n = warpgroup_mma_wait(0, [n])
-            if U_SCALE != 1.0:
-                n *= U_SCALE
+            if C.U_SCALE != 1.0:
+                n *= C.U_SCALE
             dm *= n
             if dR is not None:
                 dr += gl.sum(dn * n, 1)
@@ -268,23 +289,23 @@ def _query_consumer(
                 if R is not None:
                     dm *= r.expand_dims(1)
                     dn *= r.expand_dims(1)
-                if K_SCALE != 1.0:
-                    dm *= K_SCALE
-                if U_SCALE != 1.0:
-                    dn *= U_SCALE
+                if C.K_SCALE != 1.0:
+                    dm *= C.K_SCALE
+                if C.U_SCALE != 1.0:
+                    dn *= C.U_SCALE
                 dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
                 dn = gl.convert_layout(dn.to(DTYPE), LEFT_WIDE)
                 dq = warpgroup_mma(dm, k, dq, is_async=True)
                 dq = warpgroup_mma(dn, u, dq, is_async=True)
                 dq = warpgroup_mma_wait(0, [dq])
             mbarrier.arrive(used.index(stage), count=1)
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = _next(stage, phase, C.STAGES)
         if dR is not None:
             dR_here = dR + gl.cast(e, gl.int64) * dR_strides[3]
-            gl.store(dR_here, (dr * OUT_SCALE).to(dR.dtype.element_ty), mask=inside)
+            gl.store(dR_here, (dr * C.OUT_SCALE).to(dR.dtype.element_ty), mask=inside)
     if dQ is not None:
         first = l0 + consumer * _ROWS
-        _store_tile(dQ, b, h, first, dq * OUT_SCALE, q_s.index(consumer), False)
+        _store_tile(dQ, b, h, first, dq * C.OUT_SCALE, q_s.index(consumer), False)
 
 
 @gluon.jit
@@ -294,18 +315,18 @@ def _hidden_tile(index, F_TILES: gl.constexpr):
 
 
 @gluon.jit
-def _first_tile(whole, parts, E: gl.constexpr, F: gl.constexpr):
+def _first_tile(whole, parts, C: gl.constexpr):
     """The group of a program and, among the group's tiles of 64 hidden units, the first it has."""
-    BLOCKS: gl.constexpr = (E * ((F + _ROWS - 1) // _ROWS) + _CONSUMERS - 1) // _CONSUMERS
+    BLOCKS: gl.constexpr = (C.E * ((C.F + _ROWS - 1) // _ROWS) + _CONSUMERS - 1) // _CONSUMERS
     program = gl.program_id(0)
     block = gl.where(program < whole, program, whole + (program - whole) // parts)
     return block // BLOCKS, block % BLOCKS * _CONSUMERS
 
 
 @gluon.jit
-def _steps(whole, parts, B, L, BM: gl.constexpr, HEADS_PER_GROUP: gl.constexpr):
+def _steps(whole, parts, B, L, C: gl.constexpr):
     """The tiles of tokens that a program walks: from, to."""
-    steps = HEADS_PER_GROUP * B * gl.cdiv(L, BM)
+    steps = C.HEADS_PER_GROUP * B * gl.cdiv(L, C.BS)
     shared = gl.program_id(0) - whole
     part = shared % parts
     first = gl.where(shared < 0, 0, steps * part // parts)
@@ -315,14 +336,12 @@ def _steps(whole, parts, B, L, BM: gl.constexpr, HEADS_PER_GROUP: gl.constexpr):
 @gluon.jit
 def hopper_down_kernel(
     Q, K, U, R, dOut, dV, dV_parts,
-    B, L, whole, parts,
-    E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, dV_layout: gl.constexpr,
-    BM: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
     """dV of 128 hidden units, 64 for each warpgroup, over all tokens of the heads that share it."""
+    STAGES: gl.constexpr = C.STAGES
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
     k_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + K.block_shape, K.layout)
     u_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + U.block_shape, U.layout)
     q_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], Q.layout)
@@ -348,15 +367,10 @@ def hopper_down_kernel(
     gl.warp_specialize(
         [
             (_down_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens,
-                              R is not None, E, F, HEADS_PER_GROUP, ACTIVATION,
-                              K_SCALE, U_SCALE, OUT_SCALE,
-                              K_layout, U_layout, dV_layout, BM, BD, STAGES)),
+                              R is not None, C)),
             (_down_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens,
-                              R is not None, E, F, HEADS_PER_GROUP, ACTIVATION,
-                              K_SCALE, U_SCALE, OUT_SCALE,
-                              K_layout, U_layout, dV_layout, BM, BD, STAGES)),
-            (_token_producer, ((K, U), (K_layout, U_layout), Q, dOut, R, weights, tiles, barriers,
-                               tokens, E, F, HEADS_PER_GROUP, BM, BD, STAGES)),
+                              R is not None, C)),
+            (_token_producer, ((K, U), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
         [_REGISTERS, 24],
@@ -364,28 +378,28 @@ def hopper_down_kernel(
 
 
 @gluon.jit
-def _token_producer(
-    Weights, layouts: gl.constexpr, Q, dOut, R, weights, tiles, barriers, tokens,
-    E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    BM: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _token_producer(Weights, Q, dOut, R, weights, tiles, barriers, tokens, C: gl.constexpr):
     """Brings the weights' tiles once, then the tokens' tiles in turn."""
     B, L, whole, parts = tokens
-    g, index = _first_tile(whole, parts, E, F)
-    first, last = _steps(whole, parts, B, L, BM, HEADS_PER_GROUP)
+    g, index = _first_tile(whole, parts, C)
+    first, last = _steps(whole, parts, B, L, C)
     q_s, do_s, r_s = tiles
     weights_here, q_here, do_here, used = barriers
-    F_TILES: gl.constexpr = (F + _ROWS - 1) // _ROWS
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    F_TILES: gl.constexpr = (C.F + _ROWS - 1) // _ROWS
     mbarrier.expect(weights_here, len(Weights) * _CONSUMERS * _ROWS * BD * 2)
     for which in gl.static_range(len(Weights)):
         for consumer in gl.static_range(_CONSUMERS):
             e, f0 = _hidden_tile(index + consumer, F_TILES)
             buffer = weights[which].index(consumer)
-            _load_tile(Weights[which], g, e, f0, weights_here, buffer, layouts[which] == "columns")
+            _load_tile(
+                Weights[which], g, e, f0, weights_here, buffer, C.LAYOUTS[which] == "columns"
+            )
     token_tiles = gl.cdiv(L, BM)
     l0 = (first % token_tiles) * BM
     b = first // token_tiles % B
-    h = g * HEADS_PER_GROUP + first // token_tiles // B
+    h = g * C.HEADS_PER_GROUP + first // token_tiles // B
     stage = 0
     phase = 0
     for _ in range(last - first):
@@ -403,7 +417,7 @@ def _token_producer(
         _load_tile(Q, b, h, l0, q_here.index(stage), q_s.index(stage), False)
         mbarrier.expect(do_here.index(stage), BM * BD * 2)
         _load_tile(dOut, b, h, l0, do_here.index(stage), do_s.index(stage), False)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = _next(stage, phase, C.STAGES)
         l0 += BM
         if l0 >= L:
             l0 = 0
@@ -423,34 +437,33 @@ def _router_row(r_s, index, BM: gl.constexpr, LAYOUT: gl.constexpr):
 @gluon.jit
 def _finish(
     dW, dW_parts, whole, parts, consumer: gl.constexpr, acc, scale: gl.constexpr, buffer,
-    E: gl.constexpr, F: gl.constexpr, BD: gl.constexpr,
-    W_layout: gl.constexpr, LAYOUT: gl.constexpr,
+    C: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Store a weight's gradient [64, BD], or one part of it as it is."""
+    BD: gl.constexpr = C.BD
     part = gl.program_id(0) - whole
     if part >= 0:
         row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
         column = gl.arange(0, BD, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
         gl.store(dW_parts + (_CONSUMERS * part + consumer) * (_ROWS * BD) + row * BD + column, acc)
     else:
-        g, index = _first_tile(whole, parts, E, F)
-        e, f0 = _hidden_tile(index + consumer, (F + _ROWS - 1) // _ROWS)
-        _store_tile(dW, g, e, f0, acc * scale, buffer, W_layout == "columns")
+        g, index = _first_tile(whole, parts, C)
+        e, f0 = _hidden_tile(index + consumer, (C.F + _ROWS - 1) // _ROWS)
+        _store_tile(dW, g, e, f0, acc * scale, buffer, COLUMNS)
 
 
 @gluon.jit
 def _down_consumer(
     consumer: gl.constexpr, weights, tiles, barriers, dV, dV_parts, tokens,
-    ROUTED: gl.constexpr, E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, dV_layout: gl.constexpr,
-    BM: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """64 hidden units against the tokens: dV stays in registers, as do K and U."""
     k_s, u_s = weights
     q_s, do_s, r_s = tiles
     weights_here, q_here, do_here, used = barriers
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    ACTIVATION: gl.constexpr = C.ACTIVATION
     TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, TOKENS, 2)
@@ -460,10 +473,10 @@ def _down_consumer(
     nothing = gl.zeros([_ROWS, BM], gl.float32, TOKENS)
     dv = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
     mbarrier.wait(weights_here, 0)
-    k = _matrix(k_s.index(consumer), K_layout == "columns").load(LEFT)  # [64, BD]
-    u = _matrix(u_s.index(consumer), U_layout == "columns").load(LEFT)
+    k = _matrix(k_s.index(consumer), C.K == "columns").load(LEFT)  # [64, BD]
+    u = _matrix(u_s.index(consumer), C.U == "columns").load(LEFT)
     B, L, whole, parts = tokens
-    first, last = _steps(whole, parts, B, L, BM, HEADS_PER_GROUP)
+    first, last = _steps(whole, parts, B, L, C)
     stage = 0
     phase = 0
     for _ in range(last - first):
@@ -473,39 +486,36 @@ def _down_consumer(
         m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         m = warpgroup_mma_wait(1, [m])
-        if K_SCALE != 1.0:
-            m *= K_SCALE
+        if C.K_SCALE != 1.0:
+            m *= C.K_SCALE
         a = activate(m, ACTIVATION, True)
         if ROUTED:
             a *= _router_row(r_s, _CONSUMERS * stage + consumer, BM, TOKENS)
         n = warpgroup_mma_wait(0, [n])
-        if U_SCALE != 1.0:
-            n *= U_SCALE
+        if C.U_SCALE != 1.0:
+            n *= C.U_SCALE
         a = gl.convert_layout((a * n).to(DTYPE), LEFT_WIDE)
         mbarrier.wait(do_here.index(stage), phase)
         dv = warpgroup_mma(a, do, dv, is_async=True)
         dv = warpgroup_mma_wait(0, [dv])
         mbarrier.arrive(used.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = _next(stage, phase, C.STAGES)
     _finish(
-        dV, dV_parts, whole, parts, consumer, dv, OUT_SCALE,
+        dV, dV_parts, whole, parts, consumer, dv, C.OUT_SCALE,
         k_s.index(consumer)._reinterpret(DTYPE, dV.block_shape, dV.layout),
-        E, F, BD, dV_layout, WIDTH,
+        C, C.dV == "columns", WIDTH,
     )  # fmt: skip
 
 
 @gluon.jit
 def hopper_up_kernel(
     Q, K, U, V, R, dOut, dK, dU, dK_parts, dU_parts,
-    B, L, whole, parts,
-    E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    dK_layout: gl.constexpr, dU_layout: gl.constexpr,
-    BM: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
     """dK and dU of 128 hidden units, 64 for each warpgroup, over all tokens of their heads."""
+    STAGES: gl.constexpr = C.STAGES
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
     k_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + K.block_shape, K.layout)
     u_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + U.block_shape, U.layout)
     v_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + V.block_shape, V.layout)
@@ -532,19 +542,9 @@ def hopper_up_kernel(
     tokens = (B, L, whole, parts)
     gl.warp_specialize(
         [
-            (_up_consumer, (0, weights, tiles, barriers, gradients, tokens,
-                            R is not None, E, F, HEADS_PER_GROUP, ACTIVATION,
-                              K_SCALE, U_SCALE, OUT_SCALE,
-                            K_layout, U_layout, V_layout, dK_layout, dU_layout,
-                            BM, BD, STAGES)),
-            (_up_consumer, (1, weights, tiles, barriers, gradients, tokens,
-                            R is not None, E, F, HEADS_PER_GROUP, ACTIVATION,
-                              K_SCALE, U_SCALE, OUT_SCALE,
-                            K_layout, U_layout, V_layout, dK_layout, dU_layout,
-                            BM, BD, STAGES)),
-            (_token_producer, ((K, U, V), (K_layout, U_layout, V_layout), Q, dOut, R,
-                               weights, tiles, barriers,
-                               tokens, E, F, HEADS_PER_GROUP, BM, BD, STAGES)),
+            (_up_consumer, (0, weights, tiles, barriers, gradients, tokens, R is not None, C)),
+            (_up_consumer, (1, weights, tiles, barriers, gradients, tokens, R is not None, C)),
+            (_token_producer, ((K, U, V), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
         [_REGISTERS, 24],
@@ -554,18 +554,16 @@ def hopper_up_kernel(
 @gluon.jit
 def _up_consumer(
     consumer: gl.constexpr, weights, tiles, barriers, gradients, tokens,
-    ROUTED: gl.constexpr, E: gl.constexpr, F: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    K_layout: gl.constexpr, U_layout: gl.constexpr, V_layout: gl.constexpr,
-    dK_layout: gl.constexpr, dU_layout: gl.constexpr,
-    BM: gl.constexpr, BD: gl.constexpr, STAGES: gl.constexpr,
+    ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """64 hidden units against the tokens: dK and dU stay in registers."""
     k_s, u_s, v_s = weights
     q_s, do_s, r_s = tiles
     weights_here, q_here, do_here, used = barriers
     dK, dU, dK_parts, dU_parts = gradients
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    ACTIVATION: gl.constexpr = C.ACTIVATION
     TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
@@ -575,11 +573,11 @@ def _up_consumer(
     dk = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
     du = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
     mbarrier.wait(weights_here, 0)
-    k = _matrix(k_s.index(consumer), K_layout == "columns")  # [64, BD]
-    u = _matrix(u_s.index(consumer), U_layout == "columns")
-    v = _matrix(v_s.index(consumer), V_layout == "columns")
+    k = _matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
+    u = _matrix(u_s.index(consumer), C.U == "columns")
+    v = _matrix(v_s.index(consumer), C.V == "columns")
     B, L, whole, parts = tokens
-    first, last = _steps(whole, parts, B, L, BM, HEADS_PER_GROUP)
+    first, last = _steps(whole, parts, B, L, C)
     stage = 0
     phase = 0
     for _ in range(last - first):
@@ -590,8 +588,8 @@ def _up_consumer(
         mbarrier.wait(do_here.index(stage), phase)
         da = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
         m, da = warpgroup_mma_wait(0, [m, da])
-        if K_SCALE != 1.0:
-            m *= K_SCALE
+        if C.K_SCALE != 1.0:
+            m *= C.K_SCALE
         if ROUTED:
             da *= _router_row(r_s, _CONSUMERS * stage + consumer, BM, TOKENS)
         y, slope = activate_with_slope(m, ACTIVATION, True)
@@ -602,22 +600,22 @@ def _up_consumer(
         n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         du = warpgroup_mma(dn, q, du, is_async=True)
         n = warpgroup_mma_wait(1, [n])
-        if U_SCALE != 1.0:
-            n *= U_SCALE
+        if C.U_SCALE != 1.0:
+            n *= C.U_SCALE
         dm = gl.convert_layout((dm * n).to(DTYPE), LEFT_WIDE)
         dk = warpgroup_mma(dm, q, dk, is_async=True)
         du, dk = warpgroup_mma_wait(0, [du, dk])
         mbarrier.arrive(used.index(stage), count=1)
-        stage, phase = _next(stage, phase, STAGES)
+        stage, phase = _next(stage, phase, C.STAGES)
     _finish(
-        dK, dK_parts, whole, parts, consumer, dk, K_SCALE * OUT_SCALE,
+        dK, dK_parts, whole, parts, consumer, dk, C.K_SCALE * C.OUT_SCALE,
         k_s.index(consumer)._reinterpret(DTYPE, dK.block_shape, dK.layout),
-        E, F, BD, dK_layout, WIDTH,
+        C, C.dK == "columns", WIDTH,
     )  # fmt: skip
     _finish(
-        dU, dU_parts, whole, parts, consumer, du, U_SCALE * OUT_SCALE,
+        dU, dU_parts, whole, parts, consumer, du, C.U_SCALE * C.OUT_SCALE,
         u_s.index(consumer)._reinterpret(DTYPE, dU.block_shape, dU.layout),
-        E, F, BD, dU_layout, WIDTH,
+        C, C.dU == "columns", WIDTH,
     )  # fmt: skip
 
 
@@ -662,7 +660,7 @@ def run_query(
     }
     if dq is not None:
         operands["dQ"] = token_operand(dq, axes, tile)
-    arguments = _arguments(operands, ("K", "U", "V"))
+    arguments = _arguments(operands)
     if arguments is None:
         return False
     arguments.setdefault("dQ", None)
@@ -670,7 +668,8 @@ def run_query(
         # Through pointers: each row of a product needs one value, and each thread has two rows.
         arguments[name] = x
         arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
-    arguments |= _constants(problem, axes, tile) | {"BF": blocks.hidden}
+    arguments |= {"B": axes.batch, "L": axes.length}
+    arguments["C"] = _constants(problem, tile, blocks.hidden, operands)
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
     start(hopper_query_kernel, programs, tile, grad_out.device, arguments)
     return True
@@ -692,10 +691,11 @@ def run_down(
         "dOut": token_operand(grad_out, axes, tile),
         "dV": weight_operand(dv, tile),
     }
-    arguments = _arguments(operands, ("K", "U", "dV"))
+    arguments = _arguments(operands)
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, tile) | {"BM": blocks.tokens}
+    arguments |= {"B": axes.batch, "L": axes.length}
+    arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dV": (dv, 1.0)}
     _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
@@ -720,10 +720,11 @@ def run_up(
         "dK": weight_operand(dk, tile),
         "dU": weight_operand(du, tile),
     }
-    arguments = _arguments(operands, ("K", "U", "V", "dK", "dU"))
+    arguments = _arguments(operands)
     if arguments is None:
         return False
-    arguments |= _constants(problem, axes, tile) | {"BM": blocks.tokens}
+    arguments |= {"B": axes.batch, "L": axes.length}
+    arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
     _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
@@ -790,25 +791,30 @@ def _sum_over_tokens(
         start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
 
-def _constants(problem: Problem, axes: TokenAxes, tile: Tile) -> dict[str, Any]:
+def _constants(
+    problem: Problem, tile: Tile, streamed: int, operands: dict[str, Operand]
+) -> Constants:
     groups, networks, hidden, width = problem.k.shape
-    return {
-        "B": axes.batch,
-        "L": axes.length,
-        "E": networks,
-        "F": hidden,
-        "HEADS_PER_GROUP": problem.q.shape[2] // groups,
-        "ACTIVATION": problem.activation,
-        "K_SCALE": problem.k_scale,
-        "U_SCALE": problem.u_scale,
-        "OUT_SCALE": problem.out_scale,
-        "BD": tile.padded_width(width),
-        "STAGES": tile.stages,
-    }
+    weights = ("K", "U", "V", "dK", "dU", "dV")
+    layouts = {name: operands[name].layout for name in weights if name in operands}
+    return Constants(
+        E=networks,
+        F=hidden,
+        HEADS_PER_GROUP=problem.q.shape[2] // groups,
+        ACTIVATION=problem.activation,
+        K_SCALE=problem.k_scale,
+        U_SCALE=problem.u_scale,
+        OUT_SCALE=problem.out_scale,
+        BS=streamed,
+        BD=tile.padded_width(width),
+        STAGES=tile.stages,
+        LAYOUTS=tuple(layout for name, layout in layouts.items() if len(name) == 1),
+        **layouts,
+    )
 
 
-def _arguments(operands: dict[str, Operand], weights: Iterable[str]) -> dict[str, Any] | None:
-    """The operands as Gluon takes them, with the weights' layouts; None if one has no tiles."""
+def _arguments(operands: dict[str, Operand]) -> dict[str, Any] | None:
+    """The operands as Gluon takes them; None if one has no tiles."""
     arguments: dict[str, Any] = {}
     for name, operand in operands.items():
         x = operand.argument
@@ -821,8 +827,6 @@ def _arguments(operands: dict[str, Operand], weights: Iterable[str]) -> dict[str
             x.block_shape,
             _shared_layout(tuple(x.block_shape), x.base.dtype.itemsize),
         )
-        if name in weights:
-            arguments[f"{name}_layout"] = operand.layout
     return arguments
 
 

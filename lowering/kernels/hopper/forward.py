@@ -53,7 +53,7 @@ from ...device import multiprocessors
 from ...problem import NormedRouter, Problem
 from ...tiles import HopperForwardTile, Tile, padded_width
 from ..activations import activate
-from ..launch import launch, parameters
+from ..launch import allows_approximation, launch
 from ..operands import (
     Operand,
     TokenAxes,
@@ -83,20 +83,14 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 def run_forward(problem: Problem, out: Tensor, tile: HopperForwardTile) -> bool:
     """Fill `out` (B, L, H, d); False where a tensor's strides or address rule it out."""
-    plan = _plan(problem, out, tile)
-    if plan is not None:
-        _run(problem, out, plan, tile)
-    return plan is not None
+    return _run(problem, out, None, tile)
 
 
 def run_normed_forward(
     problem: Problem, out: Tensor, router: NormedRouter, tile: HopperForwardTile
 ) -> bool:
     """The same for the queries that it normalises and routes first; `out` may be their memory."""
-    plan = _plan(problem, out, tile)
-    if plan is not None:
-        _run(problem, out, plan, tile, router)
-    return plan is not None
+    return _run(problem, out, router, tile)
 
 
 class _Plan(NamedTuple):
@@ -104,6 +98,7 @@ class _Plan(NamedTuple):
 
     axes: TokenAxes
     operands: dict[str, Operand]
+    layouts: dict[str, str | None]  # of K and V
 
 
 def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | None:
@@ -119,34 +114,32 @@ def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | Non
     }
     if problem.u is not None and operands["K"].layout != operands["U"].layout:
         return None  # one product takes both
+    layouts = {name: operands[name].layout for name in "KV"}
     for name, operand in operands.items():
-        if operand.argument is None:
-            operands[name] = operand._replace(layout=None)
-            continue
-        if operand.layout == "pointer":
-            return None
-        layout = None if name in ("Q", "Out", "U") else operand.layout
         descriptor = operand.argument
-        if name in "QKU":
-            descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
-        operands[name] = Operand(_with_layout(descriptor), None, layout)
+        if descriptor is not None:
+            if operand.layout == "pointer":
+                return None
+            if name in "QKU":
+                descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
+            descriptor = _with_layout(descriptor)
+        operands[name] = Operand(descriptor, None, None)
     # Through pointers whatever its strides: a value serves several tiles of hidden units.
     block = dataclasses.replace(block, descriptors=False)
     operands["R"] = router_operand(problem.r, axes, block)._replace(layout=None)
     operands["K_bias"] = bias_operand(problem.k_bias)
     operands["U_bias"] = bias_operand(problem.u_bias)
     operands["V_bias"] = bias_operand(problem.v_bias)
-    return _Plan(axes, operands)
+    return _Plan(axes, operands, layouts)
 
 
 def _run(
-    problem: Problem,
-    out: Tensor,
-    plan: _Plan,
-    tile: HopperForwardTile,
-    router: NormedRouter | None = None,
-) -> None:
-    axes, operands = plan
+    problem: Problem, out: Tensor, router: NormedRouter | None, tile: HopperForwardTile
+) -> bool:
+    plan = _plan(problem, out, tile)
+    if plan is None:
+        return False
+    axes, operands, layouts = plan
     networks, hidden = problem.k.shape[1:3]
     rows = tile.consumers * _TOKENS
     tiles = triton.cdiv(axes.length, rows) * axes.batch * problem.q.shape[2]
@@ -155,31 +148,49 @@ def _run(
     partial = split.workspace(tiles, rows, out)
     halved = _halves_exactly(problem)
     out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
-    last = problem.q.shape[3] % _COLUMNS or _COLUMNS
     block = Tile(rows, tile.hidden, _WARPS, 1, True, columns=_COLUMNS)
-    scalars = parameters(problem, axes, block)
-    for name in ("PRECISION", "COMPENSATED", "BM"):
-        del scalars[name]
-    scalars |= {
-        "OUT_SCALE": out_scale,
+    heads, width = problem.q.shape[2:]
+    constants = Constants(
+        E=networks,
+        F=hidden,
+        D=width,
+        HEADS_PER_GROUP=heads // problem.k.shape[0],
+        ACTIVATION=problem.activation,
+        K_SCALE=problem.k_scale,
+        U_SCALE=problem.u_scale,
+        OUT_SCALE=out_scale,
+        APPROXIMATE=allows_approximation(problem.q.dtype),
+        HALVED=halved,
+        GATED=problem.u is not None,
+        K_LAYOUT=layouts["K"],
+        V_LAYOUT=layouts["V"],
+        BF=tile.hidden,
+        BD=block.padded_width(width),
+        F_TILES=triton.cdiv(hidden, tile.hidden),
+        BLOCKS=triton.cdiv(width, _COLUMNS),
+        LAST=padded_width(width % _COLUMNS or _COLUMNS),
+        PAIR=1 if problem.u is None else 2,
+        CONSUMERS=tile.consumers,
+        STAGES=tile.stages,
+        REGISTERS=tile.registers,
+        Q_IN_REGISTERS=tile.q_in_registers,
+        TRAILING=tile.trailing,
+        ROUTING=None if router is None else Routing.of(router, heads),
+    )
+    scalars = {
+        "B": axes.batch,
+        "L": axes.length,
         "TILES": tiles,
         "WHOLE": split.whole,
         "PARTS": split.parts,
-        "HALVED": halved,
-        "LAST": padded_width(last),
-        "CONSUMERS": tile.consumers,
-        "STAGES": tile.stages,
-        "REGISTERS": tile.registers,
-        "Q_IN_REGISTERS": tile.q_in_registers,
-        "TRAILING": tile.trailing,
+        "C": constants,
     }
-    operands = operands | {"Part": Operand(partial, None, None)}
-    operands |= routing_operands(router)
-    scalars["ROUTING"] = None if router is None else Routing.of(router, problem.q.shape[2])
+    operands = operands | {"Part": Operand(partial, None, None)} | routing_operands(router)
     programs = min(programs, split.pieces(tiles))
     launch(hopper_forward_kernel, programs, block, out.device, operands, scalars)
     if partial is not None:
         add_parts(partial, out, axes, split, tiles, out_scale)
+    return True
 
 
 def _halves_exactly(problem: Problem) -> bool:
@@ -215,6 +226,42 @@ def _shared_layout(block: tuple[int, ...], dtype: gl.dtype) -> gl.NVMMASharedLay
     return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Constants:
+    """All that the kernel is compiled for: sizes, the network, and how the work is cut.
+
+    One argument stands for all of them, and is passed on whole: each attribute of it is a constant.
+    There are fields alone, no properties: Triton knows a compiled kernel by their values. A string
+    has to be named a constant before it is passed on by itself (Triton 3.6).
+    """
+
+    E: int  # sub-networks
+    F: int  # hidden units of each
+    D: int  # width of a head
+    HEADS_PER_GROUP: int
+    ACTIVATION: str
+    K_SCALE: float
+    U_SCALE: float
+    OUT_SCALE: float
+    APPROXIMATE: bool
+    HALVED: bool  # computes with q / 2
+    GATED: bool
+    K_LAYOUT: str | None  # U's, too
+    V_LAYOUT: str | None
+    BF: int
+    BD: int
+    F_TILES: int  # of a sub-network
+    BLOCKS: int  # of 64 columns of Q, K and U
+    LAST: int  # columns of the last of these, padded
+    PAIR: int  # tiles that one product with Q takes: K's and U's
+    CONSUMERS: int
+    STAGES: int
+    REGISTERS: int
+    Q_IN_REGISTERS: bool
+    TRAILING: bool
+    ROUTING: Routing | None
+
+
 @gluon.jit(do_not_specialize=["TILES", "WHOLE", "PARTS"])
 def hopper_forward_kernel(
     Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part, N, W,
@@ -222,27 +269,20 @@ def hopper_forward_kernel(
     K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,
     N_strides, W_strides,
     B, L, TILES, WHOLE, PARTS,
-    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-    K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, OUT_SCALE: gl.constexpr,
-    APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
-    K_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
-    ROUTING: gl.constexpr,
+    C: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = Q.dtype
-    BLOCKS: gl.constexpr = (D + 63) // 64
-    PAIR: gl.constexpr = 1 if U is None else 2
+    BD: gl.constexpr = C.BD
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    STAGES: gl.constexpr = C.STAGES
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS * (BD // 64), 1, 1, 64, 64], Q.layout)
-    if Q_IN_REGISTERS:
+    if C.Q_IN_REGISTERS:
         out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
     else:
         # A consumer that keeps Q in shared memory leaves no room for its output elsewhere.
         out_tiles = q_tiles._reinterpret(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
     ku_ring = gl.allocate_shared_memory(
-        dtype, [STAGES * BLOCKS * PAIR] + K.block_type.shape, K.layout
+        dtype, [STAGES * C.BLOCKS * C.PAIR] + K.block_type.shape, K.layout
     )
     v_ring = gl.allocate_shared_memory(dtype, [STAGES] + V.block_type.shape, V.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
@@ -258,59 +298,34 @@ def hopper_forward_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
 
-    if ROUTING is None:
+    if C.ROUTING is None:
         memory = (q_tiles, out_tiles, ku_ring, v_ring, None)
     else:
-        r_tiles = router_tiles(ROUTING, CONSUMERS)
+        r_tiles = router_tiles(C)
         memory = (q_tiles, out_tiles, ku_ring, v_ring, r_tiles)
     barriers = (q_full, q_empty, ku_full, v_full, empty)
     work = (B, L, TILES, WHOLE, PARTS)
     operands = (R, K_bias, U_bias, V_bias, Out, Part, N)
     strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides, N_strides)
-    # Constants stay constants only where they are written out.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (
-                    0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
-                    ROUTING)),
-                (_consume, (
-                    1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
-                    ROUTING)),
-                (_produce, (
-                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
+                (_consume, (0, operands, strides, memory, barriers, work, C)),
+                (_consume, (1, operands, strides, memory, barriers, work, C)),
+                (_produce, (Q, K, U, V, W, memory, barriers, work, C)),
             ],
-            [4, 1], [REGISTERS, 24],
+            [4, 1], [C.REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.static_assert(CONSUMERS == 3)
         gl.warp_specialize(
             [
-                (_consume, (
-                    0, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
-                    ROUTING)),
-                (_consume, (
-                    1, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
-                    ROUTING)),
-                (_consume, (
-                    2, operands, strides, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    ACTIVATION, K_SCALE, U_SCALE, OUT_SCALE, APPROXIMATE, HALVED, U is not None,
-                    K_layout, V_layout, BF, BD, LAST, CONSUMERS, STAGES, Q_IN_REGISTERS, TRAILING,
-                    ROUTING)),
-                (_produce, (
-                    Q, K, U, V, W, memory, barriers, work, E, F, D, HEADS_PER_GROUP,
-                    K_layout, V_layout, BF, BD, CONSUMERS, STAGES, ROUTING)),
+                (_consume, (0, operands, strides, memory, barriers, work, C)),
+                (_consume, (1, operands, strides, memory, barriers, work, C)),
+                (_consume, (2, operands, strides, memory, barriers, work, C)),
+                (_produce, (Q, K, U, V, W, memory, barriers, work, C)),
             ],
-            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+            [4, 4, 1], [C.REGISTERS, C.REGISTERS, 24],
         )  # fmt: skip
 
 
@@ -341,25 +356,25 @@ def _pieces(work):
 
 
 @gluon.jit
-def _produce(
-    Q, K, U, V, W, memory, barriers, work,
-    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    K_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    ROUTING: gl.constexpr,
-):  # fmt: skip
+def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
     """One warp: keeps the ring full, and loads the next tile's Q as soon as its place is free."""
     q_tiles, _, ku_ring, v_ring, _ = memory
     q_full, q_empty, ku_full, v_full, empty = barriers
-    F_TILES: gl.constexpr = (F + BF - 1) // BF
-    BLOCKS: gl.constexpr = (D + 63) // 64
-    PAIR: gl.constexpr = 1 if U is None else 2
+    F_TILES: gl.constexpr = C.F_TILES
+    BLOCKS: gl.constexpr = C.BLOCKS
+    PAIR: gl.constexpr = C.PAIR
+    BF: gl.constexpr = C.BF
+    BD: gl.constexpr = C.BD
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    STAGES: gl.constexpr = C.STAGES
+    K_LAYOUT: gl.constexpr = C.K_LAYOUT
+    V_LAYOUT: gl.constexpr = C.V_LAYOUT
     slot = 0
     lap = 1  # parity of the ring's passes: the slots of the first one are empty
     turn = 1
     for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
-        l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, E * F_TILES)
-        g = h // HEADS_PER_GROUP
+        l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, C.E * F_TILES)
+        g = h // C.HEADS_PER_GROUP
         for c in gl.static_range(CONSUMERS):
             full = q_full.index(c)
             mbarrier.wait(q_empty.index(c), turn)
@@ -368,9 +383,9 @@ def _produce(
                 q_tile = q_tiles.index(c * (BD // 64) + j)
                 tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
-        if ROUTING is not None:  # a turn of its own, in which nobody waits for V
+        if C.ROUTING is not None:  # a turn of its own, in which nobody waits for V
             mbarrier.wait(empty.index(slot), lap)
-            load_router(W, h, ku_ring, ku_full.index(slot), slot, ROUTING, BLOCKS, STAGES)
+            load_router(W, h, ku_ring, ku_full.index(slot), slot, C)
             mbarrier.arrive(v_full.index(slot), count=1)
             slot += 1
             if slot == STAGES:
@@ -384,12 +399,12 @@ def _produce(
             mbarrier.expect(full, BLOCKS * PAIR * BF * 64 * 2)
             for j in gl.static_range(BLOCKS):
                 place = (slot * BLOCKS + j) * PAIR
-                _load(K, g, e, f0, j * 64, full, ku_ring.index(place), K_layout)
+                _load(K, g, e, f0, j * 64, full, ku_ring.index(place), K_LAYOUT)
                 if U is not None:
-                    _load(U, g, e, f0, j * 64, full, ku_ring.index(place + 1), K_layout)
+                    _load(U, g, e, f0, j * 64, full, ku_ring.index(place + 1), K_LAYOUT)
             full = v_full.index(slot)
             mbarrier.expect(full, BF * BD * 2)
-            _load(V, g, e, f0, 0, full, v_ring.index(slot), V_layout)
+            _load(V, g, e, f0, 0, full, v_ring.index(slot), V_LAYOUT)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -405,78 +420,76 @@ def _load(W, g, e, f0, c0, full, tile, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _query(tile, HALVED: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDTH: gl.constexpr,
-           LAYOUT: gl.constexpr):  # fmt: skip
+def _query(tile, C: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
     """A block of Q, halved if told so: [64, WIDTH], in registers or where it is."""
     tile = tile.reshape([64, 64])
     if WIDTH < 64:
         tile = tile.slice(0, WIDTH, dim=1)
-    if IN_REGISTERS:
+    if C.Q_IN_REGISTERS:
         q = tile.load(LAYOUT)
-        if HALVED:
+        if C.HALVED:
             q = (q.to(gl.float32) * 0.5).to(q.dtype)
         return q
     else:
-        if HALVED:
+        if C.HALVED:
             ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             tile.store((tile.load(ROWS).to(gl.float32) * 0.5).to(tile.dtype))
         return tile
 
 
 @gluon.jit
-def _queries(tiles, first: gl.constexpr, BLOCKS: gl.constexpr, HALVED: gl.constexpr,
-             IN_REGISTERS: gl.constexpr, LAST: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+def _queries(tiles, first: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
     """A consumer's Q, block by block."""
-    q = _query(tiles.index(first + BLOCKS - 1), HALVED, IN_REGISTERS, LAST, LAYOUT)
-    if BLOCKS == 1:
+    q = _query(tiles.index(first + C.BLOCKS - 1), C, C.LAST, LAYOUT)
+    if C.BLOCKS == 1:
         return (q,)
-    elif BLOCKS == 2:
-        return (_query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT), q)
-    elif BLOCKS == 3:
+    elif C.BLOCKS == 2:
+        return (_query(tiles.index(first), C, 64, LAYOUT), q)
+    elif C.BLOCKS == 3:
         return (
-            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
-            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first), C, 64, LAYOUT),
+            _query(tiles.index(first + 1), C, 64, LAYOUT),
             q,
         )
     else:
         return (
-            _query(tiles.index(first), HALVED, IN_REGISTERS, 64, LAYOUT),
-            _query(tiles.index(first + 1), HALVED, IN_REGISTERS, 64, LAYOUT),
-            _query(tiles.index(first + 2), HALVED, IN_REGISTERS, 64, LAYOUT),
+            _query(tiles.index(first), C, 64, LAYOUT),
+            _query(tiles.index(first + 1), C, 64, LAYOUT),
+            _query(tiles.index(first + 2), C, 64, LAYOUT),
             q,
         )
 
 
 @gluon.jit
-def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, LAYOUT: gl.constexpr,
-             BF: gl.constexpr, PAIR: gl.constexpr, BLOCKS: gl.constexpr, LAST: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
+def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.constexpr):
     """Issue Q's product with a slot's K and U tiles, side by side: [64, PAIR * BF]."""
-    if LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
+    BLOCKS: gl.constexpr = C.BLOCKS
+    ROWS: gl.constexpr = C.PAIR * C.BF
+    if C.K_LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
         BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, PAIR * BF, 64], BY_ROWS)
+        ring = ku_ring._reinterpret(dtype, [C.STAGES * BLOCKS, ROWS, 64], BY_ROWS)
     else:  # of each block of 64 rows, K's columns and then U's
-        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(BF * 2, 16, 2)
-        ring = ku_ring._reinterpret(dtype, [STAGES * BLOCKS, 64, PAIR * BF], BY_COLUMNS)
+        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(C.BF * 2, 16, 2)
+        ring = ku_ring._reinterpret(dtype, [C.STAGES * BLOCKS, 64, ROWS], BY_COLUMNS)
     mbarrier.wait(full.index(slot), lap)
     mn = nothing
     for j in gl.static_range(BLOCKS):
         ku = ring.index(slot * BLOCKS + j)
-        if LAYOUT == "rows":
+        if C.K_LAYOUT == "rows":
             ku = ku.permute((1, 0))
-        if j == BLOCKS - 1 and LAST < 64:
-            ku = ku.slice(0, LAST, dim=0)
+        if j == BLOCKS - 1 and C.LAST < 64:
+            ku = ku.slice(0, C.LAST, dim=0)
         mn = warpgroup_mma(q[j], ku, mn, use_acc=j > 0, is_async=True)
     return mn
 
 
 @gluon.jit
-def _value(v_ring, slot, BF: gl.constexpr, BD: gl.constexpr, LAYOUT: gl.constexpr):
+def _value(v_ring, slot, C: gl.constexpr):
     """A slot's V tile, however it is stored: [BF, BD]."""
-    if LAYOUT == "rows":
-        return v_ring.index(slot).reshape([BF, BD])
+    if C.V_LAYOUT == "rows":
+        return v_ring.index(slot).reshape([C.BF, C.BD])
     else:
-        return v_ring.index(slot).reshape([BD, BF]).permute((1, 0))
+        return v_ring.index(slot).reshape([C.BD, C.BF]).permute((1, 0))
 
 
 @gluon.jit
@@ -505,40 +518,39 @@ def _router_weights(i, router, F_TILES: gl.constexpr, CONSUMER: gl.constexpr,
 
 
 @gluon.jit
-def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr,
-              F: gl.constexpr, F_TILES: gl.constexpr, ACTIVATION: gl.constexpr,
-              K_SCALE: gl.constexpr, U_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr,
-              HALVED: gl.constexpr, GATED: gl.constexpr, BF: gl.constexpr,
-              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr, TRAILING: gl.constexpr):  # fmt: skip
+def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constexpr,
+              HIDDEN: gl.constexpr, A_OPERAND: gl.constexpr):  # fmt: skip
     """R act(m) n for hidden tile i, ready to be multiplied by V: [64, BF]."""
     _, K_bias, U_bias, _, _, _, _ = operands
     _, K_bias_strides, U_bias_strides, _, _ = strides
-    e = i // F_TILES
-    f0 = i % F_TILES * BF
-    if GATED:
+    BF: gl.constexpr = C.BF
+    ACTIVATION: gl.constexpr = C.ACTIVATION
+    e = i // C.F_TILES
+    f0 = i % C.F_TILES * BF
+    if C.GATED:
         m, n = mn.reshape([64, 2, BF]).permute((0, 2, 1)).split()
         m = gl.convert_layout(m, HIDDEN)
     else:
         m = mn
-    if K_SCALE != 1.0:
-        m *= K_SCALE
+    if C.K_SCALE != 1.0:
+        m *= C.K_SCALE
     if K_bias is not None:
-        m += _bias(K_bias, K_bias_strides, g, e, f0, F, BF, HIDDEN)
-    if HALVED:
-        a = m * activate(m, "tanh", APPROXIMATE) + m
+        m += _bias(K_bias, K_bias_strides, g, e, f0, C.F, BF, HIDDEN)
+    if C.HALVED:
+        a = m * activate(m, "tanh", C.APPROXIMATE) + m
     else:
-        a = activate(m, ACTIVATION, APPROXIMATE)
+        a = activate(m, ACTIVATION, C.APPROXIMATE)
     # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
     # which has the exponents of float32, that costs a second rounding and no range.
-    PAIRED: gl.constexpr = not TRAILING and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
+    PAIRED: gl.constexpr = not C.TRAILING and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
     if not PAIRED:
         a *= r.to(gl.float32).expand_dims(1)
-    if GATED:
+    if C.GATED:
         n = gl.convert_layout(n, HIDDEN)
-        if U_SCALE != 1.0:
-            n *= U_SCALE
+        if C.U_SCALE != 1.0:
+            n *= C.U_SCALE
         if U_bias is not None:
-            n += _bias(U_bias, U_bias_strides, g, e, f0, F, BF, HIDDEN)
+            n += _bias(U_bias, U_bias_strides, g, e, f0, C.F, BF, HIDDEN)
         a *= n
     a = a.to(dtype)
     if PAIRED:
@@ -547,17 +559,7 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr,
 
 
 @gluon.jit
-def _consume(
-    CONSUMER: gl.constexpr, operands, strides, memory, barriers, work,
-    E: gl.constexpr, F: gl.constexpr, D: gl.constexpr, HEADS_PER_GROUP: gl.constexpr,
-    ACTIVATION: gl.constexpr, K_SCALE: gl.constexpr, U_SCALE: gl.constexpr,
-    OUT_SCALE: gl.constexpr, APPROXIMATE: gl.constexpr, HALVED: gl.constexpr,
-    GATED: gl.constexpr, K_layout: gl.constexpr, V_layout: gl.constexpr,
-    BF: gl.constexpr, BD: gl.constexpr, LAST: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, TRAILING: gl.constexpr,
-    ROUTING: gl.constexpr,
-):  # fmt: skip
+def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, C: gl.constexpr):
     """Four warps: 64 tokens of each of the program's tiles."""
     R, _, _, V_bias, Out, Part, N = operands
     R_strides, _, _, V_bias_strides, N_strides = strides
@@ -565,9 +567,11 @@ def _consume(
     q_full, q_empty, ku_full, v_full, empty = barriers
     _, L, _, WHOLE, _ = work
     dtype: gl.constexpr = q_tiles.dtype
-    F_TILES: gl.constexpr = (F + BF - 1) // BF
-    BLOCKS: gl.constexpr = (D + 63) // 64
-    PAIR: gl.constexpr = 2 if GATED else 1
+    ITERATIONS: gl.constexpr = C.E * C.F_TILES
+    PAIR: gl.constexpr = C.PAIR
+    BF: gl.constexpr = C.BF
+    BD: gl.constexpr = C.BD
+    STAGES: gl.constexpr = C.STAGES
     PROJECTED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR * BF, 16])
     HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
@@ -580,8 +584,8 @@ def _consume(
     lap = 0
     turn = 0
     for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
-        l0, b, h, first, last = _piece(piece, work, CONSUMERS * 64, E * F_TILES)
-        g = h // HEADS_PER_GROUP
+        l0, b, h, first, last = _piece(piece, work, C.CONSUMERS * 64, ITERATIONS)
+        g = h // C.HEADS_PER_GROUP
         inside = l0 + rows < L
         if R is not None:
             r_row = R + (gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2])
@@ -591,41 +595,34 @@ def _consume(
             router = (R, 0, inside, r_tiles)
         mbarrier.wait(q_full.index(CONSUMER), turn)
         turn ^= 1
-        if ROUTING is None:
-            q = _queries(
-                q_tiles, CONSUMER * (BD // 64), BLOCKS, HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND
-            )
+        if C.ROUTING is None:
+            q = _queries(q_tiles, CONSUMER * (BD // 64), C, Q_OPERAND)
         else:
-            q = normed_queries(
-                q_tiles, CONSUMER * (BD // 64), N, N_strides, h, D, BLOCKS, ROUTING,
-                HALVED, Q_IN_REGISTERS, LAST, Q_OPERAND,
-            )  # fmt: skip
-        # What was written to the tile must be seen by the matrix unit. And what is still being read
-        # from it into registers must have been read before the tensor copy engine writes the next
-        # Q there: no barrier orders the two, so a producer that waits for nothing else overtakes.
-        if Q_IN_REGISTERS or HALVED or ROUTING is not None:
+            q = normed_queries(q_tiles, CONSUMER * (BD // 64), N, N_strides, h, C, Q_OPERAND)
+        # What was written to the tile must be visible to the matrix unit. And what is still being
+        # read from it into registers must have been read before the tensor copy engine writes the
+        # next Q there: a barrier does not order the two, and a producer that waits for nothing else
+        # would overtake the reads.
+        if C.Q_IN_REGISTERS or C.HALVED or C.ROUTING is not None:
             fence_async_shared()
-        if Q_IN_REGISTERS:
+        if C.Q_IN_REGISTERS:
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
 
-        if ROUTING is not None:
+        if C.ROUTING is not None:
             mbarrier.wait(ku_full.index(slot), lap)
-            logits = router_logits(q, ku_ring, slot, ROUTING, HALVED, BLOCKS, LAST, STAGES)
-            route(logits, r_tiles, CONSUMER, CONSUMERS, E, ROUTING)
+            logits = router_logits(q, ku_ring, slot, C)
+            route(logits, r_tiles, CONSUMER, C)
             mbarrier.arrive(empty.index(slot), count=1)
             slot += 1
             if slot == STAGES:
                 slot = 0
                 lap ^= 1
         acc = gl.zeros([64, BD], gl.float32, OUTPUT)
-        if TRAILING:
-            mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
-                          BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
-            r = _router_weights(first, router, F_TILES, CONSUMER, R_LAYOUT)
+        if C.TRAILING:
+            mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
+            r = _router_weights(first, router, C.F_TILES, CONSUMER, R_LAYOUT)
             mn = warpgroup_mma_wait(0, [mn])
-            a = _activate(mn, first, g, r, operands, strides, dtype, F, F_TILES,
-                          ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                          BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+            a = _activate(mn, first, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
             for i in range(first + 1, last):
                 trailing = slot
                 trailing_lap = lap
@@ -633,20 +630,17 @@ def _consume(
                 if slot == STAGES:
                     slot = 0
                     lap ^= 1
-                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
-                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
-                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                r = _router_weights(i, router, C.F_TILES, CONSUMER, R_LAYOUT)
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
                 mbarrier.wait(v_full.index(trailing), trailing_lap)
-                v = _value(v_ring, trailing, BF, BD, V_layout)
+                v = _value(v_ring, trailing, C)
                 acc = warpgroup_mma(a, v, acc, is_async=True)
                 mn = warpgroup_mma_wait(1, [mn])
-                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
-                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+                a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
                 acc = warpgroup_mma_wait(0, [acc])
                 mbarrier.arrive(empty.index(trailing), count=1)
             mbarrier.wait(v_full.index(slot), lap)
-            acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+            acc = warpgroup_mma(a, _value(v_ring, slot, C), acc)
             mbarrier.arrive(empty.index(slot), count=1)
             slot += 1
             if slot == STAGES:
@@ -654,15 +648,12 @@ def _consume(
                 lap ^= 1
         else:
             for i in range(first, last):
-                r = _router_weights(i, router, F_TILES, CONSUMER, R_LAYOUT)
-                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, K_layout,
-                              BF, PAIR, BLOCKS, LAST, STAGES)  # fmt: skip
+                r = _router_weights(i, router, C.F_TILES, CONSUMER, R_LAYOUT)
+                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
                 mn = warpgroup_mma_wait(0, [mn])
-                a = _activate(mn, i, g, r, operands, strides, dtype, F, F_TILES,
-                              ACTIVATION, K_SCALE, U_SCALE, APPROXIMATE, HALVED, GATED,
-                              BF, HIDDEN, A_OPERAND, TRAILING)  # fmt: skip
+                a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
                 mbarrier.wait(v_full.index(slot), lap)
-                acc = warpgroup_mma(a, _value(v_ring, slot, BF, BD, V_layout), acc)
+                acc = warpgroup_mma(a, _value(v_ring, slot, C), acc)
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot += 1
                 if slot == STAGES:
@@ -670,24 +661,24 @@ def _consume(
                     lap ^= 1
 
         if V_bias is not None:
-            for e in range(0, gl.where(first == 0, E, 0)):  # once for each tile
-                bias = _bias(V_bias, V_bias_strides, g, e, 0, D, BD, OUTPUT)
+            for e in range(0, gl.where(first == 0, C.E, 0)):  # once for each tile
+                bias = _bias(V_bias, V_bias_strides, g, e, 0, C.D, BD, OUTPUT)
                 weight = _router_weights(e, router, 1, CONSUMER, R_LAYOUT).to(gl.float32)
                 weight = gl.convert_layout(weight, gl.SliceLayout(1, OUTPUT))
                 acc += weight.expand_dims(1) * bias
         if piece < WHOLE:
             out_tile = out_tiles.index(CONSUMER)
             tma.store_wait(0)  # the last tile has left its place
-            out_tile.reshape([64, BD]).store((acc * OUT_SCALE).to(dtype))
+            out_tile.reshape([64, BD]).store((acc * C.OUT_SCALE).to(dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)
         elif Part is not None:
             # Beyond L the rows are not masked: the workspace holds whole tiles.
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT)).expand_dims(1)
             column = gl.arange(0, BD, layout=gl.SliceLayout(0, OUTPUT)).expand_dims(0)
-            start = ((piece - WHOLE).to(gl.int64) * CONSUMERS + CONSUMER) * (64 * D)
-            gl.store(Part + start + (row * D + column), acc, mask=column < D)
-        if not Q_IN_REGISTERS:
+            start = ((piece - WHOLE).to(gl.int64) * C.CONSUMERS + CONSUMER) * (64 * C.D)
+            gl.store(Part + start + (row * C.D + column), acc, mask=column < C.D)
+        if not C.Q_IN_REGISTERS:
             tma.store_wait(0)  # Q and Out share their place
             mbarrier.arrive(q_empty.index(CONSUMER), count=1)
     tma.store_wait(0)

@@ -71,54 +71,51 @@ def routing_operands(router: NormedRouter | None) -> dict[str, Operand]:
 
 
 @gluon.jit
-def router_tiles(ROUTING: gl.constexpr, CONSUMERS: gl.constexpr):
+def router_tiles(C: gl.constexpr):
     """Room for R of all consumers, the tokens side by side: [CONSUMERS * 32, 64]."""
     BY_TOKENS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    return gl.allocate_shared_memory(ROUTING.dtype, [CONSUMERS * _ROWS, 64], BY_TOKENS)
+    return gl.allocate_shared_memory(C.ROUTING.dtype, [C.CONSUMERS * _ROWS, 64], BY_TOKENS)
 
 
 @gluon.jit
-def load_router(W, h, ku_ring, full, slot, ROUTING: gl.constexpr, BLOCKS: gl.constexpr,
-                STAGES: gl.constexpr):  # fmt: skip
+def load_router(W, h, ku_ring, full, slot, C: gl.constexpr):
     """The producer's: fill a slot with the parts of a head's weights."""
-    PARTS: gl.constexpr = ROUTING.parts
-    shape: gl.constexpr = [STAGES * BLOCKS * _PLACES, 1, 1, _ROWS, 64]
+    BLOCKS: gl.constexpr = C.BLOCKS
+    PARTS: gl.constexpr = C.ROUTING.parts
+    shape: gl.constexpr = [C.STAGES * BLOCKS * _PLACES, 1, 1, _ROWS, 64]
     places = ku_ring._reinterpret(W.dtype, shape, W.layout)
     mbarrier.expect(full, BLOCKS * PARTS * _ROWS * 64 * 2)
     for j in gl.static_range(BLOCKS):
         for part in gl.static_range(PARTS):
             place = places.index((slot * BLOCKS + j) * _PLACES + part)
-            row = [0, h // ROUTING.heads, part * _ROWS, j * 64]
+            row = [0, h // C.ROUTING.heads, part * _ROWS, j * 64]
             tma.async_copy_global_to_shared(W, row, full, place)
 
 
 @gluon.jit
-def normed_queries(tiles, first: gl.constexpr, N, N_strides, h, D: gl.constexpr,
-                   BLOCKS: gl.constexpr, ROUTING: gl.constexpr, HALVED: gl.constexpr,
-                   IN_REGISTERS: gl.constexpr, LAST: gl.constexpr,
+def normed_queries(tiles, first: gl.constexpr, N, N_strides, h, C: gl.constexpr,
                    OPERAND: gl.constexpr):  # fmt: skip
     """A consumer's Q, normalised and then halved if told so, block by block of columns."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    LAYOUT: gl.constexpr = OPERAND if IN_REGISTERS else ROWS
+    LAYOUT: gl.constexpr = OPERAND if C.Q_IN_REGISTERS else ROWS
+    BLOCKS: gl.constexpr = C.BLOCKS
     gl.static_assert(BLOCKS <= 2)
     squares = gl.zeros([64], gl.float32, gl.SliceLayout(1, LAYOUT))
     for j in gl.static_range(BLOCKS):
         x = tiles.index(first + j).reshape([64, 64]).load(LAYOUT).to(gl.float32)
         squares += gl.sum(x * x, 1)
-    scale = gl.rsqrt(squares / D + ROUTING.formula.norm_eps)
-    last = _normed(tiles.index(first + BLOCKS - 1), scale, N, N_strides, h, BLOCKS * 64 - 64, D,
-                   ROUTING, HALVED, IN_REGISTERS, LAST, LAYOUT)  # fmt: skip
+    scale = gl.rsqrt(squares / C.D + C.ROUTING.formula.norm_eps)
+    last = _normed(tiles.index(first + BLOCKS - 1), scale, N, N_strides, h, BLOCKS * 64 - 64, C,
+                   C.LAST, LAYOUT)  # fmt: skip
     if BLOCKS == 1:
         return (last,)
     else:
-        one = _normed(tiles.index(first), scale, N, N_strides, h, 0, D,
-                      ROUTING, HALVED, IN_REGISTERS, 64, LAYOUT)  # fmt: skip
+        one = _normed(tiles.index(first), scale, N, N_strides, h, 0, C, 64, LAYOUT)
         return (one, last)
 
 
 @gluon.jit
-def _normed(tile, scale, N, N_strides, h, c0, D: gl.constexpr, ROUTING: gl.constexpr,
-            HALVED: gl.constexpr, IN_REGISTERS: gl.constexpr, WIDTH: gl.constexpr,
+def _normed(tile, scale, N, N_strides, h, c0, C: gl.constexpr, WIDTH: gl.constexpr,
             LAYOUT: gl.constexpr):  # fmt: skip
     """Columns c0.. of Q: [64, WIDTH], in registers or where it was."""
     tile = tile.reshape([64, 64])
@@ -127,15 +124,15 @@ def _normed(tile, scale, N, N_strides, h, c0, D: gl.constexpr, ROUTING: gl.const
     x = tile.load(LAYOUT)
     q = x.to(gl.float32) * scale.expand_dims(1)
     if N is not None:
-        if ROUTING.formula.rounds_first:
+        if C.ROUTING.formula.rounds_first:
             q = q.to(x.dtype).to(gl.float32)
         c = c0 + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
-        n = gl.load(N + h * N_strides[0] + c * N_strides[1], mask=c < D, other=0.0)
+        n = gl.load(N + h * N_strides[0] + c * N_strides[1], mask=c < C.D, other=0.0)
         q *= n.to(gl.float32).expand_dims(0)
     q = q.to(x.dtype)
-    if HALVED:
+    if C.HALVED:
         q = (q.to(gl.float32) * 0.5).to(x.dtype)
-    if IN_REGISTERS:
+    if C.Q_IN_REGISTERS:
         return q
     else:
         tile.store(q)
@@ -143,13 +140,14 @@ def _normed(tile, scale, N, N_strides, h, c0, D: gl.constexpr, ROUTING: gl.const
 
 
 @gluon.jit
-def router_logits(q, ku_ring, slot, ROUTING: gl.constexpr, HALVED: gl.constexpr,
-                  BLOCKS: gl.constexpr, LAST: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def router_logits(q, ku_ring, slot, C: gl.constexpr):
     """Q, which may be halved, times the weights in a slot: [64, 32]."""
-    COLUMNS: gl.constexpr = _ROWS * (ROUTING.parts if ROUTING.parts <= 2 else _PLACES)
+    BLOCKS: gl.constexpr = C.BLOCKS
+    PARTS: gl.constexpr = C.ROUTING.parts
+    COLUMNS: gl.constexpr = _ROWS * (PARTS if PARTS <= 2 else _PLACES)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    shape: gl.constexpr = [STAGES * BLOCKS, _PLACES * _ROWS, 64]
+    shape: gl.constexpr = [C.STAGES * BLOCKS, _PLACES * _ROWS, 64]
     ring = ku_ring._reinterpret(ku_ring.dtype, shape, BY_ROWS)
     nothing = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
     products = ()  # of blocks of columns, each [64, COLUMNS]
@@ -158,8 +156,8 @@ def router_logits(q, ku_ring, slot, ROUTING: gl.constexpr, HALVED: gl.constexpr,
         if COLUMNS < _PLACES * _ROWS:
             w = w.slice(0, COLUMNS, dim=0)
         w = w.permute((1, 0))
-        if j == BLOCKS - 1 and LAST < 64:
-            w = w.slice(0, LAST, dim=0)
+        if j == BLOCKS - 1 and C.LAST < 64:
+            w = w.slice(0, C.LAST, dim=0)
         # Each block has a sum of its own: matrix units cut what they add to one they began with.
         product = warpgroup_mma(q[j], w, nothing, use_acc=False, is_async=True)
         products = products + (product,)  # type: ignore[assignment]
@@ -168,15 +166,15 @@ def router_logits(q, ku_ring, slot, ROUTING: gl.constexpr, HALVED: gl.constexpr,
     else:
         one, other = warpgroup_mma_wait(0, products)
         logits = one + other
-    if ROUTING.parts == 2:
+    if PARTS == 2:
         left, right = _halves(logits)
         logits = left + right
-    elif ROUTING.parts == 3:
+    elif PARTS == 3:
         left, right = _halves(logits)
         first, second = _halves(left)
         third, _ = _halves(right)  # nothing was loaded to the fourth place
         logits = first + (second + third)
-    if HALVED:
+    if C.HALVED:
         logits *= 2.0
     return logits
 
@@ -195,19 +193,18 @@ def _halves(x):
 
 
 @gluon.jit
-def route(logits, r_tiles, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr, E: gl.constexpr,
-          ROUTING: gl.constexpr):  # fmt: skip
+def route(logits, r_tiles, CONSUMER: gl.constexpr, C: gl.constexpr):
     """Make weights of a consumer's logits, and put them to its place among the tiles."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     r = gl.convert_layout(logits, LAYOUT)
-    if ROUTING.formula.routing != "none":
+    if C.ROUTING.formula.routing != "none":
         r = 1.0 / (1.0 + gl.exp(-r))
-    if ROUTING.formula.routing == "normalised":
+    if C.ROUTING.formula.routing == "normalised":
         e = gl.arange(0, _ROWS, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-        total = gl.sum(gl.where(e < E, r, 0.0), 1)
-        floor: gl.constexpr = ROUTING.formula.sum_floor
+        total = gl.sum(gl.where(e < C.E, r, 0.0), 1)
+        floor: gl.constexpr = C.ROUTING.formula.sum_floor
         total = gl.maximum(total, floor, propagate_nan=tl.PropagateNan.ALL)
-        r = r / (total + ROUTING.formula.sum_eps).expand_dims(1)
+        r = r / (total + C.ROUTING.formula.sum_eps).expand_dims(1)
     BY_ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    tile = r_tiles._reinterpret(r_tiles.dtype, [CONSUMERS, _ROWS, 64], BY_ROWS).index(CONSUMER)
+    tile = r_tiles._reinterpret(r_tiles.dtype, [C.CONSUMERS, _ROWS, 64], BY_ROWS).index(CONSUMER)
     tile.permute((1, 0)).store(r.to(r_tiles.dtype))
