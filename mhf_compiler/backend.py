@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ def flashmhf(
     Raises:
         OptionError: an unknown option, or a value it does not take.
     """
-    from .compat import compile_graph, counters, tell_inductor_of
-    from .errors import MhfCompilerWarning
+    from .compat import compile_graph, tell_inductor_of
     from .options import inductor_config, parse_options
     from .passes.manager import with_post_grad_passes
     from .rewrite.graph import rewrite_graph
@@ -58,17 +56,15 @@ def flashmhf(
 
             folder = dump(report, gm, parsed.dump_dir)
     except Exception as error:
-        counters["flashmhf"]["failures"] += 1
-        if parsed.strict:
-            raise
-        warnings.warn(
-            f"rewriting failed, the graph is compiled as it is: {type(error).__name__}: {error}",
-            MhfCompilerWarning,
-            stacklevel=2,
-        )
-    config = with_post_grad_passes(
-        gm, inductor_config(parsed), strict=parsed.strict, tell=partial(_tell, report, folder)
-    )
+        _warn_or_raise("rewriting failed, the graph is compiled as it is", error, parsed.strict)
+
+    def tell(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
+        try:
+            _report_fusions(fusions, notes, report, folder)
+        except Exception as error:
+            _warn_or_raise("a report could not be completed", error, parsed.strict)
+
+    config = with_post_grad_passes(gm, inductor_config(parsed), strict=parsed.strict, tell=tell)
     # The user may have called the op, too: what matters is whether it is defined.
     if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
         from .lowering.ops import ALL, MUTATING
@@ -77,11 +73,11 @@ def flashmhf(
     return compile_graph(parsed.fallback, gm, example_inputs, config)
 
 
-def _tell(
-    report: GraphReport | None,
-    folder: Path | None,
+def _report_fusions(
     fusions: Sequence[Fusion],
     notes: Sequence[str],
+    report: GraphReport | None,
+    folder: Path | None,
 ) -> None:
     """Log what the passes after autograd did, and add it to the report of the graph."""
     from .report.logs import announce_fusions
@@ -95,6 +91,17 @@ def _tell(
         from .debug.dump import dump_report
 
         dump_report(report, folder)
+
+
+def _warn_or_raise(what: str, error: Exception, strict: bool) -> None:
+    """Count a failure; raise it if told so, otherwise warn."""
+    from .compat import counters
+    from .errors import MhfCompilerWarning
+
+    counters["flashmhf"]["failures"] += 1
+    if strict:
+        raise error
+    warnings.warn(f"{what}: {type(error).__name__}: {error}", MhfCompilerWarning, stacklevel=3)
 
 
 def _reset() -> None:

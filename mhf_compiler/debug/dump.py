@@ -260,7 +260,7 @@ def _attributes(gm: fx.GraphModule) -> Iterator[str]:
     for name in names:
         value = getattr(gm, name, None)
         if isinstance(value, fx.GraphModule):
-            # In the instance's dict: the class of that name inside GraphModule would shadow it.
+            # In the instance's dict, since the class of that name would shadow it.
             yield f"made.__dict__[{name!r}] = fx.symbolic_trace(GraphModule.{name}())"
         elif isinstance(value, torch.Tensor):
             yield f"made.register_buffer({name!r}, {_made(value)})"

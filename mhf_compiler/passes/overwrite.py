@@ -49,9 +49,12 @@ def overwrite_dead_buffers(graph: fx.Graph) -> list[Fusion]:
         dq + router_product_backward(..)[0]          router_product_backward_onto(.., dq)
     """
     outcomes = _add_parts_in_place(graph)
+    calls = list(_calls(graph))
+    if not calls:
+        return outcomes
     memory = Memory(graph)
     # All are judged before the first is replaced: ``memory`` does not know new nodes.
-    judged = [(call, _judge(call, memory)) for call in _calls(graph)]
+    judged = [(call, _judge(call, memory)) for call in calls]
     for call, outcome in judged:
         if outcome.obstacle is None:
             call.replace(graph, call.node)

@@ -109,6 +109,16 @@ def test_dumped_reports_have_them(tmp_path: Path):
     assert fused["location"]["file"] == __file__
 
 
+def test_a_report_that_cannot_be_completed_is_a_warning(monkeypatch: pytest.MonkeyPatch):
+    def fail(*arguments: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mhf_compiler.report.logs.announce_fusions", fail)
+    with pytest.warns(MhfCompilerWarning, match="could not be completed: OSError: disk full"):
+        counts = infer(strict=False)
+    assert counts[OVER_QUERY] == counts["failures"] == 1
+
+
 def test_explain_says_that_they_did_not_run():
     report = mhf_compiler.explain(Network(), options={"rewrite": "always"})(torch.randn(2, 6, 32))
     assert report.graphs[0].fusions is None

@@ -296,23 +296,17 @@ KEPT: dict[str, Run] = {
 #: why, where that is not another norm
 OBSTACLES = {
     **dict.fromkeys(
-        ("q is returned", "a view of q is returned", "residual of q", "a mean of q"),
-        "READ_ELSEWHERE",
-    ),
-    **dict.fromkeys(
         (
-            "the query is returned",
-            "a view of the query is returned",
-            "residual of the query",
-            "the query is read before",
+            *("q is returned", "a view of q is returned", "residual of q", "a mean of q"),
+            *("the query is returned", "a view of the query is returned"),
+            *("residual of the query", "the query is read before"),
+            *("a part", "two routers"),
         ),
         "READ_ELSEWHERE",
     ),
     **dict.fromkeys(("the query in float32", "the scale"), "INTERMEDIATE_READ"),
     **dict.fromkeys(("an input", "a parameter"), "INPUT"),
-    "a part": "READ_ELSEWHERE",
     "expanded": "DIFFERENT_LAYOUT",
-    "two routers": "READ_ELSEWHERE",
 }
 #: routers' products, where not one is found
 PRODUCTS = {"two routers": 2, "a part of q": 0, "a product in bfloat16": 0}
