@@ -41,10 +41,13 @@ __all__ = [
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
+    "functorch_depth",
+    "grad_levels",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
+    "leave_functorch_levels",
     "load_cpp",
     "make_fx",
     "named_arguments",
@@ -62,10 +65,12 @@ __all__ = [
     "symbolic_size",
     "trace_artifact",
     "tracing_shape_env",
+    "unwrap_for_grad",
     "with_pass",
 ]
 
 no_fake_mode = unset_fake_temporarily
+unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
@@ -114,6 +119,31 @@ def no_new_guards(shape_env: Any | None) -> Iterator[None]:
             stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(enable_python_dispatcher())
         yield
+
+
+def functorch_depth() -> int:
+    """How many levels of ``vmap`` and ``grad`` are entered."""
+    return int(torch._C._functorch.get_dynamic_layer_stack_depth())
+
+
+def grad_levels() -> tuple[int, ...] | None:
+    """The levels of ``torch.func.grad`` that are entered, outermost first.
+
+    Levels of ``vmap`` alone count as none; None where other levels are among them.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    if kinds <= {torch._C._functorch.TransformType.Vmap}:
+        return ()
+    if kinds != {torch._C._functorch.TransformType.Grad}:
+        return None
+    return tuple(interpreter.level() for interpreter in stack)
+
+
+def leave_functorch_levels(depth: int) -> None:
+    """Leave those levels that were entered since, as an exception has not."""
+    if functorch_depth() > depth:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import fx
 
-from .compat import copy_dynamo_metadata
+from .compat import copy_dynamo_metadata, unwrap_for_grad
 from .patterns import (
     RESHAPES,
     STACK,
@@ -97,6 +97,9 @@ class _Editor:
 
     def insert(self) -> fx.Node:
         """The op's result in the shape and the place in memory of the value that it replaces."""
+        return self._outside_levels(self._inserted())
+
+    def _inserted(self) -> fx.Node:
         site = self.site
         if isinstance(site, RouterProduct) and not site.placed and _aligned_by_tokens(site):
             return self.router_product(site, [2, 3, 0, 1])  # as the kernels read a router best
@@ -318,7 +321,17 @@ class _Editor:
             raise EditError("the place in memory of a head's output cannot be kept")
         node = self._permute(node, list(order))
         node = self.call(torch.clone, node, memory_format=torch.contiguous_format)
-        return self._permute(node, [order.index(dim) for dim in range(len(order))])
+        node = self._permute(node, [order.index(dim) for dim in range(len(order))])
+        return self._outside_levels(node)
+
+    def _outside_levels(self, node: fx.Node) -> fx.Node:
+        """What is computed inside of ``torch.func.grad``, as those outside see it.
+
+        The values that nodes hold are those outside, the arguments of the op and what it replaces.
+        """
+        for level in reversed(self.copy.levels.get(self.site.output_node) or ()):
+            node = self.call(unwrap_for_grad, node, level)
+        return node
 
     def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
         """A copy that lies in memory as the replaced value did: readers may depend on it."""

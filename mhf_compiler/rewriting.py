@@ -18,7 +18,6 @@ from torch import fx
 
 from .announcing import announce, progress
 from .compat import (
-    HigherOrderOperator,
     cache_folder,
     counters,
     has_symbols,
@@ -41,6 +40,7 @@ from .patterns import (
     Value,
     find_router_products,
     find_sites,
+    inner_graphs,
     locate,
 )
 from .report import GraphReport, SiteReport
@@ -95,8 +95,15 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
 def _rewrite_module(
     gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None
 ) -> None:
-    for inner in _inner_graphs(gm):
-        _rewrite_module(inner, options, report, keep)
+    for inner, modes in inner_graphs(gm):
+        if modes is None:
+            report.notes.append(
+                "an inner graph was not looked at: it is called under torch.inference_mode, under "
+                "several modes of autocast or gradients, or under modes that are not known"
+            )
+        else:
+            with modes.entered():
+                _rewrite_module(inner, options, report, keep)
     findings = find_sites(gm, _shape_env(gm))
     report.looked_at += findings.looked_at
     if findings.untraceable is not None:
@@ -167,7 +174,8 @@ def _runs(product: RouterProduct) -> bool:
         return False
     try:
         with no_fake_mode():
-            trial_run(query.dtype, weight.dtype, shape, query.device, torch.is_grad_enabled())
+            training = product.output.requires_grad_mode
+            trial_run(query.dtype, weight.dtype, shape, query.device, training)
     except Exception as error:
         warn_of_failure("the product before a router", locate(product.output_node), error)
         return False
@@ -262,7 +270,7 @@ def workload_of(site: Site, options: Options) -> Workload:
         dtype=site.dtype,
         out_dtype=site.out_dtype,
         device=site.device,
-        training=torch.is_grad_enabled(),
+        training=site.output.requires_grad_mode,
         pieces=(
             _pieces(site.gate.value),
             1 if site.up is None else _pieces(site.up.value),
@@ -283,16 +291,3 @@ def _hint(size: Any) -> int | None:
 
 def _place(location: Location | None) -> str:
     return "an unknown place" if location is None else str(location)
-
-
-def _inner_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graphs that higher-order operations of this graph call."""
-    used = {
-        str(argument.target)
-        for node in gm.graph.nodes
-        if isinstance(node.target, HigherOrderOperator)
-        for argument in node.all_input_nodes
-        if argument.op == "get_attr"
-    }
-    children = (getattr(gm, name, None) for name in sorted(used))
-    return [child for child in children if isinstance(child, fx.GraphModule)]

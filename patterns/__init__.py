@@ -3,7 +3,7 @@
 The files in the order of thought:
 
     canonical      the graph as pure values, with provenance; parts: of buffers;
-                   repeats: nodes that do the same
+                   repeats: nodes that do the same; modes: autocast and gradients
     axes, views    which element of which tensor a value reads
     contractions   sums of products, whatever spells them
     meaning        what a tree of pointwise operations computes
@@ -16,6 +16,7 @@ The files in the order of thought:
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
+from .modes import inner_graphs
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
@@ -44,6 +45,7 @@ __all__ = [
     "at_most",
     "find_router_products",
     "find_sites",
+    "inner_graphs",
     "locate",
     "multiply",
     "plus",

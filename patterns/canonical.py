@@ -32,11 +32,14 @@ from mhf_compiler.compat import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    functorch_depth,
+    grad_levels,
     is_traceable_wrapper_subclass,
     no_new_guards,
 )
 
 from .axes import Size, multiply
+from .modes import Switches, switches_modes
 from .parts import Range, ViewStep, plain, shown_range
 from .repeats import (
     Call,
@@ -58,6 +61,9 @@ SCATTER = "scatter"  # args: (old value of the base, new value of the part); cha
 
 #: functions and methods that change a tensor where no operation shows it
 _UNSEEN = frozenset({"detach_", "requires_grad_"})
+
+#: what a function does to its argument besides returning it: nobody has to read the result
+_MARKS = frozenset({"_set_tensor_requires_grad"})
 
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
@@ -213,6 +219,10 @@ class CanonicalCopy:
     pure: set[fx.Node] = field(default_factory=set)
     #: for what is inserted after a node: the dtype that autocast casts to, by device type
     autocast: dict[fx.Node, dict[str, torch.dtype]] = field(default_factory=dict)
+    #: the same: the levels of ``torch.func.grad`` it stands in; None where it cannot stand there
+    levels: dict[fx.Node, tuple[int, ...] | None] = field(default_factory=dict)
+    #: what stands in a region of ``torch.inference_mode`` that the graph enters itself
+    inference: set[fx.Node] = field(default_factory=set)
     _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
     _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
     #: by memory: nodes that saw an argument overwritten since it was made, and what they saw
@@ -330,16 +340,13 @@ def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
     recorder = _Recorder()
     runner = _Runner(gm, recorder)
     mode = FakeTensorMode(shape_env=shape_env)
-    grad_mode = torch.is_grad_enabled()
     try:
-        with no_new_guards(shape_env), mode:
+        with no_new_guards(shape_env), mode, runner.switches:
             runner.trace()
     except UntraceableGraph:
         raise
     except Exception as error:
         raise UntraceableGraph(f"the graph does not run on fake tensors: {error}") from error
-    finally:
-        torch.set_grad_enabled(grad_mode)
     return recorder.finish()
 
 
@@ -352,6 +359,7 @@ class _Runner(fx.Interpreter):
         self.recorder = recorder
         self.attributes: dict[str, Any] = {}
         self.programs: dict[Hashable, Program] = {}
+        self.switches = Switches()
 
     def trace(self) -> None:
         for position, node in enumerate(self.nodes):
@@ -367,6 +375,8 @@ class _Runner(fx.Interpreter):
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
             raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if switches_modes(n):
+            return self.switches.run(n, args)
         if isinstance(n.target, HigherOrderOperator):
             return self.recorder.opaque_call(_example(n), (args, kwargs))
         key = key_of(n, args, kwargs)
@@ -396,6 +406,7 @@ class _Recorder(TorchDispatchMode):
         self.position = 0
         self.calls: list[Call] = []  # of the node at work
         self._effects = False  # of the node at work
+        self._inference = torch.is_inference_mode_enabled()  # from the beginning
         self._just_written: list[_Storage] = []  # by the node at work
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
@@ -408,7 +419,8 @@ class _Recorder(TorchDispatchMode):
     def begin(self, node: fx.Node, position: int, env: dict[fx.Node, Any]) -> None:
         self.node, self.position = node, position
         self.calls.clear()
-        self._effects = node.op == "placeholder"
+        marks = getattr(node.target, "__name__", None) in _MARKS
+        self._effects = node.op == "placeholder" or marks
         self.copy.positions[node] = position
         seen: dict[fx.Node, Value] = {}
         for argument in node.all_input_nodes:
@@ -432,6 +444,10 @@ class _Recorder(TorchDispatchMode):
         self.copy.autocast[node] = {
             kind: dtype for kind in ("cpu", "cuda") if (dtype := autocast_dtype(kind)) is not None
         }
+        if torch.is_inference_mode_enabled() and not self._inference:
+            self.copy.inference.add(node)
+        if functorch_depth():
+            self.copy.levels[node] = grad_levels()
         for storage in self._just_written:
             for holder in storage.nodes:
                 self._hold(storage.current, holder)

@@ -64,7 +64,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_no_escape(reading, root, copy)
     check_memory(term.operands().values(), root, copy)
     check_saved(term, reading, copy)
-    check_place(root)
+    check_place(root, copy)
     check_autocast(term, root, copy)
     pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
     for piece in pieces:
@@ -372,8 +372,16 @@ def _saved(reading: Reading) -> set[Value]:
     return found
 
 
-def check_place(root: Value) -> None:
-    """The output fills its memory: a part of a larger tensor is made from the whole of it."""
+def check_place(root: Value, copy: CanonicalCopy) -> None:
+    """The output fills its memory: a part of a larger tensor is made from the whole of it.
+
+    And it is made where the op can be put.
+    """
+    node = _maker(root, copy)
+    if copy.levels.get(node, ()) is None:
+        raise Declined(Kind.FUNCTION_TRANSFORM, node=node)
+    if node in copy.inference:
+        raise Declined(Kind.INFERENCE_REGION, node=node)
     if root.memory_order() is None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output has gaps in memory", root.origin)
 

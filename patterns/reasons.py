@@ -104,6 +104,15 @@ class Kind(Enum):
         "the model is differentiated in forward mode, for which the op has no formula",
         "use reverse mode, or leave the original spelling in forward mode",
     )
+    FUNCTION_TRANSFORM = (
+        "the network is inside a transform of torch.func that the op cannot be put into",
+        "apply torch.vmap, torch.func.grad or jvp outside of the compiled code, or to another part",
+    )
+    INFERENCE_REGION = (
+        "the compiled code itself enters torch.inference_mode, where PyTorch compiles no views of "
+        "tensors from outside",
+        "use torch.no_grad there, or call the compiled model under inference_mode",
+    )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",
         'use options={"rewrite": "always"} to rewrite all the same',
