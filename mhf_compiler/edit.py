@@ -165,14 +165,22 @@ class _Editor:
         if view is None:
             return None
         node = self.argument(view)
-        if view.scale != 1.0:
-            node = self.call(operator.mul, node, view.scale)
         if dtype is not None and view.value.dtype is not dtype:
             node = self.call("to", node, dtype)
+        if view.scale != 1.0:
+            node = self.call(operator.mul, node, view.scale)
         return node
 
     def router(self, site: Site) -> fx.Node | None:
         routers = [self.argument(view) for view in site.routers]
+        if (
+            len(routers) > 1
+        ):  # their product may leave the range of 16 bits where the output does not
+            narrow = torch.bfloat16, torch.float16
+            routers = [
+                self.call("to", node, torch.float32) if view.value.dtype in narrow else node
+                for node, view in zip(routers, site.routers, strict=True)
+            ]
         product_ = routers[0] if routers else None
         for other in routers[1:]:
             product_ = self.call(operator.mul, product_, other)
@@ -239,7 +247,7 @@ class _Editor:
         terms = [(axis, step) for axis, step in form.terms if axis.size != 1]
         terms.sort(key=lambda term: _descending(term[1]))
         if not terms:
-            return self.call("select", node, dim, form.offset), []
+            return self.call("select", node, dim, self.size(form.offset)), []
         axes = [axis for axis, _ in terms]
         if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
             return node, axes
@@ -265,7 +273,7 @@ class _Editor:
                 where = (dim + position, self.size(at), self.size(axis.size))
                 node = self.call("narrow", node, *where)
         if not whole:
-            node = self.call("select", node, dim + len(terms), offset)
+            node = self.call("select", node, dim + len(terms), self.size(offset))
         return node, axes
 
     def _strided(

@@ -100,6 +100,7 @@ class Value:
     item: int | None = None  # which result, for operators that return several
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
+    requires_grad: bool = False  # of an input: whether a gradient is wanted
     readers: list[Value] = field(default_factory=list)
     operands: tuple[Value, ...] = field(init=False)
 
@@ -111,6 +112,17 @@ class Value:
         source = self.args[0]
         assert isinstance(source, Value)
         return source
+
+    def ancestors(self) -> set[Value]:
+        """All that it is computed from, itself included."""
+        seen: set[Value] = set()
+        todo = [self]
+        while todo:
+            current = todo.pop()
+            if current not in seen:
+                seen.add(current)
+                todo += current.operands
+        return seen
 
     def argument(self, position: int, name: str, default: Any) -> Any:
         """An argument of the operator, given by position or by name."""
@@ -494,6 +506,7 @@ class _Recorder(TorchDispatchMode):
         storage = self._new_storage(fake, INPUT)
         storage.is_input = True
         storage.current.is_parameter = isinstance(example, torch.nn.Parameter)
+        storage.current.requires_grad = example.requires_grad
         return fake
 
     def opaque_call(self, example: Any, arguments: Any) -> Any:

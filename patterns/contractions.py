@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .axes import Affine, Axis, Index, axis_form, quotient, through_reshape
-from .canonical import Value
+from .canonical import OPAQUE, Value
+from .parts import is_number
 from .views import behind_views, broadcast
 
 aten = torch.ops.aten
@@ -82,17 +83,28 @@ def _mm(value: Value, index: Index) -> Contraction:
     return _matmul(value, index, value.args[0], value.args[1])
 
 
-def _addmm(value: Value, index: Index) -> Contraction:
+def _addmm(value: Value, index: Index) -> Contraction | None:
     bias, left, right = value.args[:3]
+    scale, bias_scale = value.argument(4, "alpha", 1), value.argument(3, "beta", 1)
+    if not is_number(scale) or not is_number(bias_scale) or scale == 0:
+        return None
+    if bias_scale == 0:
+        # Not read, whatever is in it. But its gradient is one of zeros, which is not none.
+        unread = not value.requires_grad_mode or not _has_gradient(bias)
+        return _matmul(value, index, left, right, scale=float(scale)) if unread else None
     return _matmul(
         value,
         index,
         left,
         right,
         bias=Operand(bias, broadcast(index, bias.shape)),
-        scale=float(value.argument(4, "alpha", 1)),
-        bias_scale=float(value.argument(3, "beta", 1)),
+        scale=float(scale),
+        bias_scale=float(bias_scale),
     )
+
+
+def _has_gradient(value: Value) -> bool:
+    return any(v.requires_grad or v.op == OPAQUE for v in value.ancestors())
 
 
 def _linear(value: Value, index: Index) -> Contraction:

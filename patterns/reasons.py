@@ -71,6 +71,14 @@ class Kind(Enum):
         "the projections of one network are computed in different precisions",
         "use one dtype for gate, up and down projection",
     )
+    ROUNDING_CAST = (
+        "a cast inside the network rounds to fewer digits than the op would keep",
+        "cast what goes into the network and what comes out of it, or nothing",
+    )
+    FLOAT16_RANGE = (
+        "a bias or a residual is scaled up, which may overflow in float16 where the sum does not",
+        "scale before the addition, or compute the network in bfloat16",
+    )
     UNSUPPORTED_DTYPE = (
         "the projections are computed in a dtype that the op does not support",
         "use float32, bfloat16 or float16 (float64 on the CPU only)",

@@ -305,7 +305,16 @@ def _try(
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:
-    """How much a reason says. What a too high candidate runs into says least."""
-    weak = {Kind.UNKNOWN_OPERATION: 0, Kind.PLAIN_FFN: 1, Kind.NOT_A_PRODUCT: 2}
-    rank = weak.get(reason.kind, 3)
+    """How much a reason says. What a too high candidate runs into says least.
+
+    A too low one, before the sum over sub-networks, has their weights and tokens along the same
+    dimensions: that says something only if no other candidate got further.
+    """
+    weak = {
+        Kind.UNKNOWN_OPERATION: 0,
+        Kind.PLAIN_FFN: 1,
+        Kind.NOT_A_PRODUCT: 2,
+        Kind.TOKEN_DEPENDENT_WEIGHTS: 3,
+    }
+    rank = weak.get(reason.kind, 4)
     return rank, rank == 0 and reason.detail != ""
