@@ -27,7 +27,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -65,6 +65,7 @@ __all__ = [
     "symbolic_size",
     "trace_artifact",
     "tracing_shape_env",
+    "unbacked_symbols",
     "unwrap_for_grad",
     "with_pass",
 ]
@@ -90,6 +91,15 @@ def has_symbols(example: Any) -> bool:
     if isinstance(example, (list, tuple)):
         return any(has_symbols(part) for part in example)
     return isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def unbacked_symbols(example: Any) -> set[sympy.Symbol]:
+    """The symbols in a node's example that stand for sizes or numbers which depend on data."""
+    if isinstance(example, (list, tuple)):
+        return set().union(*map(unbacked_symbols, example))
+    if isinstance(example, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return set(free_unbacked_symbols(example))
+    return set()
 
 
 def size_hint(size: Any) -> Any:

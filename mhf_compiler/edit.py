@@ -384,9 +384,9 @@ class _Editor:
         raise EditError(f"the size {size} is not known in the graph")
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
-        for value, holders in self.copy.inputs():
+        for value, holder in self.copy.sized_at(self.position):
             if symbol in value.shape:
-                return self.call("size", self.nodes[holders], value.shape.index(symbol))
+                return self.call("size", self.nodes[holder], value.shape.index(symbol))
         raise EditError(f"the size {symbol} is not known in the graph")
 
 

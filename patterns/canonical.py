@@ -36,6 +36,7 @@ from mhf_compiler.compat import (
     grad_levels,
     is_traceable_wrapper_subclass,
     no_new_guards,
+    unbacked_symbols,
 )
 
 from .axes import Size, multiply
@@ -65,6 +66,14 @@ _UNSEEN = frozenset({"detach_", "requires_grad_"})
 #: what a function does to its argument besides returning it: nobody has to read the result
 _MARKS = frozenset({"_set_tensor_requires_grad"})
 
+#: operators that change their first argument
+_UPDATES = frozenset(
+    {
+        *("setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv"),
+        *("imod", "ipow", "ilshift", "irshift", "iand", "ior", "ixor", "iconcat"),
+    }
+)
+
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
 
@@ -77,6 +86,13 @@ _SWAPS = frozenset(
 
 #: views through which a write reaches the whole of what they show
 _WHOLE = frozenset({torch.ops.aten.alias.default})
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfollowed:
+    """In place of a tensor that is not followed, such as one of a subclass."""
+
+    why: str
 
 
 class UntraceableGraph(Exception):
@@ -101,6 +117,7 @@ class Value:
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
     requires_grad: bool = False  # of an input: whether a gradient is wanted
+    subclass: str = ""  # of an opaque value: the name of a tensor subclass that it was made of
     readers: list[Value] = field(default_factory=list)
     operands: tuple[Value, ...] = field(init=False)
 
@@ -258,6 +275,16 @@ class CanonicalCopy:
             if value.op == INPUT:
                 yield value, holdings[0].node
 
+    def sized_at(self, position: int) -> Iterator[tuple[Value, fx.Node]]:
+        """What has sizes that may be new in the graph, with nodes up to a position that have them.
+
+        Those are inputs, and then results whose sizes depend on data.
+        """
+        yield from self.inputs()
+        for value, holdings in self._holdings.items():
+            if value.op == OPAQUE and holdings[0].starts(self) <= position:
+                yield value, holdings[0].node
+
     def needed_without(
         self, replaced: dict[Value, list[Value]], wanted: Iterable[Value] | None = None
     ) -> set[Value]:
@@ -347,7 +374,8 @@ def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
         shape_env: the shape environment of their symbolic sizes.
 
     Raises:
-        UntraceableGraph: an input is a tensor subclass, or the graph does not run on fake tensors.
+        UntraceableGraph: the graph changes tensors in ways that are not followed, or an operation
+            without a known result does not run on fake tensors.
     """
     recorder = _Recorder()
     runner = _Runner(gm, recorder)
@@ -387,6 +415,8 @@ class _Runner(fx.Interpreter):
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
             raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op == "output":
+            return args[0]
         if switches_modes(n):
             return self.switches.run(n, args)
         if isinstance(n.target, HigherOrderOperator):
@@ -394,8 +424,16 @@ class _Runner(fx.Interpreter):
         key = key_of(n, args, kwargs)
         if key in self.programs:
             return self.recorder.repeat(self.programs[key], (args, kwargs))
-        with self.recorder:
-            result = getattr(self, n.op)(n.target, args, kwargs)
+        if _is_unfollowed((args, kwargs)) or _makes_new_sizes(n, self.env):
+            return self.recorder.unknown_call(n, (args, kwargs))
+        try:
+            with self.recorder:
+                result = getattr(self, n.op)(n.target, args, kwargs)
+        except Exception:
+            # What depends on data does not run on fake tensors: a number of a tensor, a branch.
+            if self.recorder.is_broken or functorch_depth() or not _has_example(n):
+                raise
+            return self.recorder.unknown_call(n, (args, kwargs))
         if key is not None:
             done = program(self.recorder.calls, (args, kwargs), result)
             if done is not None:
@@ -417,6 +455,7 @@ class _Recorder(TorchDispatchMode):
         self.node: fx.Node
         self.position = 0
         self.calls: list[Call] = []  # of the node at work
+        self.is_broken = False  # whether it was the recorder itself that failed
         self._effects = False  # of the node at work
         self._inference = torch.is_inference_mode_enabled()  # from the beginning
         self._just_written: list[_Storage] = []  # by the node at work
@@ -499,7 +538,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(example, torch.Tensor):
             return example
         if is_traceable_wrapper_subclass(example):
-            raise UntraceableGraph(f"an input is a tensor subclass ({type(example).__name__})")
+            return _Unfollowed(type(example).__name__)
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
@@ -521,6 +560,40 @@ class _Recorder(TorchDispatchMode):
         for tensor in tensors_in(results):
             self.copy.made_from[self._read(tensor)] = values
         return results
+
+    def unknown_call(self, node: fx.Node, arguments: Any) -> Any:
+        """An operation that cannot be run here: its results are values that are not looked into."""
+        given = tensors_in(arguments)
+        values = tuple(self._read(tensor) for tensor in given)
+        writes = _may_write(node)
+        if writes:
+            self._effects = True
+            for tensor in given:
+                self._write(self._alias(tensor), self._opaque(tensor))
+        results = map_tensors(self._fresh_of(values), _example(node))
+        known = tensors_in(results)
+        if writes or _is_unfollowed(results) or not known:
+            self.copy.escaping.update(values)  # whoever reads on is not seen
+        why = next(iter(_unfollowed(arguments)), "")
+        for tensor in known:
+            self.copy.made_from[self._read(tensor)] = values
+            self._read(tensor).subclass = why
+        return results
+
+    def _fresh_of(self, values: tuple[Value, ...]) -> Any:
+        """What makes, by its example, a tensor that was computed from values."""
+
+        def fresh(example: torch.Tensor) -> Any:
+            if is_traceable_wrapper_subclass(example):
+                return _Unfollowed(type(example).__name__)
+            fake = torch.empty_strided(
+                example.shape, example.stride(), dtype=example.dtype, device=example.device
+            )
+            value = self._value(OPAQUE, (len(self.copy.values), *values), {}, fake)
+            self._add_alias(fake, _Storage(value), (), value)
+            return fake
+
+        return fresh
 
     def repeat(self, done: Program, arguments: Any) -> torch.Tensor:
         """What an equal node has done, over other arguments."""
@@ -552,7 +625,9 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "prim":  # other questions about a tensor
             call = Call(func, args, kwargs, result)
             self.calls.append(call)
+            self.is_broken = True
             self._record(call)
+            self.is_broken = False
         return result
 
     def _record(self, call: Call) -> None:
@@ -691,7 +766,9 @@ class _Recorder(TorchDispatchMode):
         operands = map_tensors(self._read, read)
         return self._value(OPAQUE, (len(self.copy.values), *_values_in(operands)), {}, like)
 
-    def _fresh(self, example: torch.Tensor) -> torch.Tensor:
+    def _fresh(self, example: torch.Tensor) -> Any:
+        if is_traceable_wrapper_subclass(example):
+            return _Unfollowed(type(example).__name__)
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
@@ -855,9 +932,52 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     return node.target is getattr or getattr(node.target, "__module__", "") == "_operator"
 
 
+def _unfollowed(tree: Any) -> Iterator[str]:
+    if isinstance(tree, _Unfollowed):
+        yield tree.why
+    elif isinstance(tree, (list, tuple, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _unfollowed(part)
+
+
+def _is_unfollowed(tree: Any) -> bool:
+    return any(True for _ in _unfollowed(tree))
+
+
+def _has_example(node: fx.Node) -> bool:
+    return "example_value" in node.meta or "val" in node.meta
+
+
+def _makes_new_sizes(node: fx.Node, env: dict[fx.Node, Any]) -> bool:
+    """Whether a size of the result depends on the data in the arguments.
+
+    It would get another symbol here than it has in the graph.
+    """
+    if functorch_depth() or not _has_example(node):
+        return False
+    new = unbacked_symbols(_example(node))
+    return bool(new) and not new <= set().union(
+        *(unbacked_symbols(env[argument]) for argument in node.all_input_nodes)
+    )
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether a function may change its arguments, by its name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    module = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"
+    if module.partition(".")[0] not in ("torch", "_operator"):
+        return True
+    in_place = name.endswith("_") and not name.endswith("__")
+    updates = module == "_operator" and name in _UPDATES
+    return in_place or updates or name == "__setitem__" or "out" in node.kwargs
+
+
 def _example(node: fx.Node) -> Any:
     example = node.meta.get("example_value", node.meta.get("val"))
-    if example is None and node.op != "placeholder":
+    if not _has_example(node) and node.op != "placeholder":
         raise UntraceableGraph(f"the results of {node.target} are not known")
     return example
 

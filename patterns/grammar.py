@@ -29,6 +29,7 @@ from .canonical import COPY, OPAQUE, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, read_hidden, times
 from .parts import is_number
+from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
 from .rolling import Projection, Residual, Term, join_pieces, join_sum
 from .views import MERGES, behind_views, broadcast, is_view, piece_index, through_view
@@ -98,7 +99,7 @@ def is_outside_operation(value: Value) -> bool:
         or value.op in MERGES
         or value.op in (aten.neg.default, aten._to_copy.default, SCATTER, COPY)
         or value.op in (aten.sum.dim_IntList, aten.mean.dim)
-        or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
+        or value.op in MATRIX_PRODUCTS
     )
 
 
@@ -168,6 +169,7 @@ class _Reader:
             count = product(axis.size for axis in summed)
             if isinstance(count, int) and count:
                 return _scaled(_summed(self.output(value.source, inner), summed), 1 / count)
+        _check_subclass(value)
         raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
 
     def _sum(self, value: Value, index: Index) -> Term:
@@ -471,6 +473,7 @@ class _Hidden:
                 raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
             if value.op is SCATTER:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
+            _check_subclass(value)
             if value.op == OPAQUE:
                 name = str(value.origin.target)
                 kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
@@ -568,6 +571,11 @@ def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     if term.bias is not None or term.routers or term.experts or not _axes(bias.index) <= weights:
         raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)
+
+
+def _check_subclass(value: Value) -> None:
+    if value.subclass:
+        raise Declined(Kind.TENSOR_SUBCLASS, value.subclass, value.origin)
 
 
 def _check_bounds(value: Value, index: Index) -> None:

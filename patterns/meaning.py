@@ -110,7 +110,7 @@ def plus(a: Expression, b: Expression) -> Expression:
 
 def times(a: Expression, b: Expression) -> Expression:
     """``a * b``, in which nothing cancels."""
-    if a == 0 or b == 0:
+    if (a == 0 or b == 0) and not (a.is_Number and b.is_Number):
         return Unsimplified(a, b)
     mine, theirs = (dict(f.as_base_exp() for f in sympy.Mul.make_args(x)) for x in (a, b))
     for base in mine.keys() & theirs.keys():

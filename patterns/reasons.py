@@ -87,6 +87,10 @@ class Kind(Enum):
         "gradients are switched off for a part of the network only",
         "put the whole network, or none of it, under no_grad",
     )
+    TENSOR_SUBCLASS = (
+        "a projection is computed with a tensor subclass, whose operations are its own",
+        "give the network plain tensors, or leave it as it is",
+    )
     OWN_BACKWARD = (
         "an autograd.Function or a hook inside the feed-forward network changes its backward pass",
         "write the hidden units in plain PyTorch, without hooks: the op stores none of them anyway",

@@ -303,6 +303,7 @@ UNITS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Expected]] = 
     ),
     "inverse of the inverse": (lambda g, u, r: F.silu(g) * u.reciprocal().reciprocal(), 0),
     "alpha of zero": (lambda g, u, r: torch.add(F.silu(g) * u, g, alpha=0), 0),
+    "nothing is added": (lambda g, u, r: (F.silu(g + 0.0) + 0.0) * u, 1),
     "twice the same router": (lambda g, u, r: F.silu(g) * u * r * r, 1),
     "added to itself": (lambda g, u, r: (F.silu(g) + F.silu(g)) * u, 1),
 }
