@@ -25,7 +25,7 @@ from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -40,10 +40,13 @@ __all__ = [
     "copy_dynamo_metadata",
     "counters",
     "disables_added_passes",
+    "functorch_depth",
+    "grad_levels",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
     "is_traceable_wrapper_subclass",
+    "leave_functorch_levels",
     "load_cpp",
     "make_fx",
     "named_arguments",
@@ -62,10 +65,13 @@ __all__ = [
     "tell_inductor_of",
     "trace_artifact",
     "tracing_shape_env",
+    "unbacked_symbols",
+    "unwrap_for_grad",
     "with_pass",
 ]
 
 no_fake_mode = unset_fake_temporarily
+unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
@@ -85,6 +91,15 @@ def has_symbols(example: Any) -> bool:
     if isinstance(example, (list, tuple)):
         return any(has_symbols(part) for part in example)
     return isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def unbacked_symbols(example: Any) -> set[sympy.Symbol]:
+    """The symbols in a node's example that stand for sizes or numbers which depend on data."""
+    if isinstance(example, (list, tuple)):
+        return set().union(*map(unbacked_symbols, example))
+    if isinstance(example, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return set(free_unbacked_symbols(example))
+    return set()
 
 
 def size_hint(size: Any) -> Any:
@@ -114,6 +129,31 @@ def no_new_guards(shape_env: Any | None) -> Iterator[None]:
             stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(enable_python_dispatcher())
         yield
+
+
+def functorch_depth() -> int:
+    """How many levels of ``vmap`` and ``grad`` are entered."""
+    return int(torch._C._functorch.get_dynamic_layer_stack_depth())
+
+
+def grad_levels() -> tuple[int, ...] | None:
+    """The levels of ``torch.func.grad`` that are entered, outermost first.
+
+    Levels of ``vmap`` alone count as none; None where other levels are among them.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    kinds = {interpreter.key() for interpreter in stack}
+    if kinds <= {torch._C._functorch.TransformType.Vmap}:
+        return ()
+    if kinds != {torch._C._functorch.TransformType.Grad}:
+        return None
+    return tuple(interpreter.level() for interpreter in stack)
+
+
+def leave_functorch_levels(depth: int) -> None:
+    """Leave those levels that were entered since, as an exception has not."""
+    if functorch_depth() > depth:
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:

@@ -3,8 +3,9 @@
 The files in the order of thought:
 
     canonical      the graph as pure values, with provenance; parts: of buffers;
-                   repeats: nodes that do the same
+                   repeats: nodes that do the same; modes: autocast and gradients
     axes, views    which element of which tensor a value reads
+    products       what a matrix product is
     contractions   sums of products, whatever spells them
     meaning        what a tree of pointwise operations computes
     rolling        unrolled loops become axes
@@ -16,6 +17,8 @@ The files in the order of thought:
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
+from .modes import inner_graphs
+from .products import is_product_call
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
@@ -44,6 +47,8 @@ __all__ = [
     "at_most",
     "find_router_products",
     "find_sites",
+    "inner_graphs",
+    "is_product_call",
     "locate",
     "multiply",
     "plus",

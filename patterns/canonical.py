@@ -32,11 +32,15 @@ from mhf_compiler.compat import (
     FakeTensorMode,
     HigherOrderOperator,
     TorchDispatchMode,
+    functorch_depth,
+    grad_levels,
     is_traceable_wrapper_subclass,
     no_new_guards,
+    unbacked_symbols,
 )
 
 from .axes import Size, multiply
+from .modes import Switches, switches_modes
 from .parts import Range, ViewStep, plain, shown_range
 from .repeats import (
     Call,
@@ -59,6 +63,17 @@ SCATTER = "scatter"  # args: (old value of the base, new value of the part); cha
 #: functions and methods that change a tensor where no operation shows it
 _UNSEEN = frozenset({"detach_", "requires_grad_"})
 
+#: what a function does to its argument besides returning it: nobody has to read the result
+_MARKS = frozenset({"_set_tensor_requires_grad"})
+
+#: operators that change their first argument
+_UPDATES = frozenset(
+    {
+        *("setitem", "delitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv"),
+        *("imod", "ipow", "ilshift", "irshift", "iand", "ior", "ixor", "iconcat"),
+    }
+)
+
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
 
@@ -71,6 +86,13 @@ _SWAPS = frozenset(
 
 #: views through which a write reaches the whole of what they show
 _WHOLE = frozenset({torch.ops.aten.alias.default})
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfollowed:
+    """In place of a tensor that is not followed, such as one of a subclass."""
+
+    why: str
 
 
 class UntraceableGraph(Exception):
@@ -94,6 +116,8 @@ class Value:
     item: int | None = None  # which result, for operators that return several
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
+    requires_grad: bool = False  # of an input: whether a gradient is wanted
+    subclass: str = ""  # of an opaque value: the name of a tensor subclass that it was made of
     readers: list[Value] = field(default_factory=list)
     operands: tuple[Value, ...] = field(init=False)
 
@@ -105,6 +129,17 @@ class Value:
         source = self.args[0]
         assert isinstance(source, Value)
         return source
+
+    def ancestors(self) -> set[Value]:
+        """All that it is computed from, itself included."""
+        seen: set[Value] = set()
+        todo = [self]
+        while todo:
+            current = todo.pop()
+            if current not in seen:
+                seen.add(current)
+                todo += current.operands
+        return seen
 
     def argument(self, position: int, name: str, default: Any) -> Any:
         """An argument of the operator, given by position or by name."""
@@ -213,6 +248,10 @@ class CanonicalCopy:
     pure: set[fx.Node] = field(default_factory=set)
     #: for what is inserted after a node: the dtype that autocast casts to, by device type
     autocast: dict[fx.Node, dict[str, torch.dtype]] = field(default_factory=dict)
+    #: the same: the levels of ``torch.func.grad`` it stands in; None where it cannot stand there
+    levels: dict[fx.Node, tuple[int, ...] | None] = field(default_factory=dict)
+    #: what stands in a region of ``torch.inference_mode`` that the graph enters itself
+    inference: set[fx.Node] = field(default_factory=set)
     _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
     _storage_of: dict[fx.Node, _Storage] = field(default_factory=dict)
     #: by memory: nodes that saw an argument overwritten since it was made, and what they saw
@@ -234,6 +273,16 @@ class CanonicalCopy:
         """The tensors that come from outside, with the nodes that hold them."""
         for value, holdings in self._holdings.items():
             if value.op == INPUT:
+                yield value, holdings[0].node
+
+    def sized_at(self, position: int) -> Iterator[tuple[Value, fx.Node]]:
+        """What has sizes that may be new in the graph, with nodes up to a position that have them.
+
+        Those are inputs, and then results whose sizes depend on data.
+        """
+        yield from self.inputs()
+        for value, holdings in self._holdings.items():
+            if value.op == OPAQUE and holdings[0].starts(self) <= position:
                 yield value, holdings[0].node
 
     def needed_without(
@@ -325,21 +374,19 @@ def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
         shape_env: the shape environment of their symbolic sizes.
 
     Raises:
-        UntraceableGraph: an input is a tensor subclass, or the graph does not run on fake tensors.
+        UntraceableGraph: the graph changes tensors in ways that are not followed, or an operation
+            without a known result does not run on fake tensors.
     """
     recorder = _Recorder()
     runner = _Runner(gm, recorder)
     mode = FakeTensorMode(shape_env=shape_env)
-    grad_mode = torch.is_grad_enabled()
     try:
-        with no_new_guards(shape_env), mode:
+        with no_new_guards(shape_env), mode, runner.switches:
             runner.trace()
     except UntraceableGraph:
         raise
     except Exception as error:
         raise UntraceableGraph(f"the graph does not run on fake tensors: {error}") from error
-    finally:
-        torch.set_grad_enabled(grad_mode)
     return recorder.finish()
 
 
@@ -352,6 +399,7 @@ class _Runner(fx.Interpreter):
         self.recorder = recorder
         self.attributes: dict[str, Any] = {}
         self.programs: dict[Hashable, Program] = {}
+        self.switches = Switches()
 
     def trace(self) -> None:
         for position, node in enumerate(self.nodes):
@@ -367,13 +415,25 @@ class _Runner(fx.Interpreter):
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
             raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.op == "output":
+            return args[0]
+        if switches_modes(n):
+            return self.switches.run(n, args)
         if isinstance(n.target, HigherOrderOperator):
             return self.recorder.opaque_call(_example(n), (args, kwargs))
         key = key_of(n, args, kwargs)
         if key in self.programs:
             return self.recorder.repeat(self.programs[key], (args, kwargs))
-        with self.recorder:
-            result = getattr(self, n.op)(n.target, args, kwargs)
+        if _is_unfollowed((args, kwargs)) or _makes_new_sizes(n, self.env):
+            return self.recorder.unknown_call(n, (args, kwargs))
+        try:
+            with self.recorder:
+                result = getattr(self, n.op)(n.target, args, kwargs)
+        except Exception:
+            # What depends on data does not run on fake tensors: a number of a tensor, a branch.
+            if self.recorder.is_broken or functorch_depth() or not _has_example(n):
+                raise
+            return self.recorder.unknown_call(n, (args, kwargs))
         if key is not None:
             done = program(self.recorder.calls, (args, kwargs), result)
             if done is not None:
@@ -395,7 +455,9 @@ class _Recorder(TorchDispatchMode):
         self.node: fx.Node
         self.position = 0
         self.calls: list[Call] = []  # of the node at work
+        self.is_broken = False  # whether it was the recorder itself that failed
         self._effects = False  # of the node at work
+        self._inference = torch.is_inference_mode_enabled()  # from the beginning
         self._just_written: list[_Storage] = []  # by the node at work
         self._aliases: dict[int, _Alias] = {}
         self._known: dict[Any, Value] = {}
@@ -408,7 +470,8 @@ class _Recorder(TorchDispatchMode):
     def begin(self, node: fx.Node, position: int, env: dict[fx.Node, Any]) -> None:
         self.node, self.position = node, position
         self.calls.clear()
-        self._effects = node.op == "placeholder"
+        marks = getattr(node.target, "__name__", None) in _MARKS
+        self._effects = node.op == "placeholder" or marks
         self.copy.positions[node] = position
         seen: dict[fx.Node, Value] = {}
         for argument in node.all_input_nodes:
@@ -432,6 +495,10 @@ class _Recorder(TorchDispatchMode):
         self.copy.autocast[node] = {
             kind: dtype for kind in ("cpu", "cuda") if (dtype := autocast_dtype(kind)) is not None
         }
+        if torch.is_inference_mode_enabled() and not self._inference:
+            self.copy.inference.add(node)
+        if functorch_depth():
+            self.copy.levels[node] = grad_levels()
         for storage in self._just_written:
             for holder in storage.nodes:
                 self._hold(storage.current, holder)
@@ -471,13 +538,14 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(example, torch.Tensor):
             return example
         if is_traceable_wrapper_subclass(example):
-            raise UntraceableGraph(f"an input is a tensor subclass ({type(example).__name__})")
+            return _Unfollowed(type(example).__name__)
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
         storage = self._new_storage(fake, INPUT)
         storage.is_input = True
         storage.current.is_parameter = isinstance(example, torch.nn.Parameter)
+        storage.current.requires_grad = example.requires_grad
         return fake
 
     def opaque_call(self, example: Any, arguments: Any) -> Any:
@@ -492,6 +560,40 @@ class _Recorder(TorchDispatchMode):
         for tensor in tensors_in(results):
             self.copy.made_from[self._read(tensor)] = values
         return results
+
+    def unknown_call(self, node: fx.Node, arguments: Any) -> Any:
+        """An operation that cannot be run here: its results are values that are not looked into."""
+        given = tensors_in(arguments)
+        values = tuple(self._read(tensor) for tensor in given)
+        writes = _may_write(node)
+        if writes:
+            self._effects = True
+            for tensor in given:
+                self._write(self._alias(tensor), self._opaque(tensor))
+        results = map_tensors(self._fresh_of(values), _example(node))
+        known = tensors_in(results)
+        if writes or _is_unfollowed(results) or not known:
+            self.copy.escaping.update(values)  # whoever reads on is not seen
+        why = next(iter(_unfollowed(arguments)), "")
+        for tensor in known:
+            self.copy.made_from[self._read(tensor)] = values
+            self._read(tensor).subclass = why
+        return results
+
+    def _fresh_of(self, values: tuple[Value, ...]) -> Any:
+        """What makes, by its example, a tensor that was computed from values."""
+
+        def fresh(example: torch.Tensor) -> Any:
+            if is_traceable_wrapper_subclass(example):
+                return _Unfollowed(type(example).__name__)
+            fake = torch.empty_strided(
+                example.shape, example.stride(), dtype=example.dtype, device=example.device
+            )
+            value = self._value(OPAQUE, (len(self.copy.values), *values), {}, fake)
+            self._add_alias(fake, _Storage(value), (), value)
+            return fake
+
+        return fresh
 
     def repeat(self, done: Program, arguments: Any) -> torch.Tensor:
         """What an equal node has done, over other arguments."""
@@ -523,7 +625,9 @@ class _Recorder(TorchDispatchMode):
         if func.namespace != "prim":  # other questions about a tensor
             call = Call(func, args, kwargs, result)
             self.calls.append(call)
+            self.is_broken = True
             self._record(call)
+            self.is_broken = False
         return result
 
     def _record(self, call: Call) -> None:
@@ -662,7 +766,9 @@ class _Recorder(TorchDispatchMode):
         operands = map_tensors(self._read, read)
         return self._value(OPAQUE, (len(self.copy.values), *_values_in(operands)), {}, like)
 
-    def _fresh(self, example: torch.Tensor) -> torch.Tensor:
+    def _fresh(self, example: torch.Tensor) -> Any:
+        if is_traceable_wrapper_subclass(example):
+            return _Unfollowed(type(example).__name__)
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
@@ -826,9 +932,52 @@ def _asks_for_sizes(node: fx.Node) -> bool:
     return node.target is getattr or getattr(node.target, "__module__", "") == "_operator"
 
 
+def _unfollowed(tree: Any) -> Iterator[str]:
+    if isinstance(tree, _Unfollowed):
+        yield tree.why
+    elif isinstance(tree, (list, tuple, dict)):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from _unfollowed(part)
+
+
+def _is_unfollowed(tree: Any) -> bool:
+    return any(True for _ in _unfollowed(tree))
+
+
+def _has_example(node: fx.Node) -> bool:
+    return "example_value" in node.meta or "val" in node.meta
+
+
+def _makes_new_sizes(node: fx.Node, env: dict[fx.Node, Any]) -> bool:
+    """Whether a size of the result depends on the data in the arguments.
+
+    It would get another symbol here than it has in the graph.
+    """
+    if functorch_depth() or not _has_example(node):
+        return False
+    new = unbacked_symbols(_example(node))
+    return bool(new) and not new <= set().union(
+        *(unbacked_symbols(env[argument]) for argument in node.all_input_nodes)
+    )
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether a function may change its arguments, by its name."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return bool(target._schema.is_mutable)
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    module = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"
+    if module.partition(".")[0] not in ("torch", "_operator"):
+        return True
+    in_place = name.endswith("_") and not name.endswith("__")
+    updates = module == "_operator" and name in _UPDATES
+    return in_place or updates or name == "__setitem__" or "out" in node.kwargs
+
+
 def _example(node: fx.Node) -> Any:
     example = node.meta.get("example_value", node.meta.get("val"))
-    if example is None and node.op != "placeholder":
+    if not _has_example(node) and node.op != "placeholder":
         raise UntraceableGraph(f"the results of {node.target} are not known")
     return example
 

@@ -59,12 +59,14 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_biases(term, roles)
     check_widths(roles)
     check_multi_head(roles)
-    check_dtypes(term)
+    check_dtypes(term, root)
+    check_rounding(term, reading, root)
+    check_range(term)
     check_gradients(reading)
     check_no_escape(reading, root, copy)
     check_memory(term.operands().values(), root, copy)
     check_saved(term, reading, copy)
-    check_place(root)
+    check_place(root, copy)
     check_autocast(term, root, copy)
     pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
     for piece in pieces:
@@ -230,15 +232,69 @@ def check_multi_head(roles: Roles) -> None:
         raise Declined(Kind.PLAIN_FFN)
 
 
-def check_dtypes(term: Term) -> None:
-    values = [term.gate.value, term.value, *([] if term.up is None else [term.up.value])]
-    dtypes = {value.dtype for value in values}
+def check_dtypes(term: Term, root: Value) -> None:
+    """Everything that is multiplied has the dtype that the products have, and the op computes in.
+
+    A bias is read in that dtype, a router in its own.
+    """
+    projections = [term.gate, *([] if term.up is None else [term.up])]
+    values = [term.value, *(projection.value for projection in projections)]
+    values += [operand.value for p in projections for operand in (p.query, p.weight)]
+    dtypes = {value.dtype for value in (*values, term.down.value)}
+    named = ", ".join(sorted(map(str, dtypes)))
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise Declined(Kind.UNSUPPORTED_DTYPE, named, term.value.origin)
     if len(dtypes) > 1:
-        named = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise Declined(Kind.MIXED_PRECISION, named, term.value.origin)
     dtype, device = dtypes.pop(), term.value.device
-    if dtype not in _DTYPES and not (dtype is torch.float64 and device.type == "cpu"):
-        raise Declined(Kind.UNSUPPORTED_DTYPE, str(dtype), term.value.origin)
+    for one in (dtype, root.dtype):
+        if one not in _DTYPES and not (one is torch.float64 and device.type == "cpu"):
+            raise Declined(Kind.UNSUPPORTED_DTYPE, str(one), term.value.origin)
+    for bias in (term.bias, *(projection.bias for projection in projections)):
+        if bias is not None and not _holds(dtype, bias.value.dtype):
+            detail = f"a bias in {bias.value.dtype}, projections in {dtype}"
+            raise Declined(Kind.MIXED_PRECISION, detail, bias.value.origin)
+    for router in term.routers:
+        if router.value.dtype is torch.float64 is not dtype and router.value.shape:
+            detail = f"a router in {router.value.dtype}, projections in {dtype}"
+            raise Declined(Kind.MIXED_PRECISION, detail, router.value.origin)
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a dtype has all the digits and the range of another floating one."""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
+
+
+def check_rounding(term: Term, reading: Reading, root: Value) -> None:
+    """Nothing in between is rounded to fewer digits than the op computes with, or its result has.
+
+    The op rounds no later than the model where its result is as narrow: what the model rounds there
+    before and after cannot be nearer to the exact number than one rounding of it.
+    """
+    dtype = term.value.dtype
+    for value in sorted(reading.computed, key=lambda value: value.step):
+        if not (_holds(value.dtype, dtype) or _holds(value.dtype, root.dtype)):
+            detail = f"to {value.dtype}, in a network in {dtype}"
+            raise Declined(Kind.ROUNDING_CAST, detail, value.origin)
+
+
+def check_range(term: Term) -> None:
+    """No factor is taken into a float16 tensor that could leave the range of float16 by it.
+
+    ``(y + bias) * 4`` is finite where the sum is small; ``4 * bias`` need not be.
+    """
+    if term.value.dtype is not torch.float16:
+        return
+    projections = [term.gate, *([] if term.up is None else [term.up])]
+    scales = [p.bias_scale for p in projections if p.bias is not None]
+    scales += [term.bias_scale] if term.bias is not None else []
+    scales += [term.residual.scale] if term.residual is not None else []
+    if any(abs(scale) > 1 for scale in scales):
+        detail = f"multiplied by {max(scales, key=abs):g}"
+        raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
 
 
 def check_gradients(reading: Reading) -> None:
@@ -304,7 +360,7 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
 def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
     """No head reads what another one has made."""
     for operand in term.operands().values() if pieces else ():
-        if not _ancestors(operand.value).isdisjoint(pieces):
+        if not operand.value.ancestors().isdisjoint(pieces):
             detail = "one head reads what another one has made"
             raise Declined(Kind.UNEQUAL_HEADS, detail, operand.value.origin)
 
@@ -317,7 +373,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
     _check_copied_outside(root, copy, node)
     _check_returned_alone(root, copy)
     for reader, seen in copy.changed_reads(root):
-        if seen is not root and root in _ancestors(seen):
+        if seen is not root and root in seen.ancestors():
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in operands:
         _check_readable(operand.value, copy, copy.positions[node])
@@ -372,8 +428,16 @@ def _saved(reading: Reading) -> set[Value]:
     return found
 
 
-def check_place(root: Value) -> None:
-    """The output fills its memory: a part of a larger tensor is made from the whole of it."""
+def check_place(root: Value, copy: CanonicalCopy) -> None:
+    """The output fills its memory: a part of a larger tensor is made from the whole of it.
+
+    And it is made where the op can be put.
+    """
+    node = _maker(root, copy)
+    if copy.levels.get(node, ()) is None:
+        raise Declined(Kind.FUNCTION_TRANSFORM, node=node)
+    if node in copy.inference:
+        raise Declined(Kind.INFERENCE_REGION, node=node)
     if root.memory_order() is None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output has gaps in memory", root.origin)
 
@@ -492,21 +556,10 @@ def depends_on(weight: Value, query: Value) -> bool:
     if weight.op in (INPUT, STACK):
         return False
     inputs = [
-        {v for v in _ancestors(value) if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+        {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
         for value in (weight, query)
     ]
     return bool(inputs[0] & inputs[1])
-
-
-def _ancestors(value: Value) -> set[Value]:
-    seen: set[Value] = set()
-    todo = [value]
-    while todo:
-        current = todo.pop()
-        if current not in seen:
-            seen.add(current)
-            todo += current.operands
-    return seen
 
 
 def axes_of(index: Index) -> set[Axis]:

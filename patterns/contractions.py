@@ -1,8 +1,9 @@
 """Contractions: sums of products of two tensors, whatever operator spells them.
 
-``as_contraction`` reads mm, bmm, addmm, baddbmm, linear, a 1-wide grouped convolution, and a sum
-over a product as one thing: the two operands with the indices they are read at, and the summed
-axes. An einsum or ``@`` arrives as one of these, because the canonical copy is decomposed.
+``as_contraction`` reads the matrix products of ``products.py``, convolutions one element wide among
+them, and a sum over a product as one thing: the two operands with the indices they are read at, and
+the summed axes. An einsum or ``@`` arrives as one of these, because the canonical copy is
+decomposed.
 """
 
 from __future__ import annotations
@@ -14,22 +15,11 @@ from typing import Any
 import torch
 
 from .axes import Affine, Axis, Index, axis_form, quotient, through_reshape
-from .canonical import Value
+from .canonical import OPAQUE, Value
+from .parts import is_number
 from .views import behind_views, broadcast
 
 aten = torch.ops.aten
-
-
-MATRIX_PRODUCTS = frozenset(
-    {
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.baddbmm.default,
-        aten.linear.default,
-        aten.convolution.default,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +72,57 @@ def _mm(value: Value, index: Index) -> Contraction:
     return _matmul(value, index, value.args[0], value.args[1])
 
 
-def _addmm(value: Value, index: Index) -> Contraction:
+def _mv(value: Value, index: Index) -> Contraction:
+    """``[..., k] @ [k]``: a matrix or a vector with a vector."""
+    left, right = value.args
+    k = Axis(left.shape[-1])
+    return Contraction(
+        value, Operand(left, (*index, axis_form(k))), Operand(right, (axis_form(k),)), (k,)
+    )
+
+
+def _product_of(
+    value: Value, index: Index, left: Value, right: Value, **others: Any
+) -> Contraction:
+    """What is added to a bias: of matrices, of batches of them, or of a matrix and a vector."""
+    if value.op is not aten.addbmm.default and len(right.shape) > 1:
+        return _matmul(value, index, left, right, **others)
+    k = axis_form(Axis(left.shape[-1]))
+    batch = axis_form(Axis(left.shape[0]))
+    row = index[0]
+    if len(right.shape) == 1:
+        return Contraction(value, Operand(left, (row, k)), Operand(right, (k,)), k.axes(), **others)
+    return Contraction(
+        value,
+        Operand(left, (batch, row, k)),
+        Operand(right, (batch, k, index[1])),
+        (*batch.axes(), *k.axes()),
+        **others,
+    )
+
+
+def _addmm(value: Value, index: Index) -> Contraction | None:
     bias, left, right = value.args[:3]
-    return _matmul(
+    scale, bias_scale = value.argument(4, "alpha", 1), value.argument(3, "beta", 1)
+    if not is_number(scale) or not is_number(bias_scale) or scale == 0:
+        return None
+    if bias_scale == 0:
+        # Not read, whatever is in it. But its gradient is one of zeros, which is not none.
+        unread = not value.requires_grad_mode or not _has_gradient(bias)
+        return _product_of(value, index, left, right, scale=float(scale)) if unread else None
+    return _product_of(
         value,
         index,
         left,
         right,
         bias=Operand(bias, broadcast(index, bias.shape)),
-        scale=float(value.argument(4, "alpha", 1)),
-        bias_scale=float(value.argument(3, "beta", 1)),
+        scale=float(scale),
+        bias_scale=float(bias_scale),
     )
+
+
+def _has_gradient(value: Value) -> bool:
+    return any(v.requires_grad or v.op == OPAQUE for v in value.ancestors())
 
 
 def _linear(value: Value, index: Index) -> Contraction:
@@ -176,6 +206,10 @@ _RULES: dict[Any, Callable[[Value, Index], Contraction | None]] = {
     aten.bmm.default: _mm,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
+    aten.addbmm.default: _addmm,
+    aten.addmv.default: _addmm,
+    aten.mv.default: _mv,
+    aten.dot.default: _mv,
     aten.linear.default: _linear,
     aten.convolution.default: _convolution,
     aten.sum.dim_IntList: _sum_of_product,

@@ -27,7 +27,9 @@ import torch
 from .axes import Axis, Index, Size, axis_form, multiply, product, through_reshape, within
 from .canonical import COPY, OPAQUE, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
-from .meaning import POINTWISE, Line, number, pointwise_arguments, read_hidden
+from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, read_hidden, times
+from .parts import is_number
+from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
 from .rolling import Projection, Residual, Term, join_pieces, join_sum
 from .views import MERGES, behind_views, broadcast, is_view, piece_index, through_view
@@ -55,6 +57,7 @@ _FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default
 #: higher-order operations by which a graph gets another backward pass than its operations have
 _OWN_BACKWARDS = ("autograd_function_apply", "register_hook")
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
@@ -96,7 +99,7 @@ def is_outside_operation(value: Value) -> bool:
         or value.op in MERGES
         or value.op in (aten.neg.default, aten._to_copy.default, SCATTER, COPY)
         or value.op in (aten.sum.dim_IntList, aten.mean.dim)
-        or value.op in (aten.bmm.default, aten.mm.default, aten.baddbmm.default)
+        or value.op in MATRIX_PRODUCTS
     )
 
 
@@ -166,6 +169,7 @@ class _Reader:
             count = product(axis.size for axis in summed)
             if isinstance(count, int) and count:
                 return _scaled(_summed(self.output(value.source, inner), summed), 1 / count)
+        _check_subclass(value)
         raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
 
     def _sum(self, value: Value, index: Index) -> Term:
@@ -189,7 +193,11 @@ class _Reader:
             if inner in self.outside and inner.op in _ADDITIONS and not biased:
                 self.computed.add(inner)
                 dtypes.add(inner.dtype)
-                weight = float(inner.argument(2, "alpha", 1)) * _ADDITIONS[inner.op]
+                alpha = inner.argument(2, "alpha", 1)
+                if not is_number(alpha) or alpha == 0:
+                    detail = f"scaled by {alpha}"
+                    raise Declined(Kind.UNKNOWN_OPERATION, detail, inner.origin)
+                weight = float(alpha) * _ADDITIONS[inner.op]
                 left, right = inner.args[0], inner.args[1]
                 for factor, operand in ((1.0, left), (weight, right)):
                     if not isinstance(operand, Value):
@@ -242,9 +250,9 @@ class _Reader:
         if value.kwargs.get("rounding_mode") is not None:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if isinstance(right, (int, float)):
-            if right == 0 or not math.isfinite(right):
-                raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             divides = value.op in (aten.div.Tensor, aten.div.Scalar)
+            if right == 0 or not math.isfinite(right) or math.isinf(1 / right):
+                raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             return _scaled(self.output(left, index), 1.0 / right if divides else float(right))
         both = isinstance(left, Value) and isinstance(right, Value)
         if value.op is not aten.mul.Tensor or not both:
@@ -465,6 +473,7 @@ class _Hidden:
                 raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
             if value.op is SCATTER:
                 raise Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
+            _check_subclass(value)
             if value.op == OPAQUE:
                 name = str(value.origin.target)
                 kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
@@ -479,15 +488,15 @@ class _Hidden:
         if contraction.is_product:
             left, right = contraction.left, contraction.right
             factor = self.expression(left.value, left.index)
-            return factor * self.expression(right.value, right.index)
+            return times(factor, self.expression(right.value, right.index))
         self.projections.append(contraction)
         self.reads.append(Operand(value, index))
         symbol: sympy.Expr = sympy.Symbol(f"p{len(self.projections) - 1}")
         if contraction.scale != 1:
-            symbol = number(contraction.scale) * symbol
+            symbol = times(number(contraction.scale), symbol)
         if contraction.bias is not None:
             bias = self.expression(contraction.bias.value, contraction.bias.index)
-            symbol = symbol + number(contraction.bias_scale) * bias
+            symbol = plus(symbol, times(number(contraction.bias_scale), bias))
         return symbol
 
     def _glu(self, value: Value, index: Index) -> sympy.Expr:
@@ -497,7 +506,7 @@ class _Hidden:
         second = list(index)
         second[dim] = index[dim].shifted(value.shape[dim])
         gate = POINTWISE[aten.sigmoid.default](value, self.expression(value.source, tuple(second)))
-        return self.expression(value.source, index) * gate
+        return times(self.expression(value.source, index), gate)
 
     def _leaf(self, value: Value, index: Index) -> sympy.Expr:
         self.leaves.append(Operand(value, index))
@@ -529,7 +538,11 @@ def _scaled(term: Term, factor: float) -> Term:
     residual = term.residual
     if residual is not None:
         residual = replace(residual, scale=residual.scale * factor)
-    return replace(term, scale=term.scale * factor, residual=residual)
+    scale = term.scale * factor
+    # Outside of these, float32 rounds to zero or to infinity.
+    if not (_SMALLEST <= abs(scale) <= _LARGEST or term.value.dtype is torch.float64):
+        raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {scale}", term.value.origin)
+    return replace(term, scale=scale, residual=residual)
 
 
 def _without_residual(term: Term, at: Value) -> Term:
@@ -558,6 +571,11 @@ def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     if term.bias is not None or term.routers or term.experts or not _axes(bias.index) <= weights:
         raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)
+
+
+def _check_subclass(value: Value) -> None:
+    if value.subclass:
+        raise Declined(Kind.TENSOR_SUBCLASS, value.subclass, value.origin)
 
 
 def _check_bounds(value: Value, index: Index) -> None:

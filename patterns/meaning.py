@@ -23,6 +23,7 @@ import sympy
 import torch
 
 from .canonical import Value
+from .parts import is_number
 from .reasons import Declined, Kind
 
 aten = torch.ops.aten
@@ -31,6 +32,7 @@ Expression: TypeAlias = sympy.Expr
 
 _DIGITS = 6  # to which coefficients are compared: authors shorten sqrt(2 / pi)
 _FLOAT64_DIGITS = 13
+_UNSIMPLIFIED = "a number is added and taken away, or multiplied and divided by, which rounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,81 @@ class Clamped(sympy.Function):
     nargs = 1
 
 
+class Unsimplified(sympy.Function):
+    """What is equal to something simpler only for numbers that are finite and not rounded.
+
+    ``x + c - c`` rounds x to the distance of the numbers near c, ``x * y / y`` is NaN where y is 0
+    or infinite, ``0 * x`` where x is. Sympy would cancel all of these.
+    """
+
+
+def plus(a: Expression, b: Expression) -> Expression:
+    """``a + b``, in which nothing cancels."""
+    mine, theirs = (dict(_coefficients(x)) for x in (a, b))
+    if any(mine[rest] * theirs[rest] < 0 for rest in mine.keys() & theirs.keys()):
+        return Unsimplified(a, b)
+    return a + b
+
+
+def times(a: Expression, b: Expression) -> Expression:
+    """``a * b``, in which nothing cancels."""
+    if (a == 0 or b == 0) and not (a.is_Number and b.is_Number):
+        return Unsimplified(a, b)
+    mine, theirs = (dict(f.as_base_exp() for f in sympy.Mul.make_args(x)) for x in (a, b))
+    for base in mine.keys() & theirs.keys():
+        powers = mine[base], theirs[base]
+        if not base.is_Number and (base == sympy.E or not all(p.is_positive for p in powers)):
+            return Unsimplified(a, b)
+    return a * b
+
+
+def _over(a: Expression, b: Expression) -> Expression:
+    """``a / b``: of what may be zero or infinite, only the name is kept."""
+    return times(a, 1 / b if _is_positive(b) or (b.is_number and b != 0) else Unsimplified(b))
+
+
+def _power(x: Expression, n: Expression) -> Expression:
+    if not n.is_Integer or n == 0:
+        return Unsimplified(x, n)
+    return x**n if n > 0 else _over(sympy.Integer(1), x ** (-n))
+
+
+def _is_positive(x: Expression) -> bool:
+    if x.is_Number or isinstance(x, sympy.exp):
+        return bool(x.is_Number is not True or x > 0)
+    return bool(x.is_Add or x.is_Mul) and all(map(_is_positive, x.args))
+
+
+def _coefficients(x: Expression) -> Iterator[tuple[Expression, Expression]]:
+    """The terms of a sum and their coefficients, numbers multiplied out."""
+    coefficient, rest = x.as_coeff_Mul()
+    if rest.is_Add:
+        for term in rest.args:
+            for inner, factor in _coefficients(term):
+                yield inner, coefficient * factor
+    else:
+        yield rest, coefficient
+
+
+def _cancels(x: Expression) -> bool:
+    """Whether terms of a sum take each other away when it is multiplied out."""
+    signed, unsigned = (sympy.expand(y).as_coefficients_dict() for y in (x, _unsigned(x)))
+    if signed.keys() != unsigned.keys():
+        return True
+    return any(abs(abs(signed[k]) - unsigned[k]) > 1e-9 * abs(unsigned[k]) for k in signed)
+
+
+def _unsigned(x: Expression) -> Expression:
+    """The same with all coefficients positive."""
+    if x.is_Number:
+        return abs(x)
+    if x.is_Add or x.is_Mul:
+        return x.func(*map(_unsigned, x.args))
+    if x.is_Pow and x.exp.is_Integer and x.exp > 0:
+        return _unsigned(x.base) ** x.exp
+    return x
+
+
 def _gelu_tanh(y: Expression) -> Expression:
     return y / 2 * (1 + sympy.tanh(number(math.sqrt(2 / math.pi)) * (y + number(0.044715) * y**3)))
 
@@ -124,15 +201,26 @@ def _clamp(value: Value, x: Expression) -> Expression:
 
 def _added(sign: int) -> Callable[..., Expression]:
     def add(value: Value, a: Expression, b: Expression) -> Expression:
-        return a + sign * number(value.argument(2, "alpha", 1)) * b
+        return plus(a, times(sign * _alpha(value), b))
 
     return add
+
+
+def _subtracted_from(value: Value, a: Expression, b: Expression) -> Expression:
+    return plus(b, times(-_alpha(value), a))
+
+
+def _alpha(value: Value) -> Expression:
+    alpha = value.argument(2, "alpha", 1)
+    if not is_number(alpha):
+        raise Declined(Kind.UNKNOWN_OPERATION, f"{alpha} is no fixed number", value.origin)
+    return number(alpha)
 
 
 def _divided(value: Value, a: Expression, b: Expression) -> Expression:
     if value.kwargs.get("rounding_mode") is not None:
         raise Declined(Kind.UNKNOWN_OPERATION, "division with rounding", value.origin)
-    return a / b
+    return _over(a, b)
 
 
 #: Operator -> its meaning; the rule receives the value and one expression per tensor or number.
@@ -141,14 +229,14 @@ POINTWISE: dict[Any, Callable[..., Expression]] = {
     aten.add.Scalar: _added(1),
     aten.sub.Tensor: _added(-1),
     aten.sub.Scalar: _added(-1),
-    aten.rsub.Scalar: lambda value, a, b: b - number(value.argument(2, "alpha", 1)) * a,
-    aten.mul.Tensor: lambda _, a, b: a * b,
-    aten.mul.Scalar: lambda _, a, b: a * b,
+    aten.rsub.Scalar: _subtracted_from,
+    aten.mul.Tensor: lambda _, a, b: times(a, b),
+    aten.mul.Scalar: lambda _, a, b: times(a, b),
     aten.div.Tensor: _divided,
     aten.div.Scalar: _divided,
     aten.div.Tensor_mode: _divided,
     aten.neg.default: lambda _, x: -x,
-    aten.reciprocal.default: lambda _, x: 1 / x,
+    aten.reciprocal.default: lambda _, x: _over(sympy.Integer(1), x),
     aten.exp.default: lambda _, x: sympy.exp(x),
     aten.erf.default: lambda _, x: sympy.erf(x),
     aten.tanh.default: lambda _, x: sympy.tanh(x),
@@ -159,7 +247,7 @@ POINTWISE: dict[Any, Callable[..., Expression]] = {
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
     aten.square.default: lambda _, x: x**2,
-    aten.pow.Tensor_Scalar: lambda _, x, n: x**n,
+    aten.pow.Tensor_Scalar: lambda _, x, n: _power(x, n),
     aten._to_copy.default: lambda _, x: x,
 }
 
@@ -176,8 +264,7 @@ def pointwise_arguments(value: Value) -> list[Any]:
     takes_options = value.op in (aten.clamp.default, aten.clamp_min.default, aten.gelu.default)
     arguments = list(value.args[: 1 if takes_options else 2])
     for argument in arguments:
-        is_number = isinstance(argument, (int, float)) and math.isfinite(argument)
-        if not is_number and not isinstance(argument, Value):
+        if not is_number(argument) and not isinstance(argument, Value):
             raise Declined(Kind.UNKNOWN_OPERATION, f"{argument} is no fixed number", value.origin)
     return arguments
 
@@ -201,6 +288,8 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
             groups.setdefault(projections[0], []).append(factor)
         elif isinstance(factor, sympy.Symbol):
             factors.append(factor)
+        elif factor.is_Pow and factor.base.is_Symbol and factor.exp.is_Integer and factor.exp > 0:
+            factors += [factor.base] * int(factor.exp)
         else:
             raise Declined(Kind.NOT_A_PRODUCT)
     lines: list[Line] = []
@@ -217,6 +306,8 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
     if len(gates) != 1 or len(lines) > 1:
         raise Declined(Kind.NOT_A_PRODUCT, _counted(len(gates), len(lines)))
     (activation, gate), up = gates[0], lines[0] if lines else None
+    if not 0 < abs(float(scale)) < math.inf:
+        raise Declined(Kind.NOT_A_PRODUCT, f"it is scaled by {float(scale)}")
     order = sorted(factors, key=lambda symbol: symbol.name)
     return Hidden(activation, gate, up, tuple(order), float(scale))
 
@@ -226,13 +317,17 @@ def _counted(gates: int, lines: int) -> str:
 
 
 def _as_line(expression: Expression, projection: sympy.Symbol) -> Line | None:
-    scale = expression.coeff(projection, 1)
-    rest = sympy.expand(expression - scale * projection)
-    if not scale.is_number or scale == 0 or rest.has(projection):
+    terms: dict[Expression, Expression] = {}
+    for rest, coefficient in _coefficients(expression):
+        if terms.get(rest, 0) * coefficient < 0:
+            return None  # they cancel
+        terms[rest] = terms.get(rest, 0) + coefficient
+    scale = terms.pop(projection, 0)
+    if scale == 0 or len(terms) > 1:
         return None
-    if rest == 0:
+    if not terms:
         return Line(projection, float(scale), None, 1.0)
-    bias_scale, bias = rest.as_coeff_Mul()
+    ((bias, bias_scale),) = terms.items()
     if not isinstance(bias, sympy.Symbol):
         return None
     return Line(projection, float(scale), bias, float(bias_scale))
@@ -242,6 +337,8 @@ def _as_activation(
     group: Expression, projection: sympy.Symbol, scale: Expression, digits: int
 ) -> tuple[str, Line, Expression]:
     """The activation that ``scale * group`` is, its argument, and the factor that is left over."""
+    if group.has(Unsimplified) or _cancels(group):
+        raise Declined(Kind.UNKNOWN_ACTIVATION, _UNSIMPLIFIED)
     coefficient, target = _monic(group, digits)
     for argument in _candidate_arguments(group, projection, digits):
         line = _as_line(argument, projection)

@@ -6,6 +6,7 @@ beside each other, or something that is not known; only what is known is made us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -96,3 +97,8 @@ def plain(tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)([plain(part) for part in tree])
     return tree
+
+
+def is_number(value: Any) -> bool:
+    """Whether an argument is a finite number that is known; a symbolic one is not."""
+    return isinstance(value, (int, float)) and math.isfinite(value)

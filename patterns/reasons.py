@@ -71,6 +71,14 @@ class Kind(Enum):
         "the projections of one network are computed in different precisions",
         "use one dtype for gate, up and down projection",
     )
+    ROUNDING_CAST = (
+        "a cast inside the network rounds to fewer digits than the op would keep",
+        "cast what goes into the network and what comes out of it, or nothing",
+    )
+    FLOAT16_RANGE = (
+        "a bias or a residual is scaled up, which may overflow in float16 where the sum does not",
+        "scale before the addition, or compute the network in bfloat16",
+    )
     UNSUPPORTED_DTYPE = (
         "the projections are computed in a dtype that the op does not support",
         "use float32, bfloat16 or float16 (float64 on the CPU only)",
@@ -78,6 +86,10 @@ class Kind(Enum):
     GRADIENTS_CUT = (
         "gradients are switched off for a part of the network only",
         "put the whole network, or none of it, under no_grad",
+    )
+    TENSOR_SUBCLASS = (
+        "a projection is computed with a tensor subclass, whose operations are its own",
+        "give the network plain tensors, or leave it as it is",
     )
     OWN_BACKWARD = (
         "an autograd.Function or a hook inside the feed-forward network changes its backward pass",
@@ -103,6 +115,15 @@ class Kind(Enum):
     FORWARD_MODE = (
         "the model is differentiated in forward mode, for which the op has no formula",
         "use reverse mode, or leave the original spelling in forward mode",
+    )
+    FUNCTION_TRANSFORM = (
+        "the network is inside a transform of torch.func that the op cannot be put into",
+        "apply torch.vmap, torch.func.grad or jvp outside of the compiled code, or to another part",
+    )
+    INFERENCE_REGION = (
+        "the compiled code itself enters torch.inference_mode, where PyTorch compiles no views of "
+        "tensors from outside",
+        "use torch.no_grad there, or call the compiled model under inference_mode",
     )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",

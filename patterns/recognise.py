@@ -22,7 +22,7 @@ from torch import fx
 from .axes import Axis, axis_form
 from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
 from .checks import build_site
-from .contractions import MATRIX_PRODUCTS, as_contraction
+from .contractions import as_contraction
 from .grammar import (
     DROPOUT,
     is_other_pointwise,
@@ -31,6 +31,7 @@ from .grammar import (
     read_output,
 )
 from .meaning import LINEAR, POINTWISE
+from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site
 from .source import locate
@@ -162,14 +163,7 @@ def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
 
 def _may_contain_site(gm: fx.GraphModule) -> bool:
     """Two contractions at least: names of operations say which calls may be one."""
-    seen = 0
-    for node in gm.graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            name = node.target if isinstance(node.target, str) else str(node.target)
-            seen += any(word in name for word in ("mul", "mm", "linear", "einsum", "conv", "dot"))
-            if seen > 1:
-                return True
-    return False
+    return sum(map(may_be_product_call, gm.graph.nodes)) > 1
 
 
 def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
@@ -188,6 +182,11 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = inherited
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
+        elif value.op == OPAQUE and value.subclass:
+            if inherited & _ACTIVATED and is_product_call(value.origin) and copy.is_live(value):
+                yield value
+            product = is_product_call(value.origin)
+            flags[value] = _PROJECTED if product else _ACTIVATED if inherited else 0
         elif value.op == OPAQUE:
             flags[value] = _passed_on(value, copy, flags)
         else:
@@ -305,7 +304,16 @@ def _try(
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:
-    """How much a reason says. What a too high candidate runs into says least."""
-    weak = {Kind.UNKNOWN_OPERATION: 0, Kind.PLAIN_FFN: 1, Kind.NOT_A_PRODUCT: 2}
-    rank = weak.get(reason.kind, 3)
+    """How much a reason says. What a too high candidate runs into says least.
+
+    A too low one, before the sum over sub-networks, has their weights and tokens along the same
+    dimensions: that says something only if no other candidate got further.
+    """
+    weak = {
+        Kind.UNKNOWN_OPERATION: 0,
+        Kind.PLAIN_FFN: 1,
+        Kind.NOT_A_PRODUCT: 2,
+        Kind.TOKEN_DEPENDENT_WEIGHTS: 3,
+    }
+    rank = weak.get(reason.kind, 4)
     return rank, rank == 0 and reason.detail != ""

@@ -19,9 +19,10 @@ from torch import fx
 from .axes import Axis, Index, axis_form
 from .canonical import CanonicalCopy, Value
 from .checks import axes_of, check_memory, depends_on, leaves, real, two_token_dims
-from .contractions import MATRIX_PRODUCTS, Contraction, Operand, as_contraction
+from .contractions import Contraction, Operand, as_contraction
 from .grammar import is_cast, is_other_pointwise
 from .meaning import POINTWISE
+from .products import MATRIX_PRODUCTS
 from .reasons import Declined
 from .rolling import in_reading_order
 from .site import RouterProduct, Site, TensorView

@@ -25,6 +25,7 @@ from ..patterns import (
     Site,
     TensorView,
     Value,
+    is_product_call,
     locate,
 )
 from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
@@ -45,7 +46,6 @@ _LETTERS = {
     "residual": "X",
 }
 _MANY_TOKENS = 8192  # assumed by the cost model if the number is dynamic
-_PRODUCT = re.compile(r"(^|[._ ])(linear|matmul|einsum|(add|baddb|b)?mm|conv\dd|tensordot|mv)\b")
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
 _MOST_NODES = 160  # of a region; a larger picture is unreadable
@@ -113,8 +113,7 @@ def operation(node: fx.Node) -> Operation:
 
 def matrix_products(gm: fx.GraphModule) -> list[Operation]:
     """Every matrix product of a graph, each a possible down projection."""
-    calls = (node for node in gm.graph.nodes if node.op in ("call_function", "call_method"))
-    return [operation(node) for node in calls if _PRODUCT.search(_target(node))]
+    return [operation(node) for node in gm.graph.nodes if is_product_call(node)]
 
 
 def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
@@ -220,7 +219,7 @@ def _modules(node: fx.Node) -> list[tuple[str, str]]:
 def _module_of_site(site: Site) -> tuple[str | None, str | None]:
     """The innermost module that contains all projections; views may be outside of it."""
     nodes = {value.origin for value in site.replaces}
-    products = [node for node in nodes if _PRODUCT.search(_target(node))]
+    products = [node for node in nodes if is_product_call(node)]
     common: list[tuple[str, str]] | None = None
     for node in products or [site.output_node]:
         stack = _modules(node)

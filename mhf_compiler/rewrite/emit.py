@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 
+from ..compat import unwrap_for_grad
 from ..patterns import (
     RESHAPES,
     STACK,
@@ -59,6 +60,9 @@ class Editor:
 
     def insert(self) -> fx.Node:
         """The op's result, with the shape and the strides of the value that it replaces."""
+        return self._outside_levels(self._inserted())
+
+    def _inserted(self) -> fx.Node:
         site = self.site
         if isinstance(site, RouterProduct) and not site.placed and _aligned_by_tokens(site):
             return self.router_product(site, [2, 3, 0, 1])  # as the kernels read a router best
@@ -124,14 +128,22 @@ class Editor:
         if view is None:
             return None
         node = self.argument(view)
-        if view.scale != 1.0:
-            node = self.call(operator.mul, node, view.scale)
         if dtype is not None and view.value.dtype is not dtype:
             node = self.call("to", node, dtype)
+        if view.scale != 1.0:
+            node = self.call(operator.mul, node, view.scale)
         return node
 
     def router(self, site: Site) -> fx.Node | None:
         routers = [self.argument(view) for view in site.routers]
+        if (
+            len(routers) > 1
+        ):  # their product may leave the range of 16 bits where the output does not
+            narrow = torch.bfloat16, torch.float16
+            routers = [
+                self.call("to", node, torch.float32) if view.value.dtype in narrow else node
+                for node, view in zip(routers, site.routers, strict=True)
+            ]
         product_ = routers[0] if routers else None
         for other in routers[1:]:
             product_ = self.call(operator.mul, product_, other)
@@ -198,7 +210,7 @@ class Editor:
         terms = [(axis, step) for axis, step in form.terms if axis.size != 1]
         terms.sort(key=lambda term: _descending(term[1]))
         if not terms:
-            return self.call("select", node, dim, form.offset), []
+            return self.call("select", node, dim, self.size(form.offset)), []
         axes = [axis for axis, _ in terms]
         if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
             return node, axes
@@ -224,7 +236,7 @@ class Editor:
                 where = (dim + position, self.size(at), self.size(axis.size))
                 node = self.call("narrow", node, *where)
         if not whole:
-            node = self.call("select", node, dim + len(terms), offset)
+            node = self.call("select", node, dim + len(terms), self.size(offset))
         return node, axes
 
     def _strided(
@@ -280,7 +292,17 @@ class Editor:
             raise EditError("the strides of a head's output cannot be kept")
         node = self._permute(node, list(order))
         node = self.call(torch.clone, node, memory_format=torch.contiguous_format)
-        return self._permute(node, [order.index(dim) for dim in range(len(order))])
+        node = self._permute(node, [order.index(dim) for dim in range(len(order))])
+        return self._outside_levels(node)
+
+    def _outside_levels(self, node: fx.Node) -> fx.Node:
+        """What is computed inside of ``torch.func.grad``, as those outside see it.
+
+        The values that nodes hold are those outside, the arguments of the op and what it replaces.
+        """
+        for level in reversed(self.copy.levels.get(self.site.output_node) or ()):
+            node = self.call(unwrap_for_grad, node, level)
+        return node
 
     def _with_strides(self, node: fx.Node, like: Value) -> fx.Node:
         """A copy with the strides of the replaced value: readers may depend on them."""
@@ -325,9 +347,9 @@ class Editor:
         raise EditError(f"the size {size} is not known in the graph")
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
-        for value, holders in self.copy.inputs():
+        for value, holder in self.copy.sized_at(self.position):
             if symbol in value.shape:
-                return self.call("size", self.nodes[holders], value.shape.index(symbol))
+                return self.call("size", self.nodes[holder], value.shape.index(symbol))
         raise EditError(f"the size {symbol} is not known in the graph")
 
 

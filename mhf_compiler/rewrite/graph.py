@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from ..compat import HigherOrderOperator, has_symbols, run_pass, tracing_shape_env
+from ..compat import has_symbols, run_pass, tracing_shape_env
 from ..options import Options
 from ..patterns import (
     CanonicalCopy,
@@ -24,6 +24,7 @@ from ..patterns import (
     Site,
     find_router_products,
     find_sites,
+    inner_graphs,
 )
 from ..report.describe import graph_break, matrix_products, near_miss_report, site_report
 from ..report.logs import announce
@@ -59,8 +60,15 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
 def _rewrite_module(
     gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None
 ) -> None:
-    for inner in _inner_graphs(gm):
-        _rewrite_module(inner, options, report, keep)
+    for inner, modes in inner_graphs(gm):
+        if modes is None:
+            report.notes.append(
+                "an inner graph was not looked at: it is called under torch.inference_mode, under "
+                "several modes of autocast or gradients, or under modes that are not known"
+            )
+        else:
+            with modes.entered():
+                _rewrite_module(inner, options, report, keep)
     findings = find_sites(gm, _shape_env(gm))
     decisions = [decide(site, options) for site in findings.sites]
     decisions = _write(gm, decisions, findings)
@@ -154,16 +162,3 @@ def _with_products(
             for site, before in products.items()
         }
         return _with_products(graph, rest, copy)
-
-
-def _inner_graphs(gm: fx.GraphModule) -> list[fx.GraphModule]:
-    """The graphs that higher-order operations of this graph call."""
-    used = {
-        str(argument.target)
-        for node in gm.graph.nodes
-        if isinstance(node.target, HigherOrderOperator)
-        for argument in node.all_input_nodes
-        if argument.op == "get_attr"
-    }
-    children = (getattr(gm, name, None) for name in sorted(used))
-    return [child for child in children if isinstance(child, fx.GraphModule)]

@@ -81,7 +81,8 @@ def product_runs(product: RouterProduct) -> bool:
         return False
     try:
         with no_fake_mode():
-            trial_run(query.dtype, weight.dtype, shape, query.device, torch.is_grad_enabled())
+            training = product.output.requires_grad_mode
+            trial_run(query.dtype, weight.dtype, shape, query.device, training)
     except Exception as error:
         warn_of_failure("the product before a router", locate(product.output_node), error)
         return False
@@ -112,7 +113,7 @@ def workload_of(site: Site, options: Options) -> Workload:
         dtype=site.dtype,
         out_dtype=site.out_dtype,
         device=site.device,
-        training=torch.is_grad_enabled(),
+        training=site.output.requires_grad_mode,
         pieces=(
             _pieces(site.gate.value),
             1 if site.up is None else _pieces(site.up.value),

@@ -11,6 +11,7 @@ import copy
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from mhf_compiler import Report
 from mhf_compiler.options import parse_options
@@ -29,6 +31,15 @@ from .programs import Program
 _OPTIONS = parse_options(None, {"rewrite": "always", "strict": True, "fallback": "eager"})
 #: what results may be off by relative to the largest, by the lowest precision they go through
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+#: modes that a program is called under, by name
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": nullcontext,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "no autocast": lambda: torch.autocast("cpu", enabled=False),
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+}
 
 Results = dict[str, Tensor]
 
@@ -87,7 +98,7 @@ def _check_same(program: Program, report: Report) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             model = program.build()
-            plain = _step(program, model, model)
+            plain = _step(program, model, _called(program, model))
         except Exception as error:
             return Outcome(program, Verdict.INVALID, f"{type(error).__name__}: {error}")
         try:
@@ -129,7 +140,7 @@ def _exact(program: Program, model: nn.Module) -> Results | None:
     wider = replace(program, dtype=torch.float64)
     try:
         model = copy.deepcopy(model).double()
-        return _step(wider, model, model, program.arguments())
+        return _step(wider, model, _called(program, model), program.arguments())
     except Exception:
         return None
 
@@ -140,14 +151,30 @@ def _compiled(program: Program, model: nn.Module, report: Report) -> Callable[..
         return gm.forward
 
     torch.compiler.reset()
-    return torch.compile(model, backend=backend, dynamic=None if program.dynamic else False)
+    dynamic = None if program.dynamic else False
+    return torch.compile(_called(program, model), backend=backend, dynamic=dynamic)
+
+
+def _called(program: Program, model: nn.Module) -> Callable[..., Any]:
+    """The module under the modes that it is called under inside of the compiled code."""
+    _, inside, checkpointed = program.modes
+    if not inside and not checkpointed:
+        return model
+
+    def call(**arguments: Tensor) -> Any:
+        with MODES[inside]():
+            if checkpointed:
+                return checkpoint(model, use_reentrant=False, **arguments)
+            return model(**arguments)
+
+    return call
 
 
 def _runs_without_us(program: Program, model: nn.Module) -> bool:
     torch.compiler.reset()
     try:
         model = copy.deepcopy(model)
-        _step(program, model, torch.compile(model, backend="eager"))
+        _step(program, model, torch.compile(_called(program, model), backend="eager"))
     except Exception:
         return False
     return True
@@ -168,7 +195,8 @@ def _step(
     model.zero_grad(set_to_none=True)
     torch.manual_seed(program.seed)
     with torch.set_grad_enabled(program.training):
-        returned = call(**arguments)
+        with MODES[program.modes[0]]():
+            returned = call(**arguments)
         results = list(returned) if isinstance(returned, tuple) else [returned]
         torch.manual_seed(program.seed + 1)
         loss = torch.zeros((), dtype=torch.float64)

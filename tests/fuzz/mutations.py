@@ -96,6 +96,12 @@ DIRECTED = (
         "{v} = {v} * torch.linspace(0, 1, {v}.shape[-1], dtype={v}.dtype)",
     ),
     Directed("the gate is rounded", "gate", "{v} = torch.floor({v})"),
+    Directed("the gate is cast to 16 bits and back", "gate", "{v} = {v}.bfloat16().to({v}.dtype)"),
+    Directed(
+        "the gate gets a bias with more digits", "gate", "{v} = {v} + torch.full((1,), 0.3001)"
+    ),
+    Directed("the gate is added to and taken from", "gate", "{v} = {v} + 1e6 - 1e6"),
+    Directed("the gate is multiplied and divided", "gate", "{v} = {v} * {v} / {v}"),
     Directed("the gate is overwritten in part", "gate", "{v} = {v}.clone(); {v}[..., 0] = 0.0"),
     # The up projection.
     Directed("the up projection is activated", "up", "{v} = F.relu({v})"),
@@ -109,7 +115,21 @@ DIRECTED = (
     Directed("gate and up are exchanged", "up", "gate, up = up, gate"),
     Directed("the up projection is the gate", "up", "{v} = gate"),
     Directed("the gate is added to the up projection", "up", "{v} = {v} + gate"),
+    Directed("the up projection is divided by itself", "up", "{v} = {v} / {v}"),
+    Directed("the up projection is cast to 16 bits", "up", "{v} = {v}.half().to({v}.dtype)"),
     # The hidden units.
+    Directed(
+        "the hidden units are cast to 8 bits and back",
+        "hidden",
+        "{v} = {v}.to(torch.float8_e4m3fn).to({v}.dtype)",
+    ),
+    Directed(
+        "the hidden units are quantised",
+        "hidden",
+        "{v} = ({v} * 8.0).bfloat16().to({v}.dtype) / 8.0",
+    ),
+    Directed("the hidden units are widened", "hidden", "{v} = {v}.double().to({v}.dtype)"),
+    Directed("zero times the gate is added", "hidden", "{v} = {v} + 0.0 * gate"),
     Directed("the hidden units are dropped out", "hidden", "{v} = F.dropout({v}, 0.5)"),
     Directed("the hidden units are normalised", "hidden", "{v} = F.normalize({v}, dim={f})"),
     Directed("the hidden units are activated again", "hidden", "{v} = torch.tanh({v})"),
@@ -179,6 +199,10 @@ DIRECTED = (
     Directed("the output is returned twice", "output", "", returned="{v} + 1"),
     Directed("the output is overwritten afterwards", "output", "{v} = {v} * 1.0; {v}.mul_(2.0)"),
     Directed("the heads are merged backwards", "output", "{v} = {v}.flip({h})"),
+    Directed("the output is cast to 16 bits", "y", "{v} = {v}.bfloat16().to({v}.dtype)"),
+    Directed("the output is widened", "y", "{v} = {v} + torch.zeros(1, dtype=torch.float64)"),
+    Directed("the output gets a bias", "y", "{v} = {v} + torch.linspace(-300, 300, {v}.shape[-1])"),
+    Directed("two large routers", "y", "{v} = {v} * 1e-4 * {q}.abs().mean().mul(300) * 300"),
     # Weights.
     Directed("the weights depend on tokens", "weight", "{v} = {v} + 0.1 * {q}.mean()"),
     Directed("the weights are rolled along heads", "weight", "{v} = {v}.roll(1, {h})"),
@@ -191,13 +215,32 @@ DIRECTED = (
 def mutants(program: Program, rng: Random) -> Iterator[Mutant]:
     """Mutants of a program, without end; some of them do not run."""
     while True:
-        mutant = directed(program, rng) if rng.random() < 0.4 else blind(program, rng)
+        kind = rng.random()
+        if kind < 0.15:
+            yield under_modes(program, rng)
+            continue
+        mutant = directed(program, rng) if kind < 0.5 else blind(program, rng)
         if mutant is not None and rng.random() < 0.2:
             second = blind(mutant.program, rng)
             if second is not None:
                 mutant = Mutant(f"{mutant.name}; {second.name}", second.program)
         if mutant is not None and mutant.program.source != program.source:
             yield mutant
+
+
+# The same program under other modes.
+
+
+def under_modes(program: Program, rng: Random) -> Mutant:
+    """Autocast and grad modes around the compiled code, and around a checkpoint inside of it."""
+    around, inside = (rng.choice(["", "autocast", "no autocast", "no_grad"]) for _ in range(2))
+    if rng.random() < 0.3:
+        inside = "enable_grad"
+    modes = (around, inside, rng.random() < 0.7)
+    if "autocast" in (around, inside):  # which leaves float64 as it is
+        program = replace(program, dtype=torch.float32, precision=torch.bfloat16)
+    called = "in a checkpoint" if modes[2] else "called"
+    return Mutant(f"under {around!r}, {called} under {inside!r}", replace(program, modes=modes))
 
 
 # Directed mutations.

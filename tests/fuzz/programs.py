@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import linecache
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import einops
@@ -163,6 +165,9 @@ class Program:
     precision: torch.dtype = torch.float64  # the lowest one that it computes in
     dynamic: tuple[str, ...] = ()  # axes of x that are marked as dynamic
     training: bool = True
+    #: what the compiled code is called under, what the module is called under inside of it, and
+    #: whether by a checkpoint: names of ``check.MODES``
+    modes: tuple[str, str, bool] = ("", "", False)
     features: dict[str, str] = field(default_factory=dict)  # what was drawn
     assignments: tuple[Assignment, ...] = ()
 
@@ -211,9 +216,10 @@ class Program:
         """The module's names. Its source is known to tracebacks and reports."""
         lines = self.source.splitlines(keepends=True)
         linecache.cache[self.file] = (len(self.source), None, lines, self.file)
-        names: dict[str, Any] = {"__name__": f"program_{self.seed}"}
-        exec(compile(self.source, self.file, "exec"), names)
-        return names
+        module = ModuleType(f"program_{self.seed}")
+        sys.modules[module.__name__] = module  # where Dynamo looks for the names of what it inlines
+        exec(compile(self.source, self.file, "exec"), vars(module))
+        return vars(module)
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)

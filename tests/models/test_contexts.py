@@ -316,6 +316,50 @@ def test_mixed_modes_in_one_graph():
     assert tally() == Tally(sites=2 + 4)
 
 
+def _beside(y: Tensor, *weights: Tensor) -> Tensor:
+    gate, up, down = weights
+    hidden = torch.einsum("blhd,hdf->blhf", y, gate).relu()
+    hidden = hidden * torch.einsum("blhd,hdf->blhf", y, up)
+    return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+def _of_vjp(x: Tensor, *weights: Tensor) -> Any:
+    return torch.func.vjp(lambda y: _beside(y, *weights), x)[0]
+
+
+def _of_two_vjps(x: Tensor, *weights: Tensor) -> Any:
+    return torch.func.vjp(lambda y: _of_vjp(y, *weights), x)[0]
+
+
+def _as_auxiliary(x: Tensor, *weights: Tensor) -> Any:
+    return grad(lambda y: (y.square().sum(), _beside(y, *weights)), has_aux=True)(x)
+
+
+def _its_gradient(x: Tensor, *weights: Tensor) -> Any:
+    result, pull_back = torch.func.vjp(lambda y: _beside(y, *weights), x)
+    return result, *pull_back(result)
+
+
+@pytest.mark.parametrize(
+    ("model", "sites"),
+    [(_of_vjp, 1), (_of_two_vjps, 1), (_as_auxiliary, 1), (_its_gradient, 0)],
+)
+def test_inside_a_level_of_gradients(model: Model, sites: int):
+    """The op inside of a level is what the network was there: a constant, but for those outside."""
+    torch.manual_seed(0)
+    shapes = (BATCH, LENGTH, H, d), (H, d, f), (H, d, f), (H, f, d)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    seen = []
+    for call in (model, flashmhf(model)):
+        given = [x.clone().requires_grad_() for x in tensors]
+        results = call(*given)
+        results = list(results) if isinstance(results, tuple) else [results]
+        sum(y.square().sum() for y in results).backward()
+        seen.append([*(y.detach() for y in results), *(x.grad for x in given)])
+    torch.testing.assert_close(*seen)
+    assert tally().sites == sites
+
+
 def test_shapes_used_here_are_all_different():
     """So that a dimension that is taken for another one shows."""
     assert len({BATCH, LENGTH, H, d, WIDTH}) == 5

@@ -333,14 +333,27 @@ def test_higher_order_operations_are_opaque():
     assert exponential in copy.escaping
 
 
-def test_tensor_subclasses_are_refused():
+def test_tensor_subclasses_are_not_followed():
+    """Only what is computed with them is unknown, and all of that keeps what it reads alive."""
     from torch.testing._internal.two_tensor import TwoTensor
 
-    gm = fx.symbolic_trace(lambda a: a.sin())
-    (node,) = gm.graph.find_nodes(op="placeholder")
-    node.meta["val"] = TwoTensor(x(), x())
-    with pytest.raises(UntraceableGraph, match="tensor subclass"):
-        trace(gm)
+    gm = fx.symbolic_trace(lambda a, b: (a.sin(), b.cos(), a.mul(b.exp())))
+    sine, cosine, exponential, product = (
+        next(node for node in gm.graph.nodes if node.target == name)
+        for name in ("sin", "cos", "exp", "mul")
+    )
+    first, second = gm.graph.find_nodes(op="placeholder")
+    for node in (first, sine):
+        node.meta["val"] = TwoTensor(x(), x())
+    for node in (second, cosine, exponential, product):
+        node.meta["val"] = x()
+    copy = trace(gm)
+    assert sine not in copy.value_of
+    assert copy.value_of[cosine].op is torch.ops.aten.cos.default
+    unknown = copy.value_of[product]
+    assert unknown.op == OPAQUE
+    assert unknown.subclass == "TwoTensor"
+    assert unknown.operands == (copy.value_of[exponential],)
 
 
 def test_a_graph_that_does_not_run_is_refused():

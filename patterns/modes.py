@@ -1,0 +1,157 @@
+"""Modes: whether gradients are recorded, and what autocast casts to, where an operation stands.
+
+A graph switches them by nodes of its own. A graph inside a higher-order operation, such as a
+checkpoint, has no nodes that say under which modes it is called: the place of the call says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from mhf_compiler.compat import HigherOrderOperator, functorch_depth, leave_functorch_levels
+
+from .repeats import autocast_dtype
+
+#: functions by which Dynamo's graphs switch modes
+_SWITCHES = frozenset(
+    {
+        "_enter_autocast",
+        "_exit_autocast",
+        "_enter_inference_mode",
+        "_exit_inference_mode",
+        "_set_grad_enabled",
+    }
+)
+_DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """What is in force at one place of a graph."""
+
+    grad: bool
+    autocast: tuple[torch.dtype | None, ...]  # for each type of device; None where it is off
+    inference: bool
+
+    @classmethod
+    def now(cls) -> Modes:
+        autocast = tuple(map(autocast_dtype, _DEVICES))
+        return cls(torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Under these modes. Inference is only without gradients: what is made stays readable."""
+        grad = torch.is_grad_enabled()
+        before = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _DEVICES
+        }
+        try:
+            torch.set_grad_enabled(self.grad)
+            for device, dtype in zip(_DEVICES, self.autocast, strict=True):
+                torch.set_autocast_enabled(device, dtype is not None)
+                if dtype is not None:
+                    torch.set_autocast_dtype(device, dtype)
+            yield
+        finally:
+            torch.set_grad_enabled(grad)
+            for device, (enabled, dtype) in before.items():
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+
+
+class Switches:
+    """Runs the nodes of a graph that switch modes; afterwards all is as it was before.
+
+    A graph may end, and an analysis fail, in the middle of a region.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[Any] = []
+
+    def __enter__(self) -> Switches:
+        self._grad = torch.is_grad_enabled()
+        self._depth = functorch_depth()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        leave_functorch_levels(self._depth)
+        for region in reversed(self._open):
+            region.__exit__(None, None, None)
+        torch.set_grad_enabled(self._grad)
+
+    def run(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        name = _name(node)
+        result = node.target(*args)  # type: ignore[operator]
+        if name.startswith("_enter"):
+            self._open.append(result)
+        elif name.startswith("_exit"):
+            self._open = [region for region in self._open if region is not args[0]]
+        return result
+
+
+def switches_modes(node: fx.Node) -> bool:
+    return node.op == "call_function" and _name(node) in _SWITCHES
+
+
+def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | None]]:
+    """The graphs that higher-order operations of this graph call, in the order of the calls.
+
+    Each with the modes that it is called under; None where there are several, or one does not know,
+    or where it begins in a region of ``torch.inference_mode`` that this graph enters.
+    """
+    outside = torch.is_inference_mode_enabled()
+    found: dict[fx.GraphModule, Modes | None] = {}
+    env: dict[fx.Node, Any] = {}
+    with Switches() as switches:
+        for node in gm.graph.nodes:
+            if switches_modes(node):
+                args = fx.node.map_arg(node.args, lambda argument: env[argument])
+                env[node] = switches.run(node, args)
+            elif isinstance(node.target, HigherOrderOperator):
+                for place, child in _children(gm, node):
+                    modes = _modes_inside(node, place)
+                    known = child not in found or found[child] == modes
+                    known &= modes is None or modes.inference == outside
+                    found[child] = modes if known else None
+    return list(found.items())
+
+
+def _children(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
+    """The graphs that a call is given, with their places among its arguments."""
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr":
+            child = getattr(gm, str(argument.target), None)
+            if isinstance(child, fx.GraphModule):
+                yield node.args.index(argument) if argument in node.args else -1, child
+
+
+def _modes_inside(node: fx.Node, place: int) -> Modes | None:
+    """The modes inside a graph of a higher-order operation that is called under those of now."""
+    name = str(node.target)
+    modes = Modes.now()
+    if name == "wrap_with_set_grad_enabled":
+        return replace(modes, grad=bool(node.args[0]))
+    if name == "wrap_with_autocast":
+        device, dtype, enabled = node.args[:3]
+        if device not in _DEVICES:
+            return modes
+        new = list(modes.autocast)
+        default = torch.get_autocast_dtype(str(device))
+        new[_DEVICES.index(device)] = (dtype or default) if enabled else None
+        return replace(modes, autocast=tuple(new))
+    if name == "autograd_function_apply":
+        # Its forward graph records no gradients. Its backward graph runs whenever, and wherever,
+        # the gradients are asked for.
+        return replace(modes, grad=False) if place == 0 else None
+    return modes
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
