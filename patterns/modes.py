@@ -142,9 +142,10 @@ def _modes_inside(node: fx.Node, place: int) -> Modes | None:
         device, dtype, enabled = node.args[:3]
         if device not in _DEVICES:
             return modes
+        if not isinstance(dtype, torch.dtype):
+            dtype = torch.get_autocast_dtype(str(device))
         new = list(modes.autocast)
-        default = torch.get_autocast_dtype(str(device))
-        new[_DEVICES.index(device)] = (dtype or default) if enabled else None
+        new[_DEVICES.index(device)] = dtype if enabled else None
         return replace(modes, autocast=tuple(new))
     if name == "autograd_function_apply":
         # Its forward graph records no gradients. Its backward graph runs whenever, and wherever,
