@@ -40,8 +40,12 @@ USES = 6  # programs that share a network
 _DRAWS = 3  # of inputs, for each program and each of its two runs
 _MOST_HIDDEN = 2e8  # hidden units in all, so that eager's fit and are quick
 
-# What an error may be beside twice eager's, which can be 0.
+_WORST = 4  # times the largest error of a token in eager's: its worst may be another one
+
+# What an error may be in addition to twice eager's, which can be 0.
 _ROUNDING = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 2e-6}
+
+Values = list[Tensor | None]  # outputs, and in training the gradients
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -260,18 +264,24 @@ def _check(sizes: Sizes, use: Use, device: str, lock: Path, seed: int) -> None:
         exact = _step(wide, wide, x.float(), use, autocast=False)
         cases.append((x, exact, _step(model, model, x, use, use.autocast)))
     _step(compiled, model, cases[0][0], use, use.autocast)  # compiles, and holds nobody up
-    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):
-        with locked(lock, kind):
-            for x, exact, eager in cases:
-                found = _step(compiled, model, x, use, use.autocast)
-                _compare(found, eager, exact, sizes, use)
+    beside_others: list[Values] = []
+    with locked(lock, fcntl.LOCK_SH):
+        for x, exact, eager in cases:
+            beside_others.append(_step(compiled, model, x, use, use.autocast))
+            _compare(beside_others[-1], eager, exact, sizes, use)
+    with locked(lock, fcntl.LOCK_EX):
+        for (x, exact, eager), before in zip(cases, beside_others, strict=True):
+            found = _step(compiled, model, x, use, use.autocast)
+            _compare(found, eager, exact, sizes, use)
+            _compare_bits(found, before)
 
 
 def _step(
     call: Callable[[Tensor], Any], model: nn.Module, x: Tensor, use: Use, autocast: bool
-) -> list[Tensor | None]:
+) -> Values:
     """Outputs and, in training, the gradients of the input and of all parameters."""
     training = use.mode.startswith("training")
+    given = x
     x = x.detach().clone().requires_grad_(training)
     for parameter in model.parameters():
         parameter.grad = None
@@ -282,6 +292,8 @@ def _step(
     ):
         returned = call(x)
     outputs = list(returned) if isinstance(returned, tuple) else [returned]
+    if not torch.equal(x.detach(), given):
+        raise AssertionError("the input was overwritten")
     gradients: list[Tensor | None] = []
     if training:
         generator = torch.Generator(x.device).manual_seed(5)
@@ -289,33 +301,51 @@ def _step(
         sum((y.float() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
         gradients = [x.grad, *(parameter.grad for parameter in model.parameters())]
     seen = [*outputs, *gradients]
+    # A clone of a tensor whose elements have memory of their own keeps its strides.
     return [None if value is None else value.detach().clone() for value in seen]
 
 
-def _compare(
-    found: list[Tensor | None],
-    eager: list[Tensor | None],
-    exact: list[Tensor | None],
-    sizes: Sizes,
-    use: Use,
-) -> None:
-    """Raise where a value's error is more than twice eager's."""
+def _compare(found: Values, eager: Values, exact: Values, sizes: Sizes, use: Use) -> None:
+    """Raise where a value's error is more than twice eager's: of all, or of some of its rows."""
     rounding = 2e-3 if use.autocast else _ROUNDING[sizes.dtype]
     outputs = 2 if use.returns == "queries too" else 1
     for number, (value, plain, wide) in enumerate(zip(found, eager, exact, strict=True)):
-        if number == outputs and sizes.activation == "relu":
-            rounding += _flipped(sizes, use)
         if value is None or plain is None or wide is None:
             if (value is None) != (plain is None):
                 raise AssertionError(f"value {number} is None for one of eager and compiled")
             continue
         if value.dtype is not plain.dtype or value.shape != plain.shape:
             raise AssertionError(f"value {number}: {value.dtype} {tuple(value.shape)}")
+        if number < outputs and value.stride() != plain.stride():
+            raise AssertionError(f"value {number} has strides {value.stride()}")
+        if not value.isfinite().all() and plain.isfinite().all():
+            raise AssertionError(f"value {number} has infinities or NaN")
+        if number == outputs and sizes.activation == "relu":
+            rounding += _flipped(sizes, use)
         if wide.norm() < 1e-3 * wide.numel() ** 0.5:
             continue  # nothing but rounding, such as the router's gradient for one sub-network
         error, eagers = _error(value, wide), _error(plain, wide)
         if not error <= 2 * eagers + rounding:
             raise AssertionError(f"value {number} has error {error:.1e}, eager {eagers:.1e}")
+        if number < outputs and value.dim() == 3:
+            _compare_tokens(value, plain, wide, rounding)
+
+
+def _compare_tokens(value: Tensor, plain: Tensor, wide: Tensor, rounding: float) -> None:
+    """Raise where one token is wrong, which the norm of all would not show."""
+    errors, eagers = ((x.float() - wide).norm(dim=-1) for x in (value, plain))
+    worst = (eagers.max() + rounding * wide.norm(dim=-1)) * _WORST
+    if (errors > worst).any():
+        where = (errors - worst).argmax().item()
+        raise AssertionError(f"token {where} has error {errors.flatten()[where]:.1e}")
+
+
+def _compare_bits(found: Values, before: Values) -> None:
+    """Raise where the same inputs gave other bits: our kernels add nothing atomically."""
+    for number, (value, other) in enumerate(zip(found, before, strict=True)):
+        if value is not None and other is not None and not torch.equal(value, other):
+            error = _error(value, other.float()) if other.norm() else 0.0
+            raise AssertionError(f"value {number} differs from run to run, by {error:.1e}")
 
 
 def _flipped(sizes: Sizes, use: Use) -> float:

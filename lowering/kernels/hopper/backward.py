@@ -429,7 +429,11 @@ def _token_producer(Weights, Q, dOut, R, weights, tiles, barriers, tokens, C: gl
 
 @gluon.jit
 def _router_row(r_s, index, BM: gl.constexpr, LAYOUT: gl.constexpr):
-    """R of a tile of tokens, the columns of a product: float32 [1, BM]."""
+    """R of a tile of tokens, the columns of a product: float32 [1, BM].
+
+    The tile may be overwritten by the copy engine after the turn without a fence, since the product
+    that ends the turn has used the value.
+    """
     r = r_s.index(index).reshape([BM]).load(gl.SliceLayout(0, LAYOUT))
     return r.to(gl.float32).expand_dims(0)
 
