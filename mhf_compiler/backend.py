@@ -42,12 +42,13 @@ def flashmhf(
     Raises:
         OptionError: an unknown option, or a value it does not take.
     """
-    from .compat import compile_graph, tell_inductor_of
+    from .compat import compile_graph, counters, tell_inductor_of
     from .options import inductor_config, parse_options
     from .passes.manager import with_post_grad_passes
     from .rewrite.graph import rewrite_graph
 
     parsed = parse_options(mode, options)
+    counted = counters["flashmhf"].copy()
     report, folder = None, None
     try:
         report = rewrite_graph(gm, parsed)
@@ -70,7 +71,13 @@ def flashmhf(
         from .lowering.ops import ALL, MUTATING
 
         tell_inductor_of(ALL, MUTATING)
-    return compile_graph(parsed.fallback, gm, example_inputs, config)
+    try:
+        return compile_graph(parsed.fallback, gm, example_inputs, config)
+    except Exception:
+        # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
+        # symbolic float to be a constant, it says so by an exception.
+        counters["flashmhf"] = counted
+        raise
 
 
 def _report_fusions(
