@@ -20,6 +20,12 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 
+# Pure functions: of sizes, of expressions, of reports and options.
+QUICK := tests/test_rooms.py tests/lowering/test_splitting.py tests/lowering/test_selection.py \
+  tests/lowering/test_replay.py tests/patterns/test_axes.py tests/patterns/test_meaning.py \
+  tests/patterns/test_numbers.py tests/patterns/test_contractions.py tests/patterns/test_rolling.py \
+  tests/patterns/test_buffers.py tests/mhf_compiler/test_options.py tests/mhf_compiler/rewrite/test_cost.py
+
 # Random programs: how many, and the first one's seed. FUZZ_ARGS="--write FOLDER" keeps failures.
 N ?= 500
 SEED ?= 0
@@ -53,7 +59,12 @@ test: lint pytest  ## lint, types and every test that needs no GPU
 
 .PHONY: pytest
 pytest: $(READY)  ## the tests alone
-	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) --durations=25 $(PYTEST_ARGS)
+
+.PHONY: quick
+quick: $(READY)  ## lint, and the tests that compile nothing: under two minutes
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) -q $(QUICK) $(PYTEST_ARGS)
 
 .PHONY: fuzz
 fuzz: $(READY)  ## N random programs from SEED on, and mutants of each: none missed, none wrong

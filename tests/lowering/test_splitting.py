@@ -1,5 +1,6 @@
 """How work is cut: pure functions of sizes, which need no GPU."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -15,35 +16,32 @@ PROGRAMS = 132
 SIZES = Sizes(4096, 32, 32, 128, 22, 256, True, True, (False,) * 3, torch.bfloat16, (9, 0))
 
 
-@pytest.mark.parametrize("tiles", [1, 4, 65, 66, 67, 131, 132, 133, 264, 300, 4096])
-@pytest.mark.parametrize("iterations", [1, 3, 88])
-def test_the_last_round(tiles: int, iterations: int) -> None:
+def test_the_last_round() -> None:
     """Whole rounds stay whole; the rest is cut into parts with work, at most one to a program."""
-    split = split_last_round(tiles, iterations, PROGRAMS)
-    assert split.parts <= iterations
-    cut = split.pieces(tiles) - split.whole
-    if split.parts == 1:
-        assert cut == 0
-        assert split == Split(tiles, 1)
-        rest = tiles % PROGRAMS
-        assert iterations == 1 or rest == 0 or 2 * rest > PROGRAMS
-    else:
-        assert split.whole % PROGRAMS == 0
-        assert 0 < cut <= PROGRAMS
+    tile_counts = (1, 4, 65, 66, 67, 131, 132, 133, 264, 300, 4096)
+    for tiles, iterations in itertools.product(tile_counts, (1, 3, 88)):
+        split = split_last_round(tiles, iterations, PROGRAMS)
+        assert split.parts <= iterations
+        cut = split.pieces(tiles) - split.whole
+        if split.parts == 1:
+            assert cut == 0
+            assert split == Split(tiles, 1)
+            rest = tiles % PROGRAMS
+            assert iterations == 1 or rest == 0 or 2 * rest > PROGRAMS
+        else:
+            assert split.whole % PROGRAMS == 0
+            assert 0 < cut <= PROGRAMS
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 64, 200, 4096, 32768])
-@pytest.mark.parametrize("heads", [1, 2, 5, 16])
-def test_programs_for_every_multiprocessor(
-    capability: tuple[int, int], dtype: torch.dtype, tokens: int, heads: int
-) -> None:
-    sizes = SIZES._replace(tokens=tokens, heads=heads, dtype=dtype, capability=capability)
-    tile = portable("forward", sizes._replace(sub_networks=64))
-    tiles = -(-tokens // tile.tokens) * heads
-    assert tiles * tile.parts >= 128
-    assert tile.parts == 1 or tiles * (tile.parts - 1) < 128
+def test_programs_for_every_multiprocessor(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    for tokens, heads in itertools.product((1, 16, 64, 200, 4096, 32768), (1, 2, 5, 16)):
+        sizes = SIZES._replace(tokens=tokens, heads=heads, dtype=dtype, capability=capability)
+        tile = portable("forward", sizes._replace(sub_networks=64))
+        tiles = -(-tokens // tile.tokens) * heads
+        assert tiles * tile.parts >= 128
+        assert tile.parts == 1 or tiles * (tile.parts - 1) < 128
 
 
 def test_no_more_programs_than_tiles_of_hidden_units() -> None:
@@ -52,17 +50,16 @@ def test_no_more_programs_than_tiles_of_hidden_units() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8, 11, 66, 128, 132, 300])
-@pytest.mark.parametrize("tokens", [16, 64, 128, 192])
-@pytest.mark.parametrize("width", [1, 8, 20, 96, 256])
-@pytest.mark.parametrize("length", [1, 5, 200, 4096])
-def test_the_sum_of_parts(parts: int, tokens: int, width: int, length: int) -> None:
+def test_the_sum_of_parts(parts: int) -> None:
     """Shares cover a tile, and a program loads all parts at once, however many there are."""
-    together, elements = share_of_sum(parts, tokens, width, length)
-    assert tokens * width % elements == 0
-    assert elements.bit_count() == together.bit_count() == 1  # powers of two
-    assert min(parts, 128) <= together <= max(2 * parts, 2)
-    assert together * elements <= 1024
-    assert elements < 2 * min(tokens, length) * width
+    extents = ((16, 64, 128, 192), (1, 8, 20, 96, 256), (1, 5, 200, 4096))
+    for tokens, width, length in itertools.product(*extents):
+        together, elements = share_of_sum(parts, tokens, width, length)
+        assert tokens * width % elements == 0
+        assert elements.bit_count() == together.bit_count() == 1  # powers of two
+        assert min(parts, 128) <= together <= max(2 * parts, 2)
+        assert together * elements <= 1024
+        assert elements < 2 * min(tokens, length) * width
 
 
 def test_the_sum_of_one_heads_parts() -> None:
