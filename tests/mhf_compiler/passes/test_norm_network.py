@@ -277,7 +277,7 @@ def test_what_is_tried_is_what_the_graph_has(monkeypatch: pytest.MonkeyPatch):
 
 def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
-    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: asked.append(sizes) or True)
+    monkeypatch.setattr(norm_network_op, "may_pay", lambda *sizes: asked.append(sizes) or True)
     module = Network()
     options = {"rewrite": "always", "strict": True}
     model = torch.compile(module, backend="flashmhf", options=options, dynamic=True)
@@ -305,7 +305,7 @@ STRIDED: dict[str, Callable[..., Tensor]] = {
 def test_dynamic_strides_stay_dynamic(
     network: Callable[..., Tensor], pays: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(norm_network, "may_pay", lambda *sizes: pays)
+    monkeypatch.setattr(norm_network_op, "may_pay", lambda *sizes: pays)
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
     run = lambda x, packed: module.outputs(  # noqa: E731
         network(module, module.queries(x), packed).flatten(2)
