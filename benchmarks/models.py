@@ -54,14 +54,14 @@ class MultiHeadFFN(nn.Module):
     """FlashMHF's: per head a norm, a router and sub-networks, between two projections."""
 
     def __init__(
-        self, heads: int, width: int, experts: int, hidden: int, networks: SubNetworks = loop
+        self, heads: int, width: int, sub_networks: int, hidden: int, networks: SubNetworks = loop
     ) -> None:
         super().__init__()
         self.networks, self.heads, model = networks, heads, heads * width
         self.inputs, self.outputs = (nn.Linear(model, model, bias=False) for _ in range(2))
         self.norm = nn.RMSNorm(width)
-        self.router = nn.Parameter(torch.randn(heads, width, experts) / width**0.5)
-        shape = heads, experts, hidden, width
+        self.router = nn.Parameter(torch.randn(heads, width, sub_networks) / width**0.5)
+        shape = heads, sub_networks, hidden, width
         self.gate, self.up = (nn.Parameter(torch.randn(shape) / width**0.5) for _ in range(2))
         self.down = nn.Parameter(torch.randn(shape) / hidden**0.5)
 
@@ -170,7 +170,7 @@ def resnet_like() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(stem, nn.MaxPool2d(2), *blocks, head), torch.randn(2, 3, 64, 64)
 
 
-def flashmhf_like(layers: int = 20, experts: int = 22) -> tuple[nn.Module, Tensor]:
+def flashmhf_like(layers: int = 20, sub_networks: int = 22) -> tuple[nn.Module, Tensor]:
     """The paper's 1.3B model by its layers and sub-networks, and an input."""
-    networks = [MultiHeadFFN(4, 16, experts, hidden=32) for _ in range(layers)]
+    networks = [MultiHeadFFN(4, 16, sub_networks, hidden=32) for _ in range(layers)]
     return Transformer(64, 4, networks), torch.randn(2, 32, 64)

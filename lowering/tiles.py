@@ -28,7 +28,10 @@ _SMALLEST = 16  # the least extent of a matrix instruction's operand
 
 
 class Sizes(NamedTuple):
-    """All that a kernel is chosen by, except for strides and addresses."""
+    """All that a kernel is chosen by, except for strides and addresses.
+
+    A workload knows no card: it has the sizes without the last two.
+    """
 
     tokens: int
     heads: int
@@ -40,8 +43,13 @@ class Sizes(NamedTuple):
     routed: bool
     biased: tuple[bool, bool, bool]  # K, U, V
     dtype: torch.dtype  # of all tensors but R
-    capability: tuple[int, int]
+    capability: tuple[int, int] = (0, 0)  # (0, 0) of no card
     interpreted: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """That of K, U and V."""
+        return self.groups, self.sub_networks, self.hidden, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,9 @@ class Tile:
     parts: int = 1  # programs that share a tile's hidden units
     columns: int = _SMALLEST  # that narrower heads are padded to
 
-    def padded_width(self, width: int) -> int:
+    def padded_width(self, head_dim: int) -> int:
         """The block extent of the head width."""
-        return max(self.columns, padded_width(width))
+        return max(self.columns, padded_width(head_dim))
 
 
 @dataclass(frozen=True)
@@ -348,13 +356,13 @@ def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:
     return [_row(table, kernel, sizes.head_dim) for table in tables]
 
 
-def padded_width(width: int) -> int:
+def padded_width(head_dim: int) -> int:
     """The block extent of the head width: a power of two that a matrix instruction takes."""
-    return max(_SMALLEST, 1 << (width - 1).bit_length())
+    return max(_SMALLEST, 1 << (head_dim - 1).bit_length())
 
 
-def _row(table: _Table, kernel: Kernel, width: int) -> Row:
-    return table[max(64, padded_width(width))][kernel]
+def _row(table: _Table, kernel: Kernel, head_dim: int) -> Row:
+    return table[max(64, padded_width(head_dim))][kernel]
 
 
 def _table(itemsize: int, capability: tuple[int, int]) -> _Table:

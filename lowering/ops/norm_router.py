@@ -5,8 +5,8 @@ as much as the queries or a good part of it, and compute almost nothing. This op
 once, writes the normalised ones in their place, and returns the weights in their final dtype
 (problem.py has the formula).
 
-Nothing calls it by itself: mhf_compiler/norming.py puts it where a graph has all of this and nobody
-else reads what lies in between.
+Nothing calls it by itself: mhf_compiler/passes/norm_router.py puts it where a graph has all of this
+and nobody else reads what lies in between.
 """
 
 from collections.abc import Callable, Sequence

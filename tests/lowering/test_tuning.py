@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.workloads import changed
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,7 +21,7 @@ from mhf_compiler.lowering.kernels.tuning import search, store
 from mhf_compiler.lowering.kernels.tuning.search import candidates, tune
 from mhf_compiler.lowering.kernels.tuning.store import TuningKey, rounded, row_for, row_of
 from mhf_compiler.lowering.problem import Problem
-from mhf_compiler.lowering.tiles import Kernel, Row, Sizes, Tile, portable
+from mhf_compiler.lowering.tiles import MANY_TOKENS, Kernel, Row, Sizes, Tile, portable
 from mhf_compiler.lowering.workload import Workload, _plain_runs, _problem, tuning_key
 
 
@@ -310,31 +311,27 @@ def test_the_first_of_two_processes_decides_for_both(tmp_path: Path) -> None:
 
 
 def a_workload(**changes: Any) -> Workload:
-    sizes: dict[str, Any] = {
-        "batch": 2,
-        "length": 20,
-        "heads": 4,
-        "kuv_heads": 2,
-        "head_dim": 16,
-        "experts": 3,
-        "expert_dim": 32,
-        "gated": True,
-        "routed": True,
-        "biased": (False, False, False),
-        "activation": "silu",
-        "dtype": torch.float32,
-        "out_dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "training": True,
-    }
-    return Workload(**sizes | changes)
+    sizes = Sizes(
+        tokens=40,
+        heads=4,
+        groups=2,
+        head_dim=16,
+        sub_networks=3,
+        hidden=32,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        dtype=torch.float32,
+    )
+    w = Workload(sizes, "silu", torch.float32, torch.device("cpu"), training=True)
+    return changed(w, **changes)
 
 
 def a_problem(workload: Workload) -> Problem:
     def ones(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.ones(shape, dtype=dtype)
 
-    return _problem(workload, workload.tokens or 8192, ones)
+    return _problem(workload, workload.sizes.tokens, ones)
 
 
 def key_of(kernel: Kernel, problem: Problem) -> TuningKey:
@@ -347,7 +344,7 @@ def key_of(kernel: Kernel, problem: Problem) -> TuningKey:
         {},
         {"gated": False, "routed": False},
         {"biased": (True, False, True)},
-        {"length": None},
+        {"tokens": MANY_TOKENS, "dynamic": True},
         {"dtype": torch.bfloat16, "activation": "gelu"},
     ],
     ids=str,
