@@ -114,8 +114,8 @@ def make_problem(shape: Sequence[int]) -> tuple[Problem, Tensor]:
 
 def product_flops(problem: Problem) -> float:
     """Of one product over all tokens and hidden units."""
-    batch, length, heads, width = problem.q.shape
-    return 2.0 * batch * length * heads * width * problem.k[0, ..., 0].numel()
+    batch, length, heads, head_dim = problem.q.shape
+    return 2.0 * batch * length * heads * head_dim * problem.k[0, ..., 0].numel()
 
 
 def as_called(problem: Problem, grad_out: Tensor) -> list[Contender]:

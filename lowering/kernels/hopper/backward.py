@@ -761,12 +761,12 @@ def _sum_over_tokens(
     gradients: dict[str, tuple[Tensor, float]],
 ) -> None:
     """Launch a kernel of weights' gradients, and add what it leaves in parts."""
-    groups, networks, hidden, width = problem.k.shape
-    owners = triton.cdiv(networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
+    groups, sub_networks, hidden, head_dim = problem.k.shape
+    owners = triton.cdiv(sub_networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
     steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
     arguments["whole"], arguments["parts"] = plan.whole, plan.parts
-    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(width))
+    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(head_dim))
     workspaces = {
         name: problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
         for name in gradients
@@ -785,12 +785,12 @@ def _sum_over_tokens(
             "dW_layout": target.layout,
             "first": plan.whole,
             "parts": plan.parts,
-            "E": networks,
+            "E": sub_networks,
             "F": hidden,
-            "D": width,
+            "D": head_dim,
             "SCALE": scale * problem.out_scale,
             "BF": _ROWS.value,
-            "BD": tile.padded_width(width),
+            "BD": tile.padded_width(head_dim),
         }
         start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
@@ -798,11 +798,11 @@ def _sum_over_tokens(
 def _constants(
     problem: Problem, tile: Tile, streamed: int, operands: dict[str, Operand]
 ) -> Constants:
-    groups, networks, hidden, width = problem.k.shape
+    groups, sub_networks, hidden, head_dim = problem.k.shape
     weights = ("K", "U", "V", "dK", "dU", "dV")
     layouts = {name: operands[name].layout for name in weights if name in operands}
     return Constants(
-        E=networks,
+        E=sub_networks,
         F=hidden,
         HEADS_PER_GROUP=problem.q.shape[2] // groups,
         ACTIVATION=problem.activation,
@@ -810,7 +810,7 @@ def _constants(
         U_SCALE=problem.u_scale,
         OUT_SCALE=problem.out_scale,
         BS=streamed,
-        BD=tile.padded_width(width),
+        BD=tile.padded_width(head_dim),
         STAGES=tile.stages,
         LAYOUTS=tuple(layout for name, layout in layouts.items() if len(name) == 1),
         **layouts,

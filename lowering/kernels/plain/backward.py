@@ -78,7 +78,7 @@ def run_query(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ti
 def run_down(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dV (G, E, f, d)."""
     axes = token_axes(problem.q, problem.r, grad_out)
-    groups, networks, hidden, _ = problem.k.shape
+    groups, sub_networks, hidden, _ = problem.k.shape
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -89,7 +89,7 @@ def run_down(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Til
         "dOut": token_operand(grad_out, axes, tile),
         "dV": weight_operand(gradients.v, tile),
     }
-    programs = triton.cdiv(hidden, tile.hidden) * networks * groups
+    programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
     launch(down_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
@@ -100,7 +100,7 @@ def run_up(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
         run_up(problem, grad_out, gradients._replace(u=None, u_bias=None), tile)
         gradients = gradients._replace(k=None, k_bias=None)
     axes = token_axes(problem.q, problem.r, grad_out)
-    groups, networks, hidden, _ = problem.k.shape
+    groups, sub_networks, hidden, _ = problem.k.shape
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -115,14 +115,14 @@ def run_up(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
         "dK_bias": bias_operand(gradients.k_bias),
         "dU_bias": bias_operand(gradients.u_bias),
     }
-    programs = triton.cdiv(hidden, tile.hidden) * networks * groups
+    programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
     launch(up_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
 def run_down_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill the gradient of V's bias (G, E, d)."""
     axes = token_axes(problem.r, grad_out)
-    groups, networks = problem.k.shape[:2]
+    groups, sub_networks = problem.k.shape[:2]
     operands = {
         "R": router_operand(problem.r, axes, tile),
         "dOut": token_operand(grad_out, axes, tile),
@@ -131,7 +131,7 @@ def run_down_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile
     scalars = parameters(problem, axes, tile)
     for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
-    launch(down_bias_kernel, groups * networks, tile, grad_out.device, operands, scalars)
+    launch(down_bias_kernel, groups * sub_networks, tile, grad_out.device, operands, scalars)
 
 
 @triton.jit
