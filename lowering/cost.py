@@ -159,7 +159,7 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
     shares = _by_width(device.shares, w)
-    own = specialised("down", w.sizes_on((device.major, 0))) is not None
+    own = specialised("dv", w.sizes_on((device.major, 0))) is not None
     return shares.forward, shares.backward if own else shares.plain_backward
 
 

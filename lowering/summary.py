@@ -36,9 +36,9 @@ def _filled(w: Workload) -> list[tuple[Kernel, str]]:
         return [("forward", "")]
     return [
         ("forward", ""),
-        ("query", "dQ and dR" if w.sizes.routed else "dQ"),
-        ("down", "dV"),
-        ("up", "dK and dU" if w.sizes.gated else "dK"),
+        ("dq", "dQ and dR" if w.sizes.routed else "dQ"),
+        ("dv", "dV"),
+        ("dk_du", "dK and dU" if w.sizes.gated else "dK"),
     ]
 
 

@@ -96,7 +96,7 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
 
     kernels: list[Kernel] = ["forward"]
     if workload.training:
-        kernels += ["query", "down", "up"]
+        kernels += ["dq", "dv", "dk_du"]
     keys = [tuning_key(kernel, workload) for kernel in kernels]
     with torch.no_grad(), torch.cuda.device(workload.device):
         search.tune(keys, lambda: _plain_runs(workload, kernels), folder, say)

@@ -43,7 +43,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((16, 96), (20, 96), (64, 32), (64, 96), (96, 171), (128, 96), (256, 96))  # d, f
 TOKENS = ((1, 1), (2, 100), (1, 1023), (2, 512))  # B, L
 LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
-SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "down_bias_kernel", "cut_router_kernel")
+SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "dv_bias_kernel", "cut_router_kernel")
 
 
 class Launched(NamedTuple):
@@ -143,7 +143,7 @@ def named(w: Workload) -> Iterator[Named]:
         r"(?P<stages>\d+) stages(?:, (?P<parts>\d+) programs to a tile)?"
         r"(?P<condition> \(where strides allow it\))?"
     )
-    kernels: dict[str | None, Kernel] = {None: "forward", "Q": "query", "V": "down", "K": "up"}
+    kernels: dict[str | None, Kernel] = {None: "forward", "Q": "dq", "V": "dv", "K": "dk_du"}
     for sentence in summary.kernels_of(w):
         if " tokens x " in sentence:
             match = re.fullmatch(pattern, sentence)
@@ -166,7 +166,7 @@ def sizes_of(launched: Launched) -> dict[str, int]:
         c = arguments["C"]
         return {"tokens": 64 * c.CONSUMERS, "hidden": c.BF, "stages": c.STAGES}
     if launched.name.startswith("hopper_"):
-        streamed = "hidden" if launched.name == "hopper_query_kernel" else "tokens"
+        streamed = "hidden" if launched.name == "hopper_dq_kernel" else "tokens"
         return {streamed: arguments["C"].BS, "stages": arguments["C"].STAGES}
     found = {"tokens": arguments["BM"], "hidden": arguments["BF"]}
     return found | {
@@ -196,7 +196,8 @@ def test_the_report_names_what_is_launched(
             for x in launched:
                 if x.name in SUMS:
                     continue
-                family, _, kernel = x.name.removesuffix("_kernel").rpartition("_")
+                kernel = x.name.removesuffix("_kernel").removeprefix("hopper_")
+                family = "hopper" if x.name.startswith("hopper_") else ""
                 seen.add(kernel)
                 said = report[kernel]
                 where = (dtype, head_dim, hidden, tokens, layout, x.name)

@@ -93,7 +93,7 @@ def tiles(key: TuningKey) -> list[Tile]:
 # What is timed.
 
 
-@pytest.mark.parametrize("kernel", ["forward", "query", "down", "up"])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dv", "dk_du"])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -224,7 +224,7 @@ def test_a_later_process_finds_what_was_tuned(tmp_path: Path, gain: bool) -> Non
     "changes",
     [
         {"card": "NVIDIA A100-SXM4-80GB"},
-        {"kernel": "query"},
+        {"kernel": "dq"},
         {"head_dim": 64},
         {"hidden": 512},
         {"tokens": 4096},
@@ -349,7 +349,7 @@ def key_of(kernel: Kernel, problem: Problem) -> TuningKey:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kernel", ["forward", "up"])
+@pytest.mark.parametrize("kernel", ["forward", "dk_du"])
 def test_a_launch_finds_what_was_tuned_for_its_workload(
     kernel: Kernel, changes: dict[str, Any]
 ) -> None:
@@ -390,7 +390,7 @@ def test_a_tuned_tile_runs_unless_it_does_not_fit(
 def test_the_trial_has_each_kernel_and_draws_no_numbers_of_the_users(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names: list[Kernel] = ["forward", "query", "down", "up"] if training else ["forward"]
+    names: list[Kernel] = ["forward", "dq", "dv", "dk_du"] if training else ["forward"]
     for name in ("specialised_forward", "specialised_backward"):
         monkeypatch.setattr(search, name, lambda *arguments: False)
     state = torch.get_rng_state()

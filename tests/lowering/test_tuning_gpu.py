@@ -13,7 +13,7 @@ from mhf_compiler.lowering.workload import Workload, tune, tuning_key
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("forward", "query", "down", "up")
+KERNELS = ("forward", "dq", "dv", "dk_du")
 
 
 @pytest.fixture(autouse=True)
