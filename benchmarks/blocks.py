@@ -23,12 +23,14 @@ def cases(phase: str, settings: Settings) -> Iterator[Case]:
 
 def build(settings: Settings, length: int, training: bool) -> Job:
     device, dtype = settings.device, torch.bfloat16
-    heads, width, experts, hidden = (2, 16, 2, 32) if settings.quick else PAPER[2:]
+    heads, head_dim, sub_networks, hidden = (2, 16, 2, 32) if settings.quick else PAPER[2:]
     layers, swiglu_layers = (2, 3) if settings.quick else (20, 24)
-    model = heads * width
+    model = heads * head_dim
     swiglu_hidden = 3 * model if settings.quick else SWIGLU_HIDDEN
     ours = Transformer(
-        model, heads, [MultiHeadFFN(heads, width, experts, hidden, batched) for _ in range(layers)]
+        model,
+        heads,
+        [MultiHeadFFN(heads, head_dim, sub_networks, hidden, batched) for _ in range(layers)],
     ).to(device, dtype)
     swiglu = Transformer(
         model, heads, [SwiGLU(model, swiglu_hidden) for _ in range(swiglu_layers)]

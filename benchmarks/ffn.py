@@ -60,12 +60,14 @@ def case(shape: Sequence[int], phase: str, settings: Settings, mode: str | None 
 
 
 def build(shape: tuple[int, ...], training: bool, device: str, mode: str | None) -> Job:
-    batch, length, heads, width, experts, hidden = shape
-    model, dtype = heads * width, torch.bfloat16
-    looped = MultiHeadFFN(heads, width, experts, hidden, loop).to(device, dtype)
-    einsums = MultiHeadFFN(heads, width, experts, hidden, batched).to(device, dtype)
+    batch, length, heads, head_dim, sub_networks, hidden = shape
+    model, dtype = heads * head_dim, torch.bfloat16
+    looped = MultiHeadFFN(heads, head_dim, sub_networks, hidden, loop).to(device, dtype)
+    einsums = MultiHeadFFN(heads, head_dim, sub_networks, hidden, batched).to(device, dtype)
     einsums.load_state_dict(looped.state_dict())
-    swiglu_hidden = SWIGLU_HIDDEN if shape[2:] == PAPER[2:] else 128 * -(-experts * hidden // 128)
+    swiglu_hidden = (
+        SWIGLU_HIDDEN if shape[2:] == PAPER[2:] else 128 * -(-sub_networks * hidden // 128)
+    )
     swiglu = SwiGLU(model, swiglu_hidden).to(device, dtype)
     x = torch.randn(batch, length, model, device=device, dtype=dtype, requires_grad=training)
     grad = torch.randn_like(x) if training else None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn
 from mhf_compiler.lowering.cost import estimate
+from mhf_compiler.lowering.tiles import Sizes
 from mhf_compiler.lowering.workload import Workload
 
 from .harness import (
@@ -171,19 +172,21 @@ def workload(row: Row, device: str) -> Workload:
     """What the cost model is asked about a point."""
     dtype = getattr(torch, row["dtype"])
     pieces = row["H"] if row.get("weights") == "separate" else 1
-    return Workload(
-        batch=row["B"],
-        length=row["L"],
+    sizes = Sizes(
+        tokens=row["B"] * row["L"],
         heads=row["H"],
-        kuv_heads=row["H"],
+        groups=row["H"],
         head_dim=row["d"],
-        experts=row["E"],
-        expert_dim=row["f"],
+        sub_networks=row["E"],
+        hidden=row["f"],
         gated=True,
         routed=True,
         biased=(False, False, False),
-        activation="silu",
         dtype=dtype,
+    )
+    return Workload(
+        sizes=sizes,
+        activation="silu",
         out_dtype=dtype,
         device=torch.device(device),
         training=row["phase"] == "training",

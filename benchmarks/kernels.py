@@ -35,9 +35,9 @@ from .models import PAPER, SHAPE_NAMES, SWIGLU_HIDDEN, loop, make_inputs
 #: products executed, results written
 KERNELS: dict[Kernel, tuple[int, tuple[str, ...]]] = {
     "forward": (3, ("out",)),
-    "query": (5, ("dq", "dr")),
-    "down": (3, ("dv",)),
-    "up": (5, ("dk", "du")),
+    "dq": (5, ("dq", "dr")),
+    "dv": (3, ("dv",)),
+    "dk_du": (5, ("dk", "du")),
 }
 WIDTHS = ((8, 4096, 16, 16, 22, 256), (8, 4096, 16, 32, 22, 256), (8, 4096, 16, 64, 22, 171),
           (8, 4096, 16, 64, 22, 256), (8, 4096, 16, 96, 22, 256), (8, 4096, 16, 256, 22, 256),
@@ -51,15 +51,15 @@ SWEEP: dict[Kernel, list[tuple[int, int, int, int]]] = {
         (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 4, 3), (256, 32, 8, 2), (256, 64, 8, 2),
         (64, 64, 4, 4),
     ],
-    "query": [
+    "dq": [
         (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 2),
         (128, 128, 8, 2), (64, 64, 8, 2), (64, 128, 4, 2),
     ],
-    "down": [
+    "dv": [
         (128, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 4), (128, 64, 4, 2),
         (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (32, 128, 8, 4),
     ],
-    "up": [
+    "dk_du": [
         (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 4), (64, 64, 4, 2),
         (128, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 1),
     ],
@@ -114,8 +114,8 @@ def make_problem(shape: Sequence[int]) -> tuple[Problem, Tensor]:
 
 def product_flops(problem: Problem) -> float:
     """Of one product over all tokens and hidden units."""
-    batch, length, heads, width = problem.q.shape
-    return 2.0 * batch * length * heads * width * problem.k[0, ..., 0].numel()
+    batch, length, heads, head_dim = problem.q.shape
+    return 2.0 * batch * length * heads * head_dim * problem.k[0, ..., 0].numel()
 
 
 def as_called(problem: Problem, grad_out: Tensor) -> list[Contender]:
@@ -174,7 +174,7 @@ def plain_kernel(
     if kernel == "forward":
         forward.run_forward(problem, *outputs, tile)
     else:
-        run = {"query": backward.run_query, "down": backward.run_down, "up": backward.run_up}
+        run = {"dq": backward.run_dq, "dv": backward.run_dv, "dk_du": backward.run_dk_du}
         run[kernel](problem, grad_out, as_gradients(kernel, outputs), tile)
     return outputs
 

@@ -54,15 +54,20 @@ class MultiHeadFFN(nn.Module):
     """FlashMHF's: per head a norm, a router and sub-networks, between two projections."""
 
     def __init__(
-        self, heads: int, width: int, experts: int, hidden: int, networks: SubNetworks = loop
+        self,
+        heads: int,
+        head_dim: int,
+        sub_networks: int,
+        hidden: int,
+        networks: SubNetworks = loop,
     ) -> None:
         super().__init__()
-        self.networks, self.heads, model = networks, heads, heads * width
+        self.networks, self.heads, model = networks, heads, heads * head_dim
         self.inputs, self.outputs = (nn.Linear(model, model, bias=False) for _ in range(2))
-        self.norm = nn.RMSNorm(width)
-        self.router = nn.Parameter(torch.randn(heads, width, experts) / width**0.5)
-        shape = heads, experts, hidden, width
-        self.gate, self.up = (nn.Parameter(torch.randn(shape) / width**0.5) for _ in range(2))
+        self.norm = nn.RMSNorm(head_dim)
+        self.router = nn.Parameter(torch.randn(heads, head_dim, sub_networks) / head_dim**0.5)
+        shape = heads, sub_networks, hidden, head_dim
+        self.gate, self.up = (nn.Parameter(torch.randn(shape) / head_dim**0.5) for _ in range(2))
         self.down = nn.Parameter(torch.randn(shape) / hidden**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +92,9 @@ class SwiGLU(nn.Module):
 # Whole models.
 
 
-def rotary(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for heads of this width, each (L, width / 2)."""
-    steps = torch.arange(0, width, 2, device=x.device) / width
+def rotary(x: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for heads of this width, each (L, head_dim / 2)."""
+    steps = torch.arange(0, head_dim, 2, device=x.device) / head_dim
     angle = torch.outer(torch.arange(x.shape[1], device=x.device), 10_000.0**-steps)
     return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
@@ -122,14 +127,14 @@ class Transformer(nn.Module):
 
     def __init__(self, model: int, heads: int, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.head_width = model // heads
+        self.head_dim = model // heads
         self.attention = nn.ModuleList(Attention(model, heads) for _ in networks)
         self.networks = nn.ModuleList(networks)
         self.norms = nn.ModuleList(nn.RMSNorm(model) for _ in range(2 * len(networks)))
 
     def forward(self, x: Tensor) -> Tensor:
         norms = iter(self.norms)
-        positions = rotary(x, self.head_width)
+        positions = rotary(x, self.head_dim)
         for attention, network in zip(self.attention, self.networks, strict=True):
             x = x + attention(next(norms)(x), *positions)
             x = x + network(next(norms)(x))
@@ -170,7 +175,7 @@ def resnet_like() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(stem, nn.MaxPool2d(2), *blocks, head), torch.randn(2, 3, 64, 64)
 
 
-def flashmhf_like(layers: int = 20, experts: int = 22) -> tuple[nn.Module, Tensor]:
+def flashmhf_like(layers: int = 20, sub_networks: int = 22) -> tuple[nn.Module, Tensor]:
     """The paper's 1.3B model by its layers and sub-networks, and an input."""
-    networks = [MultiHeadFFN(4, 16, experts, hidden=32) for _ in range(layers)]
+    networks = [MultiHeadFFN(4, 16, sub_networks, hidden=32) for _ in range(layers)]
     return Transformer(64, 4, networks), torch.randn(2, 32, 64)

@@ -75,14 +75,14 @@ class Size:
     attention_heads: int
     ffn_heads: int
     sub_networks: int
-    hidden_units: int  # of one sub-network of one head
+    hidden: int  # of one sub-network of one head
     batch: int
     length: int
     steps: int
     learning_rate: float
 
     @property
-    def head_width(self) -> int:
+    def head_dim(self) -> int:
         return self.d_model // self.ffn_heads
 
 
@@ -93,7 +93,7 @@ SIZES = {
         attention_heads=4,
         ffn_heads=4,
         sub_networks=4,
-        hidden_units=64,
+        hidden=64,
         batch=8,
         length=256,
         steps=120,
@@ -105,7 +105,7 @@ SIZES = {
         attention_heads=12,
         ffn_heads=8,
         sub_networks=8,
-        hidden_units=256,
+        hidden=256,
         batch=16,
         length=1024,
         steps=300,
@@ -168,15 +168,15 @@ class MultiHeadFFN(nn.Module):
         super().__init__()
         self.heads = size.ffn_heads
         self.sub_networks = size.sub_networks
-        self.hidden_units = size.hidden_units
-        self.head_width = d = size.head_width
-        rows = self.heads * self.sub_networks * self.hidden_units
+        self.hidden = size.hidden
+        self.head_dim = d = size.head_dim
+        rows = self.heads * self.sub_networks * self.hidden
         self.in_proj = nn.Linear(size.d_model, size.d_model, bias=False)
         self.q_norm = RMSNorm(self.heads, d)
         self.router = nn.Parameter(torch.randn(self.heads, d, self.sub_networks) * d**-0.5)
         self.gate_weight = nn.Parameter(torch.randn(rows, d) * d**-0.5)
         self.up_weight = nn.Parameter(torch.randn(rows, d) * d**-0.5)
-        self.down_weight = nn.Parameter(torch.randn(rows, d) * self.hidden_units**-0.5)
+        self.down_weight = nn.Parameter(torch.randn(rows, d) * self.hidden**-0.5)
         self.out_proj = nn.Linear(size.d_model, size.d_model, bias=False)
 
     def route(self, q: Tensor) -> Tensor:
@@ -188,11 +188,11 @@ class MultiHeadFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, length, d_model = x.shape
-        q = self.in_proj(x).view(b, length, self.heads, self.head_width)  # [B, L, H, d]
+        q = self.in_proj(x).view(b, length, self.heads, self.head_dim)  # [B, L, H, d]
         q = self.q_norm(q)
         r = self.route(q)  # [B, L, H, E]
 
-        shape = (self.heads, self.sub_networks, self.hidden_units, self.head_width)
+        shape = (self.heads, self.sub_networks, self.hidden, self.head_dim)
         gate_weight = self.gate_weight.view(shape)  # [H, E, f, d]
         up_weight = self.up_weight.view(shape)
         down_weight = self.down_weight.view(shape)

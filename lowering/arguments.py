@@ -30,7 +30,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-_MAX_HEAD_WIDTH_CUDA = 256
+_MAX_HEAD_DIM_CUDA = 256
 
 
 class ArgumentError(ValueError):
@@ -94,7 +94,7 @@ def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:
 
 
 def device_objection(
-    device: torch.device, dtype: torch.dtype, width: int, out_dtype: torch.dtype | None
+    device: torch.device, dtype: torch.dtype, head_dim: int, out_dtype: torch.dtype | None
 ) -> str | None:
     """Why a device does not run this dtype and head width; None if it does."""
     kind = device.type
@@ -105,8 +105,8 @@ def device_objection(
         return f"q has dtype {_name(dtype)}, supported on {kind} are {allowed}"
     if out_dtype is not None and out_dtype not in _DTYPES[kind]:
         return f"out_dtype is {_name(out_dtype)}, supported on {kind} are {allowed}"
-    if kind == "cuda" and width > _MAX_HEAD_WIDTH_CUDA:
-        return f"q has head width d={width}, supported on cuda are 1 to {_MAX_HEAD_WIDTH_CUDA}"
+    if kind == "cuda" and head_dim > _MAX_HEAD_DIM_CUDA:
+        return f"q has head width d={head_dim}, supported on cuda are 1 to {_MAX_HEAD_DIM_CUDA}"
     return None
 
 

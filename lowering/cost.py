@@ -19,6 +19,7 @@ Where the number of tokens is dynamic it is taken to be large: that is where rew
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +27,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .tiles import ENOUGH_PROGRAMS, MANY_TOKENS, specialised
+from .tiles import ENOUGH_PROGRAMS, specialised
 from .workload import Workload
 
 _T = TypeVar("_T")
@@ -95,7 +96,7 @@ def estimate(workload: Workload) -> Estimate:
     """Estimate both ways of running a workload."""
     if workload.device.type == "cpu":
         return _estimate_on_a_cpu(workload)
-    device = _device(workload.device.type, workload.device.index, workload.dtype)
+    device = _device(workload.device.type, workload.device.index, workload.sizes.dtype)
     if device is None:
         return Estimate(0.0, 0.0)
     return Estimate(_rewritten(workload, device), _original(workload, device))
@@ -124,7 +125,7 @@ def _original_kernels(w: Workload) -> int:
     kernels = products + pieces + 1  # the hidden units; the results are brought together
     if w.training:
         # The hidden units; what a token's networks weigh; the two gradients of the query, added.
-        kernels += 2 * products + (1 + w.routed + w.gated) * pieces
+        kernels += 2 * products + (1 + w.sizes.routed + w.sizes.gated) * pieces
     return kernels
 
 
@@ -136,7 +137,7 @@ def _rewritten(w: Workload, device: Device) -> float:
     total += products * _weight_bytes(w) / device.bandwidth
     if w.training:
         # dQ and dR; dV; dK and dU: each recomputes the hidden units.
-        executed = 4 * products + 1 if w.gated else 3 * products + 1
+        executed = 4 * products + 1 if w.sizes.gated else 3 * products + 1
         total += _backward(executed, flops, w, device, backward) + 3 * device.launch
     copies = w.copied * (2 if w.training else 1)  # of the weights, and of their gradients
     total += copies * (2 * _weight_bytes(w) / device.bandwidth + device.launch)
@@ -158,7 +159,7 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
     shares = _by_width(device.shares, w)
-    own = specialised("down", w.sizes((device.major, 0))) is not None
+    own = specialised("dv", w.sizes_on((device.major, 0))) is not None
     return shares.forward, shares.backward if own else shares.plain_backward
 
 
@@ -166,10 +167,10 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
     """Kernels whose programs each take a tile of tokens of one head through all hidden units."""
     busy = products * flops / (device.matrix * share)
     tile = 128
-    while tile > 16 and -(-_tokens(w) // tile) * w.heads < ENOUGH_PROGRAMS:
+    while tile > 16 and -(-_tokens(w) // tile) * w.sizes.heads < ENOUGH_PROGRAMS:
         tile //= 2
-    programs = -(-_tokens(w) // tile) * w.heads
-    steps = w.experts * -(-w.expert_dim // 64)
+    programs = -(-_tokens(w) // tile) * w.sizes.heads
+    steps = w.sizes.sub_networks * -(-w.sizes.hidden // 64)
     waves = -(-programs // device.units)
     full = products * flops / programs * device.units / (device.matrix * share)
     return max(waves * max(full, steps * device.step * products / 3), busy)
@@ -177,26 +178,30 @@ def _backward(products: int, flops: float, w: Workload, device: Device, share: f
 
 def _by_width(rates: Mapping[int, _T], w: Workload) -> _T:
     """The entry for heads of at most that width; of the widest, for all that are wider."""
-    return rates[next((width for width in rates if w.head_dim <= width), max(rates))]
+    return rates[next((width for width in rates if w.sizes.head_dim <= width), max(rates))]
 
 
 def _tokens(w: Workload) -> int:
-    return MANY_TOKENS if w.tokens is None else max(w.tokens, 1)
+    return max(w.sizes.tokens, 1)
+
+
+def _units(w: Workload) -> int:
+    """The hidden units of a token."""
+    return w.sizes.heads * w.sizes.sub_networks * w.sizes.hidden
 
 
 def _product_flops(w: Workload) -> float:
     """One of the products between the width and the hidden units, with the padding of tiles."""
-    width = max(64, 1 << (w.head_dim - 1).bit_length())
-    return 2.0 * max(_tokens(w), _FEWEST_TOKENS) * w.heads * w.experts * w.expert_dim * width
+    width = max(64, 1 << (w.sizes.head_dim - 1).bit_length())
+    return 2.0 * max(_tokens(w), _FEWEST_TOKENS) * _units(w) * width
 
 
 def _hidden_bytes(w: Workload) -> float:
-    return float(_tokens(w) * w.heads * w.experts * w.expert_dim * w.dtype.itemsize)
+    return float(_tokens(w) * _units(w) * w.sizes.dtype.itemsize)
 
 
 def _weight_bytes(w: Workload) -> float:
-    groups, experts, hidden, width = w.weight_shape
-    return float(groups * experts * hidden * width * w.dtype.itemsize)
+    return float(math.prod(w.sizes.weight_shape) * w.sizes.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -227,18 +232,17 @@ _CORES = Cores(
 def _estimate_on_a_cpu(w: Workload) -> Estimate:
     """Both ways on as many threads as PyTorch has: products, passes over memory, and the call."""
     threads, products = torch.get_num_threads(), len(w.products)
-    half = w.dtype.itemsize < 4
-    units = float(w.heads * w.experts * w.expert_dim)
-    flops = 2.0 * units * w.head_dim  # of one product, for each token
+    half = w.sizes.dtype.itemsize < 4
+    flops = 2.0 * _units(w) * w.sizes.head_dim  # of one product, for each token
     weights = float(products * _weight_bytes(w))
 
     # Forward, and in training each product's gradients; the op recomputes the products as well.
-    executed = (5 * products - 4 if w.gated else 4 * products - 1) if w.training else products
+    executed = (5 * products - 4 if w.sizes.gated else 4 * products - 1) if w.training else products
     tokens = max(_tokens(w), _FEWEST_TOKENS)
     rewritten = executed * tokens * flops / (_by_width(_CORES.op, w) * threads)
     # Half precision is converted; gradients are cleared, summed, and copied into place.
     passes = 0.56 * half + 2.2 * w.training + w.copied / products * (4 if w.training else 2)
-    rewritten += passes * (weights * 4 / w.dtype.itemsize) / (0.5e10 * threads)
+    rewritten += passes * (weights * 4 / w.sizes.dtype.itemsize) / (0.5e10 * threads)
     rewritten += _CORES.call[w.training]
 
     times = 3 if w.training else 1

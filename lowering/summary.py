@@ -15,7 +15,7 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
     copies = workload.copied
     stacked = (f"before each call, copies {copies} of its weights together",) if copies else ()
     if workload.device.type == "cuda":
-        sizes = workload.sizes(capability(workload.device), interpreted())
+        sizes = workload.sizes_on(capability(workload.device), interpreted())
         kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
@@ -36,9 +36,9 @@ def _filled(w: Workload) -> list[tuple[Kernel, str]]:
         return [("forward", "")]
     return [
         ("forward", ""),
-        ("query", "dQ and dR" if w.routed else "dQ"),
-        ("down", "dV"),
-        ("up", "dK and dU" if w.gated else "dK"),
+        ("dq", "dQ and dR" if w.sizes.routed else "dQ"),
+        ("dv", "dV"),
+        ("dk_du", "dK and dU" if w.sizes.gated else "dK"),
     ]
 
 

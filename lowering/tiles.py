@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "normed_forward", "query", "down", "up"]
+Kernel = Literal["forward", "normed_forward", "dq", "dv", "dk_du"]
 
 TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
@@ -28,7 +28,10 @@ _SMALLEST = 16  # the least extent of a matrix instruction's operand
 
 
 class Sizes(NamedTuple):
-    """All that a kernel is chosen by, except for strides and addresses."""
+    """All that a kernel is chosen by, except for strides and addresses.
+
+    A workload knows no card: it has the sizes without the last two.
+    """
 
     tokens: int
     heads: int
@@ -40,8 +43,13 @@ class Sizes(NamedTuple):
     routed: bool
     biased: tuple[bool, bool, bool]  # K, U, V
     dtype: torch.dtype  # of all tensors but R
-    capability: tuple[int, int]
+    capability: tuple[int, int] = (0, 0)  # (0, 0) of no card
     interpreted: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """That of K, U and V."""
+        return self.groups, self.sub_networks, self.hidden, self.head_dim
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,9 @@ class Tile:
     parts: int = 1  # programs that share a tile's hidden units
     columns: int = _SMALLEST  # that narrower heads are padded to
 
-    def padded_width(self, width: int) -> int:
+    def padded_width(self, head_dim: int) -> int:
         """The block extent of the head width."""
-        return max(self.columns, padded_width(width))
+        return max(self.columns, padded_width(head_dim))
 
 
 @dataclass(frozen=True)
@@ -105,90 +113,90 @@ _Table = dict[int, dict[Kernel, Row]]
 _HOPPER: _Table = {
     64: {
         "forward": (128, 64, 8, 4),
-        "query": (128, 64, 8, 3),
-        "down": (128, 128, 8, 3),
-        "up": (64, 128, 8, 3),
+        "dq": (128, 64, 8, 3),
+        "dv": (128, 128, 8, 3),
+        "dk_du": (64, 128, 8, 3),
     },
     128: {
         "forward": (128, 64, 8, 4),
-        "query": (128, 64, 8, 3),
-        "down": (64, 128, 8, 3),
-        "up": (32, 64, 4, 3),
+        "dq": (128, 64, 8, 3),
+        "dv": (64, 128, 8, 3),
+        "dk_du": (32, 64, 4, 3),
     },
     256: {
         "forward": (128, 32, 8, 3),
-        "query": (128, 32, 8, 2),
-        "down": (32, 64, 4, 3),
-        "up": (32, 64, 4, 3),
+        "dq": (128, 32, 8, 2),
+        "dv": (32, 64, 4, 3),
+        "dk_du": (32, 64, 4, 3),
     },
 }
 _BLACKWELL: _Table = _HOPPER | {
-    128: _HOPPER[128] | {"down": (64, 128, 8, 2)},  # a third stage spills with Triton 3.6
+    128: _HOPPER[128] | {"dv": (64, 128, 8, 2)},  # a third stage spills with Triton 3.6
     256: {
         "forward": (128, 32, 8, 3),
-        "query": (64, 32, 4, 2),
-        "down": (32, 128, 8, 2),
-        "up": (32, 64, 8, 2),
+        "dq": (64, 32, 4, 2),
+        "dv": (32, 128, 8, 2),
+        "dk_du": (32, 64, 8, 2),
     },
 }
 _AMPERE: _Table = {
     64: {
         "forward": (128, 64, 8, 3),
-        "query": (64, 64, 4, 3),
-        "down": (64, 128, 8, 3),
-        "up": (64, 64, 4, 2),
+        "dq": (64, 64, 4, 3),
+        "dv": (64, 128, 8, 3),
+        "dk_du": (64, 64, 4, 2),
     },
     128: {
         "forward": (128, 64, 8, 2),
-        "query": (64, 32, 4, 2),
-        "down": (64, 128, 8, 2),
-        "up": (64, 64, 8, 2),
+        "dq": (64, 32, 4, 2),
+        "dv": (64, 128, 8, 2),
+        "dk_du": (64, 64, 8, 2),
     },
     256: {
         "forward": (64, 32, 4, 2),
-        "query": (64, 32, 8, 2),
-        "down": (32, 64, 8, 2),
-        "up": (16, 64, 8, 2),
+        "dq": (64, 32, 8, 2),
+        "dv": (32, 64, 8, 2),
+        "dk_du": (16, 64, 8, 2),
     },
 }
 _SMALL_AMPERE: _Table = {
     64: {
         "forward": (128, 32, 4, 3),
-        "query": (64, 32, 4, 3),
-        "down": (64, 64, 4, 3),
-        "up": (64, 64, 8, 2),
+        "dq": (64, 32, 4, 3),
+        "dv": (64, 64, 4, 3),
+        "dk_du": (64, 64, 8, 2),
     },
     128: {
         "forward": (64, 32, 4, 3),
-        "query": (64, 32, 8, 2),
-        "down": (64, 64, 8, 2),
-        "up": (32, 64, 8, 2),
+        "dq": (64, 32, 8, 2),
+        "dv": (64, 64, 8, 2),
+        "dk_du": (32, 64, 8, 2),
     },
     256: {
         "forward": (64, 16, 4, 2),
-        "query": (32, 16, 4, 2),
-        "down": (16, 32, 4, 2),
-        "up": (16, 32, 4, 2),
+        "dq": (32, 16, 4, 2),
+        "dv": (16, 32, 4, 2),
+        "dk_du": (16, 32, 4, 2),
     },
 }
 _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll into registers
     64: {
         "forward": (32, 32, 8, 2),
-        "query": (32, 32, 8, 2),
-        "down": (32, 32, 8, 2),
-        "up": (32, 32, 8, 2),
+        "dq": (32, 32, 8, 2),
+        "dv": (32, 32, 8, 2),
+        "dk_du": (32, 32, 8, 2),
     },
     128: {
         "forward": (32, 16, 8, 2),
-        "query": (32, 16, 8, 2),
-        "down": (16, 32, 8, 2),
-        "up": (16, 32, 8, 2),
+        "dq": (32, 16, 8, 2),
+        "dv": (16, 32, 8, 2),
+        "dk_du": (16, 32, 8, 2),
     },
     256: {
         "forward": (32, 16, 8, 2),
-        "query": (16, 16, 8, 2),
-        "down": (16, 16, 8, 2),
-        "up": (16, 16, 8, 2),
+        "dq": (16, 16, 8, 2),
+        "dv": (16, 16, 8, 2),
+        "dk_du": (16, 16, 8, 2),
     },
 }
 
@@ -202,17 +210,17 @@ _HOPPER_FORWARD = {  # by padded head width; one that is not here goes to plain 
 _HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded head width, as above
-    "query": {
+    "dq": {
         **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 64, 5)),
         128: HopperBackwardTile(128, 64, 3),
     },
     # Never as many tokens as columns of the head: the assembler then lets two operands of the
     # products, of equal shape, share registers, though one of them lives on.
-    "down": {
+    "dv": {
         **dict.fromkeys((16, 32, 64), HopperBackwardTile(128, 128, 4)),
         128: HopperBackwardTile(64, 128, 4),
     },
-    "up": {
+    "dk_du": {
         **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 3)),
         128: HopperBackwardTile(64, 128, 3),
     },
@@ -225,7 +233,7 @@ def select(
 ) -> Choice:
     """The kernel that runs where strides allow it: a family's, or else plain Triton's.
 
-    Of the query kernel, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
+    Of the kernel of dQ, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
     forward's result, if it is not that of q. `row` stands in for the tables' row of plain Triton.
     """
     own = specialised(kernel, sizes, out_dtype=out_dtype)
@@ -258,7 +266,7 @@ def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
     bm, bf, warps, stages = row
     bf = _shrink(bf, hidden)
     parts = 1
-    if kernel in ("down", "up"):
+    if kernel in ("dv", "dk_du"):
         bm = _shrink(bm, tokens)
         # These own hidden units: a padded row costs as much as a real one.
         if bf > 64 and -(-hidden // bf) * bf > 1.2 * hidden:
@@ -307,16 +315,16 @@ def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
     return tile if tile is not None and tile.hidden == 64 else None
 
 
-def _hopper_query(sizes: Sizes) -> HopperBackwardTile | None:
-    return None if sizes.routed and sizes.biased[2] else _hopper_backward("query", sizes)
+def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
+    return None if sizes.routed and sizes.biased[2] else _hopper_backward("dq", sizes)
 
 
-def _hopper_down(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("down", sizes)
+def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("dv", sizes)
 
 
-def _hopper_up(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("up", sizes)
+def _hopper_dk_du(sizes: Sizes) -> HopperBackwardTile | None:
+    return _hopper_backward("dk_du", sizes)
 
 
 def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
@@ -333,9 +341,9 @@ _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
     "hopper": {
         "forward": _hopper_forward,
         "normed_forward": _hopper_normed_forward,
-        "query": _hopper_query,
-        "down": _hopper_down,
-        "up": _hopper_up,
+        "dq": _hopper_dq,
+        "dv": _hopper_dv,
+        "dk_du": _hopper_dk_du,
     },
 }
 
@@ -348,13 +356,13 @@ def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:
     return [_row(table, kernel, sizes.head_dim) for table in tables]
 
 
-def padded_width(width: int) -> int:
+def padded_width(head_dim: int) -> int:
     """The block extent of the head width: a power of two that a matrix instruction takes."""
-    return max(_SMALLEST, 1 << (width - 1).bit_length())
+    return max(_SMALLEST, 1 << (head_dim - 1).bit_length())
 
 
-def _row(table: _Table, kernel: Kernel, width: int) -> Row:
-    return table[max(64, padded_width(width))][kernel]
+def _row(table: _Table, kernel: Kernel, head_dim: int) -> Row:
+    return table[max(64, padded_width(head_dim))][kernel]
 
 
 def _table(itemsize: int, capability: tuple[int, int]) -> _Table:

@@ -22,68 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes of one MH-FFN. ``batch`` and ``length`` are None where they are dynamic.
+    """One MH-FFN: its sizes, and what else is known of the calls.
 
+    Where the number of tokens is ``dynamic``, ``sizes`` has many: there rewriting matters.
     ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many as there
     are modules in a list. The original spelling runs a product for each of them; for the op they
     are copied together before each call.
     """
 
-    batch: int | None
-    length: int | None
-    heads: int
-    kuv_heads: int
-    head_dim: int
-    experts: int
-    expert_dim: int
-    gated: bool
-    routed: bool
-    biased: tuple[bool, bool, bool]  # gate, up, down
+    sizes: Sizes  # of no card
     activation: str
-    dtype: torch.dtype
     out_dtype: torch.dtype
     device: torch.device
     training: bool
+    dynamic: bool = False
     pieces: tuple[int, int, int] = (1, 1, 1)  # gate, up, down
     captured: bool = False  # launched from a CUDA graph, where the host costs nothing
-
-    @property
-    def tokens(self) -> int | None:
-        if self.batch is None or self.length is None:
-            return None
-        return self.batch * self.length
 
     @property
     def products(self) -> tuple[int, ...]:
         """The pieces of each product of the forward pass: gate, up if there is one, down."""
         gate, up, down = self.pieces
-        return (gate, up, down) if self.gated else (gate, down)
+        return (gate, up, down) if self.sizes.gated else (gate, down)
 
     @property
     def copied(self) -> int:
         """How many of gate, up and down are copied together before each call."""
         return sum(pieces > 1 for pieces in self.products)
 
-    @property
-    def weight_shape(self) -> tuple[int, int, int, int]:
-        return (self.kuv_heads, self.experts, self.expert_dim, self.head_dim)
-
-    def sizes(self, capability: tuple[int, int], interpreted: bool = False) -> Sizes:
-        """What a kernel is chosen by, on such a card; dynamic tokens are taken to be many."""
-        return Sizes(
-            tokens=MANY_TOKENS if self.tokens is None else self.tokens,
-            heads=self.heads,
-            groups=self.kuv_heads,
-            head_dim=self.head_dim,
-            sub_networks=self.experts,
-            hidden=self.expert_dim,
-            gated=self.gated,
-            routed=self.routed,
-            biased=self.biased,
-            dtype=self.dtype,
-            capability=capability,
-            interpreted=interpreted,
-        )
+    def sizes_on(self, capability: tuple[int, int], interpreted: bool = False) -> Sizes:
+        """What a kernel is chosen by on such a card."""
+        return self.sizes._replace(capability=capability, interpreted=interpreted)
 
 
 def trial_run(workload: Workload) -> None:
@@ -97,7 +66,7 @@ def trial_run(workload: Workload) -> None:
     """
     if workload.device.type == "cpu":
         return
-    tokens = min(workload.tokens or TRIAL_TOKENS, TRIAL_TOKENS)
+    tokens = min(workload.sizes.tokens or TRIAL_TOKENS, TRIAL_TOKENS)
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=workload.device)
@@ -127,7 +96,7 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
 
     kernels: list[Kernel] = ["forward"]
     if workload.training:
-        kernels += ["query", "down", "up"]
+        kernels += ["dq", "dv", "dk_du"]
     keys = [tuning_key(kernel, workload) for kernel in kernels]
     with torch.no_grad(), torch.cuda.device(workload.device):
         search.tune(keys, lambda: _plain_runs(workload, kernels), folder, say)
@@ -138,7 +107,7 @@ def tuning_key(kernel: Kernel, workload: Workload) -> TuningKey:
     from .kernels.tuning.store import TuningKey
 
     device = workload.device
-    sizes = workload.sizes(capability(device), interpreted())
+    sizes = workload.sizes_on(capability(device), interpreted())
     return TuningKey.of(kernel, sizes, workload.activation, device)
 
 
@@ -154,32 +123,32 @@ def _plain_runs(workload: Workload, kernels: list[Kernel]) -> dict[Kernel, Run]:
         x = torch.randn(shape, generator=generator, device=workload.device)
         return (x * shape[-1] ** -0.5).to(dtype)
 
-    tokens = min(workload.tokens or MANY_TOKENS, MANY_TOKENS)
+    tokens = min(workload.sizes.tokens or MANY_TOKENS, MANY_TOKENS)
     problem = _problem(workload, tokens, random)
     out = torch.empty_like(problem.q, dtype=workload.out_dtype)
-    grad_out = random(*problem.q.shape, dtype=workload.dtype)
+    grad_out = random(*problem.q.shape, dtype=workload.sizes.dtype)
     return plain_runs(problem, out, grad_out, kernels)
 
 
 def _problem(workload: Workload, tokens: int, make: Callable[..., Tensor]) -> Problem:
     """The op's arguments for one sequence of `tokens` tokens."""
-    w = workload
-    groups, experts, hidden, width = w.weight_shape
-    gate_bias, up_bias, down_bias = w.biased
+    s = workload.sizes
+    groups, sub_networks, hidden, head_dim = s.weight_shape
+    gate_bias, up_bias, down_bias = s.biased
     return Problem(
-        q=make(1, tokens, w.heads, width, dtype=w.dtype),
-        k=make(*w.weight_shape, dtype=w.dtype),
-        u=make(*w.weight_shape, dtype=w.dtype) if w.gated else None,
-        v=make(*w.weight_shape, dtype=w.dtype),
-        r=make(1, tokens, w.heads, experts, dtype=torch.float32) if w.routed else None,
-        k_bias=make(groups, experts, hidden, dtype=w.dtype) if gate_bias else None,
-        u_bias=make(groups, experts, hidden, dtype=w.dtype) if up_bias else None,
-        v_bias=make(groups, experts, width, dtype=w.dtype) if down_bias else None,
-        activation=w.activation,
+        q=make(1, tokens, s.heads, head_dim, dtype=s.dtype),
+        k=make(*s.weight_shape, dtype=s.dtype),
+        u=make(*s.weight_shape, dtype=s.dtype) if s.gated else None,
+        v=make(*s.weight_shape, dtype=s.dtype),
+        r=make(1, tokens, s.heads, sub_networks, dtype=torch.float32) if s.routed else None,
+        k_bias=make(groups, sub_networks, hidden, dtype=s.dtype) if gate_bias else None,
+        u_bias=make(groups, sub_networks, hidden, dtype=s.dtype) if up_bias else None,
+        v_bias=make(groups, sub_networks, head_dim, dtype=s.dtype) if down_bias else None,
+        activation=workload.activation,
     )
 
 
 def unsupported(workload: Workload) -> str | None:
     """Why the op does not take this workload on its device; None if it does."""
-    w = workload
-    return device_objection(w.device, w.dtype, w.head_dim, w.out_dtype)
+    s = workload.sizes
+    return device_objection(workload.device, s.dtype, s.head_dim, workload.out_dtype)

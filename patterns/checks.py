@@ -40,7 +40,7 @@ class Roles:
     tokens: tuple[Axis, ...]
     groups: tuple[Axis, ...]  # heads that have weights of their own
     sharers: tuple[Axis, ...]  # heads that share the weights of their group
-    experts: tuple[Axis, ...]
+    sub_networks: tuple[Axis, ...]
     hidden: tuple[Axis, ...]
     width: tuple[Axis, ...]  # contracted by gate and up
     out_width: tuple[Axis, ...]
@@ -108,15 +108,15 @@ def _uncast(value: Value) -> Value:
 def assign_roles(term: Term, root: Index) -> Roles:
     gate, up, down = term.gate, term.up, term.down
     width = leaves(gate.contracted)
-    summed = leaves(term.hidden) + leaves(term.experts)
+    summed = leaves(term.hidden) + leaves(term.sub_networks)
     query = axes_of(gate.query.index)
     weights = axes_of(gate.weight.index) | (set() if up is None else axes_of(up.weight.index))
     weights |= axes_of(down.index) & query
     routed = set().union(*(axes_of(router.index) for router in term.routers))
-    own_experts = set(leaves(term.experts))
-    experts = tuple(a for a in summed if a in own_experts or a in routed)
-    hidden = tuple(a for a in summed if a not in experts)
-    _check_query(term, set(width), set(experts), set(hidden))
+    own_sub_networks = set(leaves(term.sub_networks))
+    sub_networks = tuple(a for a in summed if a in own_sub_networks or a in routed)
+    hidden = tuple(a for a in summed if a not in sub_networks)
+    _check_query(term, set(width), set(sub_networks), set(hidden))
 
     order = [axis for form in root for axis in form.axes()]
     groups = {a for a in order if a in weights}
@@ -132,18 +132,18 @@ def assign_roles(term: Term, root: Index) -> Roles:
         tokens=tuple(a for a in tokens if a not in inside),
         groups=in_reading_order(tuple(groups), gate.weight.index),
         sharers=in_reading_order(sharers, gate.query.index),
-        experts=in_reading_order(experts, down.index),
+        sub_networks=in_reading_order(sub_networks, down.index),
         hidden=down_order,
         width=in_reading_order(width, gate.query.index),
         out_width=tuple(a for a in out_width if a.size != 1),
     )
 
 
-def _check_query(term: Term, width: set[Axis], experts: set[Axis], hidden: set[Axis]) -> None:
+def _check_query(term: Term, width: set[Axis], sub_networks: set[Axis], hidden: set[Axis]) -> None:
     query = term.gate.query
     read = real(axes_of(query.index))
     scaled = query.value.op is torch.ops.aten.mul.Tensor and not real(hidden) <= read
-    if read & experts or (read & hidden and scaled):
+    if read & sub_networks or (read & hidden and scaled):
         raise Declined(Kind.ROUTER_ON_INPUT, node=query.value.origin)
     if read & hidden or not real(width) <= read:
         raise Declined(Kind.UNPAIRED_BRANCHES, node=query.value.origin)
@@ -170,7 +170,7 @@ def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis
 def check_weights(term: Term, roles: Roles) -> None:
     """The weights depend on heads, sub-networks, hidden units and width, and on nothing else."""
     gate, up, down = term.gate, term.up, term.down
-    inner = real(roles.groups) | real(roles.experts) | real(roles.hidden)
+    inner = real(roles.groups) | real(roles.sub_networks) | real(roles.hidden)
     for operand, width in (
         (gate.weight, roles.width),
         (None if up is None else up.weight, roles.width),
@@ -185,7 +185,9 @@ def check_weights(term: Term, roles: Roles) -> None:
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, term.gate.query.value):
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
-    if not all(isinstance(a.size, int) for a in (*roles.groups, *roles.experts, *roles.hidden)):
+    if not all(
+        isinstance(a.size, int) for a in (*roles.groups, *roles.sub_networks, *roles.hidden)
+    ):
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
     if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
         detail = "they differ along two dimensions of the tokens"
@@ -194,10 +196,12 @@ def check_weights(term: Term, roles: Roles) -> None:
 
 def check_router(term: Term, roles: Roles) -> None:
     """A router weight depends on token, head and sub-network alone."""
-    if roles.experts and product(axis.size for axis in roles.hidden) == 1:
+    if roles.sub_networks and product(axis.size for axis in roles.hidden) == 1:
         detail = "a factor differs between the hidden units"
         raise Declined(Kind.UNKNOWN_OPERATION, detail, term.value.origin)
-    allowed = real(roles.tokens) | real(roles.groups) | real(roles.sharers) | real(roles.experts)
+    allowed = (
+        real(roles.tokens) | real(roles.groups) | real(roles.sharers) | real(roles.sub_networks)
+    )
     for router in term.routers:
         if not real(axes_of(router.index)) <= allowed:
             detail = "a factor differs between the hidden units or output features of a head"
@@ -208,7 +212,7 @@ def check_router(term: Term, roles: Roles) -> None:
 
 def check_biases(term: Term, roles: Roles) -> None:
     """A bias depends on head, sub-network and its own feature alone."""
-    shared = real(roles.groups) | real(roles.experts)
+    shared = real(roles.groups) | real(roles.sub_networks)
     for bias, features in (
         (term.gate.bias, roles.hidden),
         (None if term.up is None else term.up.bias, roles.hidden),
@@ -227,7 +231,7 @@ def check_widths(roles: Roles) -> None:
 
 
 def check_multi_head(roles: Roles) -> None:
-    many = (*roles.groups, *roles.sharers, *roles.experts)
+    many = (*roles.groups, *roles.sharers, *roles.sub_networks)
     if product(axis.size for axis in many) == 1:
         raise Declined(Kind.PLAIN_FFN)
 
@@ -478,7 +482,7 @@ def _site(
     gate, up = term.gate, term.up
     batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
     heads = (*roles.groups, *roles.sharers)
-    per_unit = (roles.groups, roles.experts, roles.hidden)
+    per_unit = (roles.groups, roles.sub_networks, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)
 
     def view(operand: Operand | None, dims: tuple[tuple[Axis, ...], ...], scale: float = 1.0):  # type: ignore[no-untyped-def]
@@ -490,10 +494,12 @@ def _site(
         gate=view(gate.weight, (*per_unit, roles.width)),
         up=None if up is None else view(up.weight, (*per_unit, roles.width)),
         down=view(term.down, (*per_unit, roles.out_width)),
-        routers=tuple(view(r, (batch, length, heads, roles.experts)) for r in term.routers),
+        routers=tuple(view(r, (batch, length, heads, roles.sub_networks)) for r in term.routers),
         gate_bias=view(gate.bias, per_unit, gate.bias_scale),
         up_bias=None if up is None else view(up.bias, per_unit, up.bias_scale),
-        down_bias=view(term.bias, (roles.groups, roles.experts, roles.out_width), term.bias_scale),
+        down_bias=view(
+            term.bias, (roles.groups, roles.sub_networks, roles.out_width), term.bias_scale
+        ),
         residual=None
         if term.residual is None
         else view(term.residual.operand, output_dims, term.residual.scale),
@@ -502,10 +508,10 @@ def _site(
         up_scale=1.0 if up is None else up.scale,
         out_scale=term.scale,
         heads=_int(sizes["groups"]) * _int(sizes["sharers"]),
-        kuv_heads=_int(sizes["groups"]),
+        groups=_int(sizes["groups"]),
         head_dim=_int(sizes["width"]),
-        experts=_int(sizes["experts"]),
-        expert_dim=_int(sizes["hidden"]),
+        sub_networks=_int(sizes["sub_networks"]),
+        hidden=_int(sizes["hidden"]),
         tokens=(product(a.size for a in batch), product(a.size for a in length)),
         dtype=gate.value.dtype,
         out_dtype=root.dtype,
@@ -520,7 +526,7 @@ def _site(
 
 
 def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:
-    names = ("groups", "sharers", "width", "experts", "hidden")
+    names = ("groups", "sharers", "width", "sub_networks", "hidden")
     return [(name, getattr(roles, name)) for name in names]
 
 

@@ -386,7 +386,7 @@ class _Reader:
             bias_scale=1.0,
             routers=(*(units.leaf(symbol) for symbol in meaning.factors), *factors),
             hidden=contraction.summed,
-            experts=(),
+            sub_networks=(),
             scale=meaning.scale * contraction.scale,
             value=contraction.value,
         )
@@ -562,13 +562,18 @@ def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
         router_axes = frozenset().union(*(_axes(router.index) for router in term.routers))
         if not all(_leaves_of({axis}) <= bias_axes | router_axes for axis in axes):
             raise Declined(Kind.UNSUPPORTED_LAYOUT, "a bias is summed", term.value.origin)
-    return replace(term, experts=(*term.experts, *axes))
+    return replace(term, sub_networks=(*term.sub_networks, *axes))
 
 
 def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     """Add a bias; it must be inside of everything that routers and sums have done to the term."""
     weights = _axes(term.gate.weight.index) | _axes(term.down.index)
-    if term.bias is not None or term.routers or term.experts or not _axes(bias.index) <= weights:
+    if (
+        term.bias is not None
+        or term.routers
+        or term.sub_networks
+        or not _axes(bias.index) <= weights
+    ):
         raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)
 

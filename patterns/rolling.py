@@ -43,7 +43,7 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """``scale * sum over hidden and experts of routers * (act(gate) * up * down + bias)``.
+    """``scale * sum over hidden and sub_networks of routers * (act(gate) * up * down + bias)``.
 
     And at last, outside of all that, ``+ residual``.
     """
@@ -56,7 +56,7 @@ class Term:
     bias_scale: float
     routers: tuple[Operand, ...]
     hidden: tuple[Axis, ...]  # summed by the down projection
-    experts: tuple[Axis, ...]  # summed outside of it
+    sub_networks: tuple[Axis, ...]  # summed outside of it
     scale: float
     value: Value  # the down projection
     residual: Residual | None = None
@@ -105,7 +105,7 @@ def join_sum(terms: Sequence[Term]) -> Term:
     ordered = sorted(terms, key=_weight_offset)  # addition commutes: find the order of storage
     axis = Axis(len(terms))
     joined = _join(ordered, axis_form(axis))
-    return replace(joined, experts=(axis, *joined.experts))
+    return replace(joined, sub_networks=(axis, *joined.sub_networks))
 
 
 def join_pieces(terms: Sequence[Term], position: Affine) -> Term:
@@ -160,7 +160,7 @@ def _inner_axes(term: Term) -> list[tuple[Axis, ...]]:
         in_reading_order(gate.contracted, gate.query.index),
         () if up is None else in_reading_order(up.contracted, up.query.index),
         in_reading_order(term.hidden, term.down.index),
-        in_reading_order(term.experts, term.down.index),
+        in_reading_order(term.sub_networks, term.down.index),
     ]
 
 

@@ -135,14 +135,14 @@ def _proved(
     of_query, of_weight = axes_of(query.index), axes_of(weight.index)
     tokens = tuple(a for a in order if a in of_query and a not in of_weight)
     heads = tuple(a for a in order if a in of_query and a in of_weight)
-    networks = tuple(a for a in order if a not in of_query and a in of_weight)
-    named = real((*tokens, *heads, *networks))
+    sub_networks = tuple(a for a in order if a not in of_query and a in of_weight)
+    named = real((*tokens, *heads, *sub_networks))
     if (
         not real(width) <= of_query & of_weight
         or real(order) != named
         or not real(of_query | of_weight) <= named | width
         or not (tokens or site.query.shape[:2] == (1, 1))
-        or not all(isinstance(axis.size, int) for axis in (*width, *heads, *networks))
+        or not all(isinstance(axis.size, int) for axis in (*width, *heads, *sub_networks))
         or root.memory_order() is None
     ):
         return None
@@ -171,7 +171,7 @@ def _proved(
     output_dims = tuple(form.axes() for form in index)
     return RouterProduct(
         query=TensorView(query.value, query.index, (batch, length, heads, inner)),
-        weight=TensorView(weight.value, weight.index, (heads, inner, networks)),
+        weight=TensorView(weight.value, weight.index, (heads, inner, sub_networks)),
         bias=None if bias is None else TensorView(bias.value, bias.index, output_dims),
         output=root,
         output_node=node,

@@ -58,10 +58,11 @@ class Location:
 class Site:
     """One MH-FFN: the op's arguments, and the value of the graph that it produces.
 
-    Shapes of the views, with tokens (B, L), heads H, kuv heads G, sub-networks E, hidden units f
-    and head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``; routers
-    ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``; down_bias
-    ``(G, E, d)``. The residual has the dimensions of the output; it is added after the op.
+    Shapes of the views, with tokens (B, L), heads H in G groups that share weights, sub-networks E,
+    hidden units f and head width d: query ``(B, L, H, d)``; gate, up, down ``(G, E, f, d)``;
+    routers ``(B, L, H, E)``, to be multiplied with each other; gate_bias, up_bias ``(G, E, f)``;
+    down_bias ``(G, E, d)``. The residual has the dimensions of the output; it is added after the
+    op.
     """
 
     query: TensorView
@@ -80,10 +81,10 @@ class Site:
     out_scale: float
 
     heads: int
-    kuv_heads: int
+    groups: int
     head_dim: int
-    experts: int
-    expert_dim: int
+    sub_networks: int
+    hidden: int
     tokens: tuple[Size, Size]  # (B, L)
     dtype: torch.dtype  # of the projections
     out_dtype: torch.dtype
@@ -106,7 +107,7 @@ class Site:
         return self.up is not None
 
     @property
-    def has_gate(self) -> bool:
+    def routed(self) -> bool:
         """Whether sub-networks are weighted per token (the paper's R)."""
         return bool(self.routers)
 

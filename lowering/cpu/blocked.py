@@ -33,7 +33,7 @@ _TOKENS = 256
 class _Units:
     """A block of hidden units: those of whole sub-networks, or a part of those of one."""
 
-    networks: slice
+    sub_networks: slice
     columns: slice  # the same units among the columns of [E * f]
 
 
@@ -44,7 +44,7 @@ class _Blocks:
     batch: int
     length: int
     groups: int
-    networks: int
+    sub_networks: int
     units: int
 
 
@@ -56,21 +56,21 @@ def _even(total: int, limit: int) -> int:
 
 def _cut(q: Tensor, k: Tensor, compute: torch.dtype, elements: int) -> _Blocks:
     batch, length = q.shape[:2]
-    groups, networks, units, width = k.shape
+    groups, sub_networks, units, head_dim = k.shape
     budget = elements * torch.get_num_threads()
     tokens = min(batch * length, _TOKENS)
-    converted = networks * units * width
+    converted = sub_networks * units * head_dim
     if units * tokens > budget:
-        networks, units = 1, _even(units, budget // tokens)
+        sub_networks, units = 1, _even(units, budget // tokens)
     else:
-        networks = _even(networks, budget // (tokens * units))
-    limit = budget // (tokens * networks * units)
+        sub_networks = _even(sub_networks, budget // (tokens * units))
+    limit = budget // (tokens * sub_networks * units)
     if k.dtype != compute:  # the weights of a block of groups are converted together
         limit = min(limit, 4 * budget // converted)
     groups = _even(groups, limit)
-    tokens = budget // (groups * networks * units)
+    tokens = budget // (groups * sub_networks * units)
     length = _even(length, tokens)
-    return _Blocks(_even(batch, tokens // length), length, groups, networks, units)
+    return _Blocks(_even(batch, tokens // length), length, groups, sub_networks, units)
 
 
 def _slices(total: int, step: int) -> list[slice]:
@@ -87,9 +87,9 @@ def _token_blocks(x: Tensor, groups: slice, blocks: _Blocks) -> Iterator[tuple[i
 
 
 def _unit_blocks(k: Tensor, blocks: _Blocks) -> list[_Units]:
-    networks, units = k.shape[1:3]
+    sub_networks, units = k.shape[1:3]
     found = []
-    for network in _slices(networks, blocks.networks):
+    for network in _slices(sub_networks, blocks.sub_networks):
         for unit in _slices(units, blocks.units):
             first = network.start * units + unit.start
             count = (network.stop - network.start) * (unit.stop - unit.start)
@@ -145,16 +145,16 @@ class _Scratch:
         columns = units.columns.stop - units.columns.start
         key = (name, rows.shape, columns)
         if key not in self.views:
-            networks = units.networks.stop - units.networks.start
+            sub_networks = units.sub_networks.stop - units.sub_networks.start
             flat = self._view(name, *rows.shape[:2], columns)
-            self.views[key] = _Hidden(flat, flat.unflatten(2, (networks, -1)))
+            self.views[key] = _Hidden(flat, flat.unflatten(2, (sub_networks, -1)))
         return self.views[key]
 
     def weights_of_networks(self, r: Tensor, units: _Units) -> Tensor:
         """The part of the scratch rows r [G', T', E] for these networks, as [G', T', E', 1]."""
-        key = (r.shape, units.networks.start, units.networks.stop)
+        key = (r.shape, units.sub_networks.start, units.sub_networks.stop)
         if key not in self.views:
-            self.views[key] = r[..., units.networks, None]
+            self.views[key] = r[..., units.sub_networks, None]
         return self.views[key]
 
     def _view(self, name: str, *shape: int) -> Tensor:
@@ -314,7 +314,7 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     The hidden activations are recomputed block by block; nothing of the forward pass is read.
     """
     compute = torch.promote_types(problem.q.dtype, torch.float32)
-    groups, networks, units, width = problem.k.shape
+    groups, sub_networks, units, head_dim = problem.k.shape
     phi = ACTIVATIONS[problem.activation]
     blocks = _cut(problem.q, problem.k, compute, _BACKWARD_ELEMENTS)
     unit_blocks = _unit_blocks(problem.k, blocks)
@@ -335,17 +335,17 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
         count = some.stop - some.start
         sums = _Sums(
-            k=zeros(gradients.k, count, width, networks * units),
-            u=zeros(gradients.u, count, width, networks * units),
-            v=zeros(gradients.v, count, width, networks * units),
-            k_bias=zeros(gradients.k_bias, count, 1, networks * units),
-            u_bias=zeros(gradients.u_bias, count, 1, networks * units),
-            v_bias=zeros(gradients.v_bias, count, networks, width),
+            k=zeros(gradients.k, count, head_dim, sub_networks * units),
+            u=zeros(gradients.u, count, head_dim, sub_networks * units),
+            v=zeros(gradients.v, count, head_dim, sub_networks * units),
+            k_bias=zeros(gradients.k_bias, count, 1, sub_networks * units),
+            u_bias=zeros(gradients.u_bias, count, 1, sub_networks * units),
+            v_bias=zeros(gradients.v_bias, count, sub_networks, head_dim),
         )
         for index in _token_blocks(q, some, blocks):
             part = q[index]
-            dq = None if grad_q is None else scratch.rows("dq", part.shape, width)
-            dr = None if grad_r is None else scratch.rows("dr", part.shape, networks)
+            dq = None if grad_q is None else scratch.rows("dq", part.shape, head_dim)
+            dr = None if grad_r is None else scratch.rows("dr", part.shape, sub_networks)
             block = _Block(
                 q=_matrices(part, "q", scratch),
                 g=(_matrices if out_scale == 1 else _pack)(g[index], "g", scratch),
@@ -368,7 +368,7 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
             (gradients.v, sums.v),
         ):
             if gradient is not None and total is not None:
-                gradient[some].copy_(total.transpose(1, 2).unflatten(1, (networks, units)))
+                gradient[some].copy_(total.transpose(1, 2).unflatten(1, (sub_networks, units)))
         for gradient, total in (
             (gradients.k_bias, sums.k_bias),
             (gradients.u_bias, sums.u_bias),
@@ -437,7 +437,7 @@ def _differentiate(
         act.flat.mul_(up.flat)  # the product of both branches
     if block.dr is not None:
         torch.mul(d.flat, act.flat if w.u is None else up.flat, out=up.flat)
-        block.dr[..., w.units.networks].add_(up.by_network.sum(dim=3))
+        block.dr[..., w.units.sub_networks].add_(up.by_network.sum(dim=3))
     if sums.v is not None:
         if r is not None:
             act.by_network.mul_(r)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..problem import Gradients, NormedRouter, Problem
 from ..tiles import Choice, Kernel, portable, specialised
 from .operands import token_axes, tokens_innermost
-from .plain.backward import run_down, run_down_bias, run_query, run_up
+from .plain.backward import run_dk_du, run_dq, run_dv, run_dv_bias
 from .plain.forward import run_forward
 from .plain.norm_router import run_norm_and_route
 from .replay import repeat
@@ -108,19 +108,19 @@ def _run_forward(problem: Problem, out: Tensor) -> None:
 def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it.
 
-    The query kernel comes last: dQ may lie where the other kernels read dOut.
+    The kernel of dQ comes last: dQ may lie where the other kernels read dOut.
     """
     tensors = (grad_out, gradients)
-    if gradients.v is not None and not specialised_backward("down", problem, *tensors):
-        _run_plain("down", problem, run_down, *tensors)
-    up = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
-    if any(x is not None for x in up) and not specialised_backward("up", problem, *tensors):
-        _run_plain("up", problem, run_up, *tensors)
+    if gradients.v is not None and not specialised_backward("dv", problem, *tensors):
+        _run_plain("dv", problem, run_dv, *tensors)
+    dk_du = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
+    if any(x is not None for x in dk_du) and not specialised_backward("dk_du", problem, *tensors):
+        _run_plain("dk_du", problem, run_dk_du, *tensors)
     if gradients.v_bias is not None:
-        _run_plain("down", problem, run_down_bias, *tensors)
-    query = (gradients.q, gradients.r)
-    if any(x is not None for x in query) and not specialised_backward("query", problem, *tensors):
-        _run_plain("query", problem, run_query, *tensors)
+        _run_plain("dv", problem, run_dv_bias, *tensors)
+    dq = (gradients.q, gradients.r)
+    if any(x is not None for x in dq) and not specialised_backward("dq", problem, *tensors):
+        _run_plain("dq", problem, run_dq, *tensors)
 
 
 def _run_plain(kernel: Kernel, problem: Problem, run: Any, *tensors: Any) -> None:

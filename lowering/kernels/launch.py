@@ -15,13 +15,13 @@ from .replay import current_device, record
 
 def parameters(problem: Problem, axes: TokenAxes, tile: Tile) -> dict[str, Any]:
     """The parameters of a kernel that are not operands."""
-    groups, networks, hidden, width = problem.k.shape
+    groups, sub_networks, hidden, head_dim = problem.k.shape
     return {
         "B": axes.batch,
         "L": axes.length,
-        "E": networks,
+        "E": sub_networks,
         "F": hidden,
-        "D": width,
+        "D": head_dim,
         "HEADS_PER_GROUP": problem.q.shape[2] // groups,
         "ACTIVATION": problem.activation,
         "K_SCALE": problem.k_scale,
@@ -34,7 +34,7 @@ def parameters(problem: Problem, axes: TokenAxes, tile: Tile) -> dict[str, Any]:
         "COMPENSATED": problem.q.dtype == torch.float32,
         "BM": tile.tokens,
         "BF": tile.hidden,
-        "BD": tile.padded_width(width),
+        "BD": tile.padded_width(head_dim),
     }
 
 

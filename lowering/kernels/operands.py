@@ -70,10 +70,10 @@ def token_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
     if x is None:
         return Operand(None, None, "pointer")
     b, l, h, c = axes.strides(x)
-    heads, width = x.shape[2:]
+    heads, head_dim = x.shape[2:]
     if tile.descriptors:
-        shape = [axes.batch, heads, axes.length, width]
-        block = [1, 1, tile.tokens, tile.padded_width(width)]
+        shape = [axes.batch, heads, axes.length, head_dim]
+        block = [1, 1, tile.tokens, tile.padded_width(head_dim)]
         descriptor = _describe(x, shape, [b, h, l, c], block)
         if descriptor is not None:
             return Operand(descriptor, None, "rows")
@@ -85,14 +85,14 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
     if x is None:
         return Operand(None, None, "pointer")
     g, e, f, c = x.stride()
-    groups, networks, hidden, width = x.shape
+    groups, sub_networks, hidden, head_dim = x.shape
     if tile.descriptors:
-        bd = tile.padded_width(width)
-        shape = [groups, networks, hidden, width]
+        bd = tile.padded_width(head_dim)
+        shape = [groups, sub_networks, hidden, head_dim]
         descriptor = _describe(x, shape, [g, e, f, c], [1, 1, tile.hidden, bd])
         if descriptor is not None:
             return Operand(descriptor, None, "rows")
-        shape = [groups, networks, width, hidden]
+        shape = [groups, sub_networks, head_dim, hidden]
         descriptor = _describe(x, shape, [g, e, c, f], [1, 1, bd, tile.hidden])
         if descriptor is not None:
             return Operand(descriptor, None, "columns")
@@ -119,13 +119,15 @@ def tokens_innermost(x: Tensor, merged: bool) -> Tensor:
     there are enough tokens. Fewer are left as they are. `merged` tells whether the other token
     tensors let all sequences be one; if not, each sequence is aligned on its own.
     """
-    batch, length, heads, networks = x.shape
+    batch, length, heads, sub_networks = x.shape
     if batch * length < _WORTH_A_COPY or x.stride(1) == 1:
         return x
     if merged:
-        columns = _aligned_rows(x, (heads, networks), batch * length).unflatten(2, (batch, length))
+        columns = _aligned_rows(x, (heads, sub_networks), batch * length).unflatten(
+            2, (batch, length)
+        )
     else:
-        columns = _aligned_rows(x, (heads, networks, batch), length)
+        columns = _aligned_rows(x, (heads, sub_networks, batch), length)
     return columns.permute(2, 3, 0, 1).copy_(x)  # (B, L, H, E)
 
 

@@ -56,23 +56,23 @@ def split_last_round(tiles: int, iterations: int, programs: int) -> Split:
     return Split(tiles, 1) if parts == 1 else Split(tiles - rest, parts)
 
 
-def share_of_sum(parts: int, tokens: int, width: int, length: int) -> tuple[int, int]:
+def share_of_sum(parts: int, tokens: int, head_dim: int, length: int) -> tuple[int, int]:
     """The parts that a program of the second kernel loads at once, and of how many elements.
 
-    They are so many elements of a tile [tokens, width] as lie side by side, whatever its width.
+    They are so many elements of a tile [tokens, head_dim] as lie side by side, whatever its width.
     What a tile holds beyond the `length` of a sequence, which may be one token, is not read.
     """
     together = min(_MOST_TOGETHER, triton.next_power_of_2(parts))
-    present = triton.next_power_of_2(min(tokens, length) * width)
-    return together, math.gcd(tokens * width, min(_LOADED // together, present))
+    present = triton.next_power_of_2(min(tokens, length) * head_dim)
+    return together, math.gcd(tokens * head_dim, min(_LOADED // together, present))
 
 
 def add_parts(
     partial: Tensor, out: Tensor, axes: TokenAxes, split: Split, tiles: int, scale: float
 ) -> None:
     """Write `scale` times the sums of the parts to their tokens of `out` (B, L, H, d)."""
-    _, tokens, width = partial.shape
-    together, elements = share_of_sum(split.parts, tokens, width, axes.length)
+    _, tokens, head_dim = partial.shape
+    together, elements = share_of_sum(split.parts, tokens, head_dim, axes.length)
     operands = {
         "Part": Operand(partial, None, None),
         "Out": Operand(out, axes.strides(out), None),
@@ -82,14 +82,14 @@ def add_parts(
         "PARTS": split.parts,
         "B": axes.batch,
         "L": axes.length,
-        "D": width,
+        "D": head_dim,
         "SCALE": scale,
         "BM": tokens,
         "TOGETHER": together,
         "ELEMENTS": elements,
     }
     scalars |= early_launch(out.device)
-    shares = triton.cdiv(min(tokens, axes.length) * width, elements)
+    shares = triton.cdiv(min(tokens, axes.length) * head_dim, elements)
     programs = (tiles - split.whole) * shares
     block = Tile(tokens, 1, 1, 1, False)
     launch(add_parts_kernel, programs, block, out.device, operands, scalars)

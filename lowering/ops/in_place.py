@@ -3,9 +3,10 @@ query's gradient in that of the result's gradient, and the router's part of the 
 added to the rest of it.
 
 Each saves a tensor of the query's size. Nothing calls these three by itself: a graph that has been
-differentiated and scheduled knows who reads what, and mhf_compiler/reusing.py puts them where they
-are right. Every kernel reads a tile of what it overwrites before it writes that tile, reads no
-other one, and is the last to read any. What cannot be proved is computed elsewhere and copied.
+differentiated and scheduled knows who reads what, and mhf_compiler/passes/overwrite.py puts them
+where they are right. Every kernel reads a tile of what it overwrites before it writes that tile,
+reads no other one, and is the last to read any. What cannot be proved is computed elsewhere and
+copied.
 
 The gradients that nobody wants come back empty, as PyTorch makes an op that writes to an argument
 functional only if it returns a fixed number of tensors.

@@ -6,8 +6,8 @@ them again with the weights that it returned, and overwrites them once more. Thi
 queries are read and written once, and the router's weights never reach memory. Elsewhere it does
 the one after the other.
 
-Nothing calls it by itself: mhf_compiler/joining.py puts it where a graph has both calls, nobody
-else reads what lies in between, and the machine may have such a kernel.
+Nothing calls it by itself: mhf_compiler/passes/norm_network.py puts it where a graph has both
+calls, nobody else reads what lies in between, and the machine may have such a kernel.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,8 +5,8 @@ as much as the queries or a good part of it, and compute almost nothing. This op
 once, writes the normalised ones in their place, and returns the weights in their final dtype
 (problem.py has the formula).
 
-Nothing calls it by itself: mhf_compiler/norming.py puts it where a graph has all of this and nobody
-else reads what lies in between.
+Nothing calls it by itself: mhf_compiler/passes/norm_router.py puts it where a graph has all of this
+and nobody else reads what lies in between.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,11 +20,11 @@ from ..problem import ROUTINGS, Formula, NormedRouter
 from .common import empty_like_in_order, kernels, overwrite, register
 from .router import check_product, product_on_cpu
 
-__all__ = ["MOST_WIDTH", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
+__all__ = ["MOST_HEAD_DIM", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
-MOST_WIDTH = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
+MOST_HEAD_DIM = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
 
 
 def trial_run(
@@ -63,8 +63,8 @@ def check_normed_router(q: Tensor, router: NormedRouter) -> None:
     """Raise ArgumentError where the ops do not take a norm and a router of such queries."""
     norm_weight, weight, formula = router
     check_product(q, weight)
-    if q.shape[3] > MOST_WIDTH:
-        raise ArgumentError(f"q has heads of width {q.shape[3]}, must have at most {MOST_WIDTH}")
+    if q.shape[3] > MOST_HEAD_DIM:
+        raise ArgumentError(f"q has heads of width {q.shape[3]}, must have at most {MOST_HEAD_DIM}")
     if norm_weight is not None:
         allowed = (tuple(q.shape[3:]), tuple(q.shape[2:]))
         if tuple(norm_weight.shape) not in allowed:

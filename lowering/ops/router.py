@@ -29,8 +29,8 @@ __all__ = ["add_gradients_on_cpu", "check_product", "product_on_cpu", "router_pr
 _PLAIN = "q.float() @ weight"
 _NARROW = (torch.bfloat16, torch.float16)
 _WEIGHTS = (torch.float32, *_NARROW)
-_MOST_NETWORKS = 32  # whose logits the kernels hold beside a head's width
-_MOST_WIDTH = 256
+_MOST_SUB_NETWORKS = 32  # whose logits the kernels hold beside a head's width
+_MOST_HEAD_DIM = 256
 _TOKENS = 4096  # that are widened at once on the CPU
 
 
@@ -59,10 +59,10 @@ def router_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = 
     return torch.ops.mhf_compiler.router_product(q, weight, out_order)
 
 
-def takes(q: torch.dtype, weight: torch.dtype, width: int, networks: int) -> bool:
+def takes(q: torch.dtype, weight: torch.dtype, head_dim: int, sub_networks: int) -> bool:
     """Whether there is a product of such queries and weights."""
     dtypes = q in _NARROW and weight in _WEIGHTS
-    return dtypes and 0 < width <= _MOST_WIDTH and 0 < networks <= _MOST_NETWORKS
+    return dtypes and 0 < head_dim <= _MOST_HEAD_DIM and 0 < sub_networks <= _MOST_SUB_NETWORKS
 
 
 def trial_run(
@@ -75,9 +75,11 @@ def trial_run(
     """
     if device.type == "cpu":
         return
-    groups, width, _ = shape
+    groups, head_dim, _ = shape
     with torch.set_grad_enabled(training):
-        queries = torch.zeros(1, 1, groups, width, dtype=q, device=device, requires_grad=training)
+        queries = torch.zeros(
+            1, 1, groups, head_dim, dtype=q, device=device, requires_grad=training
+        )
         weights = torch.zeros(*shape, dtype=weight, device=device, requires_grad=training)
         out = router_product(queries, weights)
         if training:
@@ -100,7 +102,7 @@ def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = N
         raise ArgumentError(
             f"q is {q.dtype}, must be bfloat16 or float16; weight is {weight.dtype} of shape "
             f"{tuple(weight.shape)}, must be one of these or float32, of width at most "
-            f"{_MOST_WIDTH} and at most {_MOST_NETWORKS} sub-networks"
+            f"{_MOST_HEAD_DIM} and at most {_MOST_SUB_NETWORKS} sub-networks"
         )
     if q.device != weight.device:
         raise ArgumentError(f"weight is on {weight.device}, must be on {q.device} as q")

@@ -120,13 +120,13 @@ def _read(product: fx.Node, memory: Memory) -> _Site:
     Raises:
         Declined: the op cannot replace it.
     """
-    from ..lowering.ops.norm_router import MOST_WIDTH
+    from ..lowering.ops.norm_router import MOST_HEAD_DIM
 
     argument = named_arguments(product)["q"]
     example = _example(argument)
     require(example.device.type in _DEVICES, Obstacle.DEVICE)
     require(example.dtype in _NARROW, Obstacle.DTYPE)
-    require(statically_known_true(example.shape[3] <= MOST_WIDTH), Obstacle.WIDE_HEADS)
+    require(statically_known_true(example.shape[3] <= MOST_HEAD_DIM), Obstacle.WIDE_HEADS)
     views = views_down_to(argument)
     q = unit_view_of(views[0]) if views else argument
     assert q is not None

@@ -8,6 +8,7 @@ them to the model's names.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -45,7 +46,6 @@ _LETTERS = {
     "down_bias": "bV",
     "residual": "X",
 }
-_MANY_TOKENS = 8192  # assumed by the cost model if the number is dynamic
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
 _MOST_NODES = 160  # of a region; a larger picture is unreadable
@@ -65,13 +65,13 @@ def site_report(
     module, module_class = _module_of_site(site)
     return SiteReport(
         heads=site.heads,
-        kuv_heads=site.kuv_heads,
+        groups=site.groups,
         head_dim=site.head_dim,
-        experts=site.experts,
-        expert_dim=site.expert_dim,
+        sub_networks=site.sub_networks,
+        hidden=site.hidden,
         activation=site.activation,
         gated=site.gated,
-        has_gate=site.has_gate,
+        routed=site.routed,
         location=site.location,
         reason=_without_node(reason),
         module=module,
@@ -137,7 +137,7 @@ def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
 
 def formula(site: Site) -> str:
     """What the site computes for one token of one head, over the roles of its arguments."""
-    at = "[e]" if site.experts > 1 or site.has_gate else ""
+    at = "[e]" if site.sub_networks > 1 or site.routed else ""
 
     def affine(scale: float, product: str, bias: TensorView | None, name: str) -> str:
         text = product if scale == 1.0 else f"{scale:g} * {product}"
@@ -325,20 +325,19 @@ def _without_node(reason: Reason | None) -> Reason | None:
 
 
 def _work(workload: Workload, estimate: Estimate | None) -> Work:
-    w = workload
-    tokens = _MANY_TOKENS if w.tokens is None else w.tokens
-    projections = 3 if w.gated else 2
-    weights = projections * w.kuv_heads * w.experts * w.expert_dim * w.head_dim
-    routers = tokens * w.heads * w.experts if w.routed else 0
-    ends = tokens * w.heads * w.head_dim * (w.dtype.itemsize + w.out_dtype.itemsize)
-    units = tokens * w.heads * w.experts * w.expert_dim
+    s = workload.sizes
+    projections = 3 if s.gated else 2
+    weights = projections * math.prod(s.weight_shape)
+    routers = s.tokens * s.heads * s.sub_networks if s.routed else 0
+    ends = s.tokens * s.heads * s.head_dim * (s.dtype.itemsize + workload.out_dtype.itemsize)
+    units = s.tokens * s.heads * s.sub_networks * s.hidden
     known = estimate is not None and estimate.original > 0
     return Work(
-        tokens=tokens,
-        dynamic=w.tokens is None,
-        flops=2.0 * projections * units * w.head_dim,
-        bytes=float(ends + (weights + routers) * w.dtype.itemsize),
-        hidden_bytes=float(units * w.dtype.itemsize),
+        tokens=s.tokens,
+        dynamic=workload.dynamic,
+        flops=2.0 * projections * units * s.head_dim,
+        bytes=float(ends + (weights + routers) * s.dtype.itemsize),
+        hidden_bytes=float(units * s.dtype.itemsize),
         rewritten=estimate.rewritten if estimate is not None and known else None,
         original=estimate.original if estimate is not None and known else None,
     )

@@ -197,17 +197,15 @@ _COLUMNS: dict[str, Callable[[Group], object]] = {
     "source": lambda group: group.first.location or "unknown",
     "module": lambda group: group.where,
     "heads": lambda group: _heads(group.first),
-    "width": lambda group: group.first.head_dim,
-    "sub-networks": lambda group: f"{group.first.experts} x {group.first.expert_dim}",
+    "head dim": lambda group: group.first.head_dim,
+    "sub-networks": lambda group: f"{group.first.sub_networks} x {group.first.hidden}",
     "hidden units": lambda group: _hidden_units(group.first),
-    "router": lambda group: "yes" if group.first.has_gate else "no",
+    "router": lambda group: "yes" if group.first.routed else "no",
 }
 
 
 def _heads(site: SiteReport) -> str:
-    return (
-        str(site.heads) if site.heads == site.kuv_heads else f"{site.heads} ({site.kuv_heads} kuv)"
-    )
+    return str(site.heads) if site.heads == site.groups else f"{site.heads} ({site.groups} groups)"
 
 
 def _hidden_units(site: SiteReport) -> str:

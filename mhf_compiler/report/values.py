@@ -118,13 +118,13 @@ class SiteReport:
 
     Attributes:
         heads: number of heads (H).
-        kuv_heads: number of heads with weights of their own, which the others share (G).
+        groups: number of groups of heads that share weights (G); H where none are shared.
         head_dim: width of a head (d).
-        experts: sub-networks per head (E).
-        expert_dim: hidden units of a sub-network (f).
+        sub_networks: sub-networks per head (E).
+        hidden: hidden units of a sub-network (f).
         activation: name of the activation.
         gated: whether the hidden units are act(gate) * up.
-        has_gate: whether sub-networks are weighted per token.
+        routed: whether sub-networks are weighted per token.
         location: source line in the model.
         reason: why it was declined; None if it was rewritten.
         module: path of the innermost module that contains all of it, such as ``"layers.0.ffn"``.
@@ -141,13 +141,13 @@ class SiteReport:
     """
 
     heads: int | None = None
-    kuv_heads: int | None = None
+    groups: int | None = None
     head_dim: int | None = None
-    experts: int | None = None
-    expert_dim: int | None = None
+    sub_networks: int | None = None
+    hidden: int | None = None
     activation: str | None = None
     gated: bool | None = None
-    has_gate: bool | None = None
+    routed: bool | None = None
     location: Location | None = None
     reason: Reason | None = None
     module: str | None = None
@@ -171,10 +171,10 @@ class SiteReport:
         """Its heads and sub-networks in a few words."""
         if self.heads is None:
             return "sizes unknown"
-        shared = f" ({self.kuv_heads} with weights)" if self.kuv_heads != self.heads else ""
+        shared = f" in {self.groups} groups" if self.groups != self.heads else ""
         return (
             f"{self.heads} heads{shared} of width {self.head_dim}, "
-            f"{self.experts} x {self.expert_dim} hidden units, {self.activation}"
+            f"{self.sub_networks} x {self.hidden} hidden units, {self.activation}"
         )
 
     def __str__(self) -> str:

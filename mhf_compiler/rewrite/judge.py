@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -91,29 +92,34 @@ def product_runs(product: RouterProduct) -> bool:
 
 def workload_of(site: Site, options: Options) -> Workload:
     """The sizes of a site, for ``lowering``, which knows no graphs."""
+    from ..lowering.tiles import MANY_TOKENS, Sizes
     from ..lowering.workload import Workload
 
-    batch, length = (_known(size) for size in site.tokens)
-    return Workload(
-        batch=batch,
-        length=length,
+    known = [size for size in site.tokens if isinstance(size, int)]
+    dynamic = len(known) < len(site.tokens)
+    sizes = Sizes(
+        tokens=MANY_TOKENS if dynamic else math.prod(known),
         heads=site.heads,
-        kuv_heads=site.kuv_heads,
+        groups=site.groups,
         head_dim=site.head_dim,
-        experts=site.experts,
-        expert_dim=site.expert_dim,
+        sub_networks=site.sub_networks,
+        hidden=site.hidden,
         gated=site.gated,
-        routed=site.has_gate,
+        routed=site.routed,
         biased=(
             site.gate_bias is not None,
             site.up_bias is not None,
             site.down_bias is not None,
         ),
-        activation=site.activation,
         dtype=site.dtype,
+    )
+    return Workload(
+        sizes=sizes,
+        activation=site.activation,
         out_dtype=site.out_dtype,
         device=site.device,
         training=site.output.requires_grad_mode,
+        dynamic=dynamic,
         pieces=(
             _pieces(site.gate.value),
             1 if site.up is None else _pieces(site.up.value),
@@ -126,7 +132,3 @@ def workload_of(site: Site, options: Options) -> Workload:
 def _pieces(value: Value) -> int:
     """How many tensors of the graph a weight is stacked from; modules may be nested."""
     return sum(map(_pieces, value.args)) if value.op == STACK else 1
-
-
-def _known(size: Any) -> int | None:
-    return size if isinstance(size, int) else None

@@ -69,13 +69,13 @@ class Corpus(dict[str, Case]):
         """The model has ``count`` MH-FFNs: SwiGLUs of H heads, but for what is said otherwise."""
         site = {
             "heads": H,
-            "kuv_heads": sizes.get("heads", H),
+            "groups": sizes.get("heads", H),
             "head_dim": d,
-            "experts": 1,
-            "expert_dim": f,
+            "sub_networks": 1,
+            "hidden": f,
             "activation": "silu",
             "gated": True,
-            "has_gate": sizes.get("experts", 1) > 1,
+            "routed": sizes.get("sub_networks", 1) > 1,
         } | sizes
 
         def decorate(model: type[nn.Module]) -> type[nn.Module]:

@@ -21,13 +21,13 @@ mhf = POSITIVE.mhf
 # The paper's layer: a loop over sub-networks.
 
 
-@mhf("heads first", experts=E)
-@mhf("heads last", experts=E, arguments={"heads_first": False})
-@mhf("heads share weights by repeat", experts=E, kuv_heads=2, arguments={"share": "repeat"})
-@mhf("heads share weights by expand", experts=E, kuv_heads=2, arguments={"share": "expand"})
-@mhf("scaled", experts=E, arguments={"scales": (0.5, 1.5, 0.7)})
-@mhf("bfloat16", experts=E, dtype=torch.bfloat16)
-@mhf("float16", experts=E, dtype=torch.float16)
+@mhf("heads first", sub_networks=E)
+@mhf("heads last", sub_networks=E, arguments={"heads_first": False})
+@mhf("heads share weights by repeat", sub_networks=E, groups=2, arguments={"share": "repeat"})
+@mhf("heads share weights by expand", sub_networks=E, groups=2, arguments={"share": "expand"})
+@mhf("scaled", sub_networks=E, arguments={"scales": (0.5, 1.5, 0.7)})
+@mhf("bfloat16", sub_networks=E, dtype=torch.bfloat16)
+@mhf("float16", sub_networks=E, dtype=torch.float16)
 class Published(nn.Module):
     """Flat weights, norm per head, float32 router, a loop that adds up in a float32 buffer."""
 
@@ -80,7 +80,7 @@ class Published(nn.Module):
 # The same without a loop: where the router is applied, and by what.
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterOnHidden(SubNetworks):
     """The weights of the sub-networks multiply their hidden units."""
 
@@ -92,7 +92,7 @@ class RouterOnHidden(SubNetworks):
         return torch.einsum("blhef,hefd->blhd", hidden, self.down).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterInsideLastEinsum(SubNetworks):
     """One einsum of three operands applies the router, projects down and sums."""
 
@@ -105,7 +105,7 @@ class RouterInsideLastEinsum(SubNetworks):
         return out.flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterByEinsum(SubNetworks):
     """The weighted sum over sub-networks is an einsum, hence a matrix product."""
 
@@ -117,7 +117,7 @@ class RouterByEinsum(SubNetworks):
         return torch.einsum("blhe,blhed->blhd", self.router(q), y).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class SumOfStack(SubNetworks):
     """Outputs of sub-networks in a list, stacked and summed."""
 
@@ -131,7 +131,7 @@ class SumOfStack(SubNetworks):
         return torch.stack(parts).sum(0).transpose(1, 2).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class LoopOverUnbound(SubNetworks):
     """The sub-networks by ``unbind`` and ``zip``, added up out of place."""
 
@@ -146,7 +146,7 @@ class LoopOverUnbound(SubNetworks):
         return out.flatten(2)
 
 
-@mhf(experts=E, has_gate=False)
+@mhf(sub_networks=E, routed=False)
 class UnweightedSubNetworks(SubNetworks):
     """Sub-networks without a router: mathematically one wide network a head."""
 
@@ -162,7 +162,7 @@ class UnweightedSubNetworks(SubNetworks):
 
 
 @mhf()
-@mhf("24 wide", shapes=[(B, L, H * 24)], head_dim=24, expert_dim=37, arguments={"sizes": (24, 37)})
+@mhf("24 wide", shapes=[(B, L, H * 24)], head_dim=24, hidden=37, arguments={"sizes": (24, 37)})
 @mhf("bfloat16", dtype=torch.bfloat16)
 @mhf("float64", dtype=torch.float64)
 class Einsum(PerHead):
@@ -523,8 +523,8 @@ class BufferFilledByIndex(PerHead):
         return out.flatten(2)
 
 
-@mhf("list", experts=E)
-@mhf("in place", experts=E, arguments={"in_place": True})
+@mhf("list", sub_networks=E)
+@mhf("in place", sub_networks=E, arguments={"in_place": True})
 class LoopOverHeadsAndSubNetworks(SubNetworks):
     """Two loops, one in the other."""
 
@@ -548,7 +548,7 @@ class LoopOverHeadsAndSubNetworks(SubNetworks):
         return out.flatten(2) if self.in_place else torch.cat(outs, dim=-1)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class LoopOverSubNetworksAndHeads(SubNetworks):
     """The loop over heads inside of the other: each part of the buffer is visited many times."""
 
@@ -597,7 +597,7 @@ class ResidualInBuffer(PerHead):
         return out
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class SumBeginsWithResidual(SubNetworks):
     """The loop over sub-networks adds to the residual."""
 
@@ -803,7 +803,7 @@ class DropoutAfterwards(PerHead):
         return F.dropout(Einsum.forward(self, x), 0.5, training=False)
 
 
-@mhf(kuv_heads=1, activation="gelu", gated=False)
+@mhf(groups=1, activation="gelu", gated=False)
 class HeadsShareOneNetwork(nn.Module):
     """The heads are cut out of the features and all go through the same network."""
 
@@ -825,7 +825,7 @@ class TiedDown(PerHead):
         return torch.einsum("blhf,hdf->blhd", F.silu(gate) * up, self.up).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class NormalisedAfterwards(SubNetworks):
     """The sum over sub-networks is divided by the sum of the router weights."""
 
@@ -850,7 +850,7 @@ class DropoutInTraining(PerHead):
 # More spellings.
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterAfterDown(SubNetworks):
     """Every sub-network's output, weighted and summed."""
 
@@ -862,7 +862,7 @@ class RouterAfterDown(SubNetworks):
         return (y * self.router(q).unsqueeze(-1)).sum(dim=3).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class SumOfList(SubNetworks):
     """Outputs of sub-networks in a list, added up by ``sum``, which begins with a zero."""
 
@@ -876,7 +876,7 @@ class SumOfList(SubNetworks):
         return sum(parts).transpose(1, 2).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class ListOfSubNetworks(nn.Module):
     """Each sub-network is a module with parameters of its own, all heads at once."""
 
@@ -893,7 +893,7 @@ class ListOfSubNetworks(nn.Module):
         return out.flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class SoftmaxRouter(SubNetworks):
     """A softmax over sub-networks."""
 
@@ -903,7 +903,7 @@ class SoftmaxRouter(SubNetworks):
     forward = RouterAfterDown.forward
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class LogSpaceRouter(SubNetworks):
     """Sigmoids normalised in log space."""
 
@@ -914,7 +914,7 @@ class LogSpaceRouter(SubNetworks):
     forward = RouterAfterDown.forward
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class TopTwoRouter(SubNetworks):
     """The two best sub-networks of each token, scattered into zeros."""
 
@@ -926,7 +926,7 @@ class TopTwoRouter(SubNetworks):
     forward = RouterAfterDown.forward
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class StaticRouter(SubNetworks):
     """A learned weight for each head's sub-networks, the same for all tokens."""
 
@@ -940,7 +940,7 @@ class StaticRouter(SubNetworks):
     forward = RouterAfterDown.forward
 
 
-@mhf(experts=E, has_gate=False)
+@mhf(sub_networks=E, routed=False)
 class MeanOfSubNetworks(SubNetworks):
     """A mean is a sum with a scale."""
 
@@ -993,7 +993,7 @@ class EinopsLayers(nn.Module):
         return einops.rearrange(out, "b h l d -> b l (h d)")
 
 
-@mhf(experts=E, dtype=torch.bfloat16)
+@mhf(sub_networks=E, dtype=torch.bfloat16)
 class Float32Router(SubNetworks):
     """Everything in bfloat16, only the router and the weighted sum in float32."""
 
@@ -1006,7 +1006,7 @@ class Float32Router(SubNetworks):
         return (y.float() * r.unsqueeze(-1)).sum(3).to(x.dtype).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class ResidualInsideHeads(SubNetworks):
     """A norm before and a residual after the heads, which are not merged in between."""
 
@@ -1124,7 +1124,7 @@ class AddedToLaterTokens(PerHead):
         return out
 
 
-@mhf(experts=E, count=2)
+@mhf(sub_networks=E, count=2)
 class Tower(SubNetworks):
     """Layers whose routers read, behind a norm, what the layer before has returned."""
 
@@ -1162,7 +1162,7 @@ class WeightsTimesColumns(PerHead):
         return (self.down.mT @ hidden).permute(0, 3, 1, 2).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterWithoutGradients(SubNetworks):
     """The router is not trained through the weighted sum."""
 
@@ -1172,7 +1172,7 @@ class RouterWithoutGradients(SubNetworks):
     forward = RouterAfterDown.forward
 
 
-@mhf(kuv_heads=1)
+@mhf(groups=1)
 class OneNetworkByTensordot(nn.Module):
     """All heads share one network, applied by ``tensordot``."""
 
@@ -1197,7 +1197,7 @@ class HeadsAsBatch(PerHead):
         return y.unflatten(0, (-1, H)).transpose(1, 2).flatten(2)
 
 
-@mhf(experts=E)
+@mhf(sub_networks=E)
 class RouterByBroadcastProduct(SubNetworks):
     """Weighted hidden units of all sub-networks side by side, then one product a head."""
 

@@ -38,7 +38,7 @@ def size(byte_lm: ModuleType):
         attention_heads=2,
         ffn_heads=2,
         sub_networks=3,
-        hidden_units=8,
+        hidden=8,
         batch=2,
         length=24,
     )

@@ -278,10 +278,10 @@ def _site_difference(program: Program, report: Report) -> str:
         return f"{len(report.rewritten)} sites"
     site, expected = report.rewritten[0], dict(program.site)
     found = {name: getattr(site, name) for name in expected}
-    if not expected["has_gate"]:
+    if not expected["routed"]:
         for fields in (found, expected):
-            fields["expert_dim"] *= fields.pop("experts")
-    if expected["kuv_heads"] == found["heads"] == found["kuv_heads"] == 1:
+            fields["hidden"] *= fields.pop("sub_networks")
+    if expected["groups"] == found["heads"] == found["groups"] == 1:
         expected["heads"] = 1
     differing = {n: (found[n], expected[n]) for n in expected if found[n] != expected[n]}
     return ", ".join(f"{n} is {got}, not {want}" for n, (got, want) in differing.items())

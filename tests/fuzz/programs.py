@@ -178,7 +178,7 @@ class Program:
     @property
     def ordinary(self) -> bool:
         """Whether it is also an ordinary network: all heads share the one that there is."""
-        return bool(self.site["kuv_heads"] == self.site["experts"] == 1)
+        return bool(self.site["groups"] == self.site["sub_networks"] == 1)
 
     def with_source(self, source: str) -> Program:
         return replace(self, source=source)
@@ -348,7 +348,7 @@ class _Generator:
         self._dtypes()
         self.own = self._sharing()  # the head axes of weights: h, g or none
         self.heads = "gs" if self.own == "g" and self.features["sharing"] == "grouped" else "h"
-        self.experts = "e" if self.sizes["e"] > 1 or self.chance(0.1) else ""
+        self.sub_networks = "e" if self.sizes["e"] > 1 or self.chance(0.1) else ""
         self.gated = self.chance(0.65)
         self.activation = self.draw("activation", *ACTIVATIONS)
         self.layout = self._layout()
@@ -383,7 +383,7 @@ class _Generator:
 
     def _sizes(self) -> dict[str, int]:
         heads = self.rng.choice([1, 2, 2, 3, 3, 4])
-        experts = self.rng.choice([1, 1, 2, 3] if heads > 1 else [2, 3])
+        sub_networks = self.rng.choice([1, 1, 2, 3] if heads > 1 else [2, 3])
         groups = self.rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
         width = self.rng.choice([3, 4, 5, 6, heads if heads > 1 else 3])
         hidden = self.rng.choice([2, 4, 5, 6, 7, width])
@@ -395,7 +395,7 @@ class _Generator:
             "h": heads,
             "g": groups,
             "s": heads // groups,
-            "e": experts,
+            "e": sub_networks,
             "f": hidden,
             "d": width,
             "o": width,
@@ -447,11 +447,11 @@ class _Generator:
 
     def _loops(self) -> str:
         options = ["", "", ""]
-        if self.experts:
+        if self.sub_networks:
             options += ["e", "e"]
         if self.heads == "h" and self.sizes["h"] > 1:
             options += ["h"]
-            if self.experts:
+            if self.sub_networks:
                 options += ["he", "eh"]
         loops = self.rng.choice(options)
         self.features["loops"] = loops or "none"
@@ -466,7 +466,7 @@ class _Generator:
     def _router_kind(self) -> str:
         optional = self.sizes["h"] > 1  # one head and no router is an ordinary network
         absent = self.chance(0.5 if self.sizes["e"] == 1 else 0.15)
-        if not self.experts or (optional and absent):
+        if not self.sub_networks or (optional and absent):
             self.features["router"] = "none"
             return ""
         kinds = ["per head"] * 4 + ["per token"] * 2
@@ -514,13 +514,13 @@ class _Generator:
     def _site(self) -> dict[str, Any]:
         return {
             "heads": self.sizes["h"],
-            "kuv_heads": self.sizes["h"] if self.features["sharing"] == "none" else self.sizes["g"],
+            "groups": self.sizes["h"] if self.features["sharing"] == "none" else self.sizes["g"],
             "head_dim": self.sizes["d"],
-            "experts": self.sizes["e"],
-            "expert_dim": self.sizes["f"],
+            "sub_networks": self.sizes["e"],
+            "hidden": self.sizes["f"],
             "activation": self.activation,
             "gated": self.gated,
-            "has_gate": bool(self.router),
+            "routed": bool(self.router),
         }
 
     def _canonical(self) -> dict[str, Dims]:
@@ -668,7 +668,7 @@ class _Generator:
 
     def _weight_axes(self, name: str) -> str:
         inner = {"gate": "fd", "up": "fd", "down": "fo", "down_bias": "o"}.get(name, "f")
-        return self.own + self.experts + inner
+        return self.own + self.sub_networks + inner
 
     def _store(self, name: str, kind: str, linears: bool, merged: bool) -> Weight:
         axes = self._weight_axes(name)
@@ -701,8 +701,8 @@ class _Generator:
 
     def _source_dims(self, axes: str) -> Dims:
         """The canonical dimensions of these axes: "" stands for a dimension of one."""
-        own, inner = self.own, axes.removeprefix(self.own + self.experts)
-        return (own, self.experts, *inner)
+        own, inner = self.own, axes.removeprefix(self.own + self.sub_networks)
+        return (own, self.sub_networks, *inner)
 
     def _pack(self, name: str, source: Dims, axes: str) -> tuple[str, Dims, str]:
         up = name.replace("gate", "up")
@@ -814,7 +814,7 @@ class _Generator:
         if not loops:
             return self._network(q, r, at)
         axis, rest = loops[0], loops[1:]
-        return (self._heads if axis == "h" else self._experts)(rest, q, r, at)
+        return (self._heads if axis == "h" else self._sub_networks)(rest, q, r, at)
 
     def _heads(self, rest: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
         w = self.writer
@@ -871,7 +871,7 @@ class _Generator:
     def _result_axes(self, q: Named) -> list[str]:
         return ["o" if a == "d" else a for a in q.letters]
 
-    def _experts(self, rest: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+    def _sub_networks(self, rest: str, q: Named, r: Named | None, at: dict[str, str]) -> Named:
         w = self.writer
         how = self.draw("sum", "in place", "out of place", "list", "stack", "first")
         dims = self._result_axes(q)

@@ -57,12 +57,12 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
 
         monkeypatch.setattr(hopper, name, watched)
 
-    for name in ("run_query", "run_down", "run_up"):
+    for name in ("run_dq", "run_dv", "run_dk_du"):
         watch(name)
     return iter([taken])
 
 
-ALL = {"run_query": True, "run_down": True, "run_up": True}
+ALL = {"run_dq": True, "run_dv": True, "run_dk_du": True}
 
 
 def make(
@@ -227,7 +227,7 @@ def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
     problem = Problem(q, k, u, v, tokens_innermost(r, merged=True))
     grads = [beside_nan(x) for x in (q, k, u, v)]
     gradients = Gradients(*grads, torch.empty_like(r))
-    for kernel in ("query", "down", "up"):
+    for kernel in ("dq", "dv", "dk_du"):
         assert specialised_backward(kernel, problem, grad_out, gradients)
     expected = fused([q, k, u, v, r], grad_out)
     for grad, x in zip(grads, expected, strict=False):

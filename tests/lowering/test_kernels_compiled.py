@@ -289,7 +289,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
         assert (fence, arrival) == ("FENCE.VIEW.ASYNC", "SYNCS.ARRIVE")
 
 
-@pytest.mark.parametrize("name", ["hopper_query_kernel", "hopper_down_kernel"])
+@pytest.mark.parametrize("name", ["hopper_dq_kernel", "hopper_dv_kernel"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"d": 64}, {"d": 64, "f": 171}, {"d": 32}, {"routed": False}, {"activation": "relu2"}],
@@ -298,7 +298,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
 def test_nothing_overwrites_what_the_backward_keeps(
     name: str, options: dict[str, object], compile_all: Compile, tmp_path: Path
 ) -> None:
-    """Q in the query kernel, and K and U in the other, as above."""
+    """Q in the kernel of dQ, and K and U in the other, as above."""
     found = products(compile_all(90, **options)[name].code(tmp_path))
     assert found
     for own in (found[: len(found) // 2], found[len(found) // 2 :]):
@@ -316,7 +316,7 @@ def test_nothing_overwrites_what_the_backward_keeps(
 )
 def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_path: Path) -> None:
     binaries = compile_all(90, **options)
-    for name in ("hopper_query_kernel", "hopper_down_kernel", "hopper_up_kernel"):
+    for name in ("hopper_dq_kernel", "hopper_dv_kernel", "hopper_dk_du_kernel"):
         # A few addresses may wait in local memory; an operand that did would be dozens.
         allowed = 0 if options == {} else 8
         assert binaries[name].spilled_in_loops(tmp_path) <= allowed, name

@@ -70,7 +70,7 @@ def check(given: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [None, [2, 3, 0, 1]], ids=str)
-@pytest.mark.parametrize("width", [32, 96, norm_router.MOST_WIDTH])
+@pytest.mark.parametrize("width", [32, 96, norm_router.MOST_HEAD_DIM])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_matches(

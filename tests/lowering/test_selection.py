@@ -4,12 +4,14 @@ Launches go their own way up to the kernel, which is written down instead of com
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from models.workloads import changed
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -21,7 +23,7 @@ from mhf_compiler.lowering.kernels.hopper import backward as hopper_backward  # 
 from mhf_compiler.lowering.ops import norm_network  # noqa: E402
 from mhf_compiler.lowering.ops.norm_network import Like, may_pay  # noqa: E402
 from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem  # noqa: E402
-from mhf_compiler.lowering.tiles import Kernel, Tile, portable  # noqa: E402
+from mhf_compiler.lowering.tiles import Kernel, Sizes, Tile, portable  # noqa: E402
 from mhf_compiler.lowering.workload import Workload  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +43,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((16, 96), (20, 96), (64, 32), (64, 96), (96, 171), (128, 96), (256, 96))  # d, f
 TOKENS = ((1, 1), (2, 100), (1, 1023), (2, 512))  # B, L
 LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
-SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "down_bias_kernel", "cut_router_kernel")
+SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "dv_bias_kernel", "cut_router_kernel")
 
 
 class Launched(NamedTuple):
@@ -80,22 +82,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
 
 
 def a_workload(tokens: tuple[int, int], **changes: Any) -> Workload:
-    batch, length = tokens
-    sizes: dict[str, Any] = {
-        "batch": batch,
-        "length": length,
-        "heads": 4,
-        "kuv_heads": 2,
-        "experts": 3,
-        "gated": True,
-        "routed": True,
-        "biased": (False, False, False),
-        "activation": "silu",
-        "device": torch.device("cuda", 0),
-        "training": True,
-    }
-    sizes |= changes
-    return Workload(**({"out_dtype": sizes["dtype"]} | sizes))
+    sizes = Sizes(
+        tokens=math.prod(tokens),
+        heads=4,
+        groups=2,
+        head_dim=64,
+        sub_networks=3,
+        hidden=96,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        dtype=changes["dtype"],
+    )
+    w = Workload(sizes, "silu", sizes.dtype, torch.device("cuda", 0), training=True)
+    return changed(w, **changes)
 
 
 def of_order(shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
@@ -103,33 +103,33 @@ def of_order(shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...])
     return lying.permute([order.index(axis) for axis in range(4)])
 
 
-def a_problem(w: Workload, layout: str) -> Problem:
+def a_problem(w: Workload, tokens: tuple[int, int], layout: str) -> Problem:
     """On memory never read: tokens of a sequence or of a head side by side, weights by columns."""
-    groups, networks, hidden, width = w.weight_shape
-    tokens = (0, 2, 1, 3) if layout == "by heads" else (0, 1, 2, 3)
+    s = w.sizes
+    groups, sub_networks, hidden, head_dim = s.weight_shape
+    rows = (0, 2, 1, 3) if layout == "by heads" else (0, 1, 2, 3)
     weights = (0, 1, 3, 2) if layout == "weights by columns" else (0, 1, 2, 3)
-    down = of_order(w.weight_shape, w.dtype, weights)
-    q = of_order((w.batch or 0, w.length or 0, w.heads, width), w.dtype, tokens)
+    down = of_order(s.weight_shape, s.dtype, weights)
+    q = of_order((*tokens, s.heads, head_dim), s.dtype, rows)
     if layout == "misaligned":
-        q = torch.empty(*q.shape[:3], width + 1, dtype=w.dtype)[..., :width]
-    sizes = (hidden, hidden, width)
+        q = torch.empty(*q.shape[:3], head_dim + 1, dtype=s.dtype)[..., :head_dim]
     biases = [
-        torch.empty(groups, networks, size, dtype=w.dtype) if biased else None
-        for size, biased in zip(sizes, w.biased, strict=True)
+        torch.empty(groups, sub_networks, size, dtype=s.dtype) if biased else None
+        for size, biased in zip((hidden, hidden, head_dim), s.biased, strict=True)
     ]
     return Problem(
         q,
         torch.empty_like(down),
-        torch.empty_like(down) if w.gated else None,
+        torch.empty_like(down) if s.gated else None,
         down,
-        torch.empty(*q.shape[:3], networks) if w.routed else None,
+        torch.empty(*q.shape[:3], sub_networks) if s.routed else None,
         *biases,
         activation=w.activation,
     )
 
 
-def run(w: Workload, layout: str) -> Problem:
-    problem = a_problem(w, layout)
+def run(w: Workload, tokens: tuple[int, int], layout: str) -> Problem:
+    problem = a_problem(w, tokens, layout)
     dispatch.forward(problem, torch.empty_like(problem.q, dtype=w.out_dtype))
     gradients = problem.new_gradients([x is not None for x in problem.tensors])
     dispatch.backward(problem, torch.empty_like(problem.q, dtype=w.out_dtype), gradients)
@@ -143,7 +143,7 @@ def named(w: Workload) -> Iterator[Named]:
         r"(?P<stages>\d+) stages(?:, (?P<parts>\d+) programs to a tile)?"
         r"(?P<condition> \(where strides allow it\))?"
     )
-    kernels: dict[str | None, Kernel] = {None: "forward", "Q": "query", "V": "down", "K": "up"}
+    kernels: dict[str | None, Kernel] = {None: "forward", "Q": "dq", "V": "dv", "K": "dk_du"}
     for sentence in summary.kernels_of(w):
         if " tokens x " in sentence:
             match = re.fullmatch(pattern, sentence)
@@ -166,7 +166,7 @@ def sizes_of(launched: Launched) -> dict[str, int]:
         c = arguments["C"]
         return {"tokens": 64 * c.CONSUMERS, "hidden": c.BF, "stages": c.STAGES}
     if launched.name.startswith("hopper_"):
-        streamed = "hidden" if launched.name == "hopper_query_kernel" else "tokens"
+        streamed = "hidden" if launched.name == "hopper_dq_kernel" else "tokens"
         return {streamed: arguments["C"].BS, "stages": arguments["C"].STAGES}
     found = {"tokens": arguments["BM"], "hidden": arguments["BF"]}
     return found | {
@@ -183,23 +183,24 @@ def test_the_report_names_what_is_launched(
 ) -> None:
     launched = pretend(card)
     families = set()
-    for dtype, (width, hidden), tokens in itertools.product(DTYPES, SHAPES, TOKENS):
-        w = a_workload(tokens, dtype=dtype, head_dim=width, expert_dim=hidden, **KINDS[kind])
+    for dtype, (head_dim, hidden), tokens in itertools.product(DTYPES, SHAPES, TOKENS):
+        w = a_workload(tokens, dtype=dtype, head_dim=head_dim, hidden=hidden, **KINDS[kind])
         report = {x.kernel: x for x in named(w)}
         for layout in LAYOUTS:
             launched.clear()
-            problem = run(w, layout)
-            aligned = layout != "misaligned" and width * dtype.itemsize % 16 == 0
+            problem = run(w, tokens, layout)
+            aligned = layout != "misaligned" and head_dim * dtype.itemsize % 16 == 0
             if layout == "weights by columns":
                 aligned &= hidden * dtype.itemsize % 16 == 0
             seen = set()
             for x in launched:
                 if x.name in SUMS:
                     continue
-                family, _, kernel = x.name.removesuffix("_kernel").rpartition("_")
+                kernel = x.name.removesuffix("_kernel").removeprefix("hopper_")
+                family = "hopper" if x.name.startswith("hopper_") else ""
                 seen.add(kernel)
                 said = report[kernel]
-                where = (dtype, width, hidden, tokens, layout, x.name)
+                where = (dtype, head_dim, hidden, tokens, layout, x.name)
                 if aligned or said.family is None:
                     assert (family or None) == said.family, where
                     expected = said.sizes
@@ -219,12 +220,14 @@ def test_a_norm_joins_a_network_where_one_kernel_does_both(
     card: tuple[int, int], gated: bool, pretend: Pretend
 ) -> None:
     launched = pretend(card)
-    shapes = [(width, hidden) for width, hidden in SHAPES if width <= 128 and width % 8 == 0]
-    for dtype, (width, hidden), tokens in itertools.product(DTYPES[:2], shapes, TOKENS):
-        w = a_workload(tokens, dtype=dtype, head_dim=width, expert_dim=hidden, gated=gated)
-        problem = a_problem(w, "dense")._replace(r=None)
+    shapes = [
+        (head_dim, hidden) for head_dim, hidden in SHAPES if head_dim <= 128 and head_dim % 8 == 0
+    ]
+    for dtype, (head_dim, hidden), tokens in itertools.product(DTYPES[:2], shapes, TOKENS):
+        w = a_workload(tokens, dtype=dtype, head_dim=head_dim, hidden=hidden, gated=gated)
+        problem = a_problem(w, tokens, "dense")._replace(r=None)
         formula = Formula(1e-6, False, "sigmoid", 0.0, 0.0, torch.float32)
-        router = NormedRouter(None, torch.empty(2, width, 3), formula)
+        router = NormedRouter(None, torch.empty(2, head_dim, 3), formula)
         launched.clear()
         dispatch.normed_forward(problem, router)
         names = {x.name for x in launched} - {"add_parts_kernel"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.workloads import changed
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,7 +21,7 @@ from mhf_compiler.lowering.kernels.tuning import search, store
 from mhf_compiler.lowering.kernels.tuning.search import candidates, tune
 from mhf_compiler.lowering.kernels.tuning.store import TuningKey, rounded, row_for, row_of
 from mhf_compiler.lowering.problem import Problem
-from mhf_compiler.lowering.tiles import Kernel, Row, Sizes, Tile, portable
+from mhf_compiler.lowering.tiles import MANY_TOKENS, Kernel, Row, Sizes, Tile, portable
 from mhf_compiler.lowering.workload import Workload, _plain_runs, _problem, tuning_key
 
 
@@ -92,7 +93,7 @@ def tiles(key: TuningKey) -> list[Tile]:
 # What is timed.
 
 
-@pytest.mark.parametrize("kernel", ["forward", "query", "down", "up"])
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dv", "dk_du"])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0)])
 @pytest.mark.parametrize("width", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -223,7 +224,7 @@ def test_a_later_process_finds_what_was_tuned(tmp_path: Path, gain: bool) -> Non
     "changes",
     [
         {"card": "NVIDIA A100-SXM4-80GB"},
-        {"kernel": "query"},
+        {"kernel": "dq"},
         {"head_dim": 64},
         {"hidden": 512},
         {"tokens": 4096},
@@ -310,31 +311,27 @@ def test_the_first_of_two_processes_decides_for_both(tmp_path: Path) -> None:
 
 
 def a_workload(**changes: Any) -> Workload:
-    sizes: dict[str, Any] = {
-        "batch": 2,
-        "length": 20,
-        "heads": 4,
-        "kuv_heads": 2,
-        "head_dim": 16,
-        "experts": 3,
-        "expert_dim": 32,
-        "gated": True,
-        "routed": True,
-        "biased": (False, False, False),
-        "activation": "silu",
-        "dtype": torch.float32,
-        "out_dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "training": True,
-    }
-    return Workload(**sizes | changes)
+    sizes = Sizes(
+        tokens=40,
+        heads=4,
+        groups=2,
+        head_dim=16,
+        sub_networks=3,
+        hidden=32,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        dtype=torch.float32,
+    )
+    w = Workload(sizes, "silu", torch.float32, torch.device("cpu"), training=True)
+    return changed(w, **changes)
 
 
 def a_problem(workload: Workload) -> Problem:
     def ones(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.ones(shape, dtype=dtype)
 
-    return _problem(workload, workload.tokens or 8192, ones)
+    return _problem(workload, workload.sizes.tokens, ones)
 
 
 def key_of(kernel: Kernel, problem: Problem) -> TuningKey:
@@ -347,12 +344,12 @@ def key_of(kernel: Kernel, problem: Problem) -> TuningKey:
         {},
         {"gated": False, "routed": False},
         {"biased": (True, False, True)},
-        {"length": None},
+        {"tokens": MANY_TOKENS, "dynamic": True},
         {"dtype": torch.bfloat16, "activation": "gelu"},
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kernel", ["forward", "up"])
+@pytest.mark.parametrize("kernel", ["forward", "dk_du"])
 def test_a_launch_finds_what_was_tuned_for_its_workload(
     kernel: Kernel, changes: dict[str, Any]
 ) -> None:
@@ -393,7 +390,7 @@ def test_a_tuned_tile_runs_unless_it_does_not_fit(
 def test_the_trial_has_each_kernel_and_draws_no_numbers_of_the_users(
     training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names: list[Kernel] = ["forward", "query", "down", "up"] if training else ["forward"]
+    names: list[Kernel] = ["forward", "dq", "dv", "dk_du"] if training else ["forward"]
     for name in ("specialised_forward", "specialised_backward"):
         monkeypatch.setattr(search, name, lambda *arguments: False)
     state = torch.get_rng_state()

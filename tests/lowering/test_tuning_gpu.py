@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
+from mhf_compiler.lowering.tiles import Sizes
 from mhf_compiler.lowering.workload import Workload, tune, tuning_key
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("forward", "query", "down", "up")
+KERNELS = ("forward", "dq", "dv", "dk_du")
 
 
 @pytest.fixture(autouse=True)
@@ -26,23 +27,19 @@ def untuned() -> Iterator[None]:
 
 def workload() -> Workload:
     """So few tokens that plain Triton runs every kernel on every card."""
-    return Workload(
-        batch=2,
-        length=100,
+    sizes = Sizes(
+        tokens=200,
         heads=4,
-        kuv_heads=4,
+        groups=4,
         head_dim=32,
-        experts=3,
-        expert_dim=128,
+        sub_networks=3,
+        hidden=128,
         gated=True,
         routed=True,
         biased=(False, False, False),
-        activation="silu",
         dtype=torch.bfloat16,
-        out_dtype=torch.bfloat16,
-        device=torch.device("cuda", 0),
-        training=True,
     )
+    return Workload(sizes, "silu", torch.bfloat16, torch.device("cuda", 0), training=True)
 
 
 def inputs() -> list[Tensor]:

@@ -261,7 +261,7 @@ def test_the_kernel_of_each_site_is_tried_by_itself(monkeypatch: pytest.MonkeyPa
     tried: list[int] = []
 
     def trial_run(workload: Any) -> None:
-        tried.append(workload.heads)
+        tried.append(workload.sizes.heads)
         if len(tried) == 1:
             raise RuntimeError("only the first does not run")
 

@@ -131,9 +131,9 @@ def test_the_printed_report_of_rewritten_networks():
 2 MH-FFNs rewritten, 0 declined, in 1 graph
 
 Rewritten
-  site  source  module  heads  width  sub-networks  hidden units  router
+  site  source  module  heads  head dim  sub-networks  hidden units  router
   0  FILE  0  4  8  1 x 5  silu(gate) * up  no
-  1  FILE  2  4 (2 kuv)  8  3 x 5  gelu  yes
+  1  FILE  2  4 (2 groups)  8  3 x 5  gelu  yes
 
   FILE
       out = hidden @ self.down  # of Heads
@@ -192,7 +192,7 @@ def test_the_printed_report_of_both():
 1 MH-FFN rewritten, 1 declined, in 1 graph
 
 Rewritten
-  site  source  module  heads  width  sub-networks  hidden units  router
+  site  source  module  heads  head dim  sub-networks  hidden units  router
   0  FILE  0  4  8  1 x 5  silu(gate) * up  no
 
   FILE
@@ -301,10 +301,10 @@ def test_every_graph_is_reported():
 
 def test_sizes():
     (site,) = explain(Routed()).rewritten
-    sizes = (site.heads, site.kuv_heads, site.head_dim, site.experts, site.expert_dim)
+    sizes = (site.heads, site.groups, site.head_dim, site.sub_networks, site.hidden)
     assert sizes == (4, 2, 8, 3, 5)
-    assert (site.gated, site.has_gate) == (False, True)
-    assert str(site).endswith("4 heads (2 with weights) of width 8, 3 x 5 hidden units, gelu")
+    assert (site.gated, site.routed) == (False, True)
+    assert str(site).endswith("4 heads in 2 groups of width 8, 3 x 5 hidden units, gelu")
 
 
 def test_options_are_honoured():

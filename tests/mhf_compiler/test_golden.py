@@ -185,7 +185,7 @@ def test_the_report_of_a_rewritten_model():
 1 MH-FFN rewritten, 0 declined, in 1 graph
 
 Rewritten
-  site  source  module  heads  width  sub-networks  hidden units  router
+  site  source  module  heads  head dim  sub-networks  hidden units  router
   0  positive.py  4  8  3 x 5  silu(gate) * up  yes
 
   positive.py

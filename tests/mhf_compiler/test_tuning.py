@@ -14,6 +14,7 @@ from corpus.positive import POSITIVE
 import mhf_compiler.compat
 import mhf_compiler.lowering.workload
 from mhf_compiler.compat import cache_folder
+from mhf_compiler.lowering.tiles import Sizes
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.report.logs import progress
 
@@ -26,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) -> None:
-        assert workload.heads == 4
+        assert workload.sizes.heads == 4
         assert type(torch.ones(1)) is torch.Tensor  # to be timed, tensors have to be real
         made.append("tune")
 
@@ -75,11 +76,9 @@ def test_nothing_is_timed_while_a_cuda_graph_is_captured(monkeypatch: pytest.Mon
     tuning = pytest.importorskip("mhf_compiler.lowering.kernels.tuning.search")
     monkeypatch.setattr(tuning, "tune", lambda *arguments: pytest.fail("asked to tune"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    workload = Workload(
-        batch=1, length=64, heads=4, kuv_heads=4, head_dim=32, experts=1, expert_dim=64,
-        gated=True, routed=False, biased=(False, False, False), activation="silu",
-        dtype=torch.bfloat16, out_dtype=torch.bfloat16, device=torch.device("cuda"), training=False,
-    )  # fmt: skip
+    sizes = Sizes(64, 4, 4, 32, 1, 64, True, False, (False,) * 3, torch.bfloat16)
+    cuda = torch.device("cuda")
+    workload = Workload(sizes, "silu", torch.bfloat16, cuda, training=False)
     mhf_compiler.lowering.workload.tune(workload, None, print)
 
 

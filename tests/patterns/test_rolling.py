@@ -105,7 +105,7 @@ def test_offsets_in_arithmetic_progression_become_an_axis(order: Sequence[int], 
     """The weights enter without a copy."""
     model = OneTensor(order, stored)
     site = site_of(model, heads())
-    assert (site.heads, site.kuv_heads) == (N, N)
+    assert (site.heads, site.groups) == (N, N)
     assert all(view.value.op != STACK for view in site.views().values())
     assert len(explain(model, heads()).rewritten) == 1
 
@@ -121,7 +121,7 @@ def test_other_offsets_are_declined(order: Sequence[int]):
 def test_a_sum_may_come_in_any_order(order: Sequence[int]):
     model, x = Summed(order), torch.randn(2, 6, d)
     site = site_of(model, x)
-    assert (site.heads, site.experts) == (1, N)
+    assert (site.heads, site.sub_networks) == (1, N)
     assert len(explain(model, x).rewritten) == 1
 
 
@@ -129,7 +129,7 @@ def test_tensors_of_their_own_are_stacked():
     site = site_of(Separate(), heads())
     stacked = {role: view.value.op == STACK for role, view in site.views().items()}
     assert stacked == {"query": False, "gate": True, "down": True}
-    assert (site.heads, site.kuv_heads, site.expert_dim) == (N, N, f)
+    assert (site.heads, site.groups, site.hidden) == (N, N, f)
     assert len(explain(Separate(), heads()).rewritten) == 1
 
 

@@ -71,8 +71,8 @@ def described(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str,
 
 
 def _description(site: Site, names: dict[Value, str]) -> dict[str, Any]:
-    fields = ("activation", "gate_scale", "up_scale", "out_scale", "heads", "kuv_heads", "head_dim")
-    fields += ("experts", "expert_dim", "tokens", "dtype", "out_dtype")
+    fields = ("activation", "gate_scale", "up_scale", "out_scale", "heads", "groups", "head_dim")
+    fields += ("sub_networks", "hidden", "tokens", "dtype", "out_dtype")
     described = {name: getattr(site, name) for name in fields}
     for role, view in site.views().items():
         # A router is computed, by other operations in every spelling: only its place can be equal.

@@ -8,8 +8,8 @@ As in each family of kernels, `run_<kernel>` launches a kernel with the tile tha
 It returns False, having launched nothing, where a tensor's strides or address rule the kernel out.
 """
 
-from .backward import run_down as run_down
-from .backward import run_query as run_query
-from .backward import run_up as run_up
+from .backward import run_dk_du as run_dk_du
+from .backward import run_dq as run_dq
+from .backward import run_dv as run_dv
 from .forward import run_forward as run_forward
 from .forward import run_normed_forward as run_normed_forward

@@ -4,9 +4,9 @@ The same three kernels as in `plain/backward.py`, by the same formulas, with wha
 leaves to the compiler said outright: a warp that only moves tiles, two warpgroups that only
 compute, and which operands of a product lie in registers.
 
-    hopper_query_kernel  dQ and dR: Q in registers, K, U and V tiles stream past
-    hopper_down_kernel   dV: K and U in registers, Q and dOut tiles stream past
-    hopper_up_kernel     dK and dU: K, U and V in shared memory, Q and dOut tiles stream past
+    hopper_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
+    hopper_dv_kernel     dV: K and U in registers, Q and dOut tiles stream past
+    hopper_dk_du_kernel  dK and dU: K, U and V in shared memory, Q and dOut tiles stream past
 
 A warpgroup's instruction multiplies 64 rows, and with both operands in shared memory it reads them
 about as fast as shared memory can give. So each warpgroup has 64 rows of its own, keeps in
@@ -59,7 +59,7 @@ from ..operands import (
 )
 
 _CONSUMERS = gl.constexpr(2)  # warpgroups that compute; one more warp moves tiles
-_ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the query kernel, else hidden units
+_ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the kernel of dQ, else hidden units
 _REGISTERS = gl.constexpr(240)  # of a consumer's thread
 _COLUMNS = 64  # the narrowest tile: what one swizzled row of shared memory holds
 _MOST_PARTS = 4
@@ -97,7 +97,7 @@ class Constants:
     K_SCALE: float
     U_SCALE: float
     OUT_SCALE: float
-    BS: int  # rows of the tiles that stream past: hidden units in the query kernel, else tokens
+    BS: int  # rows of the tiles that stream past: hidden units in the kernel of dQ, else tokens
     BD: int
     STAGES: int
     LAYOUTS: tuple[str | None, ...]  # of the weights, in the order K, U, V: "rows" or "columns"
@@ -146,7 +146,7 @@ def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.cons
 
 
 @gluon.jit
-def hopper_query_kernel(
+def hopper_dq_kernel(
     Q, K, U, V, R, dOut, dQ, dR, R_strides, dR_strides,
     B, L, C: gl.constexpr,
 ):  # fmt: skip
@@ -186,11 +186,9 @@ def hopper_query_kernel(
     # The strides are not in another tuple: of those, Triton 3.6 forgets which are known to be 1.
     gl.warp_specialize(
         [
-            (_query_consumer, (0, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-                               C)),
-            (_query_consumer, (1, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-                               C)),
-            (_query_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C)),
+            (_dq_consumer, (0, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
+            (_dq_consumer, (1, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
+            (_dq_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C)),
         ],
         [4, 1],
         [_REGISTERS, 24],
@@ -198,7 +196,7 @@ def hopper_query_kernel(
 
 
 @gluon.jit
-def _query_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.constexpr):
+def _dq_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.constexpr):
     """Brings the token tiles once, then all tiles of K, V and U in turn."""
     q_s, do_s, k_s, u_s, v_s = tiles
     tokens_here, k_here, u_here, v_here, used = barriers
@@ -225,7 +223,7 @@ def _query_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.conste
 
 
 @gluon.jit
-def _query_consumer(
+def _dq_consumer(
     consumer: gl.constexpr, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
     C: gl.constexpr,
 ):  # fmt: skip
@@ -334,7 +332,7 @@ def _steps(whole, parts, B, L, C: gl.constexpr):
 
 
 @gluon.jit
-def hopper_down_kernel(
+def hopper_dv_kernel(
     Q, K, U, R, dOut, dV, dV_parts,
     B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
@@ -366,9 +364,9 @@ def hopper_down_kernel(
     tokens = (B, L, whole, parts)
     gl.warp_specialize(
         [
-            (_down_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens,
+            (_dv_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens,
                               R is not None, C)),
-            (_down_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens,
+            (_dv_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens,
                               R is not None, C)),
             (_token_producer, ((K, U), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
@@ -457,7 +455,7 @@ def _finish(
 
 
 @gluon.jit
-def _down_consumer(
+def _dv_consumer(
     consumer: gl.constexpr, weights, tiles, barriers, dV, dV_parts, tokens,
     ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
@@ -512,7 +510,7 @@ def _down_consumer(
 
 
 @gluon.jit
-def hopper_up_kernel(
+def hopper_dk_du_kernel(
     Q, K, U, V, R, dOut, dK, dU, dK_parts, dU_parts,
     B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
@@ -546,8 +544,8 @@ def hopper_up_kernel(
     tokens = (B, L, whole, parts)
     gl.warp_specialize(
         [
-            (_up_consumer, (0, weights, tiles, barriers, gradients, tokens, R is not None, C)),
-            (_up_consumer, (1, weights, tiles, barriers, gradients, tokens, R is not None, C)),
+            (_dk_du_consumer, (0, weights, tiles, barriers, gradients, tokens, R is not None, C)),
+            (_dk_du_consumer, (1, weights, tiles, barriers, gradients, tokens, R is not None, C)),
             (_token_producer, ((K, U, V), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
@@ -556,7 +554,7 @@ def hopper_up_kernel(
 
 
 @gluon.jit
-def _up_consumer(
+def _dk_du_consumer(
     consumer: gl.constexpr, weights, tiles, barriers, gradients, tokens,
     ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
@@ -647,7 +645,7 @@ def add_weight_parts_kernel(
         store_weights(dW, acc * SCALE, dW_strides, g, e, f0, F, D, BF, BD, dW_layout)
 
 
-def run_query(
+def run_dq(
     problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dQ (B, L, H, d) and dR (B, L, H, E); False where a tensor's layout rules it out."""
@@ -675,11 +673,11 @@ def run_query(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.hidden, operands)
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
-    start(hopper_query_kernel, programs, tile, grad_out.device, arguments)
+    start(hopper_dq_kernel, programs, tile, grad_out.device, arguments)
     return True
 
 
-def run_down(
+def run_dv(
     problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
@@ -701,11 +699,11 @@ def run_down(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dV": (dv, 1.0)}
-    _sum_over_tokens(hopper_down_kernel, problem, axes, blocks, tile, arguments, sums)
+    _sum_over_tokens(hopper_dv_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
-def run_up(
+def run_dk_du(
     problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dK and dU (G, E, f, d); False where a layout, or one of them missing, rules it out."""
@@ -730,7 +728,7 @@ def run_up(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
-    _sum_over_tokens(hopper_up_kernel, problem, axes, blocks, tile, arguments, sums)
+    _sum_over_tokens(hopper_dk_du_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
@@ -761,12 +759,12 @@ def _sum_over_tokens(
     gradients: dict[str, tuple[Tensor, float]],
 ) -> None:
     """Launch a kernel of weights' gradients, and add what it leaves in parts."""
-    groups, networks, hidden, width = problem.k.shape
-    owners = triton.cdiv(networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
+    groups, sub_networks, hidden, head_dim = problem.k.shape
+    owners = triton.cdiv(sub_networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
     steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
     arguments["whole"], arguments["parts"] = plan.whole, plan.parts
-    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(width))
+    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(head_dim))
     workspaces = {
         name: problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
         for name in gradients
@@ -785,12 +783,12 @@ def _sum_over_tokens(
             "dW_layout": target.layout,
             "first": plan.whole,
             "parts": plan.parts,
-            "E": networks,
+            "E": sub_networks,
             "F": hidden,
-            "D": width,
+            "D": head_dim,
             "SCALE": scale * problem.out_scale,
             "BF": _ROWS.value,
-            "BD": tile.padded_width(width),
+            "BD": tile.padded_width(head_dim),
         }
         start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
@@ -798,11 +796,11 @@ def _sum_over_tokens(
 def _constants(
     problem: Problem, tile: Tile, streamed: int, operands: dict[str, Operand]
 ) -> Constants:
-    groups, networks, hidden, width = problem.k.shape
+    groups, sub_networks, hidden, head_dim = problem.k.shape
     weights = ("K", "U", "V", "dK", "dU", "dV")
     layouts = {name: operands[name].layout for name in weights if name in operands}
     return Constants(
-        E=networks,
+        E=sub_networks,
         F=hidden,
         HEADS_PER_GROUP=problem.q.shape[2] // groups,
         ACTIVATION=problem.activation,
@@ -810,7 +808,7 @@ def _constants(
         U_SCALE=problem.u_scale,
         OUT_SCALE=problem.out_scale,
         BS=streamed,
-        BD=tile.padded_width(width),
+        BD=tile.padded_width(head_dim),
         STAGES=tile.stages,
         LAYOUTS=tuple(layout for name, layout in layouts.items() if len(name) == 1),
         **layouts,

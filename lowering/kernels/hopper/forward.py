@@ -140,20 +140,20 @@ def _run(
     if plan is None:
         return False
     axes, operands, layouts = plan
-    networks, hidden = problem.k.shape[1:3]
+    sub_networks, hidden = problem.k.shape[1:3]
     rows = tile.consumers * _TOKENS
     tiles = triton.cdiv(axes.length, rows) * axes.batch * problem.q.shape[2]
     programs = multiprocessors(out.device)
-    split = split_last_round(tiles, networks * triton.cdiv(hidden, tile.hidden), programs)
+    split = split_last_round(tiles, sub_networks * triton.cdiv(hidden, tile.hidden), programs)
     partial = split.workspace(tiles, rows, out)
     halved = _halves_exactly(problem)
     out_scale = problem.out_scale * (2.0 if halved and problem.u is not None else 1.0)
     block = Tile(rows, tile.hidden, _WARPS, 1, True, columns=_COLUMNS)
-    heads, width = problem.q.shape[2:]
+    heads, head_dim = problem.q.shape[2:]
     constants = Constants(
-        E=networks,
+        E=sub_networks,
         F=hidden,
-        D=width,
+        D=head_dim,
         HEADS_PER_GROUP=heads // problem.k.shape[0],
         ACTIVATION=problem.activation,
         K_SCALE=problem.k_scale,
@@ -165,10 +165,10 @@ def _run(
         K_LAYOUT=layouts["K"],
         V_LAYOUT=layouts["V"],
         BF=tile.hidden,
-        BD=block.padded_width(width),
+        BD=block.padded_width(head_dim),
         F_TILES=triton.cdiv(hidden, tile.hidden),
-        BLOCKS=triton.cdiv(width, _COLUMNS),
-        LAST=padded_width(width % _COLUMNS or _COLUMNS),
+        BLOCKS=triton.cdiv(head_dim, _COLUMNS),
+        LAST=padded_width(head_dim % _COLUMNS or _COLUMNS),
         PAIR=1 if problem.u is None else 2,
         CONSUMERS=tile.consumers,
         STAGES=tile.stages,

@@ -7,8 +7,8 @@ gradients are
     dm = R da n y'             dn = R da y
     dK = dm^T Q   dU = dn^T Q  dQ = dm K + dn U
 
-They fall into three kernels by what stays on the chip: `query_kernel` walks the hidden units and
-keeps dQ and dR of a token tile; `down_kernel` and `up_kernel` walk the tokens and keep dV, or dK
+They fall into three kernels by what stays on the chip: `dq_kernel` walks the hidden units and
+keeps dQ and dR of a token tile; `dv_kernel` and `dk_du_kernel` walk the tokens and keep dV, or dK
 and dU, of a hidden tile. One kernel for all three weights would save two products in ten, but its
 three accumulators leave no registers to overlap them. Every gradient has one owner, which adds in a
 fixed order: no atomics, the same bits each time.
@@ -53,7 +53,7 @@ _UNUSED_BY_DOWN_BIAS = (
 )  # fmt: skip
 
 
-def run_query(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
+def run_dq(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dQ (B, L, H, d) and dR (B, L, H, E)."""
     dq, dr = gradients.q, gradients.r
     axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
@@ -72,13 +72,13 @@ def run_query(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ti
         "dR": router_gradient(dr, axes),
     }
     programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
-    launch(query_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    launch(dq_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_down(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
+def run_dv(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dV (G, E, f, d)."""
     axes = token_axes(problem.q, problem.r, grad_out)
-    groups, networks, hidden, _ = problem.k.shape
+    groups, sub_networks, hidden, _ = problem.k.shape
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -89,18 +89,18 @@ def run_down(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Til
         "dOut": token_operand(grad_out, axes, tile),
         "dV": weight_operand(gradients.v, tile),
     }
-    programs = triton.cdiv(hidden, tile.hidden) * networks * groups
-    launch(down_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
+    launch(dv_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_up(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
+def run_dk_du(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill dK, dU (G, E, f, d) and their biases' gradients (G, E, f)."""
     both = gradients.k is not None and gradients.u is not None
     if both and tile.descriptors and padded_width(problem.q.shape[3]) > _WIDEST_PAIR:
-        run_up(problem, grad_out, gradients._replace(u=None, u_bias=None), tile)
+        run_dk_du(problem, grad_out, gradients._replace(u=None, u_bias=None), tile)
         gradients = gradients._replace(k=None, k_bias=None)
     axes = token_axes(problem.q, problem.r, grad_out)
-    groups, networks, hidden, _ = problem.k.shape
+    groups, sub_networks, hidden, _ = problem.k.shape
     operands = {
         "Q": token_operand(problem.q, axes, tile),
         "K": weight_operand(problem.k, tile),
@@ -115,14 +115,14 @@ def run_up(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
         "dK_bias": bias_operand(gradients.k_bias),
         "dU_bias": bias_operand(gradients.u_bias),
     }
-    programs = triton.cdiv(hidden, tile.hidden) * networks * groups
-    launch(up_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
+    launch(dk_du_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
 
 
-def run_down_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
+def run_dv_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
     """Fill the gradient of V's bias (G, E, d)."""
     axes = token_axes(problem.r, grad_out)
-    groups, networks = problem.k.shape[:2]
+    groups, sub_networks = problem.k.shape[:2]
     operands = {
         "R": router_operand(problem.r, axes, tile),
         "dOut": token_operand(grad_out, axes, tile),
@@ -131,11 +131,11 @@ def run_down_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile
     scalars = parameters(problem, axes, tile)
     for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
-    launch(down_bias_kernel, groups * networks, tile, grad_out.device, operands, scalars)
+    launch(dv_bias_kernel, groups * sub_networks, tile, grad_out.device, operands, scalars)
 
 
 @triton.jit
-def query_kernel(
+def dq_kernel(
     Q, K, U, V, R, K_bias, U_bias, V_bias, dOut, dQ, dR,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, V_bias_strides, dOut_strides, dQ_strides, dR_strides,
@@ -212,7 +212,7 @@ def query_kernel(
 
 
 @triton.jit
-def down_kernel(
+def dv_kernel(
     Q, K, U, R, K_bias, U_bias, dOut, dV,
     Q_strides, K_strides, U_strides, R_strides,
     K_bias_strides, U_bias_strides, dOut_strides, dV_strides,
@@ -269,7 +269,7 @@ def down_kernel(
 
 
 @triton.jit
-def up_kernel(
+def dk_du_kernel(
     Q, K, U, V, R, K_bias, U_bias, dOut, dK, dU, dK_bias, dU_bias,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, dOut_strides, dK_strides, dU_strides,
@@ -354,7 +354,7 @@ def up_kernel(
 
 
 @triton.jit
-def down_bias_kernel(
+def dv_bias_kernel(
     R, dOut, dV_bias, R_strides, dOut_strides, dV_bias_strides,
     B, L,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, OUT_SCALE: tl.constexpr,

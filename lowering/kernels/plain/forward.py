@@ -37,9 +37,9 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
     """Fill `out` (B, L, H, d)."""
     axes = token_axes(problem.q, problem.r, out)
     heads = problem.q.shape[2]
-    networks, hidden = problem.k.shape[1:3]
+    sub_networks, hidden = problem.k.shape[1:3]
     tiles = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
-    parts = min(tile.parts, networks * triton.cdiv(hidden, tile.hidden))
+    parts = min(tile.parts, sub_networks * triton.cdiv(hidden, tile.hidden))
     split = Split(tiles, 1) if parts == 1 else Split(0, parts)
     partial = split.workspace(tiles, tile.tokens, out)
     operands = {

@@ -85,13 +85,13 @@ def _run_backward(
     onto: bool = False,
 ) -> Tensor | None:
     """Fill `dq`, or add to it, and return the weight's gradient in float32, if they are wanted."""
-    groups, width, networks = weight.shape
+    groups, head_dim, sub_networks = weight.shape
     heads = q.shape[2]
     axes = token_axes(grad_out, q, dq)
     tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
-    blocks = triton.cdiv(width, _COLUMNS)
+    blocks = triton.cdiv(head_dim, _COLUMNS)
     parts = max(1, min(tiles, _PROGRAMS * multiprocessors(q.device) // (heads * blocks)))
-    shape = (heads, parts, width, networks)
+    shape = (heads, parts, head_dim, sub_networks)
     partial = q.new_empty(shape, dtype=torch.float32) if needs_weight else None
 
     def run() -> None:
@@ -109,7 +109,7 @@ def _run_backward(
         launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
 
     repeat(("router backward", onto), (grad_out, q, weight, dq, partial), run)
-    return None if partial is None else partial.view(groups, -1, width, networks).sum(1)
+    return None if partial is None else partial.view(groups, -1, head_dim, sub_networks).sum(1)
 
 
 def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[str, object]]:
@@ -121,15 +121,15 @@ def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[s
 
 def product_constants(q: Tensor, weight: Tensor) -> dict[str, int]:
     """The sizes and parts that a product is compiled for, by the names of kernel parameters."""
-    groups, width, networks = weight.shape
+    groups, head_dim, sub_networks = weight.shape
     return {
-        "E": networks,
-        "D": width,
+        "E": sub_networks,
+        "D": head_dim,
         "HEADS_PER_GROUP": q.shape[2] // groups,
         "Q_PARTS": 1 if q.dtype == torch.bfloat16 else 2,
         "W_PARTS": parts_of(weight.dtype),
-        "BE": max(16, triton.next_power_of_2(networks)),
-        "BD": min(_COLUMNS, padded_width(width)),
+        "BE": max(16, triton.next_power_of_2(sub_networks)),
+        "BD": min(_COLUMNS, padded_width(head_dim)),
     }
 
 
@@ -144,15 +144,15 @@ def cut_router(weight: Tensor) -> Tensor:
     Returns bfloat16 (G, parts * 32, d), the width rounded up to multiples of 8: each part's
     sub-networks, and zeros in place of those that are not there.
     """
-    groups, width, networks = weight.shape
-    parts, padded = parts_of(weight.dtype), 8 * triton.cdiv(width, 8)
+    groups, head_dim, sub_networks = weight.shape
+    parts, padded = parts_of(weight.dtype), 8 * triton.cdiv(head_dim, 8)
     shape = (groups, parts * PART_ROWS, padded)
     out = torch.empty(shape, dtype=torch.bfloat16, device=weight.device)
     operands = {
         "W": Operand(weight, weight.stride(), None),
         "Out": Operand(out, None, None),
     }
-    scalars = {"E": networks, "D": width, "PADDED": padded, "W_PARTS": parts}
+    scalars = {"E": sub_networks, "D": head_dim, "PADDED": padded, "W_PARTS": parts}
     scalars |= {"BE": PART_ROWS, "BD": _CUT_COLUMNS}
     programs = groups * triton.cdiv(padded, _CUT_COLUMNS)
     tile = Tile(PART_ROWS, _CUT_COLUMNS, 4, 1, descriptors=False)

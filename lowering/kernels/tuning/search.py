@@ -18,7 +18,7 @@ from ...problem import Gradients, Problem
 from ...tiles import Kernel, Row, Tile, portable, shipped_rows
 from ..dispatch import specialised_backward, specialised_forward
 from ..operands import token_axes, tokens_innermost
-from ..plain.backward import run_down, run_query, run_up
+from ..plain.backward import run_dk_du, run_dq, run_dv
 from ..plain.forward import run_forward
 from ..replay import recorded
 from . import store
@@ -28,9 +28,9 @@ Say = Callable[[str], None]
 Run = Callable[[Tile], Sequence[Tensor]]  # runs a kernel, and returns what it filled
 
 _BACKWARD: dict[Kernel, tuple[Callable[..., None], tuple[str, ...]]] = {  # and what each fills
-    "query": (run_query, ("q", "r")),
-    "down": (run_down, ("v",)),
-    "up": (run_up, ("k", "u", "k_bias", "u_bias")),
+    "dq": (run_dq, ("q", "r")),
+    "dv": (run_dv, ("v",)),
+    "dk_du": (run_dk_du, ("k", "u", "k_bias", "u_bias")),
 }
 _GAIN = 0.97  # of the shipped row's time; what takes longer may be noise
 _DIFFERENCE = 0.01  # of results that are equal but for the order of addition, at most

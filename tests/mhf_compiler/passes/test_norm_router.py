@@ -323,9 +323,9 @@ def test_the_norm_stays(name: str, run: Run):
 
 def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
     run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
-    monkeypatch.setattr(norm_router_op, "MOST_WIDTH", d)
+    monkeypatch.setattr(norm_router_op, "MOST_HEAD_DIM", d)
     assert infer(run).counts[CALL] == 1
-    monkeypatch.setattr(norm_router_op, "MOST_WIDTH", d - 1)
+    monkeypatch.setattr(norm_router_op, "MOST_HEAD_DIM", d - 1)
     counters.clear()
     assert infer(run).counts == Counter(
         {

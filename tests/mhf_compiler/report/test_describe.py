@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpus.positive import POSITIVE
+from models.workloads import changed
 from torch import Tensor, nn
 
 import mhf_compiler
@@ -16,6 +17,7 @@ import mhf_compiler.lowering.tiles
 from mhf_compiler import SiteReport
 from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.lowering.summary import kernels_of
+from mhf_compiler.lowering.tiles import MANY_TOKENS, Sizes
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind
 from mhf_compiler.report.describe import readable
@@ -211,35 +213,38 @@ def test_work_is_counted_by_hand():
     assert work.original is not None
 
 
-def test_dynamic_sizes_are_marked_and_counted_for_many_tokens():
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_dynamic_sizes_are_marked_and_counted_for_many_tokens(dims: tuple[int, ...]):
     x = torch.randn(2, 6, 32)
-    torch._dynamo.mark_dynamic(x, 1)
+    for dim in dims:
+        torch._dynamo.mark_dynamic(x, dim)
     (site,) = explain(FFN(), x).rewritten
     assert site.work is not None
     assert site.work.dynamic
-    assert site.work.tokens == mhf_compiler.lowering.tiles.MANY_TOKENS
-    assert isinstance(site.arguments[0].shape[1], str)
+    assert site.work.tokens == MANY_TOKENS
+    assert [isinstance(site.arguments[0].shape[dim], str) for dim in (0, 1)] == [
+        dim in dims for dim in (0, 1)
+    ]
+
+
+DYNAMIC = {"tokens": MANY_TOKENS, "dynamic": True}
 
 
 def workload(**changes: Any) -> Workload:
-    sizes: dict[str, Any] = {
-        "batch": 8,
-        "length": 4096,
-        "heads": 16,
-        "kuv_heads": 16,
-        "head_dim": 128,
-        "experts": 22,
-        "expert_dim": 256,
-        "gated": True,
-        "routed": True,
-        "biased": (False, False, False),
-        "activation": "silu",
-        "dtype": torch.bfloat16,
-        "out_dtype": torch.bfloat16,
-        "device": torch.device("cuda"),
-        "training": False,
-    }
-    return Workload(**(sizes | changes))
+    sizes = Sizes(
+        tokens=8 * 4096,
+        heads=16,
+        groups=16,
+        head_dim=128,
+        sub_networks=22,
+        hidden=256,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        dtype=torch.bfloat16,
+    )
+    w = Workload(sizes, "silu", torch.bfloat16, torch.device("cuda"), training=False)
+    return changed(w, **changes)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +252,9 @@ def workload(**changes: Any) -> Workload:
     [
         ((9, 0), {}, "forward kernel for Hopper: 128 tokens x 64 hidden units, 3 stages"),
         ((9, 0), {"head_dim": 32}, "forward kernel for Hopper: 192 tokens x 64 hidden units"),
-        ((9, 0), {"batch": 1, "length": 8}, "forward kernel: 16 tokens x 64 hidden units"),
+        ((9, 0), {"tokens": 8}, "forward kernel: 16 tokens x 64 hidden units"),
         ((8, 0), {}, "forward kernel: 128 tokens x 64 hidden units, 8 warps, 2 stages"),
-        ((8, 0), {"batch": None}, "forward kernel: 128 tokens x 64 hidden units, 8 warps"),
+        ((8, 0), DYNAMIC, "forward kernel: 128 tokens x 64 hidden units, 8 warps"),
     ],
 )
 def test_the_kernel_that_sizes_select(
@@ -294,14 +299,14 @@ AMPERES = (
     ("card", "changes", "expected"),
     [
         ((9, 0), {}, HOPPERS),
-        ((9, 0), {"length": None}, HOPPERS),
+        ((9, 0), DYNAMIC, HOPPERS),
         ((9, 0), {"head_dim": 32}, NARROW),
         ((9, 0), {"biased": (False, False, True)}, (PLAIN[0], *HOPPERS[1:])),
         ((9, 0), {"biased": (True, False, False)}, PLAIN),
         ((9, 0), {"routed": False}, (HOPPERS[0].replace(" and dR", ""), *HOPPERS[1:])),
         ((9, 0), {"gated": False}, (*PLAIN[:2], PLAIN[2].replace(" and dU", ""))),
         ((8, 0), {}, AMPERES),
-        ((8, 0), {"length": None}, AMPERES),
+        ((8, 0), DYNAMIC, AMPERES),
     ],
 )
 def test_the_backward_kernels_that_sizes_select(
@@ -323,7 +328,7 @@ def test_the_backward_kernels_that_sizes_select(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batch": 1, "length": 512}, {"head_dim": 256}, {"dtype": torch.float32}],
+    [{"tokens": 512}, {"head_dim": 256}, {"dtype": torch.float32}],
 )
 def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -337,18 +342,18 @@ def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [{}, {"length": 100, "batch": 1}])
+@pytest.mark.parametrize("shape", [{}, {"tokens": 100}])
 def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
     """Hopper's own have names of their own in a profile."""
     from mhf_compiler.lowering.workload import trial_run
 
-    w = workload(training=True, heads=2, kuv_heads=2, experts=2, **shape)
+    w = workload(training=True, heads=2, groups=2, sub_networks=2, **shape)
     trial_run(w)  # compiles
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         trial_run(w)
     ran = " ".join(event.key for event in profiled.key_averages())
     said = [text for text in kernels_of(w) if text.startswith("backward kernel ")]
-    for kernel, text in zip(("query", "down", "up"), said, strict=True):
+    for kernel, text in zip(("dq", "dv", "dk_du"), said, strict=True):
         assert (f"hopper_{kernel}_kernel" in ran) == ("for Hopper" in text), kernel
 
 

@@ -72,7 +72,7 @@ def test_the_overview_has_a_row_for_each_line_of_source(report: Report):
     assert Links(shown).open == []
     assert shown.count("<tr>") == 4  # two headers, a site, a near-miss
     (site,), (miss,) = report.rewritten, report.declined
-    for expected in (site.location, f"{site.experts} x {site.expert_dim}", miss.location):
+    for expected in (site.location, f"{site.sub_networks} x {site.hidden}", miss.location):
         assert f"<td>{expected}</td>" in shown
     assert f"<td>{escape(str(miss.reason))}</td>" in shown
     assert overview([]) == ""

@@ -17,13 +17,13 @@ KEYS = Path(__file__).parents[3] / "docs" / "report.md"
 HERE = Location("model.py", 12, "forward", "return hidden @ self.down")
 SITE = SiteReport(
     heads=4,
-    kuv_heads=4,
+    groups=4,
     head_dim=8,
-    experts=3,
-    expert_dim=5,
+    sub_networks=3,
+    hidden=5,
     activation="silu",
     gated=True,
-    has_gate=True,
+    routed=True,
     location=HERE,
 )
 MISS = SiteReport(location=HERE, reason=Reason(Kind.DIFFERENT_QUERIES))
@@ -68,10 +68,13 @@ def test_a_site_without_a_source_line():
 
 def test_columns_are_aligned():
     far = Location("a/long/way/to/model.py", 1234, "forward", "")
-    sites = [SITE, SiteReport(**{**vars(SITE), "location": far, "heads": 128, "kuv_heads": 2})]
+    sites = [SITE, SiteReport(**{**vars(SITE), "location": far, "heads": 128, "groups": 2})]
     _, rows = str(Report([GraphReport("", "", rewritten=sites)])).split("Rewritten\n")
     header, *others = rows.split("\n\n")[0].splitlines()
-    for name, cells in (("heads", ["4", "128 (2 kuv)"]), ("hidden units", ["silu(gate) * up"] * 2)):
+    for name, cells in (
+        ("heads", ["4", "128 (2 groups)"]),
+        ("hidden units", ["silu(gate) * up"] * 2),
+    ):
         column = header.index(name)
         for row, cell in zip(others, cells, strict=True):
             assert row[column:].startswith(cell)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,31 +11,34 @@ from typing import Any
 
 import pytest
 import torch
+from models.workloads import changed
 
 from benchmarks import grid, results
 from mhf_compiler.lowering.cost import Estimate, estimate
+from mhf_compiler.lowering.tiles import Sizes
 from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 CPU = Workload(
-    batch=4,
-    length=512,
-    heads=4,
-    kuv_heads=4,
-    head_dim=64,
-    experts=4,
-    expert_dim=192,
-    gated=True,
-    routed=True,
-    biased=(False, False, False),
+    sizes=Sizes(
+        tokens=4 * 512,
+        heads=4,
+        groups=4,
+        head_dim=64,
+        sub_networks=4,
+        hidden=192,
+        gated=True,
+        routed=True,
+        biased=(False, False, False),
+        dtype=torch.float32,
+    ),
     activation="silu",
-    dtype=torch.float32,
     out_dtype=torch.float32,
     device=torch.device("cpu"),
     training=True,
 )
 #: on a card with a number of its own, so that nothing is remembered of a real one
-GPU = replace(CPU, dtype=torch.bfloat16, out_dtype=torch.bfloat16, device=torch.device("cuda", 63))
+GPU = changed(CPU, dtype=torch.bfloat16, out_dtype=torch.bfloat16, device=torch.device("cuda", 63))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ both_ways = pytest.mark.parametrize("way", ["rewritten", "original"])
 
 
 def seconds(workload: Workload, way: str, **changes: Any) -> float:
-    return float(getattr(estimate(replace(workload, **changes)), way))
+    return float(getattr(estimate(changed(workload, **changes)), way))
 
 
 # Relations.
@@ -61,7 +63,7 @@ def seconds(workload: Workload, way: str, **changes: Any) -> float:
 @everywhere
 @pytest.mark.parametrize("training", [False, True])
 def test_estimates_are_times(workload: Workload, training: bool):
-    found = estimate(replace(workload, training=training))
+    found = estimate(changed(workload, training=training))
     assert 0 < found.rewritten < math.inf
     assert 0 < found.original < math.inf
 
@@ -72,17 +74,17 @@ def test_estimates_are_times(workload: Workload, training: bool):
 @pytest.mark.parametrize(
     ("size", "values"),
     [
-        ("length", [1, 64, 512, 4096, 65536]),
+        ("tokens", [4 * length for length in (1, 64, 512, 4096, 65536)]),
         ("heads", [4, 8, 16, 64]),
-        ("experts", [1, 2, 4, 16]),
-        ("expert_dim", [64, 128, 1024, 8192]),
+        ("sub_networks", [1, 2, 4, 16]),
+        ("hidden", [64, 128, 1024, 8192]),
         ("head_dim", [64, 128, 256]),  # narrower heads go to other kernels on a GPU
     ],
 )
 def test_more_work_never_takes_less_time(
     workload: Workload, way: str, training: bool, size: str, values: list[int]
 ):
-    graph = replace(workload, captured=True)  # where the host is no limit
+    graph = changed(workload, captured=True)  # where the host is no limit
     times = [seconds(graph, way, training=training, **{size: value}) for value in values]
     assert all(less <= more for less, more in pairwise(times))
     assert times[0] < times[-1]
@@ -97,7 +99,7 @@ def test_training_takes_longer_than_inference(workload: Workload, way: str):
 @everywhere
 @both_ways
 def test_an_up_projection_takes_time(workload: Workload, way: str):
-    graph = replace(workload, captured=True)
+    graph = changed(workload, captured=True)
     assert seconds(graph, way, gated=False) < seconds(graph, way, gated=True)
 
 
@@ -109,7 +111,7 @@ def test_weights_in_separate_modules_cost_both_ways_more(
     workload: Workload, way: str, training: bool, captured: bool
 ):
     """The original runs a kernel for each; for the op they are copied together."""
-    large = replace(workload, training=training, captured=captured, length=65536)
+    large = changed(workload, training=training, captured=captured, tokens=4 * 65536)
     apart = [(1, 1, 1), (1, 1, 4), (1, 4, 4), (4, 4, 4)]
     times = [seconds(large, way, pieces=pieces) for pieces in apart]
     assert all(less < more for less, more in pairwise(times))
@@ -118,21 +120,21 @@ def test_weights_in_separate_modules_cost_both_ways_more(
 @everywhere
 @pytest.mark.parametrize("training", [False, True])
 def test_more_modules_cost_the_original_more_and_the_op_nothing(workload: Workload, training: bool):
-    apart = replace(workload, training=training, captured=True)
-    few, many = (replace(apart, pieces=(count, count, count)) for count in (4, 16))
+    apart = changed(workload, training=training, captured=True)
+    few, many = (changed(apart, pieces=(count, count, count)) for count in (4, 16))
     assert estimate(few).original < estimate(many).original
     assert estimate(few).rewritten == estimate(many).rewritten
 
 
 def test_more_modules_have_more_gradients_for_the_host_to_keep():
-    small = replace(GPU, batch=1, length=64)
-    few, many = (replace(small, pieces=(count, count, count)) for count in (4, 16))
+    small = changed(GPU, tokens=64)
+    few, many = (changed(small, pieces=(count, count, count)) for count in (4, 16))
     assert estimate(few).rewritten < estimate(many).rewritten
 
 
 @both_ways
 def test_an_up_projection_that_is_not_there_lies_in_no_pieces(way: str):
-    plain = replace(GPU, gated=False, pieces=(4, 1, 4))
+    plain = changed(GPU, gated=False, pieces=(4, 1, 4))
     assert seconds(plain, way) == seconds(plain, way, pieces=(4, 4, 4))
 
 
@@ -142,41 +144,41 @@ def test_an_up_projection_that_is_not_there_lies_in_no_pieces(way: str):
 def test_large_problems_pay_on_a_gpu():
     """The original writes the hidden units to memory and reads them again."""
     for training in (False, True):
-        assert estimate(replace(GPU, length=65536, training=training)).pays
+        assert estimate(changed(GPU, tokens=4 * 65536, training=training)).pays
 
 
 def test_a_small_training_step_with_wide_heads_does_not_pay():
     """Few programs, long loops: the latency of the loop is all there is."""
-    small = replace(GPU, batch=1, length=64, heads=2, kuv_heads=2, head_dim=256, expert_dim=4096)
+    small = changed(GPU, tokens=64, heads=2, groups=2, head_dim=256, hidden=4096)
     assert not estimate(small).pays
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("length", [1, 1024, 16384])
-def test_networks_in_separate_modules_pay_on_a_gpu(length: int, training: bool):
+@pytest.mark.parametrize("tokens", [1, 1024, 16384])
+def test_networks_in_separate_modules_pay_on_a_gpu(tokens: int, training: bool):
     """Small or large: the host launches dozens of kernels, or hundreds, where the op has a few."""
-    apart = replace(GPU, batch=1, heads=8, kuv_heads=8, experts=1, pieces=(8, 8, 8))
-    assert estimate(replace(apart, length=length, training=training)).pays
+    apart = changed(GPU, heads=8, groups=8, sub_networks=1, pieces=(8, 8, 8))
+    assert estimate(changed(apart, tokens=tokens, training=training)).pays
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_step_of_decoding_does_not_pay_on_a_cpu(dtype: torch.dtype, training: bool):
-    few = replace(CPU, batch=1, length=1, dtype=dtype, out_dtype=dtype, training=training)
+    few = changed(CPU, tokens=1, dtype=dtype, out_dtype=dtype, training=training)
     assert not estimate(few).pays
 
 
 def test_converting_weights_costs_half_precision_more():
-    few = replace(CPU, batch=1, length=1, training=False)
-    half = replace(few, dtype=torch.bfloat16, out_dtype=torch.bfloat16)
+    few = changed(CPU, tokens=1, training=False)
+    half = changed(few, dtype=torch.bfloat16, out_dtype=torch.bfloat16)
     assert estimate(half).rewritten > estimate(few).rewritten
 
 
 def test_half_precision_does_not_pay_on_a_cpu_that_has_products_for_it():
     """The op computes in float32."""
-    many = replace(CPU, batch=64, training=False)
+    many = changed(CPU, tokens=64 * 512, training=False)
     assert estimate(many).pays
-    assert not estimate(replace(many, dtype=torch.bfloat16, out_dtype=torch.bfloat16)).pays
+    assert not estimate(changed(many, dtype=torch.bfloat16, out_dtype=torch.bfloat16)).pays
 
 
 def points(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -201,36 +203,26 @@ def test_the_model_chooses_as_measured(
     assert max(losses) <= 1.05
 
 
-def test_a_dynamic_number_of_tokens_is_taken_to_be_large():
-    """That is where rewriting matters."""
-    for missing in ({"batch": None}, {"length": None}, {"batch": None, "length": None}):
-        dynamic = replace(GPU, **missing)
-        assert dynamic.tokens is None
-        assert estimate(dynamic) == estimate(replace(GPU, batch=None))
-        for way in ("rewritten", "original"):
-            assert seconds(GPU, way, length=16, captured=True) < seconds(dynamic, way)
-
-
 def test_the_host_is_no_limit_inside_a_cuda_graph():
-    small = replace(GPU, batch=1, length=64)
+    small = changed(GPU, tokens=64)
     for way in ("rewritten", "original"):
         assert seconds(small, way, captured=True) < seconds(small, way, captured=False)
 
 
 def test_the_host_is_no_limit_to_inference():
     """It is ahead of the card, or both ways wait for it."""
-    small = replace(GPU, batch=1, length=64, training=False)
+    small = changed(GPU, tokens=64, training=False)
     for way in ("rewritten", "original"):
         assert seconds(small, way, captured=True) == seconds(small, way, captured=False)
 
 
 def test_no_tokens_are_no_error():
-    assert estimate(replace(GPU, batch=0)).original > 0
+    assert estimate(changed(GPU, tokens=0)).original > 0
 
 
 @pytest.mark.parametrize("kind", ["meta", "xpu"])
 def test_where_nothing_is_known_rewriting_is_taken_to_pay(kind: str):
-    assert estimate(replace(CPU, device=torch.device(kind))).pays
+    assert estimate(changed(CPU, device=torch.device(kind))).pays
 
 
 @pytest.mark.parametrize(
@@ -242,7 +234,7 @@ def test_what_pays(rewritten: float, original: float, pays: bool):
 
 def test_there_is_nothing_to_try_on_a_cpu():
     """Nor is the op called, whatever the sizes."""
-    trial_run(replace(CPU, batch=1 << 20, length=1 << 20, heads=1 << 10))
+    trial_run(changed(CPU, tokens=1 << 40, heads=1 << 10))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +247,7 @@ def test_there_is_nothing_to_try_on_a_cpu():
     ],
 )
 def test_what_a_device_does_not_run_is_named(changes: dict[str, Any], named: str):
-    message = unsupported(replace(GPU, **changes))
+    message = unsupported(changed(GPU, **changes))
     assert message is not None
     assert named in message
 
