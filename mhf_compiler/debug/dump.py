@@ -12,6 +12,7 @@ For a graph that was compiled for training, gradients are compared too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ inputs, old, new = before.inputs(), before.module(), after.module()
 new.load_state_dict(old.state_dict())
 sys.exit(print_differences(compare(old, new, inputs, before.NAMES)))
 '''
-_SITE = '''"""{place}
-
+_SITE = '''{place}
+#
 {formula}
 
-Compares {what} of the op and of its specification.
+"""Compares {what} of the op and of its specification.
+
 Exits with 1 if an error is larger than rounding.
 """
 
@@ -175,13 +177,27 @@ def site_program(site: SiteReport, training: bool = False) -> str:
     }
     inputs = {"q": "", "k": "", "u": "None", "v": "", "r": "None", **tensors}
     return _SITE.format(
-        place=f"{site.place}.",
-        formula=site.formula,
+        place=_comment(f"{site.place}."),
+        formula=_comment(site.formula),
         what=_compared(training),
         tensor=_TENSOR,
         arguments="\n".join(f"    {name!r}: {text}," for name, text in inputs.items()),
         constants=constants,
     )
+
+
+def _comment(text: str) -> str:
+    """Text as lines of comment, whatever a model or a folder is called: none of it may run."""
+    lines = [
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in x) for x in text.splitlines()
+    ]
+    return "\n".join(f"# {line}" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text as a cell of a table in Markdown, which shows it as it is."""
+    escaped = re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", text)
+    return "".join(c if c.isprintable() else " " for c in escaped)
 
 
 def _compared(training: bool) -> str:
@@ -220,7 +236,7 @@ def _add_to_index(path: Path, name: str, report: GraphReport) -> None:
     of = ", ".join(dict.fromkeys(site.module or str(site.location) for site in sites)) or "nothing"
     counts = f"{report.operations} | {len(report.rewritten)} | {len(report.declined)}"
     with path.open("a") as file:
-        file.write(f"| [{name}]({name}/report.html) | {counts} | {of} |\n")
+        file.write(f"| [{name}]({name}/report.html) | {counts} | {_cell(of)} |\n")
 
 
 def _example(node: fx.Node) -> Any:

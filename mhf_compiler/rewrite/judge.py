@@ -68,7 +68,8 @@ def _objection(
             trial_run(workload)
     except Exception as error:
         warn_of_failure("the MH-FFN", site.location, error)
-        return Reason(Kind.KERNEL_FAILED, str(error).splitlines()[0], site.output_node)
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        return Reason(Kind.KERNEL_FAILED, first, site.output_node)
     return None
 
 

@@ -1,5 +1,7 @@
 """``dump_dir``: the programs run, agree, and the folder reads well."""
 
+import ast
+import dataclasses
 import json
 import re
 import subprocess
@@ -12,6 +14,10 @@ import torch
 from corpus.positive import POSITIVE
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import mhf_compiler
+from mhf_compiler import GraphReport, Location
+from mhf_compiler.debug import dump
 
 OPTIONS = {"rewrite": "always", "fallback": "eager", "strict": True}
 
@@ -182,3 +188,34 @@ def test_graphs_that_write_and_draw_are_compared_too(tmp_path: Path):
     assert "gradient of norm.weight right" in compared(text)
     assert "gradient of norm.running_mean right" not in compared(text)
     assert "of plain PyTorch" not in text  # compared with each other
+
+
+HOSTILE = [
+    '"""; raise SystemExit(7)  # ',
+    "\nraise SystemExit(7)",
+    "\r\x0craise SystemExit(7)",
+    "\\N{nothing} \\x",
+    "a|b <script>alert(1)</script> [link](x) `code`",
+    "\u2028raise SystemExit(7)\ud800",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_names_are_never_code(name: str, folder: Path, tmp_path: Path):
+    """A module, a class or a folder may be called anything."""
+    report = mhf_compiler.explain(POSITIVE["RouterOnHidden"].build(), options=OPTIONS)(
+        *POSITIVE["RouterOnHidden"].inputs()
+    )
+    (site,) = report.rewritten
+    location = Location(f"/{name}/model.py", 3, name, name)
+    site = dataclasses.replace(site, module=name, module_class=name, location=location)
+    program = dump.site_program(site)
+    path = tmp_path / "site_0.py"
+    path.write_text(program)  # which text that is no UTF-8 could not be
+    lines = ast.parse(program).body
+    assert isinstance(lines[1], ast.Import)  # after the docstring
+    assert "right" in " ".join(compared(run(path)))
+    dump._add_to_index(tmp_path / "index.md", "graph_0", GraphReport("", "", 1, rewritten=[site]))
+    row = (tmp_path / "index.md").read_text().splitlines()[-1]
+    assert len(re.findall(r"(?<!\\)\|", row)) == 6
+    assert not re.search(r"(?<!\\)[<`\[](?!graph_0)", row)
