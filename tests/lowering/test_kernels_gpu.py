@@ -278,10 +278,10 @@ def test_same_bits_each_time() -> None:
         assert x.equal(y)
 
 
-@pytest.mark.parametrize("width", [64, 60], ids=["descriptors", "pointers"])
-def test_offsets_beyond_32_bits(width: int) -> None:
+@pytest.mark.parametrize("head_dim", [64, 60], ids=["descriptors", "pointers"])
+def test_offsets_beyond_32_bits(head_dim: int) -> None:
     """The two sequences of q, of the output's gradient and of the output lie 4 GiB apart."""
-    tensors = make(Shape(B=2, L=130, H=2, G=2, E=2, d=width, f=64))
+    tensors = make(Shape(B=2, L=130, H=2, G=2, E=2, d=head_dim, f=64))
     q = tensors["q"]
     assert q is not None
     stride = 2**31 + 64

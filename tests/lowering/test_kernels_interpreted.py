@@ -252,9 +252,9 @@ class TestKernels:
         memory[inner] = 7.0
         assert memory.eq(7.0).all()
 
-    @pytest.mark.parametrize(("width", "hidden"), [(1, 1), (5, 33), (16, 16), (33, 1)])
-    def test_any_width(self, width: int, hidden: int) -> None:
-        check(make(Shape(B=1, L=3, H=1, d=width, G=1, E=2, f=hidden)))
+    @pytest.mark.parametrize(("head_dim", "hidden"), [(1, 1), (5, 33), (16, 16), (33, 1)])
+    def test_any_width(self, head_dim: int, hidden: int) -> None:
+        check(make(Shape(B=1, L=3, H=1, d=head_dim, G=1, E=2, f=hidden)))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.usefixtures("bfloat16_products")
@@ -512,20 +512,20 @@ class TestCutRouter:
     __test__ = INTERPRETING
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("width", [5, 64, 96])
-    def test_parts(self, width: int, dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize("head_dim", [5, 64, 96])
+    def test_parts(self, head_dim: int, dtype: torch.dtype) -> None:
         from mhf_compiler.lowering.kernels.plain.router import cut_router, parts_of
 
         torch.manual_seed(0)
-        weight = torch.randn(3, 5, width).to(dtype).transpose(1, 2)
+        weight = torch.randn(3, 5, head_dim).to(dtype).transpose(1, 2)
         parts = cut_router(weight).unflatten(1, (parts_of(dtype), 32))  # (G, parts, E, d)
         assert parts.dtype == torch.bfloat16
         # The interpreter cuts where a GPU rounds to bfloat16: a bit is lost with each part.
         unit = {torch.float32: 2.0**-21, torch.bfloat16: 0.0, torch.float16: 0.0}[dtype]
-        made = parts.double().sum(1)[:, :5, :width].transpose(1, 2)
+        made = parts.double().sum(1)[:, :5, :head_dim].transpose(1, 2)
         torch.testing.assert_close(made, weight.double(), rtol=unit, atol=0.0)
         assert parts[:, :, 5:].eq(0).all()
-        assert parts[..., width:].eq(0).all()
+        assert parts[..., head_dim:].eq(0).all()
 
 
 @pytest.mark.usefixtures("bfloat16_products", "poison")
@@ -589,17 +589,17 @@ class TestNormAndRoute:
         rounded = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[r.dtype]
         torch.testing.assert_close(r.double(), expected, rtol=rounded, atol=1e-5)
 
-    @pytest.mark.parametrize("width", [5, 24, 64, 96, 128])
+    @pytest.mark.parametrize("head_dim", [5, 24, 64, 96, 128])
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_matches_the_definition(
-        self, dtype: torch.dtype, weights: torch.dtype, width: int
+        self, dtype: torch.dtype, weights: torch.dtype, head_dim: int
     ) -> None:
         torch.manual_seed(0)
-        q = 3 * torch.randn(2, 70, 2, width)
+        q = 3 * torch.randn(2, 70, 2, head_dim)
         r = torch.full((2, 5, 2, 70), float("nan")).permute(2, 3, 0, 1).to(dtype)
-        weight = torch.randn(2, width, 5) / width**0.5
-        self.check(q.to(dtype), torch.rand(width).to(weights), weight.to(weights), r)
+        weight = torch.randn(2, head_dim, 5) / head_dim**0.5
+        self.check(q.to(dtype), torch.rand(head_dim).to(weights), weight.to(weights), r)
 
     @pytest.mark.parametrize("processors", [1, 2])
     def test_a_program_goes_on_to_further_tokens(

@@ -147,10 +147,10 @@ def test_no_kernel_without_a_gpu():
         (255, {}, True, False),
         (4096, {}, False, False),
         (4096, {"dtype": torch.float16}, True, False),
-        (4096, {"width": 96}, True, True),
-        (4096, {"width": 40}, True, True),
-        (4096, {"width": 32}, True, False),
-        (4096, {"width": 160}, True, False),
+        (4096, {"head_dim": 96}, True, True),
+        (4096, {"head_dim": 40}, True, True),
+        (4096, {"head_dim": 32}, True, False),
+        (4096, {"head_dim": 160}, True, False),
         (4096, {"hidden": 64}, True, True),
         (4096, {"hidden": 32}, True, False),
         (4096, {"capability": (10, 0)}, True, False),
@@ -167,8 +167,8 @@ def test_where_there_is_a_kernel(
     pytest.importorskip("triton")
     from mhf_compiler.lowering.ops import norm_network
 
-    of = {"capability": (9, 0), "dtype": torch.bfloat16, "width": 128, "hidden": 256} | replaced
+    of = {"capability": (9, 0), "dtype": torch.bfloat16, "head_dim": 128, "hidden": 256} | replaced
     monkeypatch.setattr(norm_network, "capability", lambda device: of["capability"])
-    shape = (16, 22, of["hidden"], of["width"])
+    shape = (16, 22, of["hidden"], of["head_dim"])
     weights = Like(of["dtype"], shape, torch.empty(shape, device="meta").stride())
     assert may_pay(tokens, weights, gated, torch.device("cuda")) is expected

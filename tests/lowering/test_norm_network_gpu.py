@@ -32,22 +32,22 @@ def make(
     dtype: torch.dtype = torch.bfloat16,
     by_columns: bool = False,
 ) -> dict[str, Any]:
-    b, length, heads, width, networks, hidden = shape
+    b, length, heads, head_dim, sub_networks, hidden = shape
     torch.manual_seed(0)
 
     def weight(scale: float) -> Tensor:
-        size = (groups or heads, networks, hidden, width)
+        size = (groups or heads, sub_networks, hidden, head_dim)
         x = (torch.randn(size, device=CUDA) * scale).to(dtype)
         return x.transpose(2, 3).contiguous().transpose(2, 3) if by_columns else x
 
     return {
-        "q": (3 * torch.randn(b, length, heads, width, device=CUDA)).to(dtype),
-        "norm_weight": (torch.rand(width, device=CUDA) + 0.5).to(dtype),
-        "router": (torch.randn(routers or heads, width, networks, device=CUDA) / width**0.5).to(
-            router
-        ),
-        "k": weight(width**-0.5),
-        "u": weight(width**-0.5),
+        "q": (3 * torch.randn(b, length, heads, head_dim, device=CUDA)).to(dtype),
+        "norm_weight": (torch.rand(head_dim, device=CUDA) + 0.5).to(dtype),
+        "router": (
+            torch.randn(routers or heads, head_dim, sub_networks, device=CUDA) / head_dim**0.5
+        ).to(router),
+        "k": weight(head_dim**-0.5),
+        "u": weight(head_dim**-0.5),
         "v": weight(hidden**-0.5),
         "norm_eps": 1e-6,
         "rounds_first": False,
@@ -90,11 +90,11 @@ def check(given: dict[str, Any]) -> None:
     assert error <= 2e-4  # one in a hundred results a unit of bfloat16 off would be 4e-4
 
 
-@pytest.mark.parametrize("width", [40, 64, 72, 96, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128])
 @pytest.mark.parametrize("router", [torch.float32, torch.bfloat16, torch.float16])
-def test_matches_two_ops(router: torch.dtype, width: int) -> None:
+def test_matches_two_ops(router: torch.dtype, head_dim: int) -> None:
     for tokens in ((2, 300), (1, 256)):
-        check(make((*tokens, 4, width, 22, 64), router))
+        check(make((*tokens, 4, head_dim, 22, 64), router))
 
 
 @pytest.mark.parametrize(
@@ -114,20 +114,20 @@ def test_matches_two_ops(router: torch.dtype, width: int) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("width", [64, 128])
-def test_other_formulas(width: int, replaced: dict[str, Any]) -> None:
-    check(make((2, 300, 6, width, 8, 64), groups=3, routers=2) | replaced)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_other_formulas(head_dim: int, replaced: dict[str, Any]) -> None:
+    check(make((2, 300, 6, head_dim, 8, 64), groups=3, routers=2) | replaced)
 
 
-@pytest.mark.parametrize("networks", [1, 2, 31, 32])
-def test_other_numbers_of_networks(networks: int) -> None:
+@pytest.mark.parametrize("sub_networks", [1, 2, 31, 32])
+def test_other_numbers_of_networks(sub_networks: int) -> None:
     by_heads = {"norm_weight": torch.rand(4, 128, device=CUDA).bfloat16()}
-    check(make((2, 300, 4, 128, networks, 171)) | by_heads)
+    check(make((2, 300, 4, 128, sub_networks, 171)) | by_heads)
 
 
-@pytest.mark.parametrize("width", [64, 96, 128])
-def test_weights_by_columns(width: int) -> None:
-    check(make((2, 300, 4, width, 8, 192), by_columns=True))
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_weights_by_columns(head_dim: int) -> None:
+    check(make((2, 300, 4, head_dim, 8, 192), by_columns=True))
 
 
 @pytest.mark.parametrize("router", [torch.float32, torch.bfloat16])
@@ -194,16 +194,16 @@ def test_calls_are_repeated_on_other_memory() -> None:
         check(given | {"q": given["q"] * (seed + 1), "k": given["k"] / (seed + 1)})
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_the_same_bits_each_time(width: int) -> None:
-    given = make((4, 2000, 4, width, 22, 64), torch.bfloat16)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_same_bits_each_time(head_dim: int) -> None:
+    given = make((4, 2000, 4, head_dim, 22, 64), torch.bfloat16)
     first = call(given)
     assert all(call(given).equal(first) for _ in range(3))
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_what_is_not_a_number_stays_in_its_token(width: int) -> None:
-    given = make((1, 300, 2, width, 8, 64))
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_is_not_a_number_stays_in_its_token(head_dim: int) -> None:
+    given = make((1, 300, 2, head_dim, 8, 64))
     given["q"][0, 33, 1, 5] = float("nan")
     found = call(given)
     assert found[0, 33, 1].isnan().all()
@@ -230,8 +230,8 @@ def test_one_kernel_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     forget_repeats()
     monkeypatch.setattr(dispatch, "run_norm_and_route", fail)
-    for width in (40, 64, 96, 128):
-        call(make((2, 300, 4, width, 22, 64)))
+    for head_dim in (40, 64, 96, 128):
+        call(make((2, 300, 4, head_dim, 22, 64)))
     forget_repeats()
 
 

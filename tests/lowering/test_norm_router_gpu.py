@@ -20,12 +20,12 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-5}
 def make(
     shape: tuple[int, ...], dtype: torch.dtype, weights: torch.dtype, groups: int | None = None
 ) -> dict[str, Any]:
-    b, length, heads, width, networks = shape
+    b, length, heads, head_dim, sub_networks = shape
     torch.manual_seed(0)
-    weight = torch.randn(groups or heads, width, networks, device="cuda") / width**0.5
+    weight = torch.randn(groups or heads, head_dim, sub_networks, device="cuda") / head_dim**0.5
     return {
-        "q": (3 * torch.randn(b, length, heads, width, device="cuda")).to(dtype),
-        "norm_weight": (torch.rand(width, device="cuda") + 0.5).to(weights),
+        "q": (3 * torch.randn(b, length, heads, head_dim, device="cuda")).to(dtype),
+        "norm_weight": (torch.rand(head_dim, device="cuda") + 0.5).to(weights),
         "weight": weight.to(weights),
         "norm_eps": 1e-6,
         "rounds_first": False,
@@ -70,14 +70,14 @@ def check(given: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("order", [None, [2, 3, 0, 1]], ids=str)
-@pytest.mark.parametrize("width", [32, 96, norm_router.MOST_HEAD_DIM])
+@pytest.mark.parametrize("head_dim", [32, 96, norm_router.MOST_HEAD_DIM])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", NARROW)
 def test_matches(
-    dtype: torch.dtype, weights: torch.dtype, width: int, order: list[int] | None
+    dtype: torch.dtype, weights: torch.dtype, head_dim: int, order: list[int] | None
 ) -> None:
     for length in (1, 333):
-        r = check(make((2, length, 4, width, 22), dtype, weights) | {"out_order": order})
+        r = check(make((2, length, 4, head_dim, 22), dtype, weights) | {"out_order": order})
         assert r.permute(order or (0, 1, 2, 3)).is_contiguous()
 
 
@@ -99,10 +99,10 @@ def test_other_formulas(replaced: dict[str, Any]) -> None:
     check(make((2, 130, 6, 40, 8), torch.bfloat16, torch.float32, 3) | replaced)
 
 
-@pytest.mark.parametrize("networks", [1, 32])
-def test_other_numbers_of_networks(networks: int) -> None:
+@pytest.mark.parametrize("sub_networks", [1, 32])
+def test_other_numbers_of_networks(sub_networks: int) -> None:
     by_heads = {"norm_weight": torch.rand(6, 40, device="cuda")}
-    check(make((2, 130, 6, 40, networks), torch.float16, torch.float32, 3) | by_heads)
+    check(make((2, 130, 6, 40, sub_networks), torch.float16, torch.float32, 3) | by_heads)
 
 
 def test_a_program_goes_on_to_further_tokens() -> None:

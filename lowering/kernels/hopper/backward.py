@@ -364,10 +364,8 @@ def hopper_dv_kernel(
     tokens = (B, L, whole, parts)
     gl.warp_specialize(
         [
-            (_dv_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens,
-                              R is not None, C)),
-            (_dv_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens,
-                              R is not None, C)),
+            (_dv_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
+            (_dv_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
             (_token_producer, ((K, U), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
