@@ -31,6 +31,7 @@ from mhf_compiler.compat import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
+    OpOverload,
     TorchDispatchMode,
     functorch_depth,
     grad_levels,
@@ -964,7 +965,7 @@ def _makes_new_sizes(node: fx.Node, env: dict[fx.Node, Any]) -> bool:
 def _may_write(node: fx.Node) -> bool:
     """Whether a function may change its arguments, by its name."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return bool(target._schema.is_mutable)
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     module = "torch" if isinstance(target, str) else getattr(target, "__module__", None) or "torch"

@@ -11,6 +11,8 @@ import re
 import torch
 from torch import fx
 
+from mhf_compiler.compat import OpOverload
+
 aten = torch.ops.aten
 
 MATRIX_PRODUCTS = frozenset(
@@ -52,6 +54,6 @@ def _calls(node: fx.Node) -> bool:
 def _target(node: fx.Node) -> str:
     """``einsum``, ``aten.mm.default``, ``linear``: the name, without what is around it."""
     target = node.target
-    if isinstance(target, (str, torch._ops.OpOverload)):
+    if isinstance(target, (str, OpOverload)):
         return str(target)
     return str(getattr(target, "__name__", target))
