@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from .axes import Axis, Index, product, quotient
+from .axes import Axis, Index, at_most, product, quotient
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand
 from .grammar import Reading, is_cast
@@ -126,6 +126,7 @@ def assign_roles(term: Term, root: Index) -> Roles:
     if unread or not groups.isdisjoint(out_width):
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
     inside = _inside_heads(gate.query.index, set(width), groups)
+    inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)
     sharers = tuple(a for a in tokens if a in inside)
     down_order = in_reading_order(hidden, down.index)
     return Roles(
@@ -150,21 +151,46 @@ def _check_query(term: Term, width: set[Axis], experts: set[Axis], hidden: set[A
 
 
 def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis]:
-    """Token-like axes that lie inside a dimension of heads: heads that share their weights.
+    """Token-like axes that are read from within the feature dimension: heads that share weights.
 
-    Mathematically such a head is one more token. It counts as a head when it is read from within
-    the feature dimension, or nested in the dimension of the heads that have weights of their own.
+    Mathematically such a head is one more token.
     """
+    found: set[Axis] = set()
+    for axes in (set(form.axes()) for form in query):
+        if axes & width:
+            found |= axes - width - groups
+    return {axis for axis in found if isinstance(axis.size, int)}  # the number of heads is fixed
+
+
+def _inside_tokens(
+    term: Term, root: Index, tokens: list[Axis], groups: set[Axis], out_width: list[Axis]
+) -> set[Axis]:
+    """Those of the tokens' axes, nested in the dimension of the heads, that are heads themselves.
+
+    Tokens that were dispatched lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
+    they would be E * C of one token each, and every one would load its weights again. So such an
+    axis counts tokens unless something else needs it as a head: a result or a router that keeps it
+    within its features, or tokens that take both of the op's dimensions without it.
+    """
+    nested = _nested(term.gate.query.index, groups) & set(tokens)
+    outer = real(tokens) - nested
+    if len(outer) > 1:
+        return nested
+    inner = real(leaves(term.experts)) | real(leaves(term.hidden))
+    kept = [(form, real(out_width)) for form in root]
+    kept += [(form, inner) for router in term.routers for form in router.index]
+    within = {a for form, features in kept for a in form.axes() if features & set(form.axes())}
+    return nested & within
+
+
+def _nested(query: Index, groups: set[Axis]) -> set[Axis]:
+    """The axes that lie inside the heads that have weights of their own, in one dimension."""
     found: set[Axis] = set()
     for form in query:
         terms = form.resolved().terms
-        axes = {axis for axis, _ in terms}
-        if axes & width:
-            found |= axes - width - groups
-        elif axes & groups:
-            outer = max((c for a, c in terms if a in groups), key=_as_number)
-            found |= {a for a, c in terms if a not in groups and _as_number(c) < _as_number(outer)}
-    return {axis for axis in found if isinstance(axis.size, int)}  # the number of heads is fixed
+        steps = [_as_number(c) for axis, c in terms if axis in groups]
+        found |= {a for a, c in terms if a not in groups and _as_number(c) < max(steps, default=0)}
+    return {axis for axis in found if axis.size != 1 and isinstance(axis.size, int)}
 
 
 def check_weights(term: Term, roles: Roles) -> None:
@@ -449,6 +475,10 @@ def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
     if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
         raise Declined(Kind.UNKNOWN_OPERATION, "random numbers are drawn", value.origin)
+    fused = any(name in str(value.origin.target) for name in ("addcmul", "fma"))
+    if fused and value.dtype in (torch.bfloat16, torch.float16):
+        # The model rounds the sum alone; the product by itself may leave the range.
+        raise Declined(Kind.ROUNDING_CAST, "a product that is not rounded by itself", value.origin)
     for operand in value.operands:  # no node holds it: it will be computed again
         _check_readable(operand, copy, position)
 
@@ -477,6 +507,10 @@ def _site(
 ) -> Site:
     gate, up = term.gate, term.up
     batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
+    if real(length) <= _nested(gate.query.index, set(roles.groups)):
+        sizes_of = [product(axis.size for axis in axes) for axes in (length, batch)]
+        if all(isinstance(size, int) for size in sizes_of) and at_most(*sizes_of):
+            batch, length = length, batch  # the kernels cut the longer one into tiles
     heads = (*roles.groups, *roles.sharers)
     per_unit = (roles.groups, roles.experts, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)

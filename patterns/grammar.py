@@ -148,7 +148,7 @@ class _Reader:
         if is_cast(value):
             term = self.output(value.source, index)
             return term if value.dtype is value.source.dtype else _without_residual(term, value)
-        if value.op in _ADDITIONS:
+        if value.op in _ADDITIONS or self._accumulates(value, index) is not None:
             return self._sum(value, index)
         if value.op is aten.neg.default:
             return _scaled(self.output(value.source, index), -1.0)
@@ -178,6 +178,7 @@ class _Reader:
         A residual is taken only where no candidate is without it: inside a loop over heads, and in
         a sum over sub-networks that begins with it.
         """
+        inside = self.outside - self.outputs
         terms: list[Term] = []
         biases: list[tuple[float, Operand]] = []
         residuals: list[Residual] = []
@@ -186,11 +187,11 @@ class _Reader:
         while todo:
             sign, current, at, addition = todo.pop()
             inner, inner_at = current, at
-            while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
+            while inner in inside and (step := through_view(inner, inner_at)) is not None:
                 self.crossed.add(inner)
                 inner, inner_at = step
             biased = inner is not value and self._adds_bias(inner, inner_at)
-            if inner in self.outside and inner.op in _ADDITIONS and not biased:
+            if inner in inside and inner.op in _ADDITIONS and not biased:
                 self.computed.add(inner)
                 dtypes.add(inner.dtype)
                 alpha = inner.argument(2, "alpha", 1)
@@ -207,7 +208,16 @@ class _Reader:
                     if not _is_zero(operand):
                         where = broadcast(inner_at, operand.shape)
                         todo.append((sign * factor, operand, where, inner))
-            elif inner in self.outside:
+            elif inner in inside and (product := self._accumulates(inner, inner_at)) is not None:
+                assert product.bias is not None
+                self.computed.add(inner)
+                dtypes.add(inner.dtype)
+                alone = replace(product, bias=None, bias_scale=1.0)
+                terms.append(_scaled(self._contraction(alone, inner_at), sign))
+                added = product.bias
+                if not _is_zero(added.value):
+                    todo.append((sign * product.bias_scale, added.value, added.index, inner))
+            elif inner in inside:
                 dtypes.add(inner.dtype)
                 terms.append(_scaled(self.output(inner, inner_at), sign))
             else:
@@ -217,7 +227,8 @@ class _Reader:
                     continue
                 dtypes.add(inner.dtype)
                 residuals.append(Residual(leaf, sign))
-                allowed = self.in_loop or addition is not value
+                alone = addition is value and value.op in _ADDITIONS
+                allowed = self.in_loop or not alone
                 if not allowed or len(residuals) > 1 or len(dtypes) > 1:
                     detail = f"{operation_name(inner)} is added"
                     raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
@@ -233,6 +244,21 @@ class _Reader:
         if len(dtypes) > 1:
             raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
         return replace(term, residual=residuals[0])
+
+    def _accumulates(self, value: Value, index: Index) -> Contraction | None:
+        """A product that is added to a sum, as ``addmm`` does: to outputs, zeros or a residual.
+
+        What does not move along all axes of the output is the product's bias.
+        """
+        if value not in self.outside or value.op not in MATRIX_PRODUCTS:
+            return None
+        contraction = as_contraction(value, index)
+        if contraction is None or contraction.bias is None:
+            return None
+        bias = contraction.bias
+        source, at = behind_views(bias.value, bias.index, stops=self.outputs)
+        whole = _is_zero(source) or source in self.outside or _axes(index) <= _axes(at)
+        return contraction if whole else None
 
     def _adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""

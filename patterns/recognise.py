@@ -283,13 +283,21 @@ def _best(
     """The site of the highest candidate that passes, or the most telling reason why none does."""
     reasons: list[Reason] = []
     for root in reversed(path):
-        if root not in tried:
+        if root not in tried or (isinstance(tried[root], Reason) and _adds_to(root, outputs)):
             tried[root] = _try(root, outside, copy, outputs)
         result = tried[root]
         if isinstance(result, Site):
             return result
         reasons.append(result)
     return max(reversed(reasons), key=_tells)
+
+
+def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
+    """Whether a product is added to a site's output: tried before that was one, it may have failed.
+
+    No candidate below has the product without what it is added to.
+    """
+    return root.op in MATRIX_PRODUCTS and not outputs.isdisjoint(root.operands)
 
 
 def _try(

@@ -30,6 +30,34 @@ def swiglu(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return project(F.silu(project(q, gate)) * project(q, up), down)
 
 
+# Sums of sub-networks.
+
+
+@declined(Kind.PLAIN_FFN, Kind.ESCAPING_INTERMEDIATE)
+class SumBeforeTheLastIsReturned(SubNetworks):
+    """One head; each product is added to the sum, and one of the sums is read elsewhere, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x[..., :d].flatten(0, 1)
+        hidden = [F.silu(q @ self.gate[0, e]) * (q @ self.up[0, e]) for e in range(2)]
+        first = torch.mm(hidden[0], self.down[0, 0])
+        return first, torch.addmm(first, hidden[1], self.down[0, 1])
+
+
+@declined(Kind.ROUNDING_CAST, dtype=torch.float16)
+class BiasThatAddcmulMultiplies(PerHead):
+    """The bias of the gate is a product that only their sum rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = weight(H, f), weight(H, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.addcmul(project(q, self.gate), self.one, self.other)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
 # The query.
 
 

@@ -803,6 +803,132 @@ class DropoutAfterwards(PerHead):
         return F.dropout(Einsum.forward(self, x), 0.5, training=False)
 
 
+@mhf(experts=E)
+@mhf("in place", experts=E, arguments={"how": "in place"})
+@mhf("scaled", experts=E, arguments={"value": 0.5})
+@mhf("scaled in place", experts=E, arguments={"how": "in place", "value": 0.5})
+@mhf("bfloat16", experts=E, dtype=torch.bfloat16)
+class AccumulatedByAddcmul(SubNetworks):
+    """Router times output is added to the sum in one operation."""
+
+    def __init__(self, how: str = "", value: float = 1.0) -> None:
+        super().__init__()
+        self.how, self.value = how, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r, out = self.router(q), torch.zeros_like(q)
+        for e in range(E):
+            gate, up = (torch.einsum("blhd,hdf->blhf", q, w[:, e]) for w in (self.gate, self.up))
+            y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down[:, e])
+            add = out.addcmul_ if self.how else out.addcmul
+            out = add(r[..., e, None], y, value=self.value)
+        return out
+
+
+@mhf(experts=E, has_gate=False)
+@mhf("in place", experts=E, has_gate=False, arguments={"how": "in place"})
+@mhf("residual", experts=E, has_gate=False, arguments={"how": "residual"})
+@mhf("scaled", experts=E, has_gate=False, arguments={"alpha": 0.5})
+class AccumulatedByBaddbmm(SubNetworks):
+    """Each down projection is added to the sum of those before it, by one operation."""
+
+    def __init__(self, how: str = "", alpha: float = 1.0) -> None:
+        super().__init__()
+        self.how, self.alpha = how, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, -1, d)
+        out = q if self.how == "residual" else torch.zeros_like(q)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            add = out.baddbmm_ if self.how == "in place" else out.baddbmm
+            out = add(hidden, self.down[:, e], alpha=self.alpha)
+        return out
+
+
+@mhf(heads=1, experts=E, has_gate=False, shapes=[(L, d)])
+class AccumulatedByAddmm(SubNetworks):
+    """The same with one head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            hidden = F.silu(x @ self.gate[0, e]) * (x @ self.up[0, e])
+            out = torch.addmm(out, hidden, self.down[0, e])
+        return out
+
+
+@mhf(experts=1, count=E)
+@mhf("each sum scaled", count=E, arguments={"beta": 0.5})
+class LayersByBaddbmm(SubNetworks):
+    """Each layer's product is added to what it reads: residuals, and no sum over sub-networks."""
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, -1, d)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            q = torch.baddbmm(q, hidden, self.down[:, e], beta=self.beta)
+        return q
+
+
+@mhf("rows", shapes=[(H * L, d)])
+@mhf("batches of rows", shapes=[(B, H * L, d)])
+@mhf("fewer rows than batches", shapes=[(7, H * B, d)])
+class DispatchedTokens(PerHead):
+    """What was dispatched to each head lies row by row behind it: those are tokens, not heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-2, (H, -1))
+        return ((F.silu(q @ self.gate) * (q @ self.up)) @ self.down).flatten(-3, -2)
+
+
+@mhf("einsum", shapes=[(B * L, d)])
+@mhf("repeat", shapes=[(B * L, d)], arguments={"how": "repeat"})
+@mhf("index", shapes=[(B * L, d)], arguments={"how": "index"})
+class DispatchedByRouter(PerHead):
+    """Slots that are mixed from all tokens, all tokens for each head, or the tokens that it chose.
+
+    Each head has L slots, and gives back what it made of them.
+    """
+
+    def __init__(self, how: str = "einsum") -> None:
+        super().__init__()
+        self.how, self.route = how, weight(d, H * L)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ self.route).softmax(0)
+        if self.how == "repeat":
+            slots = x.repeat(H, 1) * torch.sigmoid(x @ self.route[:, :H]).T.reshape(-1, 1)
+        elif self.how == "index":
+            slots = x[(x @ self.route[:, :H]).topk(L, dim=0).indices.T.reshape(-1)]
+        else:
+            slots = torch.einsum("ts,td->sd", weights, x)
+        q = slots.view(H, -1, d)
+        y = torch.bmm(F.silu(torch.bmm(q, self.gate)) * torch.bmm(q, self.up), self.down)
+        y = y.reshape(-1, d)
+        return weights @ y if self.how == "einsum" else y
+
+
+@mhf(kuv_heads=2)
+class GroupsOfHeadsBesideTokens(nn.Module):
+    """Heads in a dimension of their own share weights in twos: with two dimensions of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(2, d, f), weight(2, d, f), weight(2, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.rms_norm(split_heads(x), (d,)).unflatten(2, (2, H // 2))
+        hidden = F.silu(torch.einsum("blgsd,gdf->blgsf", q, self.gate))
+        hidden = hidden * torch.einsum("blgsd,gdf->blgsf", q, self.up)
+        return torch.einsum("blgsf,gfd->blgsd", hidden, self.down)
+
+
 @mhf(kuv_heads=1, activation="gelu", gated=False)
 class HeadsShareOneNetwork(nn.Module):
     """The heads are cut out of the features and all go through the same network."""
