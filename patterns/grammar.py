@@ -16,7 +16,7 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,7 +72,10 @@ class Reading:
 
 
 def read_output(
-    root: Value, outside: AbstractSet[Value], outputs: AbstractSet[Value] = frozenset()
+    root: Value,
+    outside: AbstractSet[Value],
+    outputs: AbstractSet[Value] = frozenset(),
+    is_held: Callable[[Value], bool] = lambda _: True,
 ) -> Reading:
     """Read ``root`` as the output of an MH-FFN.
 
@@ -80,12 +83,13 @@ def read_output(
         root: the candidate.
         outside: the values between down projections and candidates; all others are leaves.
         outputs: the outputs of sites found before, which are leaves even where they are views.
+        is_held: whether a node has a value; others cannot be candidates.
 
     Raises:
         Declined: the root cannot be read so.
     """
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    reader = _Reader(outside, outputs)
+    reader = _Reader(outside, outputs, is_held)
     term = reader.output(root, index)
     return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
@@ -129,6 +133,7 @@ class _Reader:
 
     outside: AbstractSet[Value]
     outputs: AbstractSet[Value]
+    is_held: Callable[[Value], bool]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     in_loop: bool = False  # whether one piece of an unrolled loop is read
@@ -175,12 +180,12 @@ class _Reader:
     def _sum(self, value: Value, index: Index) -> Term:
         """A chain of additions: the terms of an unrolled loop, a bias, a residual.
 
-        A residual is taken only where no candidate is without it: inside a loop over heads, and in
-        a sum over sub-networks that begins with it.
+        A residual is taken only where no candidate is without it: inside a loop over heads or
+        ``vmap``, and in a sum over sub-networks that begins with it.
         """
         inside = self.outside - self.outputs
         terms: list[Term] = []
-        biases: list[tuple[float, Operand]] = []
+        narrow: list[Residual] = []  # biases, or residuals that are the same for some heads
         residuals: list[Residual] = []
         dtypes = {value.dtype}
         todo: list[tuple[float, Value, Index, Value]] = [(1.0, value, index, value)]
@@ -222,28 +227,36 @@ class _Reader:
                 terms.append(_scaled(self.output(inner, inner_at), sign))
             else:
                 leaf = self.leaf(inner, inner_at)
-                if not _axes(index) <= _axes(leaf.index):
-                    biases.append((sign, leaf))
-                    continue
-                dtypes.add(inner.dtype)
-                residuals.append(Residual(leaf, sign))
-                alone = addition is value and value.op in _ADDITIONS
-                allowed = self.in_loop or not alone
-                if not allowed or len(residuals) > 1 or len(dtypes) > 1:
-                    detail = f"{operation_name(inner)} is added"
-                    raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
+                whole = _axes(index) <= _axes(leaf.index)
+                (residuals if whole else narrow).append(Residual(leaf, sign))
+                if whole:
+                    dtypes.add(inner.dtype)
+                    allowed = self.in_loop or addition is not value or self._is_highest(value)
+                    if not allowed or len(residuals) > 1 or len(dtypes) > 1:
+                        detail = f"{operation_name(inner)} is added"
+                        raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
         if not terms:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        if len(terms) > 1 or biases or residuals:
+        if len(terms) > 1 or narrow or residuals:
             terms = [_without_residual(term, value) for term in terms]
         term = join_sum(terms[::-1])
-        for sign, bias in biases:
-            term = _with_bias(term, bias, sign, value)
+        for one in narrow:
+            added = one.operand
+            if residuals or not _adds_tokens(term, added) or not self._is_highest(value):
+                term = _with_bias(term, added, one.scale, value)
+            else:
+                residuals.append(one)
+                dtypes.add(added.value.dtype)
         if not residuals:
             return term
         if len(dtypes) > 1:
             raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
         return replace(term, residual=residuals[0])
+
+    def _is_highest(self, value: Value) -> bool:
+        """Whether no candidate is without what is added: it is a product's, or no node has one."""
+        inner = [operand for operand in value.operands if operand in self.outside]
+        return value.op in MATRIX_PRODUCTS or not any(map(self.is_held, inner))
 
     def _accumulates(self, value: Value, index: Index) -> Contraction | None:
         """A product that is added to a sum, as ``addmm`` does: to outputs, zeros or a residual.
@@ -589,6 +602,12 @@ def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
         if not all(_leaves_of({axis}) <= bias_axes | router_axes for axis in axes):
             raise Declined(Kind.UNSUPPORTED_LAYOUT, "a bias is summed", term.value.origin)
     return replace(term, experts=(*term.experts, *axes))
+
+
+def _adds_tokens(term: Term, added: Operand) -> bool:
+    """Whether what is added is no bias but made of tokens."""
+    weights = _axes(term.gate.weight.index) | _axes(term.down.index)
+    return bool(_axes(added.index) & _axes(term.gate.query.index) - weights)
 
 
 def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:

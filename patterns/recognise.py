@@ -306,7 +306,8 @@ def _try(
     if copy.made_by(root) is None:
         return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
     try:
-        return build_site(read_output(root, outside, outputs), root, copy)
+        reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
+        return build_site(reading, root, copy)
     except Declined as declined:
         return declined.reason
 

@@ -58,6 +58,28 @@ class BiasThatAddcmulMultiplies(PerHead):
         return project(F.silu(gate) * project(q, self.up), self.down)
 
 
+@declined(Kind.UNKNOWN_OPERATION, shapes=((B * L, d),))
+class NormAfterResidualInsideVmap(PerHead):
+    """Inside ``vmap`` each head adds what it reads, and normalises the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return F.rms_norm(x + (F.silu(x @ gate) * (x @ up)) @ down, (d,))
+
+        return torch.vmap(head)(self.gate, self.up, self.down)
+
+
+@declined(Kind.UNKNOWN_OPERATION, shapes=((B * L, d),))
+class ResidualOfAnotherDtypeInsideVmap(PerHead):
+    """The residual has more digits than the outputs that it is added to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return x.double() + (F.silu(x @ gate) * (x @ up)) @ down
+
+        return torch.vmap(head)(self.gate, self.up, self.down)
+
+
 # The query.
 
 

@@ -876,6 +876,25 @@ class LayersByBaddbmm(SubNetworks):
         return q
 
 
+@mhf("own", shapes=[(H, B * L, d)], arguments={"where": 0})
+@mhf("own by head last", shapes=[(B * L, H, d)], arguments={"where": 1})
+@mhf("shared", shapes=[(B * L, d)])
+@mhf("scaled", shapes=[(B * L, d)], arguments={"scale": 0.5})
+class ResidualInsideVmap(PerHead):
+    """What a head reads is added inside ``vmap``: its own queries, or those that all heads share."""
+
+    def __init__(self, where: int | None = None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.where, self.scale = where, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return self.scale * q + (F.silu(q @ gate) * (q @ up)) @ down
+
+        weights = self.gate, self.up, self.down
+        return torch.vmap(head, (self.where, 0, 0, 0))(x, *weights)
+
+
 @mhf("rows", shapes=[(H * L, d)])
 @mhf("batches of rows", shapes=[(B, H * L, d)])
 @mhf("fewer rows than batches", shapes=[(7, H * B, d)])
