@@ -14,15 +14,16 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from .axes import Axis, Index, at_most, product, quotient
+from .axes import Affine, Axis, Index, at_most, axis_form, product, quotient
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
-from .contractions import Operand
-from .grammar import Reading, is_cast
+from .contractions import Operand, as_contraction, summed_index
+from .grammar import Reading, is_cast, is_other_pointwise
+from .meaning import POINTWISE
 from .reasons import Declined, Kind
 from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
-from .views import MERGES, is_view
+from .views import LIKES, MERGES, broadcast, is_view, through_view
 
 #: operations that autograd saves nothing of
 _UNSAVED = MERGES | {
@@ -30,6 +31,8 @@ _UNSAVED = MERGES | {
     *(torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.neg.default),
     *(torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim),
 }
+#: what is said of weights that differ along two dimensions, where sub-networks are not summed, too
+TWO_DIMENSIONS = "they differ along two dimensions of the tokens"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -209,13 +212,14 @@ def check_weights(term: Term, roles: Roles) -> None:
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
         if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
-        if depends_on(operand.value, term.gate.query.value):
-            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+        if depends_on(operand.value, gate.query.value):
+            tokens = token_inputs(gate.query, set(roles.tokens))
+            if not tokens.isdisjoint(_inputs_of(operand.value)):
+                raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
     if not all(isinstance(a.size, int) for a in (*roles.groups, *roles.experts, *roles.hidden)):
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
     if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
-        detail = "they differ along two dimensions of the tokens"
-        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, gate.value.origin)
+        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, gate.value.origin)
 
 
 def check_router(term: Term, roles: Roles) -> None:
@@ -330,8 +334,12 @@ def check_gradients(reading: Reading) -> None:
 
 
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """Nothing outside reads what would no longer be computed, and is no part of the result."""
+    """Nothing outside reads what would no longer be computed, and is no part of the result.
+
+    To be asked for its sizes is no harm, if what is made of them goes away, too: zeros to add to.
+    """
     parts = {root, *pieces_of(root)}
+    likes: set[Value] = set()
     for value in reading.computed:
         todo = [value]
         while todo:
@@ -345,9 +353,16 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                     continue
                 if reader in reading.crossed or is_view(reader) or is_cast(reader):
                     todo.append(reader)
+                elif reader.op in LIKES:
+                    likes.add(reader)
+                    todo.append(reader)
                 else:
                     detail = f"read by {_shown(reader)}"
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+    for operand in reading.term.operands().values() if likes else ():
+        if not likes.isdisjoint(operand.value.ancestors()):
+            detail = "a tensor that the network reads has its sizes"
+            raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, operand.value.origin)
 
 
 def pieces_of(root: Value) -> tuple[Value, ...]:
@@ -402,7 +417,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
         if seen is not root and root in seen.ancestors():
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in operands:
-        _check_readable(operand.value, copy, copy.positions[node])
+        _check_readable(operand.value, copy, node, root.requires_grad_mode)
 
 
 def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
@@ -468,8 +483,9 @@ def check_place(root: Value, copy: CanonicalCopy) -> None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output has gaps in memory", root.origin)
 
 
-def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
-    if copy.holder_at(value, position) is not None:
+def _check_readable(value: Value, copy: CanonicalCopy, op: fx.Node, records: bool) -> None:
+    """A node holds the value where the op will stand, or it can be computed again there."""
+    if copy.holder_at(value, copy.positions[op]) is not None:
         return
     if copy.made_by(value) is not None or value.op in (INPUT, OPAQUE, COPY, SCATTER):
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
@@ -479,8 +495,14 @@ def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
     if fused and value.dtype in (torch.bfloat16, torch.float16):
         # The model rounds the sum alone; the product by itself may leave the range.
         raise Declined(Kind.ROUNDING_CAST, "a product that is not rounded by itself", value.origin)
-    for operand in value.operands:  # no node holds it: it will be computed again
-        _check_readable(operand, copy, position)
+    if value.op != STACK:  # computed again, but under the modes of now
+        if value.requires_grad_mode is not records:
+            raise Declined(Kind.GRADIENTS_CUT, "what the op reads", value.origin)
+        modes = copy.autocast.get(value.origin), copy.autocast[op]
+        if modes[0] != modes[1] and not (is_view(value) or is_cast(value)):
+            raise Declined(Kind.AUTOCAST_BOUNDARY, "what the op reads", value.origin)
+    for operand in value.operands:
+        _check_readable(operand, copy, op, records)
 
 
 def _maker(root: Value, copy: CanonicalCopy) -> fx.Node:
@@ -586,14 +608,73 @@ def _contiguous(axes: tuple[Axis, ...], index: Index) -> bool:
 
 
 def depends_on(weight: Value, query: Value) -> bool:
-    """Whether a computed weight and the query come from a common tensor: weights made of tokens."""
+    """Whether a computed weight and the query come from a common tensor, which may be tokens."""
     if weight.op in (INPUT, STACK):
         return False
-    inputs = [
-        {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
-        for value in (weight, query)
-    ]
-    return bool(inputs[0] & inputs[1])
+    return not _inputs_of(weight).isdisjoint(_inputs_of(query))
+
+
+def _inputs_of(value: Value) -> set[Value]:
+    return {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+
+
+def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
+    """The inputs that the query has its tokens from.
+
+    Not those that are the same for all tokens: a scale, the weights of a projection, a codebook of
+    which the tokens are numbers. Of an operation that is not known, all that it reads counts.
+    """
+    moving: set[Axis] = set()  # along tokens, over axes of our own: walking splits them
+    index: list[Affine] = []
+    for form, size in zip(query.index, query.value.shape, strict=True):
+        axis = Axis(size)
+        index.append(axis_form(axis))
+        if not tokens.isdisjoint(form.axes()):
+            moving.add(axis)
+    if not real(moving):
+        return _inputs_of(query.value)  # one token
+    found: set[Value] = set()
+    seen: set[Value] = set()
+    todo: list[tuple[Value, Index]] = [(query.value, tuple(index))]
+    while todo:
+        value, at = todo.pop()
+        if axes_of(at).isdisjoint(leaves(tuple(moving))) or value in seen:
+            continue
+        seen.add(value)
+        read = _read_at(value, at)
+        if read is None:
+            found |= _inputs_of(value)
+        else:
+            todo += read
+    return found
+
+
+def _read_at(value: Value, index: Index) -> list[tuple[Value, Index]] | None:
+    """What a value is computed from, and where each is read; None where that is not known."""
+    step = through_view(value, index)
+    if step is not None:
+        return [step]
+    if value.op in POINTWISE or is_other_pointwise(value):
+        return [(operand, broadcast(index, operand.shape)) for operand in value.operands]
+    contraction = as_contraction(value, index)
+    if contraction is not None:
+        read = [contraction.left, contraction.right]
+        read += [] if contraction.bias is None else [contraction.bias]
+        return [(operand.value, operand.index) for operand in read]
+    if value.op in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
+        return [(value.source, summed_index(value, index)[0])]
+    if value.op is torch.ops.aten.embedding.default:
+        table, places = value.args[:2]
+        rows = index[: len(places.shape)]
+        every = axis_form(Axis(table.shape[0]))
+        return [(places, rows), (table, (every, *index[len(places.shape) :]))]
+    if value.op is torch.ops.aten.index.Tensor and len(value.operands) == 2:
+        places = value.args[1][0]
+        if places is not None and places.dtype is not torch.bool:
+            rows = index[: len(places.shape)]
+            every = axis_form(Axis(value.source.shape[0]))
+            return [(places, rows), (value.source, (every, *index[len(places.shape) :]))]
+    return None
 
 
 def axes_of(index: Index) -> set[Axis]:

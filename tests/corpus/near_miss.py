@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,67 @@ class ResidualOfAnotherDtypeInsideVmap(PerHead):
             return x.double() + (F.silu(x @ gate) * (x @ up)) @ down
 
         return torch.vmap(head)(self.gate, self.up, self.down)
+
+
+@declined(Kind.UNKNOWN_OPERATION)
+@declined(Kind.UNKNOWN_OPERATION, label="where", arguments={"how": "where"})
+@declined(Kind.UNKNOWN_OPERATION, label="nansum", arguments={"how": "nansum"})
+@declined(Kind.UNKNOWN_OPERATION, label="maximum", arguments={"how": "maximum"})
+class SumThatIsNone(SubNetworks):
+    """What is done to the outputs of all sub-networks before, or instead of, their sum."""
+
+    def __init__(self, how: str = "division") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        r = self.router(q)[..., None]
+        if self.how == "maximum":
+            return y.amax(3)
+        if self.how == "nansum":
+            return (y * r).nansum(3)
+        if self.how == "where":
+            return torch.where(r > 0.5, y, 0.0).sum(3)
+        return (y / r).sum(3)
+
+
+# What no node holds, as inside ``vmap``, is computed again: under the modes it had, or not at all.
+
+
+class QueryInsideVmap(nn.Module):
+    """The queries of a head are projected inside ``vmap``, under modes of their own."""
+
+    modes: Callable[[], Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.gate, self.down = weight(H, d, d), weight(H, d, f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(project: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+            with type(self).modes():
+                q = x @ project
+            return F.relu(q @ gate) @ down
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.vmap(head)(self.project, self.gate, self.down)
+
+
+@declined(Kind.AUTOCAST_BOUNDARY, shapes=((B * L, d),), precision=torch.bfloat16)
+class QueryWithoutAutocastInsideVmap(QueryInsideVmap):
+    """In float32 here; where the op stands autocast is on."""
+
+    modes = partial(torch.autocast, "cpu", enabled=False)
+
+
+@declined(Kind.GRADIENTS_CUT, shapes=((B * L, d),), precision=torch.bfloat16)
+class QueryWithoutGradientsInsideVmap(QueryInsideVmap):
+    """Their projection is not trained."""
+
+    modes = torch.no_grad
 
 
 # The query.
@@ -207,6 +269,17 @@ class FastWeights(PerHead):
         q = split_heads(x)
         gate = self.gate - 0.1 * torch.einsum("blhd,blhf->hdf", q, project(q, self.gate))
         return swiglu(q, gate, self.up, self.down)
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS)
+class AllWeightsOfTokens(PerHead):
+    """Every weight is changed by the tokens that the queries are made of, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(F.layer_norm(x, (H * d,)))
+        change = split_heads(x).mean((0, 1))[..., None]
+        gate, up, down = self.gate + change, self.up - change, self.down * change.mT
+        return swiglu(q, gate, up, down)
 
 
 @declined(Kind.MUTATION, gradients=False)

@@ -876,12 +876,114 @@ class LayersByBaddbmm(SubNetworks):
         return q
 
 
+@mhf("sums", experts=E)
+@mhf("buffer", experts=E, arguments={"how": "buffer"})
+@mhf("zeros of another", experts=E, arguments={"how": "new_zeros"})
+class SumsBehindAllNetworks(SubNetworks):
+    """All networks are computed first, then added up in tensors that are made like one of them."""
+
+    def __init__(self, how: str = "zeros_like") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r = self.router(q)
+
+        def network(h: int, e: int) -> Tensor:
+            one = q[:, :, h]
+            hidden = F.silu(one @ self.gate[h, e]) * (one @ self.up[h, e])
+            return r[:, :, h, e, None] * (hidden @ self.down[h, e])
+
+        ys = [[network(h, e) for h in range(H)] for e in range(E)]
+        sums = []
+        for h in range(H):
+            y = ys[0][h]
+            total = y.new_zeros(y.shape) if self.how == "new_zeros" else torch.zeros_like(y)
+            for heads in ys:
+                total += heads[h]
+            sums.append(total)
+        if self.how != "buffer":
+            return torch.stack(sums, 2)
+        out = torch.empty_like(sums[0].unsqueeze(2).repeat(1, 1, H, 1))
+        for h in range(H):
+            out[:, :, h] = sums[h]
+        return out
+
+
+@mhf(random=True)
+class OutputTimesRandomNumbers(PerHead):
+    """The factors have the output's sizes: they stay outside, so that it is not computed twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+        return y * torch.rand_like(y)[..., :1]
+
+
+@mhf()
+@mhf("bfloat16", dtype=torch.bfloat16)
+class EverythingScaledByABuffer(PerHead):
+    """One buffer scales all weights and the queries: that makes no weight of tokens."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(d, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.rms_norm(split_heads(x) * self.scale[:, 0], (d,))
+        gate, up, down = self.gate * self.scale, self.up * self.scale, self.down * self.scale.T
+        hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hdf->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+@mhf()
+@mhf("indexed", arguments={"embeds": False})
+class TokensAndWeightsOfACodebook(nn.Module):
+    """Tokens are rows of a codebook; the weights are computed from all of it."""
+
+    codes: Tensor
+
+    def __init__(self, embeds: bool = True) -> None:
+        super().__init__()
+        self.embeds = embeds
+        self.register_buffer("codes", torch.randn(f, H * d))
+        self.gate, self.up, self.down = weight(f, f), weight(f, f), weight(f, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x[..., :f].argmax(-1)
+        rows = F.embedding(places, self.codes) if self.embeds else self.codes[places]
+        q, heads = rows.unflatten(-1, (H, d)), self.codes.unflatten(-1, (H, d))
+        gate, up, down = (torch.einsum("chd,cf->hfd", heads, w) for w in self.parameters())
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+@mhf(shapes=[TOKENS, (3 * H * d * f + H * d * H * d,)])
+class AllWeightsInOneInput(nn.Module):
+    """One vector that is given holds every weight, of the projection before the heads as well."""
+
+    def forward(self, x: Tensor, flat: Tensor) -> Tensor:
+        sizes = [H * d * H * d, *[H * d * f] * 3]
+        project, *heads = (flat * 0.1).split(sizes)
+        q = split_heads(x @ project.view(H * d, H * d))
+        gate, up, down = (w.view(H, f, d) for w in heads)
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
 @mhf("own", shapes=[(H, B * L, d)], arguments={"where": 0})
 @mhf("own by head last", shapes=[(B * L, H, d)], arguments={"where": 1})
 @mhf("shared", shapes=[(B * L, d)])
 @mhf("scaled", shapes=[(B * L, d)], arguments={"scale": 0.5})
 class ResidualInsideVmap(PerHead):
-    """What a head reads is added inside ``vmap``: its own queries, or those that all heads share."""
+    """What a head reads is added inside ``vmap``: its own queries, or those that all share."""
 
     def __init__(self, where: int | None = None, scale: float = 1.0) -> None:
         super().__init__()
