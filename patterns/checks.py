@@ -216,8 +216,17 @@ def check_weights(term: Term, roles: Roles) -> None:
             tokens = token_inputs(gate.query, set(roles.tokens))
             if not tokens.isdisjoint(_inputs_of(operand.value)):
                 raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
-    if not all(isinstance(a.size, int) for a in (*roles.groups, *roles.experts, *roles.hidden)):
-        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
+    for axes, what in (
+        (roles.experts, "sub-networks"),
+        (roles.hidden, "hidden units"),
+        ((*roles.width, *roles.out_width), "features of a head"),
+    ):
+        if not all(isinstance(axis.size, int) for axis in axes):
+            detail = f"the number of {what} is dynamic"
+            raise Declined(Kind.UNSUPPORTED_PROBLEM, detail, gate.value.origin)
+    if not all(isinstance(axis.size, int) for axis in roles.groups):
+        detail = "a batch of weights, or a dynamic number of heads"
+        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, gate.value.origin)
     if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, gate.value.origin)
 

@@ -88,6 +88,8 @@ def read_output(
     Raises:
         Declined: the root cannot be read so.
     """
+    if 0 in root.shape:
+        raise Declined(Kind.UNSUPPORTED_PROBLEM, "its output is empty", root.origin)
     index = tuple(axis_form(Axis(size)) for size in root.shape)
     reader = _Reader(outside, outputs, is_held)
     term = reader.output(root, index)
@@ -310,7 +312,9 @@ class _Reader:
         dim = value.argument(1, "dim", 0) % len(value.shape)
         widths = {piece.shape[dim] for piece in pieces} if value.op is aten.cat.default else {1}
         if len(widths) > 1:
-            raise Declined(Kind.UNEQUAL_HEADS, "their outputs differ in width", value.origin)
+            sizes = ", ".join(str(piece.shape[dim]) for piece in pieces)
+            detail = f"outputs of different sizes are concatenated: {sizes}"
+            raise Declined(Kind.UNEQUAL_HEADS, detail, value.origin)
         read = piece_index(value, index, dim)
         if read is None:
             raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)

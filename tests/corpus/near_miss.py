@@ -31,6 +31,39 @@ def swiglu(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return project(F.silu(project(q, gate)) * project(q, up), down)
 
 
+@declined(Kind.NOT_A_PRODUCT)
+class LoraBesideTheGate(PerHead):
+    """A product of two narrow matrices is added to the gate, and not to its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = weight(H, d, 2), weight(H, 2, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = project(q, self.gate) + project(project(q, self.narrow), self.wide)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.UNSUPPORTED_PROBLEM, shapes=((B, 0, H * d),))
+class NoTokens(PerHead):
+    """A sequence of no tokens: nothing is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(split_heads(x), self.gate, self.up, self.down)
+
+
+@declined(Kind.UNEQUAL_HEADS)
+class UnequalLengths(PerHead):
+    """Each head has another number of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        heads = [q[:, : h + 1, h] for h in range(H)]
+        weights = zip(heads, self.gate, self.up, self.down, strict=True)
+        return torch.cat([(F.silu(q @ g) * (q @ u)) @ v for q, g, u, v in weights], dim=1)
+
+
 # Sums of sub-networks.
 
 
@@ -85,6 +118,8 @@ class ResidualOfAnotherDtypeInsideVmap(PerHead):
 @declined(Kind.UNKNOWN_OPERATION, label="where", arguments={"how": "where"})
 @declined(Kind.UNKNOWN_OPERATION, label="nansum", arguments={"how": "nansum"})
 @declined(Kind.UNKNOWN_OPERATION, label="maximum", arguments={"how": "maximum"})
+@declined(Kind.UNKNOWN_OPERATION, label="masked", arguments={"how": "masked"})
+@declined(Kind.UNSUPPORTED_DTYPE, label="bool", arguments={"how": "bool"})
 class SumThatIsNone(SubNetworks):
     """What is done to the outputs of all sub-networks before, or instead of, their sum."""
 
@@ -101,6 +136,10 @@ class SumThatIsNone(SubNetworks):
             return y.amax(3)
         if self.how == "nansum":
             return (y * r).nansum(3)
+        if self.how == "masked":
+            return y.masked_fill(r > 0.5, 0.0).sum(3)
+        if self.how == "bool":
+            return (y * (r > 0.5)).sum(3)
         if self.how == "where":
             return torch.where(r > 0.5, y, 0.0).sum(3)
         return (y / r).sum(3)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mhf_compiler.patterns import Site, find_sites
+from mhf_compiler.patterns import Kind, Reason, Site, find_sites
 
 G, S, d, f = 4, 6, 8, 5  # groups of weights, what shares them, head width, hidden units
 
@@ -88,3 +88,36 @@ def test_heads_in_a_routers_features_are_heads():
 
     site = the_site(routed, torch.randn(7, G * S, d), torch.randn(7, d))
     assert sizes(site) == (G * S, G, (1, 7))
+
+
+@pytest.mark.parametrize(
+    ("dims", "kind", "detail"),
+    [
+        ((2, 2, 1), Kind.UNSUPPORTED_PROBLEM, "the number of hidden units is dynamic"),
+        ((1, 1, 2), Kind.UNSUPPORTED_PROBLEM, "the number of features of a head is dynamic"),
+        ((0, 0, 0), Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights, or a dynamic number"),
+    ],
+    ids=["hidden", "width", "heads"],
+)
+def test_dynamic_sizes_of_weights_are_named(dims: tuple[int, ...], kind: Kind, detail: str):
+    reasons: list[Reason] = []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        context = torch._guards.TracingContext.get()
+        findings = find_sites(gm, context.fake_mode.shape_env)
+        assert not findings.sites
+        reasons.extend(miss.reason for miss in findings.near_misses)
+        return gm.forward
+
+    def given(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.bmm(F.silu(torch.bmm(x, gate)) * torch.bmm(x, up), down)
+
+    x, weights = torch.randn(G, S, d), (GATE.clone(), UP.clone(), DOWN.clone())
+    for w, dim in zip(weights, dims, strict=True):
+        torch._dynamo.mark_dynamic(w, dim)
+    if dims[0] != 2:
+        torch._dynamo.mark_dynamic(x, 0 if dims[0] == 0 else 2)
+    torch.compile(given, backend=backend)(x, *weights)
+    (reason,) = reasons
+    assert reason.kind is kind
+    assert detail in reason.detail
