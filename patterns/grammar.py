@@ -272,7 +272,9 @@ class _Reader:
             return None
         bias = contraction.bias
         source, at = behind_views(bias.value, bias.index, stops=self.outputs)
-        whole = _is_zero(source) or source in self.outside or _axes(index) <= _axes(at)
+        whole = _is_zero(source) or source in self.outside
+        if not whole and not source.is_parameter and len(bias.value.shape) == len(value.shape):
+            whole = _axes(index) <= _axes(at)  # of one token a bias does, too
         return contraction if whole else None
 
     def _adds_bias(self, value: Value, index: Index) -> bool:

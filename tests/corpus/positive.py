@@ -847,6 +847,30 @@ class AccumulatedByBaddbmm(SubNetworks):
         return out
 
 
+@mhf("one token", heads=1, experts=E, shapes=[(1, d)])
+@mhf("tokens", heads=1, experts=E, shapes=[(L, d)])
+@mhf("batched", experts=E, shapes=[(H, 1, d)], arguments={"batched": True})
+class BiasOfTheProduct(SubNetworks):
+    """The down projection adds its bias in one operation, which is no residual of one token."""
+
+    def __init__(self, batched: bool = False) -> None:
+        super().__init__()
+        self.batched = batched
+        self.bias = weight(H, E, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            place = (slice(None), e) if self.batched else (0, e)
+            hidden = F.silu(x @ self.gate[place]) * (x @ self.up[place])
+            if self.batched:
+                y = torch.baddbmm(self.bias[:, e, None], hidden, self.down[place])
+            else:
+                y = torch.addmm(self.bias[place], hidden, self.down[place])
+            out = out + y * torch.sigmoid((x * self.route[place].unsqueeze(-2)).sum(-1, True))
+        return out
+
+
 @mhf(heads=1, experts=E, has_gate=False, shapes=[(L, d)])
 class AccumulatedByAddmm(SubNetworks):
     """The same with one head."""
