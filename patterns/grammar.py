@@ -508,6 +508,10 @@ class _Hidden:
             return POINTWISE[value.op](value, *arguments)
         if value.op is aten.glu.default:
             return self._glu(value, index)
+        piece = _one_piece(value, index)
+        if piece is not None:
+            self.computed.add(value)
+            return self.expression(*piece)
         contraction = as_contraction(value, index)
         if contraction is None:
             if value.op in DROPOUT:
@@ -577,6 +581,18 @@ class _Hidden:
             bias_scale=line.bias_scale,
             value=contraction.value,
         )
+
+
+def _one_piece(value: Value, index: Index) -> tuple[Value, Index] | None:
+    """The one of merged tensors that an index reads: gate or up, where they were merged."""
+    if value.op not in MERGES:
+        return None
+    read = piece_index(value, index, value.argument(1, "dim", 0) % len(value.shape))
+    if read is None or read[0].resolved().terms or not isinstance(read[0].offset, int):
+        return None
+    pieces: Sequence[Value] = value.args[0]
+    piece = pieces[read[0].offset]
+    return (piece, read[1]) if piece.dtype is value.dtype else None
 
 
 def _scaled(term: Term, factor: float) -> Term:

@@ -1477,3 +1477,37 @@ class RouterByBroadcastProduct(SubNetworks):
         gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
         hidden = (F.silu(gate) * up * self.router(q).unsqueeze(-1)).flatten(-2)
         return torch.einsum("blhx,hxd->blhd", hidden, self.down.flatten(1, 2)).flatten(2)
+
+
+@mhf()
+@mhf("chunk", arguments={"how": "chunk"})
+@mhf("stack", arguments={"how": "stack"})
+class MergedProjections(PerHead):
+    """Gate and up are put beside each other and taken apart by the activation."""
+
+    def __init__(self, how: str = "glu") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        if self.how == "stack":
+            gate, up = torch.stack([gate, up], -1).unbind(-1)
+        elif self.how == "chunk":
+            gate, up = torch.cat([gate, up], -1).chunk(2, -1)
+        else:  # gate * sigmoid(gate) is silu
+            hidden = F.glu(torch.cat([gate * up, gate], -1))
+            return torch.einsum("blhf,hfd->blhd", hidden, self.down)
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+
+
+@mhf(activation="sigmoid")
+class GluOfMergedProjections(PerHead):
+    """``F.glu`` of up and gate, merged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        hidden = F.glu(torch.cat([up, gate], -1))
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down)
