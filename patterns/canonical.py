@@ -67,6 +67,12 @@ _UNSEEN = frozenset({"detach_", "requires_grad_"})
 #: what a function does to its argument besides returning it: nobody has to read the result
 _MARKS = frozenset({"_set_tensor_requires_grad"})
 
+#: ``a + value * b * c`` -> the sum of ``a`` and the product
+_PRODUCTS_ADDED = {
+    torch.ops.aten.addcmul.default: torch.ops.aten.add.Tensor,
+    torch.ops.aten.addcmul_.default: torch.ops.aten.add_.Tensor,
+}
+
 #: operators that change their first argument
 _UPDATES = frozenset(
     {
@@ -624,11 +630,11 @@ class _Recorder(TorchDispatchMode):
             return args[0].device
         result = func(*args, **kwargs)
         if func.namespace != "prim":  # other questions about a tensor
-            call = Call(func, args, kwargs, result)
-            self.calls.append(call)
-            self.is_broken = True
-            self._record(call)
-            self.is_broken = False
+            for call in _taken_apart(Call(func, args, kwargs, result)):
+                self.calls.append(call)
+                self.is_broken = True
+                self._record(call)
+                self.is_broken = False
         return result
 
     def _record(self, call: Call) -> None:
@@ -924,6 +930,33 @@ def _functional_form(func: Any) -> Any | None:
         return None
     packet = getattr(getattr(torch.ops, func.namespace), name[:-1], None)
     return getattr(packet, func._overloadname, None)
+
+
+def _taken_apart(call: Call) -> list[Call]:
+    """``a + value * b * c`` as a product and a sum, which have rules of their own.
+
+    But not where a product by itself would have fewer digits than the sum.
+    """
+    addition: Any
+    weight: Any
+    if call.func.namespace == "prims" and str(call.func) == "prims.fma.default":
+        # Dynamo writes some of them as ``a * b + c``, by an operator that it defines then.
+        left, right, target = call.args
+        addition, weight = torch.ops.aten.add.Tensor, 1
+        if not isinstance(right, torch.Tensor):
+            return [Call(addition, (target, left), {"alpha": right}, call.result)]
+    elif call.func in _PRODUCTS_ADDED and len(call.args) == 3:
+        target, left, right = call.args
+        addition, weight = _PRODUCTS_ADDED[call.func], call.kwargs.get("value", 1)
+    else:
+        return [call]
+    product = torch.ops.aten.mul.Tensor(left, right)
+    if not product.dtype.is_floating_point or product.dtype is not call.result.dtype:
+        return [call]
+    return [
+        Call(torch.ops.aten.mul.Tensor, (left, right), {}, product),
+        Call(addition, (target, product), {"alpha": weight}, call.result),
+    ]
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:

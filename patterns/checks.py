@@ -14,15 +14,16 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from .axes import Axis, Index, product, quotient
+from .axes import Affine, Axis, Index, at_most, axis_form, product, quotient
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
-from .contractions import Operand
-from .grammar import Reading, is_cast
+from .contractions import Operand, as_contraction, summed_index
+from .grammar import Reading, is_cast, is_other_pointwise
+from .meaning import POINTWISE
 from .reasons import Declined, Kind
 from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
-from .views import MERGES, is_view
+from .views import LIKES, MERGES, broadcast, is_view, through_view
 
 #: operations that autograd saves nothing of
 _UNSAVED = MERGES | {
@@ -30,6 +31,8 @@ _UNSAVED = MERGES | {
     *(torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor, torch.ops.aten.neg.default),
     *(torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim),
 }
+#: what is said of weights that differ along two dimensions, where sub-networks are not summed, too
+TWO_DIMENSIONS = "they differ along two dimensions of the tokens"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -126,6 +129,7 @@ def assign_roles(term: Term, root: Index) -> Roles:
     if unread or not groups.isdisjoint(out_width):
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
     inside = _inside_heads(gate.query.index, set(width), groups)
+    inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)
     sharers = tuple(a for a in tokens if a in inside)
     down_order = in_reading_order(hidden, down.index)
     return Roles(
@@ -150,21 +154,46 @@ def _check_query(term: Term, width: set[Axis], sub_networks: set[Axis], hidden: 
 
 
 def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis]:
-    """Token-like axes that lie inside a dimension of heads: heads that share their weights.
+    """Token-like axes that are read from within the feature dimension: heads that share weights.
 
-    Mathematically such a head is one more token. It counts as a head when it is read from within
-    the feature dimension, or nested in the dimension of the heads that have weights of their own.
+    Mathematically such a head is one more token.
     """
+    found: set[Axis] = set()
+    for axes in (set(form.axes()) for form in query):
+        if axes & width:
+            found |= axes - width - groups
+    return {axis for axis in found if isinstance(axis.size, int)}  # the number of heads is fixed
+
+
+def _inside_tokens(
+    term: Term, root: Index, tokens: list[Axis], groups: set[Axis], out_width: list[Axis]
+) -> set[Axis]:
+    """Those of the tokens' axes, nested in the dimension of the heads, that are heads themselves.
+
+    Tokens that were dispatched lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
+    they would be E * C of one token each, and every one would load its weights again. So such an
+    axis counts tokens unless something else needs it as a head: a result or a router that keeps it
+    within its features, or tokens that take both of the op's dimensions without it.
+    """
+    nested = _nested(term.gate.query.index, groups) & set(tokens)
+    outer = real(tokens) - nested
+    if len(outer) > 1:
+        return nested
+    inner = real(leaves(term.sub_networks)) | real(leaves(term.hidden))
+    kept = [(form, real(out_width)) for form in root]
+    kept += [(form, inner) for router in term.routers for form in router.index]
+    within = {a for form, features in kept for a in form.axes() if features & set(form.axes())}
+    return nested & within
+
+
+def _nested(query: Index, groups: set[Axis]) -> set[Axis]:
+    """The axes that lie inside the heads that have weights of their own, in one dimension."""
     found: set[Axis] = set()
     for form in query:
         terms = form.resolved().terms
-        axes = {axis for axis, _ in terms}
-        if axes & width:
-            found |= axes - width - groups
-        elif axes & groups:
-            outer = max((c for a, c in terms if a in groups), key=_as_number)
-            found |= {a for a, c in terms if a not in groups and _as_number(c) < _as_number(outer)}
-    return {axis for axis in found if isinstance(axis.size, int)}  # the number of heads is fixed
+        steps = [_as_number(c) for axis, c in terms if axis in groups]
+        found |= {a for a, c in terms if a not in groups and _as_number(c) < max(steps, default=0)}
+    return {axis for axis in found if axis.size != 1 and isinstance(axis.size, int)}
 
 
 def check_weights(term: Term, roles: Roles) -> None:
@@ -183,15 +212,23 @@ def check_weights(term: Term, roles: Roles) -> None:
             raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
         if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
-        if depends_on(operand.value, term.gate.query.value):
-            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
-    if not all(
-        isinstance(a.size, int) for a in (*roles.groups, *roles.sub_networks, *roles.hidden)
+        if depends_on(operand.value, gate.query.value):
+            tokens = token_inputs(gate.query, set(roles.tokens))
+            if not tokens.isdisjoint(_inputs_of(operand.value)):
+                raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+    for axes, what in (
+        (roles.sub_networks, "sub-networks"),
+        (roles.hidden, "hidden units"),
+        ((*roles.width, *roles.out_width), "features of a head"),
     ):
-        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, "a batch of weights", gate.value.origin)
-    if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
-        detail = "they differ along two dimensions of the tokens"
+        if not all(isinstance(axis.size, int) for axis in axes):
+            detail = f"the number of {what} is dynamic"
+            raise Declined(Kind.UNSUPPORTED_PROBLEM, detail, gate.value.origin)
+    if not all(isinstance(axis.size, int) for axis in roles.groups):
+        detail = "a batch of weights, or a dynamic number of heads"
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, gate.value.origin)
+    if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
+        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, gate.value.origin)
 
 
 def check_router(term: Term, roles: Roles) -> None:
@@ -308,8 +345,12 @@ def check_gradients(reading: Reading) -> None:
 
 
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """Nothing outside reads what would no longer be computed, and is no part of the result."""
+    """Nothing outside reads what would no longer be computed, and is no part of the result.
+
+    To be asked for its sizes is no harm, if what is made of them goes away, too: zeros to add to.
+    """
     parts = {root, *pieces_of(root)}
+    likes: set[Value] = set()
     for value in reading.computed:
         todo = [value]
         while todo:
@@ -323,9 +364,16 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                     continue
                 if reader in reading.crossed or is_view(reader) or is_cast(reader):
                     todo.append(reader)
+                elif reader.op in LIKES:
+                    likes.add(reader)
+                    todo.append(reader)
                 else:
                     detail = f"read by {_shown(reader)}"
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+    for operand in reading.term.operands().values() if likes else ():
+        if not likes.isdisjoint(operand.value.ancestors()):
+            detail = "a tensor that the network reads has its sizes"
+            raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, operand.value.origin)
 
 
 def pieces_of(root: Value) -> tuple[Value, ...]:
@@ -380,7 +428,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
         if seen is not root and root in seen.ancestors():
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
     for operand in operands:
-        _check_readable(operand.value, copy, copy.positions[node])
+        _check_readable(operand.value, copy, node, root.requires_grad_mode)
 
 
 def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
@@ -446,15 +494,26 @@ def check_place(root: Value, copy: CanonicalCopy) -> None:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output has gaps in memory", root.origin)
 
 
-def _check_readable(value: Value, copy: CanonicalCopy, position: int) -> None:
-    if copy.holder_at(value, position) is not None:
+def _check_readable(value: Value, copy: CanonicalCopy, op: fx.Node, records: bool) -> None:
+    """A node holds the value where the op will stand, or it can be computed again there."""
+    if copy.holder_at(value, copy.positions[op]) is not None:
         return
     if copy.made_by(value) is not None or value.op in (INPUT, OPAQUE, COPY, SCATTER):
         raise Declined(Kind.MUTATION, "its input or weights", value.origin)
     if torch.Tag.nondeterministic_seeded in getattr(value.op, "tags", ()):
         raise Declined(Kind.UNKNOWN_OPERATION, "random numbers are drawn", value.origin)
-    for operand in value.operands:  # no node holds it: it will be computed again
-        _check_readable(operand, copy, position)
+    fused = any(name in str(value.origin.target) for name in ("addcmul", "fma"))
+    if fused and value.dtype in (torch.bfloat16, torch.float16):
+        # The model rounds the sum alone; the product by itself may leave the range.
+        raise Declined(Kind.ROUNDING_CAST, "a product that is not rounded by itself", value.origin)
+    if value.op != STACK:  # computed again, but under the modes of now
+        if value.requires_grad_mode is not records:
+            raise Declined(Kind.GRADIENTS_CUT, "what the op reads", value.origin)
+        modes = copy.autocast.get(value.origin), copy.autocast[op]
+        if modes[0] != modes[1] and not (is_view(value) or is_cast(value)):
+            raise Declined(Kind.AUTOCAST_BOUNDARY, "what the op reads", value.origin)
+    for operand in value.operands:
+        _check_readable(operand, copy, op, records)
 
 
 def _maker(root: Value, copy: CanonicalCopy) -> fx.Node:
@@ -481,6 +540,10 @@ def _site(
 ) -> Site:
     gate, up = term.gate, term.up
     batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
+    if real(length) <= _nested(gate.query.index, set(roles.groups)):
+        sizes_of = [product(axis.size for axis in axes) for axes in (length, batch)]
+        if all(isinstance(size, int) for size in sizes_of) and at_most(*sizes_of):
+            batch, length = length, batch  # the kernels cut the longer one into tiles
     heads = (*roles.groups, *roles.sharers)
     per_unit = (roles.groups, roles.sub_networks, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)
@@ -558,14 +621,73 @@ def _contiguous(axes: tuple[Axis, ...], index: Index) -> bool:
 
 
 def depends_on(weight: Value, query: Value) -> bool:
-    """Whether a computed weight and the query come from a common tensor: weights made of tokens."""
+    """Whether a computed weight and the query come from a common tensor, which may be tokens."""
     if weight.op in (INPUT, STACK):
         return False
-    inputs = [
-        {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
-        for value in (weight, query)
-    ]
-    return bool(inputs[0] & inputs[1])
+    return not _inputs_of(weight).isdisjoint(_inputs_of(query))
+
+
+def _inputs_of(value: Value) -> set[Value]:
+    return {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+
+
+def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
+    """The inputs that the query has its tokens from.
+
+    Not those that are the same for all tokens: a scale, the weights of a projection, a codebook of
+    which the tokens are numbers. Of an operation that is not known, all that it reads counts.
+    """
+    moving: set[Axis] = set()  # along tokens, over axes of our own: walking splits them
+    index: list[Affine] = []
+    for form, size in zip(query.index, query.value.shape, strict=True):
+        axis = Axis(size)
+        index.append(axis_form(axis))
+        if not tokens.isdisjoint(form.axes()):
+            moving.add(axis)
+    if not real(moving):
+        return _inputs_of(query.value)  # one token
+    found: set[Value] = set()
+    seen: set[Value] = set()
+    todo: list[tuple[Value, Index]] = [(query.value, tuple(index))]
+    while todo:
+        value, at = todo.pop()
+        if axes_of(at).isdisjoint(leaves(tuple(moving))) or value in seen:
+            continue
+        seen.add(value)
+        read = _read_at(value, at)
+        if read is None:
+            found |= _inputs_of(value)
+        else:
+            todo += read
+    return found
+
+
+def _read_at(value: Value, index: Index) -> list[tuple[Value, Index]] | None:
+    """What a value is computed from, and where each is read; None where that is not known."""
+    step = through_view(value, index)
+    if step is not None:
+        return [step]
+    if value.op in POINTWISE or is_other_pointwise(value):
+        return [(operand, broadcast(index, operand.shape)) for operand in value.operands]
+    contraction = as_contraction(value, index)
+    if contraction is not None:
+        read = [contraction.left, contraction.right]
+        read += [] if contraction.bias is None else [contraction.bias]
+        return [(operand.value, operand.index) for operand in read]
+    if value.op in (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim):
+        return [(value.source, summed_index(value, index)[0])]
+    if value.op is torch.ops.aten.embedding.default:
+        table, places = value.args[:2]
+        rows = index[: len(places.shape)]
+        every = axis_form(Axis(table.shape[0]))
+        return [(places, rows), (table, (every, *index[len(places.shape) :]))]
+    if value.op is torch.ops.aten.index.Tensor and len(value.operands) == 2:
+        places = value.args[1][0]
+        if places is not None and places.dtype is not torch.bool:
+            rows = index[: len(places.shape)]
+            every = axis_form(Axis(value.source.shape[0]))
+            return [(places, rows), (value.source, (every, *index[len(places.shape) :]))]
+    return None
 
 
 def axes_of(index: Index) -> set[Axis]:

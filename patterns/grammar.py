@@ -16,7 +16,7 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,7 +72,10 @@ class Reading:
 
 
 def read_output(
-    root: Value, outside: AbstractSet[Value], outputs: AbstractSet[Value] = frozenset()
+    root: Value,
+    outside: AbstractSet[Value],
+    outputs: AbstractSet[Value] = frozenset(),
+    is_held: Callable[[Value], bool] = lambda _: True,
 ) -> Reading:
     """Read ``root`` as the output of an MH-FFN.
 
@@ -80,12 +83,15 @@ def read_output(
         root: the candidate.
         outside: the values between down projections and candidates; all others are leaves.
         outputs: the outputs of sites found before, which are leaves even where they are views.
+        is_held: whether a node has a value; others cannot be candidates.
 
     Raises:
         Declined: the root cannot be read so.
     """
+    if 0 in root.shape:
+        raise Declined(Kind.UNSUPPORTED_PROBLEM, "its output is empty", root.origin)
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    reader = _Reader(outside, outputs)
+    reader = _Reader(outside, outputs, is_held)
     term = reader.output(root, index)
     return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
@@ -129,6 +135,7 @@ class _Reader:
 
     outside: AbstractSet[Value]
     outputs: AbstractSet[Value]
+    is_held: Callable[[Value], bool]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     in_loop: bool = False  # whether one piece of an unrolled loop is read
@@ -148,7 +155,7 @@ class _Reader:
         if is_cast(value):
             term = self.output(value.source, index)
             return term if value.dtype is value.source.dtype else _without_residual(term, value)
-        if value.op in _ADDITIONS:
+        if value.op in _ADDITIONS or self._accumulates(value, index) is not None:
             return self._sum(value, index)
         if value.op is aten.neg.default:
             return _scaled(self.output(value.source, index), -1.0)
@@ -175,22 +182,23 @@ class _Reader:
     def _sum(self, value: Value, index: Index) -> Term:
         """A chain of additions: the terms of an unrolled loop, a bias, a residual.
 
-        A residual is taken only where no candidate is without it: inside a loop over heads, and in
-        a sum over sub-networks that begins with it.
+        A residual is taken only where no candidate is without it: inside a loop over heads or
+        ``vmap``, and in a sum over sub-networks that begins with it.
         """
+        inside = self.outside - self.outputs
         terms: list[Term] = []
-        biases: list[tuple[float, Operand]] = []
+        narrow: list[Residual] = []  # biases, or residuals that are the same for some heads
         residuals: list[Residual] = []
         dtypes = {value.dtype}
         todo: list[tuple[float, Value, Index, Value]] = [(1.0, value, index, value)]
         while todo:
             sign, current, at, addition = todo.pop()
             inner, inner_at = current, at
-            while inner in self.outside and (step := through_view(inner, inner_at)) is not None:
+            while inner in inside and (step := through_view(inner, inner_at)) is not None:
                 self.crossed.add(inner)
                 inner, inner_at = step
             biased = inner is not value and self._adds_bias(inner, inner_at)
-            if inner in self.outside and inner.op in _ADDITIONS and not biased:
+            if inner in inside and inner.op in _ADDITIONS and not biased:
                 self.computed.add(inner)
                 dtypes.add(inner.dtype)
                 alpha = inner.argument(2, "alpha", 1)
@@ -207,32 +215,67 @@ class _Reader:
                     if not _is_zero(operand):
                         where = broadcast(inner_at, operand.shape)
                         todo.append((sign * factor, operand, where, inner))
-            elif inner in self.outside:
+            elif inner in inside and (product := self._accumulates(inner, inner_at)) is not None:
+                assert product.bias is not None
+                self.computed.add(inner)
+                dtypes.add(inner.dtype)
+                alone = replace(product, bias=None, bias_scale=1.0)
+                terms.append(_scaled(self._contraction(alone, inner_at), sign))
+                added = product.bias
+                if not _is_zero(added.value):
+                    todo.append((sign * product.bias_scale, added.value, added.index, inner))
+            elif inner in inside:
                 dtypes.add(inner.dtype)
                 terms.append(_scaled(self.output(inner, inner_at), sign))
             else:
                 leaf = self.leaf(inner, inner_at)
-                if not _axes(index) <= _axes(leaf.index):
-                    biases.append((sign, leaf))
-                    continue
-                dtypes.add(inner.dtype)
-                residuals.append(Residual(leaf, sign))
-                allowed = self.in_loop or addition is not value
-                if not allowed or len(residuals) > 1 or len(dtypes) > 1:
-                    detail = f"{operation_name(inner)} is added"
-                    raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
+                whole = _axes(index) <= _axes(leaf.index)
+                (residuals if whole else narrow).append(Residual(leaf, sign))
+                if whole:
+                    dtypes.add(inner.dtype)
+                    allowed = self.in_loop or addition is not value or self._is_highest(value)
+                    if not allowed or len(residuals) > 1 or len(dtypes) > 1:
+                        detail = f"{operation_name(inner)} is added"
+                        raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
         if not terms:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        if len(terms) > 1 or biases or residuals:
+        if len(terms) > 1 or narrow or residuals:
             terms = [_without_residual(term, value) for term in terms]
         term = join_sum(terms[::-1])
-        for sign, bias in biases:
-            term = _with_bias(term, bias, sign, value)
+        for one in narrow:
+            added = one.operand
+            if residuals or not _adds_tokens(term, added) or not self._is_highest(value):
+                term = _with_bias(term, added, one.scale, value)
+            else:
+                residuals.append(one)
+                dtypes.add(added.value.dtype)
         if not residuals:
             return term
         if len(dtypes) > 1:
             raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
         return replace(term, residual=residuals[0])
+
+    def _is_highest(self, value: Value) -> bool:
+        """Whether no candidate is without what is added: it is a product's, or no node has one."""
+        inner = [operand for operand in value.operands if operand in self.outside]
+        return value.op in MATRIX_PRODUCTS or not any(map(self.is_held, inner))
+
+    def _accumulates(self, value: Value, index: Index) -> Contraction | None:
+        """A product that is added to a sum, as ``addmm`` does: to outputs, zeros or a residual.
+
+        What does not move along all axes of the output is the product's bias.
+        """
+        if value not in self.outside or value.op not in MATRIX_PRODUCTS:
+            return None
+        contraction = as_contraction(value, index)
+        if contraction is None or contraction.bias is None:
+            return None
+        bias = contraction.bias
+        source, at = behind_views(bias.value, bias.index, stops=self.outputs)
+        whole = _is_zero(source) or source in self.outside
+        if not whole and not source.is_parameter and len(bias.value.shape) == len(value.shape):
+            whole = _axes(index) <= _axes(at)  # of one token a bias does, too
+        return contraction if whole else None
 
     def _adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
@@ -271,7 +314,9 @@ class _Reader:
         dim = value.argument(1, "dim", 0) % len(value.shape)
         widths = {piece.shape[dim] for piece in pieces} if value.op is aten.cat.default else {1}
         if len(widths) > 1:
-            raise Declined(Kind.UNEQUAL_HEADS, "their outputs differ in width", value.origin)
+            sizes = ", ".join(str(piece.shape[dim]) for piece in pieces)
+            detail = f"outputs of different sizes are concatenated: {sizes}"
+            raise Declined(Kind.UNEQUAL_HEADS, detail, value.origin)
         read = piece_index(value, index, dim)
         if read is None:
             raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
@@ -463,6 +508,10 @@ class _Hidden:
             return POINTWISE[value.op](value, *arguments)
         if value.op is aten.glu.default:
             return self._glu(value, index)
+        piece = _one_piece(value, index)
+        if piece is not None:
+            self.computed.add(value)
+            return self.expression(*piece)
         contraction = as_contraction(value, index)
         if contraction is None:
             if value.op in DROPOUT:
@@ -534,6 +583,18 @@ class _Hidden:
         )
 
 
+def _one_piece(value: Value, index: Index) -> tuple[Value, Index] | None:
+    """The one of merged tensors that an index reads: gate or up, where they were merged."""
+    if value.op not in MERGES:
+        return None
+    read = piece_index(value, index, value.argument(1, "dim", 0) % len(value.shape))
+    if read is None or read[0].resolved().terms or not isinstance(read[0].offset, int):
+        return None
+    pieces: Sequence[Value] = value.args[0]
+    piece = pieces[read[0].offset]
+    return (piece, read[1]) if piece.dtype is value.dtype else None
+
+
 def _scaled(term: Term, factor: float) -> Term:
     residual = term.residual
     if residual is not None:
@@ -563,6 +624,12 @@ def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
         if not all(_leaves_of({axis}) <= bias_axes | router_axes for axis in axes):
             raise Declined(Kind.UNSUPPORTED_LAYOUT, "a bias is summed", term.value.origin)
     return replace(term, sub_networks=(*term.sub_networks, *axes))
+
+
+def _adds_tokens(term: Term, added: Operand) -> bool:
+    """Whether what is added is no bias but made of tokens."""
+    weights = _axes(term.gate.weight.index) | _axes(term.down.index)
+    return bool(_axes(added.index) & _axes(term.gate.query.index) - weights)
 
 
 def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:

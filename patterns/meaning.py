@@ -283,7 +283,7 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
     for factor in sympy.Mul.make_args(product):
         projections = [s for s in factor.free_symbols if s.name.startswith("p")]
         if len(projections) > 1:
-            raise Declined(Kind.NOT_A_PRODUCT)
+            raise Declined(Kind.NOT_A_PRODUCT, _added_up(factor))
         if projections:
             groups.setdefault(projections[0], []).append(factor)
         elif isinstance(factor, sympy.Symbol):
@@ -310,6 +310,15 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
         raise Declined(Kind.NOT_A_PRODUCT, f"it is scaled by {float(scale)}")
     order = sorted(factors, key=lambda symbol: symbol.name)
     return Hidden(activation, gate, up, tuple(order), float(scale))
+
+
+def _added_up(factor: Expression) -> str:
+    """What is said of a factor that depends on several projections."""
+    for part in sympy.preorder_traversal(factor):
+        terms = [x for x in part.args if any(s.name.startswith("p") for s in x.free_symbols)]
+        if part.is_Add and len(terms) > 1 and all(len(x.free_symbols) == 1 for x in terms):
+            return "projections are added, as by LoRA: merge their weights"
+    return ""
 
 
 def _counted(gates: int, lines: int) -> str:

@@ -21,7 +21,7 @@ from torch import fx
 
 from .axes import Axis, axis_form
 from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
-from .checks import build_site
+from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import (
     DROPOUT,
@@ -35,7 +35,7 @@ from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site
 from .source import locate
-from .views import MERGES, is_view
+from .views import LIKES, MERGES, is_view
 
 aten = torch.ops.aten
 
@@ -264,13 +264,22 @@ def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:
 
 
 def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
-    """Who alone reads a value; what takes it apart and puts it together again counts as one."""
+    """Who alone reads a value's numbers; what takes it apart and puts it together counts as one."""
     readers = {reader for reader in value.readers if copy.is_live(reader)}
+    readers = {reader for reader in readers if not _reads_sizes(reader, copy)}
     if len(readers) > 1 and all(is_view(reader) for reader in readers):
         readers = {second for first in readers for second in first.readers if copy.is_live(second)}
         if not all(reader.op in MERGES for reader in readers):
             return None
     return readers.pop() if len(readers) == 1 else None
+
+
+def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
+    """Whether a reader asks for sizes alone, itself or as a view that others ask."""
+    if not is_view(value) or value in copy.escaping:
+        return value.op in LIKES
+    readers = [reader for reader in value.readers if copy.is_live(reader)]
+    return bool(readers) and all(_reads_sizes(reader, copy) for reader in readers)
 
 
 def _best(
@@ -283,13 +292,46 @@ def _best(
     """The site of the highest candidate that passes, or the most telling reason why none does."""
     reasons: list[Reason] = []
     for root in reversed(path):
-        if root not in tried:
+        if root not in tried or (isinstance(tried[root], Reason) and _adds_to(root, outputs)):
             tried[root] = _try(root, outside, copy, outputs)
         result = tried[root]
         if isinstance(result, Site):
             return result
         reasons.append(result)
-    return max(reversed(reasons), key=_tells)
+    best = max(reversed(reasons), key=_tells)
+    if best.detail == TWO_DIMENSIONS:
+        return _not_summed(path, reasons, copy) or best
+    return best
+
+
+def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -> Reason | None:
+    """What keeps the outputs of sub-networks from their sum, if they are summed later on.
+
+    Before it, each of them is a network of its own, and differs along heads and sub-networks.
+    """
+    offends = [r for r in reasons if r.kind is Kind.UNKNOWN_OPERATION and r.detail]
+    value = path[-1]
+    if offends and any(one.op in (aten.sum.dim_IntList, aten.mean.dim) for one in path[1:]):
+        return offends[-1]
+    for _ in range(_SOON):
+        readers = [reader for reader in value.readers if copy.is_live(reader)]
+        if not readers or readers[0].op in MATRIX_PRODUCTS or value in copy.escaping:
+            return None
+        reduces = len(readers[0].shape) < len(value.shape) and not is_view(readers[0])
+        value = readers[0]
+        if not (offends or is_outside_operation(value)):
+            offends = [Reason(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)]
+        if reduces:
+            return offends[-1] if offends else None
+    return None
+
+
+def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
+    """Whether a product is added to a site's output: tried before that was one, it may have failed.
+
+    No candidate below has the product without what it is added to.
+    """
+    return root.op in MATRIX_PRODUCTS and not outputs.isdisjoint(root.operands)
 
 
 def _try(
@@ -298,7 +340,8 @@ def _try(
     if copy.made_by(root) is None:
         return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
     try:
-        return build_site(read_output(root, outside, outputs), root, copy)
+        reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
+        return build_site(reading, root, copy)
     except Declined as declined:
         return declined.reason
 

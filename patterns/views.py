@@ -21,6 +21,23 @@ aten = torch.ops.aten
 
 MERGES = frozenset({aten.cat.default, aten.stack.default})
 
+#: what asks a tensor for its sizes, dtype and device, and for none of its numbers
+LIKES = frozenset(
+    {
+        aten.empty_like.default,
+        aten.full_like.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+        aten.new_full.default,
+        aten.new_ones.default,
+        aten.new_zeros.default,
+        aten.ones_like.default,
+        aten.rand_like.default,
+        aten.randn_like.default,
+        aten.zeros_like.default,
+    }
+)
+
 Rule: TypeAlias = Callable[[Value, Index], "tuple[Value, Index] | None"]
 
 

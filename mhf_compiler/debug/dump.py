@@ -178,7 +178,7 @@ def site_program(site: SiteReport, training: bool = False) -> str:
     inputs = {"q": "", "k": "", "u": "None", "v": "", "r": "None", **tensors}
     return _SITE.format(
         place=_comment(f"{site.place}."),
-        formula=_comment(site.formula),
+        formula=_comment(site.formula or ""),
         what=_compared(training),
         tensor=_TENSOR,
         arguments="\n".join(f"    {name!r}: {text}," for name, text in inputs.items()),

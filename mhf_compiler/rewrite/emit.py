@@ -216,16 +216,21 @@ class Editor:
             return node, axes
         steps: list[Size] = [step for _, step in terms]
         whole = steps[-1] == 1  # nothing is skipped inside the innermost axis
+        offset = form.offset
+        part = _part(axes, steps, offset, size)
+        if part is not None:
+            start, size = part
+            offset -= start
+            node = self.call("narrow", node, dim, start, size)
         sizes: list[Size] = []
         for outer, inner in itertools.pairwise([size, *steps, *([] if whole else [1])]):
             digit = quotient(outer, inner)
             if digit is None:
-                return self._strided(node, dim, terms, form.offset, size), axes
+                return self._strided(node, dim, terms, offset, size), axes
             sizes.append(digit)
         if len(sizes) > 1:
             known = [s if isinstance(s, int) else None for s in sizes]
             node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
-        offset = form.offset
         for position, (axis, step) in enumerate(terms):
             at: Size = 0
             if offset != 0:
@@ -392,3 +397,17 @@ def _keeps_strides(site: Site | RouterProduct, order: tuple[int, ...]) -> bool:
             if stride_of[outer] != multiply(stride_of[inner], inner.size):
                 return False
     return True
+
+
+def _part(axes: list[Axis], steps: list[Size], offset: Size, size: Size) -> tuple[int, int] | None:
+    """Start and width of the part of a dimension that several axes read, where it must be cut out.
+
+    They need not begin at a multiple of their steps: weights lie in a flat vector at any offset.
+    """
+    outer, inner = steps[0], steps[-1]
+    known = isinstance(outer, int) and isinstance(inner, int) and isinstance(axes[0].size, int)
+    if not known or len(axes) < 2 or not isinstance(offset, int) or not isinstance(size, int):
+        return None
+    start, width = offset - offset % inner, outer * axes[0].size
+    regular = offset % outer < inner and size % outer == 0
+    return None if regular or start + width > size else (start, width)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,156 @@ def project(q: Tensor, w: Tensor) -> Tensor:
 
 def swiglu(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return project(F.silu(project(q, gate)) * project(q, up), down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class LoraBesideTheGate(PerHead):
+    """A product of two narrow matrices is added to the gate, and not to its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = weight(H, d, 2), weight(H, 2, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = project(q, self.gate) + project(project(q, self.narrow), self.wide)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.UNSUPPORTED_PROBLEM, shapes=((B, 0, H * d),))
+class NoTokens(PerHead):
+    """A sequence of no tokens: nothing is computed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(split_heads(x), self.gate, self.up, self.down)
+
+
+@declined(Kind.UNEQUAL_HEADS)
+class UnequalLengths(PerHead):
+    """Each head has another number of tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        heads = [q[:, : h + 1, h] for h in range(H)]
+        weights = zip(heads, self.gate, self.up, self.down, strict=True)
+        return torch.cat([(F.silu(q @ g) * (q @ u)) @ v for q, g, u, v in weights], dim=1)
+
+
+# Sums of sub-networks.
+
+
+@declined(Kind.PLAIN_FFN, Kind.ESCAPING_INTERMEDIATE)
+class SumBeforeTheLastIsReturned(SubNetworks):
+    """One head; each product is added to the sum, and one of the sums is read elsewhere, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x[..., :d].flatten(0, 1)
+        hidden = [F.silu(q @ self.gate[0, e]) * (q @ self.up[0, e]) for e in range(2)]
+        first = torch.mm(hidden[0], self.down[0, 0])
+        return first, torch.addmm(first, hidden[1], self.down[0, 1])
+
+
+@declined(Kind.ROUNDING_CAST, dtype=torch.float16)
+class BiasThatAddcmulMultiplies(PerHead):
+    """The bias of the gate is a product that only their sum rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = weight(H, f), weight(H, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = torch.addcmul(project(q, self.gate), self.one, self.other)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.UNKNOWN_OPERATION, shapes=((B * L, d),))
+class NormAfterResidualInsideVmap(PerHead):
+    """Inside ``vmap`` each head adds what it reads, and normalises the sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return F.rms_norm(x + (F.silu(x @ gate) * (x @ up)) @ down, (d,))
+
+        return torch.vmap(head)(self.gate, self.up, self.down)
+
+
+@declined(Kind.UNKNOWN_OPERATION, shapes=((B * L, d),))
+class ResidualOfAnotherDtypeInsideVmap(PerHead):
+    """The residual has more digits than the outputs that it is added to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return x.double() + (F.silu(x @ gate) * (x @ up)) @ down
+
+        return torch.vmap(head)(self.gate, self.up, self.down)
+
+
+@declined(Kind.UNKNOWN_OPERATION)
+@declined(Kind.UNKNOWN_OPERATION, label="where", arguments={"how": "where"})
+@declined(Kind.UNKNOWN_OPERATION, label="nansum", arguments={"how": "nansum"})
+@declined(Kind.UNKNOWN_OPERATION, label="maximum", arguments={"how": "maximum"})
+@declined(Kind.UNKNOWN_OPERATION, label="masked", arguments={"how": "masked"})
+@declined(Kind.UNSUPPORTED_DTYPE, label="bool", arguments={"how": "bool"})
+class SumThatIsNone(SubNetworks):
+    """What is done to the outputs of all sub-networks before, or instead of, their sum."""
+
+    def __init__(self, how: str = "division") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
+        y = torch.einsum("blhef,hefd->blhed", F.silu(gate) * up, self.down)
+        r = self.router(q)[..., None]
+        if self.how == "maximum":
+            return y.amax(3)
+        if self.how == "nansum":
+            return (y * r).nansum(3)
+        if self.how == "masked":
+            return y.masked_fill(r > 0.5, 0.0).sum(3)
+        if self.how == "bool":
+            return (y * (r > 0.5)).sum(3)
+        if self.how == "where":
+            return torch.where(r > 0.5, y, 0.0).sum(3)
+        return (y / r).sum(3)
+
+
+# What no node holds, as inside ``vmap``, is computed again: under the modes it had, or not at all.
+
+
+class QueryInsideVmap(nn.Module):
+    """The queries of a head are projected inside ``vmap``, under modes of their own."""
+
+    modes: Callable[[], Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.gate, self.down = weight(H, d, d), weight(H, d, f), weight(H, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(project: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+            with type(self).modes():
+                q = x @ project
+            return F.relu(q @ gate) @ down
+
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.vmap(head)(self.project, self.gate, self.down)
+
+
+@declined(Kind.AUTOCAST_BOUNDARY, shapes=((B * L, d),), precision=torch.bfloat16)
+class QueryWithoutAutocastInsideVmap(QueryInsideVmap):
+    """In float32 here; where the op stands autocast is on."""
+
+    modes = partial(torch.autocast, "cpu", enabled=False)
+
+
+@declined(Kind.GRADIENTS_CUT, shapes=((B * L, d),), precision=torch.bfloat16)
+class QueryWithoutGradientsInsideVmap(QueryInsideVmap):
+    """Their projection is not trained."""
+
+    modes = torch.no_grad
 
 
 # The query.
@@ -157,6 +308,17 @@ class FastWeights(PerHead):
         q = split_heads(x)
         gate = self.gate - 0.1 * torch.einsum("blhd,blhf->hdf", q, project(q, self.gate))
         return swiglu(q, gate, self.up, self.down)
+
+
+@declined(Kind.TOKEN_DEPENDENT_WEIGHTS)
+class AllWeightsOfTokens(PerHead):
+    """Every weight is changed by the tokens that the queries are made of, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(F.layer_norm(x, (H * d,)))
+        change = split_heads(x).mean((0, 1))[..., None]
+        gate, up, down = self.gate + change, self.up - change, self.down * change.mT
+        return swiglu(q, gate, up, down)
 
 
 @declined(Kind.MUTATION, gradients=False)

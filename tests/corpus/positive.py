@@ -803,6 +803,277 @@ class DropoutAfterwards(PerHead):
         return F.dropout(Einsum.forward(self, x), 0.5, training=False)
 
 
+@mhf(sub_networks=E)
+@mhf("in place", sub_networks=E, arguments={"how": "in place"})
+@mhf("scaled", sub_networks=E, arguments={"value": 0.5})
+@mhf("scaled in place", sub_networks=E, arguments={"how": "in place", "value": 0.5})
+@mhf("bfloat16", sub_networks=E, dtype=torch.bfloat16)
+class AccumulatedByAddcmul(SubNetworks):
+    """Router times output is added to the sum in one operation."""
+
+    def __init__(self, how: str = "", value: float = 1.0) -> None:
+        super().__init__()
+        self.how, self.value = how, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r, out = self.router(q), torch.zeros_like(q)
+        for e in range(E):
+            gate, up = (torch.einsum("blhd,hdf->blhf", q, w[:, e]) for w in (self.gate, self.up))
+            y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down[:, e])
+            add = out.addcmul_ if self.how else out.addcmul
+            out = add(r[..., e, None], y, value=self.value)
+        return out
+
+
+@mhf(sub_networks=E, routed=False)
+@mhf("in place", sub_networks=E, routed=False, arguments={"how": "in place"})
+@mhf("residual", sub_networks=E, routed=False, arguments={"how": "residual"})
+@mhf("scaled", sub_networks=E, routed=False, arguments={"alpha": 0.5})
+class AccumulatedByBaddbmm(SubNetworks):
+    """Each down projection is added to the sum of those before it, by one operation."""
+
+    def __init__(self, how: str = "", alpha: float = 1.0) -> None:
+        super().__init__()
+        self.how, self.alpha = how, alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, -1, d)
+        out = q if self.how == "residual" else torch.zeros_like(q)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            add = out.baddbmm_ if self.how == "in place" else out.baddbmm
+            out = add(hidden, self.down[:, e], alpha=self.alpha)
+        return out
+
+
+@mhf("one token", heads=1, sub_networks=E, shapes=[(1, d)])
+@mhf("tokens", heads=1, sub_networks=E, shapes=[(L, d)])
+@mhf("batched", sub_networks=E, shapes=[(H, 1, d)], arguments={"batched": True})
+class BiasOfTheProduct(SubNetworks):
+    """The down projection adds its bias in one operation, which is no residual of one token."""
+
+    def __init__(self, batched: bool = False) -> None:
+        super().__init__()
+        self.batched = batched
+        self.bias = weight(H, E, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            place = (slice(None), e) if self.batched else (0, e)
+            hidden = F.silu(x @ self.gate[place]) * (x @ self.up[place])
+            if self.batched:
+                y = torch.baddbmm(self.bias[:, e, None], hidden, self.down[place])
+            else:
+                y = torch.addmm(self.bias[place], hidden, self.down[place])
+            out = out + y * torch.sigmoid((x * self.route[place].unsqueeze(-2)).sum(-1, True))
+        return out
+
+
+@mhf(heads=1, sub_networks=E, routed=False, shapes=[(L, d)])
+class AccumulatedByAddmm(SubNetworks):
+    """The same with one head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            hidden = F.silu(x @ self.gate[0, e]) * (x @ self.up[0, e])
+            out = torch.addmm(out, hidden, self.down[0, e])
+        return out
+
+
+@mhf(sub_networks=1, count=E)
+@mhf("each sum scaled", count=E, arguments={"beta": 0.5})
+class LayersByBaddbmm(SubNetworks):
+    """Each layer's product is added to what it reads: residuals, and no sum over sub-networks."""
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).permute(2, 0, 1, 3).reshape(H, -1, d)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            q = torch.baddbmm(q, hidden, self.down[:, e], beta=self.beta)
+        return q
+
+
+@mhf("sums", sub_networks=E)
+@mhf("buffer", sub_networks=E, arguments={"how": "buffer"})
+@mhf("zeros of another", sub_networks=E, arguments={"how": "new_zeros"})
+class SumsBehindAllNetworks(SubNetworks):
+    """All networks are computed first, then added up in tensors that are made like one of them."""
+
+    def __init__(self, how: str = "zeros_like") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        r = self.router(q)
+
+        def network(h: int, e: int) -> Tensor:
+            one = q[:, :, h]
+            hidden = F.silu(one @ self.gate[h, e]) * (one @ self.up[h, e])
+            return r[:, :, h, e, None] * (hidden @ self.down[h, e])
+
+        ys = [[network(h, e) for h in range(H)] for e in range(E)]
+        sums = []
+        for h in range(H):
+            y = ys[0][h]
+            total = y.new_zeros(y.shape) if self.how == "new_zeros" else torch.zeros_like(y)
+            for heads in ys:
+                total += heads[h]
+            sums.append(total)
+        if self.how != "buffer":
+            return torch.stack(sums, 2)
+        out = torch.empty_like(sums[0].unsqueeze(2).repeat(1, 1, H, 1))
+        for h in range(H):
+            out[:, :, h] = sums[h]
+        return out
+
+
+@mhf(random=True)
+class OutputTimesRandomNumbers(PerHead):
+    """The factors have the output's sizes: they stay outside, so that it is not computed twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+        return y * torch.rand_like(y)[..., :1]
+
+
+@mhf()
+@mhf("bfloat16", dtype=torch.bfloat16)
+class EverythingScaledByABuffer(PerHead):
+    """One buffer scales all weights and the queries: that makes no weight of tokens."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.rand(d, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.rms_norm(split_heads(x) * self.scale[:, 0], (d,))
+        gate, up, down = self.gate * self.scale, self.up * self.scale, self.down * self.scale.T
+        hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hdf->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+@mhf()
+@mhf("indexed", arguments={"embeds": False})
+class TokensAndWeightsOfACodebook(nn.Module):
+    """Tokens are rows of a codebook; the weights are computed from all of it."""
+
+    codes: Tensor
+
+    def __init__(self, embeds: bool = True) -> None:
+        super().__init__()
+        self.embeds = embeds
+        self.register_buffer("codes", torch.randn(f, H * d))
+        self.gate, self.up, self.down = weight(f, f), weight(f, f), weight(f, f)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x[..., :f].argmax(-1)
+        rows = F.embedding(places, self.codes) if self.embeds else self.codes[places]
+        q, heads = rows.unflatten(-1, (H, d)), self.codes.unflatten(-1, (H, d))
+        gate, up, down = (torch.einsum("chd,cf->hfd", heads, w) for w in self.parameters())
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+@mhf(shapes=[TOKENS, (3 * H * d * f + H * d * H * d,)])
+class AllWeightsInOneInput(nn.Module):
+    """One vector that is given holds every weight, of the projection before the heads as well."""
+
+    def forward(self, x: Tensor, flat: Tensor) -> Tensor:
+        sizes = [H * d * H * d, *[H * d * f] * 3]
+        project, *heads = (flat * 0.1).split(sizes)
+        q = split_heads(x @ project.view(H * d, H * d))
+        gate, up, down = (w.view(H, f, d) for w in heads)
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down)
+
+
+@mhf("own", shapes=[(H, B * L, d)], arguments={"where": 0})
+@mhf("own by head last", shapes=[(B * L, H, d)], arguments={"where": 1})
+@mhf("shared", shapes=[(B * L, d)])
+@mhf("scaled", shapes=[(B * L, d)], arguments={"scale": 0.5})
+class ResidualInsideVmap(PerHead):
+    """What a head reads is added inside ``vmap``: its own queries, or those that all share."""
+
+    def __init__(self, where: int | None = None, scale: float = 1.0) -> None:
+        super().__init__()
+        self.where, self.scale = where, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            return self.scale * q + (F.silu(q @ gate) * (q @ up)) @ down
+
+        weights = self.gate, self.up, self.down
+        return torch.vmap(head, (self.where, 0, 0, 0))(x, *weights)
+
+
+@mhf("rows", shapes=[(H * L, d)])
+@mhf("batches of rows", shapes=[(B, H * L, d)])
+@mhf("fewer rows than batches", shapes=[(7, H * B, d)])
+class DispatchedTokens(PerHead):
+    """What was dispatched to each head lies row by row behind it: those are tokens, not heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-2, (H, -1))
+        return ((F.silu(q @ self.gate) * (q @ self.up)) @ self.down).flatten(-3, -2)
+
+
+@mhf("einsum", shapes=[(B * L, d)])
+@mhf("repeat", shapes=[(B * L, d)], arguments={"how": "repeat"})
+@mhf("index", shapes=[(B * L, d)], arguments={"how": "index"})
+class DispatchedByRouter(PerHead):
+    """Slots that are mixed from all tokens, all tokens for each head, or the tokens that it chose.
+
+    Each head has L slots, and gives back what it made of them.
+    """
+
+    def __init__(self, how: str = "einsum") -> None:
+        super().__init__()
+        self.how, self.route = how, weight(d, H * L)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ self.route).softmax(0)
+        if self.how == "repeat":
+            slots = x.repeat(H, 1) * torch.sigmoid(x @ self.route[:, :H]).T.reshape(-1, 1)
+        elif self.how == "index":
+            slots = x[(x @ self.route[:, :H]).topk(L, dim=0).indices.T.reshape(-1)]
+        else:
+            slots = torch.einsum("ts,td->sd", weights, x)
+        q = slots.view(H, -1, d)
+        y = torch.bmm(F.silu(torch.bmm(q, self.gate)) * torch.bmm(q, self.up), self.down)
+        y = y.reshape(-1, d)
+        return weights @ y if self.how == "einsum" else y
+
+
+@mhf(groups=2)
+class GroupsOfHeadsBesideTokens(nn.Module):
+    """Heads in a dimension of their own share weights in twos: with two dimensions of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = weight(2, d, f), weight(2, d, f), weight(2, f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = F.rms_norm(split_heads(x), (d,)).unflatten(2, (2, H // 2))
+        hidden = F.silu(torch.einsum("blgsd,gdf->blgsf", q, self.gate))
+        hidden = hidden * torch.einsum("blgsd,gdf->blgsf", q, self.up)
+        return torch.einsum("blgsf,gfd->blgsd", hidden, self.down)
+
+
 @mhf(groups=1, activation="gelu", gated=False)
 class HeadsShareOneNetwork(nn.Module):
     """The heads are cut out of the features and all go through the same network."""
@@ -1206,3 +1477,37 @@ class RouterByBroadcastProduct(SubNetworks):
         gate, up = (torch.einsum("blhd,hedf->blhef", q, w) for w in (self.gate, self.up))
         hidden = (F.silu(gate) * up * self.router(q).unsqueeze(-1)).flatten(-2)
         return torch.einsum("blhx,hxd->blhd", hidden, self.down.flatten(1, 2)).flatten(2)
+
+
+@mhf()
+@mhf("chunk", arguments={"how": "chunk"})
+@mhf("stack", arguments={"how": "stack"})
+class MergedProjections(PerHead):
+    """Gate and up are put beside each other and taken apart by the activation."""
+
+    def __init__(self, how: str = "glu") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        if self.how == "stack":
+            gate, up = torch.stack([gate, up], -1).unbind(-1)
+        elif self.how == "chunk":
+            gate, up = torch.cat([gate, up], -1).chunk(2, -1)
+        else:  # gate * sigmoid(gate) is silu
+            hidden = F.glu(torch.cat([gate * up, gate], -1))
+            return torch.einsum("blhf,hfd->blhd", hidden, self.down)
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+
+
+@mhf(activation="sigmoid")
+class GluOfMergedProjections(PerHead):
+    """``F.glu`` of up and gate, merged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        hidden = F.glu(torch.cat([up, gate], -1))
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down)
