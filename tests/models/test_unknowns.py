@@ -170,6 +170,9 @@ class Wrapped(Tensor):
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
 
+    def __repr__(self) -> str:  # AOTAutograd writes it down, and fakes have no numbers to show
+        return "Wrapped"
+
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["inner"], None
 
