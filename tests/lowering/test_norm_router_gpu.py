@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import problems
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -49,21 +50,12 @@ def call(given: dict[str, Any]) -> Tensor:
 
 def check(given: dict[str, Any]) -> Tensor:
     q, weight, dtype = given["q"], given["weight"], given["q"].dtype
-    exact = q.double()
-    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + given["norm_eps"])
-    if given["norm_weight"] is not None:
-        exact = exact * given["norm_weight"].double()
+    exact = problems.normed(q, given["norm_weight"], given["norm_eps"])
     r = call(given)
     roundings = 1 + given["rounds_first"]
     torch.testing.assert_close(q.double(), exact, rtol=(roundings + 0.01) * UNIT[dtype], atol=1e-6)
-    wide = weight.double().repeat_interleave(q.shape[2] // weight.shape[0], 0)
-    right = torch.einsum("blhd,hde->blhe", q.double(), wide)
-    if given["routing"] != "none":
-        right = right.sigmoid()
-    if given["routing"] == "normalised":
-        right = right / (
-            right.sum(-1, keepdim=True).clamp_min(given["sum_floor"]) + given["sum_eps"]
-        )
+    formula = (given[name] for name in ("routing", "sum_floor", "sum_eps"))
+    right = problems.routed(q, weight, *formula)
     assert r.dtype is given["r_dtype"]
     torch.testing.assert_close(r.double(), right, rtol=1.01 * UNIT[r.dtype], atol=1e-5)
     return r
