@@ -1,7 +1,7 @@
 """What PyTorch offers for finding a fault works with this back end as with Inductor's.
 
-Where a setting is tested, the script is a process of its own: PyTorch reads most settings when it is
-imported.
+Where a setting is tested, the script is a process of its own: PyTorch reads most settings when it
+is imported.
 """
 
 import os
