@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support import problems
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.lowering import multi_head_ffn
 from mhf_compiler.lowering.device import capability
 from mhf_compiler.lowering.kernels import dispatch
@@ -232,7 +232,7 @@ def test_one_kernel_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_hopper
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(2, 512), (1, 304)])
-def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
+def test_whole_models(networks: Any, tokens: tuple[int, int]) -> None:
     """Multiples of 8 tokens: Inductor may pad other products, and then the queries are a part."""
     torch.manual_seed(0)
     torch.compiler.reset()

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from support import problems
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.lowering.ops import norm_router
 
 pytestmark = pytest.mark.gpu
@@ -141,7 +141,7 @@ def test_what_is_not_a_number_stays_in_its_token() -> None:
 
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(2, 112), (1, 104), (8, 1), (1, 1)])
-def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
+def test_whole_models(networks: Any, tokens: tuple[int, int]) -> None:
     """Too few tokens for it to be joined with the network (test_norm_network_gpu.py).
 
     Multiples of 8: Inductor may pad other products, and then the queries are a part.
