@@ -1,7 +1,8 @@
 """Tests marked `gpu` are skipped where there is no CUDA device, unless one is required.
 
-The folders of models and the benchmarks are made importable, as the packages `corpus`, `models` and
-`benchmarks`. Not through `sys.path`: beside them lie folders that have the name of the product.
+What tests share is made importable, as the packages `support`, `corpus` and `models`, and so are
+the benchmarks, which have tests. Not through `sys.path`: next to them lie folders that have the
+name of the product.
 """
 
 import importlib.util
@@ -46,6 +47,6 @@ def make_importable(folder: Path) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-make_importable(TESTS / "corpus")
-make_importable(TESTS / "models")
+for package in ("support", "corpus", "models"):
+    make_importable(TESTS / package)
 make_importable(TESTS.parent / "benchmarks")

@@ -2,11 +2,13 @@
 
 import itertools
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import problems
+from support.problems import BIASES, NAMES, Shape, Tensors, leaves
 from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +18,6 @@ from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
 from mhf_compiler.lowering.cpu import blocked, compiled
 
-NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
 SCALES = {"k_scale": 0.7, "u_scale": 1.3, "out_scale": 0.4}
 
 
@@ -27,43 +28,14 @@ def path(request, monkeypatch) -> str:
     return request.param
 
 
-@dataclass(frozen=True)
-class Shape:
-    B: int = 2
-    L: int = 3
-    H: int = 4
-    d: int = 3
-    G: int = 2
-    E: int = 2
-    f: int = 5
+SHAPE = Shape(B=2, L=3, H=4, d=3, G=2, E=2, f=5)
 
 
-def make(
-    shape: Shape, dtype: torch.dtype = torch.float64, absent: tuple[str, ...] = ()
-) -> dict[str, Tensor | None]:
-    s = shape
-    shapes = {
-        "q": (s.B, s.L, s.H, s.d),
-        "k": (s.G, s.E, s.f, s.d),
-        "u": (s.G, s.E, s.f, s.d),
-        "v": (s.G, s.E, s.f, s.d),
-        "r": (s.B, s.L, s.H, s.E),
-        "k_bias": (s.G, s.E, s.f),
-        "u_bias": (s.G, s.E, s.f),
-        "v_bias": (s.G, s.E, s.d),
-    }
-    torch.manual_seed(0)
-    return {
-        name: None if name in absent else torch.randn(sizes, dtype=torch.float64).to(dtype)
-        for name, sizes in shapes.items()
-    }
+def make(shape: Shape, dtype: torch.dtype = torch.float64, absent: Sequence[str] = ()) -> Tensors:
+    return problems.make(shape, dtype, absent)
 
 
-def leaves(tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: None if x is None else x.detach().requires_grad_() for name, x in tensors.items()}
-
-
-def run(function, tensors: dict[str, Tensor | None], **options) -> list[Tensor]:
+def run(function, tensors: Tensors, **options) -> list[Tensor]:
     """The output, then the gradient of every tensor that is there."""
     out = function(**tensors, **options)
     torch.manual_seed(1)
@@ -72,7 +44,7 @@ def run(function, tensors: dict[str, Tensor | None], **options) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, grad_out)]
 
 
-def assert_same(tensors: dict[str, Tensor | None], **options) -> None:
+def assert_same(tensors: Tensors, **options) -> None:
     found = run(multi_head_ffn, tensors, **options)
     expected = run(multi_head_ffn_reference, tensors, **options)
     for x, y in zip(found, expected, strict=True):
@@ -81,9 +53,9 @@ def assert_same(tensors: dict[str, Tensor | None], **options) -> None:
 
 ABSENT = {
     "everything": (),
-    "no biases": ("k_bias", "u_bias", "v_bias"),
+    "no biases": BIASES,
     "no r": ("r",),
-    "no r, no biases": ("r", "k_bias", "u_bias", "v_bias"),
+    "no r, no biases": ("r", *BIASES),
     "un-gated": ("u", "u_bias"),
     "un-gated, no r, no biases": ("u", "u_bias", "r", "k_bias", "v_bias"),
 }
@@ -91,7 +63,7 @@ ABSENT = {
 
 @pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
 def test_gradcheck(absent: tuple[str, ...]):
-    tensors = leaves(make(Shape(B=1, L=2, H=2, G=1, d=2, f=2), absent=absent))
+    tensors = leaves(make(SHAPE._replace(B=1, L=2, H=2, G=1, d=2, f=2), absent=absent))
     names = [name for name, x in tensors.items() if x is not None]
 
     def call(*inputs: Tensor) -> Tensor:
@@ -105,22 +77,22 @@ def test_gradcheck(absent: tuple[str, ...]):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, gated: bool):
     absent = () if gated else ("u", "u_bias")
-    assert_same(leaves(make(Shape(), absent=absent)), activation=activation, **SCALES)
+    assert_same(leaves(make(SHAPE, absent=absent)), activation=activation, **SCALES)
 
 
 SHAPES = {
-    "all different": Shape(B=2, L=5, H=6, d=4, G=3, E=7, f=8),
-    "one network": Shape(E=1),
-    "one unit": Shape(f=1),
-    "head width 1": Shape(d=1),
+    "all different": SHAPE._replace(B=2, L=5, H=6, d=4, G=3, E=7, f=8),
+    "one network": SHAPE._replace(E=1),
+    "one unit": SHAPE._replace(f=1),
+    "head width 1": SHAPE._replace(d=1),
     "everything 1": Shape(1, 1, 1, 1, 1, 1, 1),
-    "all heads share": Shape(G=1),
-    "no sharing": Shape(G=4),
-    "no length": Shape(B=9, L=1),
-    "no batch": Shape(B=1, L=9),
-    "prime": Shape(B=3, L=7, H=5, d=11, G=5, E=3, f=13),
-    "more than a block": Shape(B=2, L=150, H=2, d=5, G=1, E=2, f=70),
-    "whole vectors": Shape(B=2, L=48, H=2, d=16, G=2, E=2, f=64),
+    "all heads share": SHAPE._replace(G=1),
+    "no sharing": SHAPE._replace(G=4),
+    "no length": SHAPE._replace(B=9, L=1),
+    "no batch": SHAPE._replace(B=1, L=9),
+    "prime": SHAPE._replace(B=3, L=7, H=5, d=11, G=5, E=3, f=13),
+    "more than a block": SHAPE._replace(B=2, L=150, H=2, d=5, G=1, E=2, f=70),
+    "whole vectors": SHAPE._replace(B=2, L=48, H=2, d=16, G=2, E=2, f=64),
 }
 
 
@@ -148,7 +120,7 @@ def test_blocks_of_any_size(monkeypatch, elements: int, absent: tuple[str, ...])
 
 @pytest.mark.parametrize("empty", [{"B": 0}, {"L": 0}], ids=["no sequences", "no positions"])
 def test_zero_tokens(empty: dict[str, int]):
-    shape = replace(Shape(), **empty)
+    shape = SHAPE._replace(**empty)
     out, *gradients = run(multi_head_ffn, leaves(make(shape)))
     assert out.shape == (shape.B, shape.L, shape.H, shape.d)
     assert all(gradient.count_nonzero() == 0 for gradient in gradients)
@@ -160,7 +132,7 @@ def test_one_gradient_at_a_time(name: str):
     for absent in ((), ("u", "u_bias")):
         if name in absent:
             continue
-        tensors = make(Shape(), absent=absent)
+        tensors = make(SHAPE, absent=absent)
         tensors[name] = tensors[name].requires_grad_()
         (found,) = torch.autograd.grad(multi_head_ffn(**tensors, **SCALES).sum(), tensors[name])
         reference = multi_head_ffn_reference(**tensors, **SCALES)
@@ -201,13 +173,14 @@ def scalar(x: Tensor) -> Tensor:
 )
 def test_strides(view):
     """Views are read where they lie; gradients have the shapes of the views."""
-    tensors = {name: view(x).requires_grad_() for name, x in make(Shape(B=3, L=4)).items()}
+    given = make(SHAPE._replace(B=3, L=4))
+    tensors = {name: view(x).requires_grad_() for name, x in given.items()}
     assert_same(tensors, **SCALES)
 
 
 @pytest.mark.parametrize("view", [transposed, heads_first, every_other, expanded, scalar])
 def test_strides_of_the_incoming_gradient(view):
-    tensors = leaves(make(Shape()))
+    tensors = leaves(make(SHAPE))
     grad_out = view(torch.randn(2, 3, 4, 3, dtype=torch.float64))
     inputs = list(tensors.values())
     found = torch.autograd.grad(multi_head_ffn(**tensors), inputs, grad_out)
@@ -228,7 +201,7 @@ def plain(q, k, u, v, r, k_bias, u_bias, v_bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype: torch.dtype, r_dtype):
     """Of the output and of every gradient, measured from the float64 reference."""
-    tensors = make(Shape(B=2, L=64, H=2, d=16, G=2, E=3, f=24), dtype)
+    tensors = make(SHAPE._replace(B=2, L=64, H=2, d=16, G=2, E=3, f=24), dtype)
     for name in ("k", "u", "v"):
         tensors[name] = tensors[name] / 4
     tensors["r"] = tensors["r"].to(r_dtype or dtype)
@@ -265,7 +238,7 @@ def test_threads(monkeypatch, threads, count: int, groups: int, length: int):
     """A thread takes whole groups of heads, or a part of a group's tokens, or finds none left."""
     monkeypatch.setattr(compiled, "_PRODUCTS", 1)
     threads(count)
-    tensors = leaves(make(Shape(B=2, L=length, H=12, d=3, G=groups)))
+    tensors = leaves(make(SHAPE._replace(B=2, L=length, H=12, d=3, G=groups)))
     assert_same(tensors, **SCALES)
     first, second = run(multi_head_ffn, tensors), run(multi_head_ffn, tensors)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -331,8 +304,8 @@ def test_an_infinite_weight_that_no_token_feels():
 @pytest.mark.parametrize("training", [False, True])
 def test_memory_does_not_grow_with_tokens_times_units(tmp_path, training: bool):
     """What the allocator held at most is less than a single hidden activation of the call."""
-    shape = Shape(B=2, L=1024, H=4, d=8, G=4, E=4, f=64)
-    tensors = make(shape, torch.float32, absent=("k_bias", "u_bias", "v_bias"))
+    shape = SHAPE._replace(B=2, L=1024, H=4, d=8, G=4, E=4, f=64)
+    tensors = make(shape, torch.float32, absent=BIASES)
     if training:
         tensors = leaves(tensors)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -393,7 +366,7 @@ class TestChoice:
             raise RuntimeError("no compiler")
 
         monkeypatch.setattr(compat, "load_cpp", fail)
-        tensors = leaves(make(Shape(L=40)))
+        tensors = leaves(make(SHAPE._replace(L=40)))
         assert_same(tensors, **SCALES)
         assert_same(tensors, **SCALES)
         assert [record.getMessage().endswith("no compiler") for record in caplog.records] == [True]

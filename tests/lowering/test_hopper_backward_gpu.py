@@ -9,6 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from support import problems
+from support.problems import (
+    BIASES,
+    NAMES,
+    Shape,
+    beside_nan,
+    present,
+    spelled_at_once,
+    step,
+    stored_as,
+)
 from torch import Tensor
 
 from mhf_compiler.lowering.activations import ACTIVATIONS
@@ -16,7 +27,7 @@ from mhf_compiler.lowering.problem import Gradients, Problem
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ("dq", "dk", "du", "dv", "dr")
+SHAPE = Shape(B=2, L=640, H=4, d=128, G=4, E=3, f=256)
 Runs = dict[str, bool]
 
 
@@ -66,46 +77,24 @@ ALL = {"run_dq": True, "run_dv": True, "run_dk_du": True}
 
 
 def make(
-    B: int = 2,
-    L: int = 640,
-    H: int = 4,
-    d: int = 128,
-    E: int = 3,
-    f: int = 256,
-    G: int = 4,
     dtype: torch.dtype = torch.bfloat16,
     routed: bool = True,
     router_dtype: torch.dtype = torch.float32,
+    **sizes: int,
 ) -> tuple[list[Tensor | None], Tensor]:
-    torch.manual_seed(0)
-    random = lambda *shape: torch.randn(shape, device="cuda")  # noqa: E731
-    q, grad_out = (random(B, L, H, d).to(dtype) for _ in range(2))
-    k, u = ((random(G, E, f, d) / d**0.5).to(dtype) for _ in range(2))
-    v = (random(G, E, f, d) / f**0.5).to(dtype)
-    r = random(B, L, H, E).sigmoid().to(router_dtype) if routed else None
-    return [q, k, u, v, r], grad_out
-
-
-def spell(
-    q: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor | None, activation: str, scales: Any
-) -> Tensor:
-    share = q.shape[2] // k.shape[0]
-    k, u, v = (x.repeat_interleave(share, 0) for x in (k, u, v))
-    gate = scales["k_scale"] * torch.einsum("blhd,hefd->blhef", q, k)
-    up = scales["u_scale"] * torch.einsum("blhd,hefd->blhef", q, u)
-    down = torch.einsum("blhef,hefd->blhed", ACTIVATIONS[activation].function(gate) * up, v)
-    if r is not None:
-        down = (down * r.unsqueeze(-1)).to(q.dtype)
-    return scales["out_scale"] * down.sum(3)
-
-
-def by_autograd(inputs: Any, grad_out: Tensor, dtype: Any, *options: Any) -> list[Tensor]:
-    leaves = [
-        None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs
-    ]
-    out = spell(*leaves, *options)
-    present = [x for x in leaves if x is not None]
-    return list(torch.autograd.grad(out, present, grad_out.to(out.dtype)))
+    """The tensors of a problem without biases, and the gradient of its result."""
+    absent = BIASES if routed else ("r", *BIASES)
+    tensors = problems.make(
+        SHAPE._replace(**sizes),
+        dtype,
+        absent,
+        router_dtype=router_dtype,
+        scaled=True,
+        device="cuda",
+    )
+    q, *others = (tensors[name] for name in NAMES[:5])
+    assert q is not None
+    return [q, *others], torch.randn_like(q)
 
 
 def fused(
@@ -121,22 +110,12 @@ def fused(
 
 def check(inputs: Any, grad_out: Tensor, activation: str = "silu", **given: float) -> None:
     scales = {"k_scale": 1.0, "u_scale": 1.0, "out_scale": 1.0} | given
-    options = (activation, scales)
-    exact = by_autograd(inputs, grad_out, torch.float64, *options)
-    plain = by_autograd(inputs, grad_out, None, *options)
+    tensors = dict(zip(NAMES, inputs, strict=False))
+    options = {"activation": activation, **scales}
+    _, *exact = step(spelled_at_once, tensors, grad_out, torch.float64, **options)
+    _, *usual = step(spelled_at_once, tensors, grad_out, **options)
     values = fused(inputs, grad_out, activation, scales)
-    faults = []
-    for name, value, rounded, right in zip(NAMES, values, plain, exact, strict=False):
-        error, allowed = ((x.double() - right).norm() / right.norm() for x in (value, rounded))
-        if not error <= 2 * allowed:
-            faults.append(f"{name}: {error:.2e}, plain PyTorch {allowed:.2e}")
-    assert not faults, faults
-
-
-def stored_as(x: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Equal to `x`, with its axes lying in memory in this order."""
-    inverse = [order.index(axis) for axis in range(4)]
-    return x.permute(order).contiguous().permute(inverse)
+    problems.assert_as_exact(present(tensors), values, usual, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -233,12 +212,6 @@ def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
     for grad, x in zip(grads, expected, strict=False):
         assert grad.equal(x)
         assert grad.as_strided((*grad.shape[:3], 64), grad.stride())[..., d:].isnan().all()
-
-
-def beside_nan(x: Tensor) -> Tensor:
-    """Equal to `x`, whose last axis lies in rows of 64 of which the rest is not a number."""
-    memory = x.new_full((*x.shape[:-1], 64), float("nan"))
-    return memory[..., : x.shape[-1]].copy_(x)
 
 
 def test_layouts_for_the_plain_kernels(runs: Iterator[Runs]) -> None:

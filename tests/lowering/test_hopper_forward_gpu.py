@@ -3,11 +3,13 @@
 An error is relative to float64, and may be twice that of the plain spelling in the same dtype.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from support import problems
+from support.problems import BIASES, NAMES, Shape, Tensors, beside_nan, spelled
 from torch import Tensor
 
 from mhf_compiler.lowering import multi_head_ffn_reference
@@ -16,11 +18,9 @@ from mhf_compiler.lowering.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
-BIASES = NAMES[5:]
 HALF = (torch.bfloat16, torch.float16)
 
-Tensors = dict[str, Tensor | None]
+SHAPE = Shape(B=2, L=333, H=4, d=128, G=4, E=8, f=256)
 
 
 @pytest.fixture(autouse=True)
@@ -49,70 +49,20 @@ def pipelined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def make(
-    B: int = 2,
-    L: int = 333,
-    H: int = 4,
-    d: int = 128,
-    G: int = 4,
-    E: int = 8,
-    f: int = 256,
     dtype: torch.dtype = torch.bfloat16,
-    absent: tuple[str, ...] = BIASES,
+    absent: Sequence[str] = BIASES,
     by_columns: bool = False,
+    **sizes: int,
 ) -> Tensors:
-    torch.manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device="cuda")
-
-    def weight(scale: float) -> Tensor:
-        x = normal(G, E, f, d) * scale
-        return x.transpose(2, 3).contiguous().transpose(2, 3) if by_columns else x
-
-    tensors: Tensors = {
-        "q": normal(B, L, H, d),
-        "k": weight(d**-0.5),
-        "u": weight(d**-0.5),
-        "v": weight(f**-0.5),
-        "r": torch.rand(B, L, H, E, device="cuda"),
-        "k_bias": normal(G, E, f),
-        "u_bias": normal(G, E, f),
-        "v_bias": normal(G, E, d),
-    }
-    return {
-        name: None if x is None or name in absent else x if name == "r" else x.to(dtype)
-        for name, x in tensors.items()
-    }
-
-
-def plain(tensors: Tensors, activation: str, scales: dict[str, float]) -> Tensor:
-    """One sub-network after the other, in the dtype of the inputs."""
-    q = tensors["q"]
-    k = tensors["k"]
-    assert q is not None
-    assert k is not None
-    share = q.shape[2] // k.shape[0]
-
-    def of_heads(name: str, e: int) -> Tensor | None:
-        x = tensors[name]
-        return None if x is None else x[:, e].repeat_interleave(share, 0)
-
-    def add(x: Tensor, bias: Tensor | None) -> Tensor:
-        return x if bias is None else x + bias
-
-    out = torch.zeros_like(q)
-    for e in range(k.shape[1]):
-        gate = scales.get("k_scale", 1.0) * torch.einsum("blhd,hfd->blhf", q, of_heads("k", e))
-        hidden = ACTIVATIONS[activation].function(add(gate, of_heads("k_bias", e)))
-        if tensors["u"] is not None:
-            up = scales.get("u_scale", 1.0) * torch.einsum("blhd,hfd->blhf", q, of_heads("u", e))
-            hidden = hidden * add(up, of_heads("u_bias", e))
-        down = torch.einsum("blhf,hfd->blhd", hidden, of_heads("v", e))
-        down = add(down, of_heads("v_bias", e))
-        if tensors["r"] is not None:
-            down = (tensors["r"][..., e].unsqueeze(-1) * down).to(out.dtype)
-        out = out + down
-    return scales.get("out_scale", 1.0) * out
+    return problems.make(
+        SHAPE._replace(**sizes),
+        dtype,
+        absent,
+        router_dtype=torch.float32,
+        scaled=True,
+        by_columns=by_columns,
+        device="cuda",
+    )
 
 
 def forward(
@@ -126,20 +76,15 @@ def forward(
     return out
 
 
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
 def check(
     tensors: Tensors, activation: str = "silu", out: Tensor | None = None, **scales: float
 ) -> None:
+    options = {"activation": activation, **scales}
     wide = {name: None if x is None else x.double() for name, x in tensors.items()}
-    biases = {name: wide[name] for name in BIASES}
-    inputs: Any = [wide[name] for name in NAMES[:5]]
-    exact = multi_head_ffn_reference(*inputs, **biases, activation=activation, **scales)
-    error = relative_error(forward(tensors, activation, out, **scales), exact)
-    allowed = 2 * relative_error(plain(tensors, activation, scales), exact)
-    assert error <= allowed, f"{error:.2e} against {allowed:.2e}"
+    exact = multi_head_ffn_reference(**wide, **options)
+    usual = spelled(**tensors, **options)
+    found = forward(tensors, activation, out, **scales)
+    problems.assert_as_exact(["out"], [found], [usual], [exact])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -223,20 +168,11 @@ def test_what_lies_beside_narrow_heads(d: int, pipelined: None) -> None:
     assert out.as_strided((*q.shape[:3], 64), q.stride())[..., d:].isnan().all()
 
 
-def beside_nan(x: Tensor) -> Tensor:
-    """Equal to `x`, whose last axis lies in rows of 64 of which the rest is not a number."""
-    memory = x.new_full((*x.shape[:-1], 64), float("nan"))
-    return memory[..., : x.shape[-1]].copy_(x)
-
-
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3)])
 def test_token_layouts(order: tuple[int, ...], pipelined: None) -> None:
     tensors = make()
-    inverse = [order.index(axis) for axis in range(4)]
     for name in ("q", "r"):
-        x = tensors[name]
-        assert x is not None
-        tensors[name] = x.permute(order).contiguous().permute(inverse)
+        tensors[name] = problems.stored_as(tensors[name], order)
     assert tensors["q"] is not None
     check(tensors, out=torch.empty_like(tensors["q"]))
 

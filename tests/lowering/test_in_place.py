@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import problems
 from torch import Tensor
 from torch.library import opcheck
 
@@ -19,31 +20,15 @@ OVER_QUERY = OPS.multi_head_ffn_over_query.default
 OVER_GRADIENT = OPS.multi_head_ffn_backward_over_gradient.default
 ONTO = OPS.router_product_backward_onto.default
 SCALES = (1.3, 0.7, 0.9)
-SHAPE = (3, 70, 4, 8)
+SHAPE = (3, 70, 4, 8)  # more tokens than a block
 
 
-def make(dtype: torch.dtype = torch.float32, absent: tuple[str, ...] = ()) -> dict:
-    """4 heads of width 8, 2 groups of weights, 3 networks of 5 units, more tokens than a block."""
-    torch.manual_seed(0)
+def make(dtype: torch.dtype = torch.float32, absent: tuple[str, ...] = ()) -> problems.Tensors:
     B, L, H, d = SHAPE
-    weight, bias = (2, 3, 5, d), (2, 3, 5)
-    shapes = {
-        "q": SHAPE,
-        "k": weight,
-        "u": weight,
-        "v": weight,
-        "r": (B, L, H, 3),
-        "k_bias": bias,
-        "u_bias": bias,
-        "v_bias": (2, 3, d),
-    }
-    return {
-        name: None if name in absent else torch.randn(shape).to(dtype)
-        for name, shape in shapes.items()
-    }
+    return problems.make(problems.Shape(B, L, H, d, G=2, E=3, f=5), dtype, absent)
 
 
-ABSENT = [(), ("r",), ("u", "u_bias"), ("k_bias", "u_bias", "v_bias")]
+ABSENT = [(), ("r",), ("u", "u_bias"), problems.BIASES]
 
 
 @pytest.fixture(params=["compiled", "blocked"])
@@ -105,13 +90,12 @@ def test_the_kernels_get_the_memory_itself():
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (3, 2, 1, 0)])
 def test_any_order_in_memory(order: tuple[int, ...]):
-    inverse = [order.index(axis) for axis in range(4)]
     tensors, grad_out = make(), torch.randn(SHAPE)
     expected = OPS.multi_head_ffn(*tensors.values(), "silu", *SCALES)
     needs = [True] * 8
     gradients = OPS.multi_head_ffn_backward(grad_out, *tensors.values(), "silu", *SCALES, needs)
-    grad_out = grad_out.permute(order).contiguous().permute(inverse)
-    tensors["q"] = tensors["q"].permute(order).contiguous().permute(inverse)
+    grad_out = problems.stored_as(grad_out, order)
+    tensors["q"] = problems.stored_as(tensors["q"], order)
     OVER_GRADIENT(grad_out, *tensors.values(), "silu", *SCALES, needs)
     OVER_QUERY(*tensors.values(), "silu", *SCALES)
     torch.testing.assert_close(tensors["q"], expected)

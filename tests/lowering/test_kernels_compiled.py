@@ -5,10 +5,12 @@ chosen, arguments specialised and binaries compiled as for a device of that capa
 being launched, the binaries are handed to the disassembler that Triton ships.
 """
 
+import functools
 import itertools
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,33 +53,37 @@ class Binary:
     cubin: bytes
     shared: int  # bytes
 
-    def spilled(self, directory: Path) -> int:
+    def spilled(self) -> int:
         """Bytes of local memory for each thread."""
-        usage = self._disassemble(directory, "cuobjdump", "-res-usage")
+        usage = disassembled(self.cubin, "cuobjdump", "-res-usage")
         return sum(int(n) for n in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage))
 
-    def spilled_in_loops(self, directory: Path) -> int:
+    def spilled_in_loops(self) -> int:
         """The same; or, of a kernel for Hopper, the accesses between its matrix instructions.
 
         Two of those keep a few registers in local memory from their start to their end, where it
         costs nothing. Each role of their warps lies between changes of its registers' number.
         """
         if not self.name.startswith("hopper_"):
-            return self.spilled(directory)
-        roles = re.split("USETMAXREG", self.code(directory))
+            return self.spilled()
+        roles = re.split("USETMAXREG", self.code())
         loops = [role[role.find("HGMMA") : role.rfind("HGMMA")] for role in roles]
         return sum(len(re.findall(r"\b(?:STL|LDL)\b", loop)) for loop in loops)
 
-    def count(self, directory: Path, instruction: str) -> int:
-        return len(re.findall(instruction, self.code(directory)))
+    def count(self, instruction: str) -> int:
+        return len(re.findall(instruction, self.code()))
 
-    def code(self, directory: Path) -> str:
-        return self._disassemble(directory, "nvdisasm", "-c")
+    def code(self) -> str:
+        return disassembled(self.cubin, "nvdisasm", "-c")
 
-    def _disassemble(self, directory: Path, tool: str, option: str) -> str:
-        path = directory / "kernel.cubin"
-        path.write_bytes(self.cubin)
-        command = [TOOLS / tool, option, path]
+
+@functools.lru_cache(maxsize=16)  # some are megabytes; a test has fewer kernels
+def disassembled(cubin: bytes, tool: str, option: str) -> str:
+    """What a tool says of a binary, which a test asks for several times."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [TOOLS / tool, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
@@ -197,7 +203,7 @@ def without_sums(binaries: dict[str, Binary]) -> dict[str, Binary]:
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-def test_wide_heads(architecture: int, compile_all: Compile, tmp_path: Path) -> None:
+def test_wide_heads(architecture: int, compile_all: Compile) -> None:
     """At the paper's head width, tiles stay in registers and meet the fastest instructions."""
     binaries = compile_all(architecture)
     forward = (
@@ -205,17 +211,17 @@ def test_wide_heads(architecture: int, compile_all: Compile, tmp_path: Path) -> 
     )
     assert set(binaries) >= forward
     for name, binary in without_sums(binaries).items():
-        assert binary.spilled_in_loops(tmp_path) == 0, name
+        assert binary.spilled_in_loops() == 0, name
         for instruction in INSTRUCTIONS.get(architecture, ("HMMA", "LDGSTS")):
-            assert binary.count(tmp_path, instruction), f"{name}: {instruction}"
+            assert binary.count(instruction), f"{name}: {instruction}"
 
 
-def test_weights_stored_by_columns(compile_all: Compile, tmp_path: Path) -> None:
+def test_weights_stored_by_columns(compile_all: Compile) -> None:
     """A transposed tile is read as it lies: the same instructions, and no spill."""
     for name, binary in without_sums(compile_all(90, by_columns=True)).items():
-        assert binary.spilled_in_loops(tmp_path) <= 2, name  # an address read again, no operand
+        assert binary.spilled_in_loops() <= 2, name  # an address read again, no operand
         for instruction in INSTRUCTIONS[90]:
-            assert binary.count(tmp_path, instruction), f"{name}: {instruction}"
+            assert binary.count(instruction), f"{name}: {instruction}"
 
 
 @dataclass
@@ -249,14 +255,14 @@ def products(code: str) -> list[Product]:
     ids=str,
 )
 def test_nothing_overwrites_the_query(
-    options: dict[str, object], consumers: int, compile_all: Compile, tmp_path: Path
+    options: dict[str, object], consumers: int, compile_all: Compile
 ) -> None:
     """Hopper's forward keeps Q in registers over a loop that multiplies other registers by V.
 
     An assembler was seen to put both into the same ones, for a loop only slightly different.
     """
     binary = compile_all(90, backward=False, **options)["hopper_forward_kernel"]
-    found = products(binary.code(tmp_path))
+    found = products(binary.code())
     assert found
     share = len(found) // consumers
     for consumer in range(consumers):
@@ -272,7 +278,7 @@ def test_nothing_overwrites_the_query(
 @pytest.mark.parametrize("options", [{}, {"d": 96, "dtype": torch.float16}], ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 def test_the_query_has_been_read_before_its_memory_is_given_back(
-    options: dict[str, Any], normed: bool, pretend: Pretend, tmp_path: Path
+    options: dict[str, Any], normed: bool, pretend: Pretend
 ) -> None:
     """Between reading Q into registers and telling the producer so, a fence for the copy engine."""
     driver = pretend(90)
@@ -281,7 +287,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
     else:
         launch_all(**options, routed=False, backward=False)
     (binary,) = (b for b in driver.loaded if b.name == "hopper_forward_kernel")
-    steps = re.findall(r"\b(LDSM|FENCE\.VIEW\.ASYNC|SYNCS\.ARRIVE)", binary.code(tmp_path))
+    steps = re.findall(r"\b(LDSM|FENCE\.VIEW\.ASYNC|SYNCS\.ARRIVE)", binary.code())
     consumers = " ".join(steps).split("LDSM")[1:]
     ends = [rest.split() for rest in consumers if rest.strip()]  # after the last load of each
     assert len(ends) >= 2
@@ -296,10 +302,10 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
     ids=str,
 )
 def test_nothing_overwrites_what_the_backward_keeps(
-    name: str, options: dict[str, object], compile_all: Compile, tmp_path: Path
+    name: str, options: dict[str, object], compile_all: Compile
 ) -> None:
     """Q in the kernel of dQ, and K and U in the other, as above."""
-    found = products(compile_all(90, **options)[name].code(tmp_path))
+    found = products(compile_all(90, **options)[name].code())
     assert found
     for own in (found[: len(found) // 2], found[len(found) // 2 :]):
         kept = {r for product in own if not product.transposed for r in product.left}
@@ -314,35 +320,33 @@ def test_nothing_overwrites_what_the_backward_keeps(
     [{}, {"d": 64}, {"d": 96}, {"routed": False}, {"d": 32}, {"d": 8, "by_columns": True}],
     ids=str,
 )
-def test_hopper_backward(options: dict[str, object], compile_all: Compile, tmp_path: Path) -> None:
+def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> None:
     binaries = compile_all(90, **options)
     for name in ("hopper_dq_kernel", "hopper_dv_kernel", "hopper_dk_du_kernel"):
         # A few addresses may wait in local memory; an operand that did would be dozens.
         allowed = 0 if options == {} else 8
-        assert binaries[name].spilled_in_loops(tmp_path) <= allowed, name
-        assert binaries[name].count(tmp_path, "HGMMA"), name
-        assert binaries[name].count(tmp_path, "UTMALDG"), name
+        assert binaries[name].spilled_in_loops() <= allowed, name
+        assert binaries[name].count("HGMMA"), name
+        assert binaries[name].count("UTMALDG"), name
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
-def test_hopper_forward_does_not_spill(d: int, compile_all: Compile, tmp_path: Path) -> None:
+def test_hopper_forward_does_not_spill(d: int, compile_all: Compile) -> None:
     binary = compile_all(90, d=d, backward=False)["hopper_forward_kernel"]
-    assert binary.spilled(tmp_path) == 0
-    assert binary.count(tmp_path, "HGMMA")
+    assert binary.spilled() == 0
+    assert binary.count("HGMMA")
     # One wait each for the projections and for the rest of a turn; more were serialised products.
-    assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
+    assert binary.count(r"WARPGROUP\.DEPBAR") <= 12
 
 
 @pytest.mark.parametrize("d", [16, 64])
-def test_narrow_heads_meet_the_router_in_pairs(
-    d: int, compile_all: Compile, tmp_path: Path
-) -> None:
+def test_narrow_heads_meet_the_router_in_pairs(d: int, compile_all: Compile) -> None:
     """Their activations are what takes time: two elements to a multiplication."""
     counts = []
     for dtype in (torch.float32, torch.bfloat16):
         binary = compile_all(90, d=d, router=dtype, backward=False)["hopper_forward_kernel"]
-        assert binary.spilled(tmp_path) == 0
-        counts.append([binary.count(tmp_path, rf"\b{name}\b") for name in ("FMUL", "HMUL2")])
+        assert binary.spilled() == 0
+        counts.append([binary.count(rf"\b{name}\b") for name in ("FMUL", "HMUL2")])
     (singles, pairs), (fewer, more) = counts
     assert singles - fewer == 2 * (more - pairs) > 0
 
@@ -350,13 +354,13 @@ def test_narrow_heads_meet_the_router_in_pairs(
 @pytest.mark.parametrize("architecture", [90, 100])
 @pytest.mark.parametrize("tokens", [1, 128, 256])
 def test_parts_are_added_without_waiting(
-    architecture: int, tokens: int, compile_all: Compile, tmp_path: Path
+    architecture: int, tokens: int, compile_all: Compile
 ) -> None:
     """The sum of one head's many parts waits for the kernel before it, and then loads at once."""
     options = {"d": 256, "f": 512, "tokens": tokens, "heads": 1, "groups": 1, "backward": False}
     binary = compile_all(architecture, **options)["add_parts_kernel"]
-    assert binary.spilled(tmp_path) == 0
-    code = binary.code(tmp_path)
+    assert binary.spilled() == 0
+    code = binary.code()
     loads = re.findall(r"(@!?U?P\d+ +)?LDG\.E\.128", code)
     assert loads == [""] * 8  # of 4 values each, none of which hangs on a mask
     assert "BAR.SYNC" not in code
@@ -368,10 +372,10 @@ def test_parts_are_added_without_waiting(
     "options", [{"tokens": 1}, {"tokens": 64}, {"tokens": 64, "d": 20}], ids=str
 )
 def test_an_early_launch_waits_before_it_reads(
-    architecture: int, options: dict[str, object], compile_all: Compile, tmp_path: Path
+    architecture: int, options: dict[str, object], compile_all: Compile
 ) -> None:
     """What the kernel before it writes, or reads of the memory that it will write, comes first."""
-    code = compile_all(architecture, backward=False, **options)["forward_kernel"].code(tmp_path)
+    code = compile_all(architecture, backward=False, **options)["forward_kernel"].code()
     accesses = [match.start() for match in re.finditer(r"\b(LDG|STG|UTMALDG|LDGSTS)\b", code)]
     assert code.index("ACQBULK") < accesses[0]
     assert code.index("PREEXIT") < accesses[-1]
@@ -379,7 +383,7 @@ def test_an_early_launch_waits_before_it_reads(
 
 @pytest.mark.parametrize("options", [{}, {"tokens": 64}, {"d": 20}], ids=str)
 def test_other_launches_wait_for_all_before_them(
-    options: dict[str, object], compile_all: Compile, tmp_path: Path
+    options: dict[str, object], compile_all: Compile
 ) -> None:
     """None before Hopper can be early, and none of many tokens is."""
     binaries = compile_all(80, backward=False, **options)
@@ -387,17 +391,17 @@ def test_other_launches_wait_for_all_before_them(
         binaries |= compile_all(90, backward=False, **options)
         binaries.pop("add_parts_kernel", None)
     for name, binary in binaries.items():
-        assert "ACQBULK" not in binary.code(tmp_path), name
+        assert "ACQBULK" not in binary.code(), name
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("options", [{}, {"d": 20}, {"tokens": 64}], ids=str)
 def test_nothing_is_read_as_if_it_never_changed(
-    architecture: int, options: dict[str, object], compile_all: Compile, tmp_path: Path
+    architecture: int, options: dict[str, object], compile_all: Compile
 ) -> None:
     """Results may be written over what is read, so no load may go by the cache for constants."""
     for name, binary in compile_all(architecture, **options).items():
-        assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT"), name
+        assert not binary.count(r"LDG\S*\.CONSTANT"), name
 
 
 def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
@@ -439,9 +443,7 @@ def test_variants_compile(
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("d", [32, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_router_products(
-    architecture: int, d: int, dtype: torch.dtype, pretend: Pretend, tmp_path: Path
-) -> None:
+def test_router_products(architecture: int, d: int, dtype: torch.dtype, pretend: Pretend) -> None:
     """On matrix units, in registers, at the most sub-networks that are taken."""
     driver = pretend(architecture)
     q, weight = torch.empty(2, 1000, 16, d, dtype=dtype), torch.empty(16, d, 32)
@@ -451,8 +453,8 @@ def test_router_products(
     router.backward_onto(torch.empty_like(q), logits, q, weight, True)
     assert len(driver.loaded) == 3
     for binary in driver.loaded:
-        assert binary.spilled(tmp_path) == 0, binary.name
-        assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
+        assert binary.spilled() == 0, binary.name
+        assert binary.count({90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
 
 
 def norm_and_route(
@@ -481,31 +483,26 @@ def norm_and_route(
     ],
 )
 def test_norm_and_router(
-    architecture: int,
-    d: int,
-    dtype: torch.dtype,
-    weights: torch.dtype,
-    pretend: Pretend,
-    tmp_path: Path,
+    architecture: int, d: int, dtype: torch.dtype, weights: torch.dtype, pretend: Pretend
 ) -> None:
     """In registers; queries are read once, and all memory is met in 16 bytes at a time."""
     driver = pretend(architecture)
     norm_and_route(d, dtype, weights)
     (binary,) = driver.loaded
-    assert binary.spilled(tmp_path) == 0
-    assert binary.count(tmp_path, {90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
+    assert binary.spilled() == 0
+    assert binary.count({90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
     stores = 64 * (d + 32) * 2 / 16 / 128  # of 128 threads
-    assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.") == stores
-    assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT")
+    assert binary.count(r"STG\.E\.128") == binary.count(r"STG\.") == stores
+    assert not binary.count(r"LDG\S*\.CONSTANT")
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_weights_of_a_router_by_tokens(architecture: int, pretend: Pretend, tmp_path: Path) -> None:
+def test_weights_of_a_router_by_tokens(architecture: int, pretend: Pretend) -> None:
     driver = pretend(architecture)
     norm_and_route(128, torch.bfloat16, torch.bfloat16, tokens_innermost=False)
     (binary,) = driver.loaded
-    assert binary.spilled(tmp_path) == 0
-    assert binary.count(tmp_path, r"STG\.E\.128") == binary.count(tmp_path, r"STG\.")
+    assert binary.spilled() == 0
+    assert binary.count(r"STG\.E\.128") == binary.count(r"STG\.")
 
 
 def normed_forward(
@@ -539,7 +536,7 @@ def normed_forward(
     ],
 )
 def test_norm_router_and_network(
-    d: int, router: torch.dtype, r: torch.dtype, pretend: Pretend, tmp_path: Path
+    d: int, router: torch.dtype, r: torch.dtype, pretend: Pretend
 ) -> None:
     """On Hopper: in registers, no product serialised, and two launches in all for full rounds."""
     driver = pretend(90)
@@ -547,27 +544,25 @@ def test_norm_router_and_network(
     names = [binary.name for binary in driver.loaded if binary.name != "add_parts_kernel"]
     assert names == ["cut_router_kernel", "hopper_forward_kernel"]
     binary = driver.loaded[1]
-    assert binary.spilled(tmp_path) == 0
-    assert binary.count(tmp_path, r"WARPGROUP\.DEPBAR") <= 12
-    assert not binary.count(tmp_path, r"LDG\S*\.CONSTANT")
+    assert binary.spilled() == 0
+    assert binary.count(r"WARPGROUP\.DEPBAR") <= 12
+    assert not binary.count(r"LDG\S*\.CONSTANT")
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
 @pytest.mark.parametrize("routing", ["none", "sigmoid"])
-def test_other_routers_of_a_network(
-    routing: str, by_columns: bool, pretend: Pretend, tmp_path: Path
-) -> None:
+def test_other_routers_of_a_network(routing: str, by_columns: bool, pretend: Pretend) -> None:
     driver = pretend(90)
     normed_forward(128, torch.float32, torch.float32, by_columns=by_columns, routing=routing)
     assert driver.loaded[1].name == "hopper_forward_kernel"
-    assert driver.loaded[1].spilled(tmp_path) == 0
+    assert driver.loaded[1].spilled() == 0
 
 
-def test_nothing_overwrites_the_query_of_a_router(pretend: Pretend, tmp_path: Path) -> None:
+def test_nothing_overwrites_the_query_of_a_router(pretend: Pretend) -> None:
     """As above: Q meets the router, K and U, and other registers meet V."""
     driver = pretend(90)
     normed_forward(128, torch.bfloat16, torch.bfloat16)
-    found = products(driver.loaded[1].code(tmp_path))
+    found = products(driver.loaded[1].code())
     for own in (found[: len(found) // 2], found[len(found) // 2 :]):
         query = {r for product in own if not product.transposed for r in product.left}
         hidden = {r for product in own if product.transposed for r in product.left}
@@ -588,24 +583,22 @@ def test_other_cards_norm_and_route_first(architecture: int, pretend: Pretend) -
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_routers_parts(
-    architecture: int, weights: torch.dtype, pretend: Pretend, tmp_path: Path
-) -> None:
+def test_a_routers_parts(architecture: int, weights: torch.dtype, pretend: Pretend) -> None:
     driver = pretend(architecture)
     router.cut_router(torch.empty(16, 96, 22, dtype=weights))
     (binary,) = driver.loaded
-    assert binary.spilled(tmp_path) == 0
+    assert binary.spilled() == 0
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_compile(activation: str, compile_all: Compile, tmp_path: Path) -> None:
+def test_activations_compile(activation: str, compile_all: Compile) -> None:
     binaries = compile_all(90, d=64, activation=activation)
     for binary in without_sums(binaries).values():
-        fast = binary.count(tmp_path, r"MUFU\.TANH") > 0
+        fast = binary.count(r"MUFU\.TANH") > 0
         assert fast == (activation in ("silu", "gelu_tanh", "sigmoid", "tanh")), binary.name
 
 
-def test_float32_is_not_approximated(compile_all: Compile, tmp_path: Path) -> None:
+def test_float32_is_not_approximated(compile_all: Compile) -> None:
     for binary in compile_all(90, d=32, dtype=torch.float32).values():
-        assert not binary.count(tmp_path, r"MUFU\.TANH"), binary.name
-        assert not binary.count(tmp_path, "HGMMA|HMMA"), binary.name
+        assert not binary.count(r"MUFU\.TANH"), binary.name
+        assert not binary.count("HGMMA|HMMA"), binary.name

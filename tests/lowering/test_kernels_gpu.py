@@ -5,11 +5,22 @@ An error is relative to float64, and may be twice that of the plain spelling in 
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from support import problems
+from support.problems import (
+    BIASES,
+    NAMES,
+    Shape,
+    Tensors,
+    present,
+    relative_error,
+    spelled,
+    step,
+    stored_as,
+)
 from torch import Tensor
 
 from mhf_compiler.lowering.activations import ACTIVATIONS
@@ -17,23 +28,10 @@ from mhf_compiler.lowering.problem import Problem
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ("q", "k", "u", "v", "r", "k_bias", "u_bias", "v_bias")
-BIASES = NAMES[5:]
 HALF = (torch.bfloat16, torch.float16)
 SCALES = {"k_scale": 1.0, "u_scale": 1.0, "out_scale": 1.0}
 
-Tensors = dict[str, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int = 2
-    L: int = 333
-    H: int = 4
-    d: int = 128
-    G: int = 4
-    E: int = 8
-    f: int = 256
+SHAPE = Shape(B=2, L=333, H=4, d=128, G=4, E=8, f=256)
 
 
 def make(
@@ -42,71 +40,9 @@ def make(
     absent: Sequence[str] = BIASES,
     router_dtype: torch.dtype = torch.float32,
 ) -> Tensors:
-    s = shape
-    sizes = {
-        "q": (s.B, s.L, s.H, s.d),
-        "k": (s.G, s.E, s.f, s.d),
-        "u": (s.G, s.E, s.f, s.d),
-        "v": (s.G, s.E, s.f, s.d),
-        "r": (s.B, s.L, s.H, s.E),
-        "k_bias": (s.G, s.E, s.f),
-        "u_bias": (s.G, s.E, s.f),
-        "v_bias": (s.G, s.E, s.d),
-    }
-    deviations = {"k": s.d**-0.5, "u": s.d**-0.5, "v": s.f**-0.5}
-    torch.manual_seed(0)
-    tensors: Tensors = {}
-    for name in NAMES:
-        x = torch.randn(sizes[name], device="cuda") * deviations.get(name, 1.0)
-        x = x.sigmoid() if name == "r" else x
-        tensors[name] = None if name in absent else x.to(router_dtype if name == "r" else dtype)
-    return tensors
-
-
-def spell(tensors: Tensors, activation: str, scales: dict[str, float]) -> Tensor:
-    """The usual spelling, one sub-network after the other, in the dtype of its inputs."""
-    q, k, u, v, r, k_bias, u_bias, v_bias = (tensors[name] for name in NAMES)
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    share = q.shape[2] // k.shape[0]
-
-    def weights(x: Tensor, e: int) -> Tensor:
-        return x[:, e].repeat_interleave(share, 0)
-
-    out = torch.zeros_like(q)
-    for e in range(k.shape[1]):
-        hidden = scales["k_scale"] * torch.einsum("blhd,hfd->blhf", q, weights(k, e))
-        if k_bias is not None:
-            hidden = hidden + weights(k_bias, e)
-        hidden = ACTIVATIONS[activation].function(hidden)
-        if u is not None:
-            up = scales["u_scale"] * torch.einsum("blhd,hfd->blhf", q, weights(u, e))
-            hidden = hidden * (up if u_bias is None else up + weights(u_bias, e))
-        down = torch.einsum("blhf,hfd->blhd", hidden, weights(v, e))
-        if v_bias is not None:
-            down = down + weights(v_bias, e)
-        if r is not None:
-            down = (r[..., e].unsqueeze(-1) * down).to(out.dtype)
-        out = out + down
-    return scales["out_scale"] * out
-
-
-def by_autograd(
-    tensors: Tensors,
-    grad_out: Tensor,
-    activation: str,
-    scales: dict[str, float],
-    dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """The output and every gradient of the plain spelling, computed in `dtype` or as given."""
-    leaves = {
-        name: None if x is None else x.detach().to(dtype or x.dtype).requires_grad_()
-        for name, x in tensors.items()
-    }
-    out = spell(leaves, activation, scales)
-    present = [x for x in leaves.values() if x is not None]
-    return [out.detach(), *torch.autograd.grad(out, present, grad_out.to(out.dtype))]
+    return problems.make(
+        shape, dtype, absent, router_dtype=router_dtype, scaled=True, device="cuda"
+    )
 
 
 def fused(
@@ -128,10 +64,6 @@ def fused(
     return [out, *gradients.wanted]
 
 
-def relative_error(value: Tensor, exact: Tensor) -> float:
-    return ((value.double() - exact).norm() / exact.norm()).item()
-
-
 def check(
     tensors: Tensors,
     grad_out: Tensor | None = None,
@@ -143,13 +75,11 @@ def check(
     assert q is not None
     if grad_out is None:
         grad_out = torch.randn(q.shape, device="cuda").to(q.dtype)
-    exact = by_autograd(tensors, grad_out, activation, scales, torch.float64)
-    plain = by_autograd(tensors, grad_out, activation, scales, None)
-    names = ["out", *(name for name in NAMES if tensors[name] is not None)]
+    options = {"activation": activation, **scales}
+    exact = step(spelled, tensors, grad_out, torch.float64, **options)
+    usual = step(spelled, tensors, grad_out, **options)
     values = fused(tensors, grad_out, activation, scales, out)
-    for name, value, rounded, right in zip(names, values, plain, exact, strict=True):
-        error, allowed = relative_error(value, right), 2 * relative_error(rounded, right)
-        assert error <= allowed, f"{name}: {error:.2e} against {allowed:.2e}"
+    problems.assert_as_exact(["out", *present(tensors)], values, usual, exact)
 
 
 @pytest.fixture(autouse=True)
@@ -173,36 +103,36 @@ def tf32() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("d", [8, 16, 32, 64, 96, 128, 256])
 def test_widths(d: int, dtype: torch.dtype) -> None:
-    check(make(Shape(d=d), dtype))
+    check(make(SHAPE._replace(d=d), dtype))
 
 
 @pytest.mark.parametrize("d", [8, 64, 96, 128, 256])
 def test_float32(d: int) -> None:
-    check(make(Shape(d=d, H=2, G=2, f=171), torch.float32))
+    check(make(SHAPE._replace(d=d, H=2, G=2, f=171), torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize(("f", "E"), [(171, 8), (341, 22), (256, 22), (2752, 1), (16, 3)])
 def test_hidden_sizes(f: int, E: int, dtype: torch.dtype) -> None:
-    check(make(Shape(d=64, H=2, G=2, f=f, E=E), dtype))
+    check(make(SHAPE._replace(d=64, H=2, G=2, f=f, E=E), dtype))
 
 
 @pytest.mark.parametrize("L", [1, 7, 64, 129, 1000])
 @pytest.mark.parametrize("B", [1, 3])
 def test_lengths(B: int, L: int) -> None:
-    check(make(Shape(B=B, L=L, d=64)))
+    check(make(SHAPE._replace(B=B, L=L, d=64)))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_activations(activation: str, dtype: torch.dtype) -> None:
-    check(make(Shape(d=64, H=2, G=2, E=3, f=171), dtype), activation=activation)
+    check(make(SHAPE._replace(d=64, H=2, G=2, E=3, f=171), dtype), activation=activation)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "tanh", "sigmoid"])
 @pytest.mark.parametrize("size", [0.05, 8.0])
 def test_approximation_of_small_and_large_arguments(activation: str, size: float) -> None:
-    tensors = make(Shape(d=64, H=2, G=2, E=3, f=171))
+    tensors = make(SHAPE._replace(d=64, H=2, G=2, E=3, f=171))
     assert tensors["k"] is not None
     tensors["k"] *= size
     check(tensors, activation=activation)
@@ -216,23 +146,23 @@ def test_approximation_of_small_and_large_arguments(activation: str, size: float
 )
 def test_optional_inputs(absent: tuple[str, ...], dtype: torch.dtype) -> None:
     scales = {"k_scale": 1.3, "u_scale": 0.7, "out_scale": 0.9}
-    check(make(Shape(d=64, E=3), dtype, absent), scales=scales)
+    check(make(SHAPE._replace(d=64, E=3), dtype, absent), scales=scales)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_shared_weights(groups: int) -> None:
-    check(make(Shape(d=64, G=groups, E=3)))
+    check(make(SHAPE._replace(d=64, G=groups, E=3)))
 
 
 def test_router_in_the_working_precision() -> None:
-    check(make(Shape(), router_dtype=torch.bfloat16))
+    check(make(SHAPE, router_dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 2, 3, 1)])
 @pytest.mark.parametrize("f", [256, 171])
 def test_layouts(order: tuple[int, ...], f: int) -> None:
     """Tokens and R with other axes contiguous, weights stored by columns, tokens odd in number."""
-    tensors = make(Shape(f=f))
+    tensors = make(SHAPE._replace(f=f))
     for name in ("q", "r"):
         tensors[name] = stored_as(tensors[name], order)
     for name in ("k", "u", "v"):
@@ -243,20 +173,20 @@ def test_layouts(order: tuple[int, ...], f: int) -> None:
 
 @pytest.mark.parametrize("length", [320, 333])
 def test_router_with_contiguous_tokens(length: int) -> None:
-    tensors = make(Shape(L=length))
+    tensors = make(SHAPE._replace(L=length))
     tensors["r"] = stored_as(tensors["r"], (2, 3, 0, 1))
     check(tensors)
 
 
 def test_expanded_inputs() -> None:
-    tensors = make(Shape(d=64, E=3))
+    tensors = make(SHAPE._replace(d=64, E=3))
     tensors["r"] = torch.rand(4, 3, device="cuda").expand(2, 333, 4, 3)
     check(tensors, grad_out=torch.ones((), device="cuda").bfloat16().expand(2, 333, 4, 64))
 
 
 def test_wider_output() -> None:
     # In strides that no descriptor takes: plain Triton's for either output, so equal bits.
-    tensors = make(Shape(d=36, E=3))
+    tensors = make(SHAPE._replace(d=36, E=3))
     out = torch.empty(2, 333, 4, 36, device="cuda")
     grad_out = torch.randn(2, 333, 4, 36, device="cuda")
     check(tensors, grad_out, out=out)
@@ -266,11 +196,11 @@ def test_wider_output() -> None:
 
 def test_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
-    check(make(Shape(d=64, E=3), torch.float32))
+    check(make(SHAPE._replace(d=64, E=3), torch.float32))
 
 
 def test_same_bits_each_time() -> None:
-    tensors = make(Shape(B=4, L=1000, G=2))
+    tensors = make(SHAPE._replace(B=4, L=1000, G=2))
     grad_out = torch.randn(4, 1000, 4, 128, device="cuda").bfloat16()
     first, second = (fused(tensors, grad_out) for _ in range(2))
     for x, y in zip(first, second, strict=True):
@@ -281,7 +211,7 @@ def test_same_bits_each_time() -> None:
 @pytest.mark.parametrize("head_dim", [64, 60], ids=["descriptors", "pointers"])
 def test_offsets_beyond_32_bits(head_dim: int) -> None:
     """The two sequences of q, of the output's gradient and of the output lie 4 GiB apart."""
-    tensors = make(Shape(B=2, L=130, H=2, G=2, E=2, d=head_dim, f=64))
+    tensors = make(SHAPE._replace(B=2, L=130, H=2, G=2, E=2, d=head_dim, f=64))
     q = tensors["q"]
     assert q is not None
     stride = 2**31 + 64
@@ -306,7 +236,7 @@ def test_offsets_beyond_32_bits(head_dim: int) -> None:
 def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
     from mhf_compiler.lowering.kernels import dispatch
 
-    shape = Shape(B=1, L=131072, H=2, d=32, G=2, E=8, f=256)
+    shape = SHAPE._replace(B=1, L=131072, H=2, d=32, G=2, E=8, f=256)
     tensors = make(shape, dtype)
     problem = Problem(*(tensors[name] for name in NAMES))
     grad_out = torch.randn_like(problem.q)
@@ -331,7 +261,7 @@ def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
 
 def test_gradients_are_allocated_once() -> None:
     """Nothing of the size of the query beside its gradient, not even for a moment."""
-    tensors = make(Shape(B=1, L=65536, H=4, d=128, E=2, f=64))
+    tensors = make(SHAPE._replace(B=1, L=65536, H=4, d=128, E=2, f=64))
     q, k, u, v, r = (x.requires_grad_() for name in NAMES[:5] if (x := tensors[name]) is not None)
     leaves = [q, k, u, v, r]
     grad_out = torch.randn_like(q)
@@ -356,19 +286,19 @@ def test_gradients_are_allocated_once() -> None:
 def test_results_over_what_they_are_computed_from(
     d: int, absent: tuple[str, ...], dtype: torch.dtype
 ) -> None:
-    check_overwriting(make(Shape(d=d, E=3), dtype, absent))
+    check_overwriting(make(SHAPE._replace(d=d, E=3), dtype, absent))
 
 
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [1, 5, 64, 300])
 def test_few_tokens_over_themselves(tokens: int, d: int) -> None:
     """Several programs share a tile of tokens, and a second kernel writes it."""
-    check_overwriting(make(Shape(B=1, L=tokens, d=d)))
+    check_overwriting(make(SHAPE._replace(B=1, L=tokens, d=d)))
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (0, 2, 3, 1)])
 def test_layouts_over_themselves(order: tuple[int, ...]) -> None:
-    check_overwriting(make(Shape(f=171, E=3)), order)
+    check_overwriting(make(SHAPE._replace(f=171, E=3)), order)
 
 
 def check_overwriting(tensors: Tensors, order: tuple[int, ...] = (0, 1, 2, 3)) -> None:
@@ -397,7 +327,7 @@ def check_overwriting(tensors: Tensors, order: tuple[int, ...] = (0, 1, 2, 3)) -
 
 
 def test_overwriting_allocates_nothing_of_the_querys_size() -> None:
-    tensors = make(Shape(B=1, L=65536, H=4, d=128, E=2, f=64))
+    tensors = make(SHAPE._replace(B=1, L=65536, H=4, d=128, E=2, f=64))
     inputs: Any = [tensors[name] for name in NAMES]
     grad_out = torch.randn_like(inputs[0])
     ops = torch.ops.mhf_compiler
@@ -420,7 +350,7 @@ def test_a_thread_that_has_run_nothing() -> None:
     """As autograd's, when the op's backward pass is the first that runs in it."""
     from mhf_compiler.lowering.kernels import dispatch
 
-    tensors = make(Shape(d=32, E=2))
+    tensors = make(SHAPE._replace(d=32, E=2))
     problem = Problem(*(tensors[name] for name in NAMES))
     grad_out = torch.randn_like(problem.q)
 
@@ -437,14 +367,7 @@ def test_a_thread_that_has_run_nothing() -> None:
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_no_tokens(shape: tuple[int, int]) -> None:
-    tensors = make(Shape(B=shape[0], L=shape[1]))
+    tensors = make(SHAPE._replace(B=shape[0], L=shape[1]))
     results = fused(tensors, torch.empty(*shape, 4, 128, device="cuda").bfloat16())
     assert results[0].numel() == 0
     assert all(x.eq(0).all() for x in results[1:])
-
-
-def stored_as(x: Tensor | None, order: tuple[int, ...]) -> Tensor:
-    """Equal to `x`, with its axes lying in memory in this order."""
-    assert x is not None
-    inverse = [order.index(axis) for axis in range(4)]
-    return x.permute(order).contiguous().permute(inverse)

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import problems
+from support.problems import Shape, leaves
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -19,28 +21,11 @@ BACKWARD = torch.ops.mhf_compiler.multi_head_ffn_backward.default
 WIDE = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums of some hundred terms, in another order
 
 
+SHAPE = Shape(B=2, L=3, H=4, d=8, G=2, E=3, f=5)
+
+
 def make(dtype: torch.dtype = torch.float32, B: int = 2, L: int = 3, **replaced) -> dict:
-    """Good arguments: 4 heads of width 8, 2 groups of weights, 3 networks of 5 units."""
-    torch.manual_seed(0)
-    weight, bias = (2, 3, 5, 8), (2, 3, 5)
-    shapes = {
-        "q": (B, L, 4, 8),
-        "k": weight,
-        "u": weight,
-        "v": weight,
-        "r": (B, L, 4, 3),
-        "k_bias": bias,
-        "u_bias": bias,
-        "v_bias": (2, 3, 8),
-    }
-    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | replaced
-
-
-def leaves(tensors: dict) -> dict:
-    return {
-        name: x.detach().requires_grad_() if isinstance(x, Tensor) else x
-        for name, x in tensors.items()
-    }
+    return problems.make(SHAPE._replace(B=B, L=L), dtype) | replaced
 
 
 SAMPLES = {

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import problems
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.lowering import multi_head_ffn
 from mhf_compiler.lowering.device import capability
 from mhf_compiler.lowering.kernels import dispatch
@@ -171,18 +172,11 @@ def test_strided_queries() -> None:
 @pytest.mark.parametrize("router", [torch.float32, torch.bfloat16])
 def test_is_as_exact_as_two_ops(router: torch.dtype) -> None:
     given = make((1, 512, 4, 128, 22, 128), router) | {"r_dtype": torch.float32}
-    x = given["q"].double()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + given["norm_eps"])
-    x = (x * given["norm_weight"].double()).bfloat16().double()
-    r = torch.einsum("blhd,hde->blhe", x, given["router"].double()).sigmoid()
-    r = r / r.sum(-1, keepdim=True)
+    x = problems.normed(given["q"], given["norm_weight"], given["norm_eps"]).bfloat16().double()
+    r = problems.routed(x, given["router"], "normalised")
     k, u, v = (given[name].double() for name in "kuv")
-    m, n = (torch.einsum("blhd,hefd->blhef", x, w) for w in (k, u))
-    hidden = torch.nn.functional.silu(m) * n * r.unsqueeze(-1)
-    exact = torch.einsum("blhef,hefd->blhd", hidden, v)
-    errors = [
-        (y.double() - exact).norm() / exact.norm() for y in (call(given), in_two_steps(given))
-    ]
+    exact = problems.spelled(x, k, u, v, r)
+    errors = [problems.relative_error(y, exact) for y in (call(given), in_two_steps(given))]
     assert errors[0] <= 1.02 * errors[1]
 
 
@@ -238,7 +232,7 @@ def test_one_kernel_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_hopper
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(2, 512), (1, 304)])
-def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
+def test_whole_models(networks: Any, tokens: tuple[int, int]) -> None:
     """Multiples of 8 tokens: Inductor may pad other products, and then the queries are a part."""
     torch.manual_seed(0)
     torch.compiler.reset()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import problems
 from torch import Tensor
 from torch.library import opcheck
 
@@ -36,19 +37,11 @@ def make(
 def expected(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The normalised queries before they are rounded, and the weights of the rounded ones."""
     q, norm_weight, weight = (given[name] for name in ("q", "norm_weight", "weight"))
-    x = q.double()
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + given["norm_eps"])
-    if norm_weight is not None:
-        x = x * norm_weight.double()
+    x = problems.normed(q, norm_weight, given["norm_eps"])
     rounded = q.clone()
     OP(*(given | {"q": rounded}).values())
-    wide = weight.double().repeat_interleave(H // weight.shape[0], 0)
-    r = torch.einsum("blhd,hde->blhe", rounded.double(), wide)
-    if given["routing"] != "none":
-        r = r.sigmoid()
-    if given["routing"] == "normalised":
-        r = r / (r.sum(-1, keepdim=True).clamp_min(given["sum_floor"]) + given["sum_eps"])
-    return x, r
+    formula = (given[name] for name in ("routing", "sum_floor", "sum_eps"))
+    return x, problems.routed(rounded, weight, *formula)
 
 
 def check(given: dict[str, Any], roundings: int = 1) -> Tensor:

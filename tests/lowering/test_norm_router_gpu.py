@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import problems
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.lowering.ops import norm_router
 
 pytestmark = pytest.mark.gpu
@@ -49,21 +50,12 @@ def call(given: dict[str, Any]) -> Tensor:
 
 def check(given: dict[str, Any]) -> Tensor:
     q, weight, dtype = given["q"], given["weight"], given["q"].dtype
-    exact = q.double()
-    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + given["norm_eps"])
-    if given["norm_weight"] is not None:
-        exact = exact * given["norm_weight"].double()
+    exact = problems.normed(q, given["norm_weight"], given["norm_eps"])
     r = call(given)
     roundings = 1 + given["rounds_first"]
     torch.testing.assert_close(q.double(), exact, rtol=(roundings + 0.01) * UNIT[dtype], atol=1e-6)
-    wide = weight.double().repeat_interleave(q.shape[2] // weight.shape[0], 0)
-    right = torch.einsum("blhd,hde->blhe", q.double(), wide)
-    if given["routing"] != "none":
-        right = right.sigmoid()
-    if given["routing"] == "normalised":
-        right = right / (
-            right.sum(-1, keepdim=True).clamp_min(given["sum_floor"]) + given["sum_eps"]
-        )
+    formula = (given[name] for name in ("routing", "sum_floor", "sum_eps"))
+    right = problems.routed(q, weight, *formula)
     assert r.dtype is given["r_dtype"]
     torch.testing.assert_close(r.double(), right, rtol=1.01 * UNIT[r.dtype], atol=1e-5)
     return r
@@ -149,7 +141,7 @@ def test_what_is_not_a_number_stays_in_its_token() -> None:
 
 @pytest.mark.parametrize("networks", [batched, loop])
 @pytest.mark.parametrize("tokens", [(2, 112), (1, 104), (8, 1), (1, 1)])
-def test_the_models_of_the_benchmarks(networks: Any, tokens: tuple[int, int]) -> None:
+def test_whole_models(networks: Any, tokens: tuple[int, int]) -> None:
     """Too few tokens for it to be joined with the network (test_norm_network_gpu.py).
 
     Multiples of 8: Inductor may pad other products, and then the queries are a part.

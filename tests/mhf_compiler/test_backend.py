@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
@@ -26,20 +27,6 @@ from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.rewrite.emit import EditError
 
 ALWAYS = {"rewrite": "always", "fallback": "eager"}
-
-
-class Heads(nn.Module):
-    """A SwiGLU for each of four heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        shapes = (4, 8, 5), (4, 8, 5), (4, 5, 8)
-        self.gate, self.up, self.down = (nn.Parameter(torch.randn(s) / 4) for s in shapes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
-        hidden = F.silu(q @ self.gate) * (q @ self.up)
-        return (hidden @ self.down).transpose(1, 2).flatten(2)
 
 
 class Unpaired(Heads):
@@ -299,22 +286,14 @@ def test_inductor_generates_the_same_code_as_without_the_back_end():
 
 # How it is called.
 
-BY_NAME = """
+BY_NAME = f"""
 import sys, torch
 from torch import nn
-
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
-
-    def forward(self, x):
-        return (x @ self.up).relu() @ self.down
-
+{HEADS}
 assert "flashmhf" in torch.compiler.list_backends()
 assert "mhf_compiler" not in sys.modules
 model, x = Heads(), torch.randn(4, 6, 8)
-options = {"fallback": "eager", "rewrite": "always"}
+options = {{"fallback": "eager", "rewrite": "always"}}
 out = torch.compile(model, backend="flashmhf", options=options)(x)
 torch.testing.assert_close(out, model(x))
 print(torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"])

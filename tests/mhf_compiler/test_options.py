@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor
+from support.networks import Heads
 
 import mhf_compiler
 from mhf_compiler import OptionError, Options
@@ -176,15 +177,7 @@ def test_an_instance_is_checked(options: Options):
 
 @pytest.mark.parametrize("rewrite", ["always", "never"])
 def test_an_instance_is_taken_wherever_options_are(rewrite: str):
-    class Heads(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = (torch.nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x @ self.up).relu() @ self.down
-
-    model, x = Heads(), torch.randn(4, 6, 8)
+    model, x = Heads(), torch.randn(2, 6, 32)
     options = Options(rewrite=rewrite, fallback="eager", strict=True)
     sites = int(rewrite == "always")
     assert len(mhf_compiler.explain(model, options=options)(x).rewritten) == sites

@@ -1,15 +1,22 @@
 """What PyTorch offers for finding a fault works with this back end as with Inductor's.
 
-Each is a process of its own, since PyTorch reads most of its settings when it is imported.
+Where a setting is tested, the script is a process of its own: PyTorch reads most settings when it
+is imported.
 """
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch._inductor import lowering
+from torch._inductor.utils import fresh_cache
 
 BACKENDS = ["inductor", "flashmhf"]
 
@@ -34,19 +41,14 @@ class Wrong(Heads):
         return super().forward(x) + x[:, 1:]  # does not fit
 
 
-def unlowered(x):
-    raise NotImplementedError("this is not lowered")
+def call(model, backend):
+    options = {"rewrite": "always"} if backend == "flashmhf" else None
+    torch.compile(model, backend=backend, options=options)(torch.randn(4, 6, 8))
 
 
-backend, what = sys.argv[1:]
-model = Wrong() if what == "wrong" else Heads()
-if what == "unlowered":
-    import torch._inductor.lowering as lowering
-
-    lowering.lowerings[torch.ops.aten.sin.default] = unlowered
-torch.set_grad_enabled(what != "inference")
-options = {"rewrite": "always"} if backend == "flashmhf" else None
-torch.compile(model, backend=backend, options=options)(torch.randn(4, 6, 8))
+if __name__ == "__main__":
+    torch.set_grad_enabled(sys.argv[2] != "inference")
+    call(Heads(), sys.argv[1])
 """
 # In place of a C++ compiler: a failure that takes no time.
 NO_COMPILER = """#!/bin/sh
@@ -133,23 +135,41 @@ def test_the_minifier_finds_a_smaller_program(launcher: Path):
 # Errors.
 
 
-def told(stderr: str) -> list[str]:
+def error_of(folder: Path, model: str, backend: str) -> str:
+    """What a user would see of the error of a compiled model of the script, frames and all."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    module = runpy.run_path(str(script))
+    torch.compiler.reset()
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        module["call"](module[model](), backend)
+    return "".join(traceback.format_exception(raised.value))
+
+
+def told(error: str) -> list[str]:
     """The last lines of an error, without what differs from run to run."""
-    text = re.sub(r"/\S+/|0x\w+|\d+\.\d+", "", stderr)
+    text = re.sub(r"/\S+/|0x\w+|\d+\.\d+", "", error)
     return [line for line in text.splitlines() if line.strip()][-8:]
 
 
 def test_an_error_of_the_model_is_told_as_with_inductor(tmp_path: Path):
-    errors = [run(tmp_path, backend, "wrong").stderr for backend in BACKENDS]
+    errors = [error_of(tmp_path, "Wrong", backend) for backend in BACKENDS]
     for error in errors:
         assert f'script.py", line {line_of("does not fit")}, in forward' in error
         assert "return super().forward(x) + x[:, 1:]  # does not fit" in error
     assert told(errors[0]) == told(errors[1])
 
 
-def test_what_inductor_cannot_compile_is_told_with_the_users_line(tmp_path: Path):
+def test_what_inductor_cannot_compile_is_told_with_the_users_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unlowered(x: Any) -> Any:
+        raise NotImplementedError("this is not lowered")
+
+    monkeypatch.setitem(lowering.lowerings, torch.ops.aten.sin.default, unlowered)
     for backend in BACKENDS:
-        error = run(tmp_path, backend, "unlowered").stderr
+        with fresh_cache():
+            error = error_of(tmp_path, "Heads", backend)
         assert "this is not lowered" in error
         assert f'script.py", line {line_of("behind it")}, in forward' in error, backend
 

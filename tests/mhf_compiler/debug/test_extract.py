@@ -7,11 +7,21 @@ import torch
 from corpus.positive import POSITIVE
 from torch import Tensor, fx, nn
 
+from mhf_compiler import compat
 from mhf_compiler.cli.bench import check_part
 from mhf_compiler.debug.extract import Part, cut
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Site
 from mhf_compiler.rewrite.graph import rewrite_graph
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared is the op with its spelling; what Inductor makes of either costs a build."""
+    monkeypatch.setattr(compat, "compile_graph", lambda name, gm, *others: gm.forward)
+
 
 ALWAYS = parse_options(None, {"rewrite": "always"})
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering.ops import norm_network as norm_network_op
 from mhf_compiler.lowering.ops.norm_network import Like
@@ -41,14 +41,11 @@ class Network(MultiHeadFFN):
         self.bfloat16()
 
     def queries(self, x: Tensor) -> Tensor:
-        return self.norm(self.inputs(x).unflatten(-1, (H, d)))
+        return self.norm(super().queries(x))
 
-    def route(self, q: Tensor) -> Tensor:
-        r = torch.einsum("blhd,hde->blhe", q.float(), self.router.float()).sigmoid()
-        return r / r.sum(-1, keepdim=True).clamp_min(1e-20)
-
-    def network(self, q: Tensor, r: Tensor) -> Tensor:
-        return self.networks(q, self.gate, self.up, self.down, r)
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.queries(x)
+        return self.project(self.network(q, self.route(q)))
 
     def biased(self, q: Tensor, r: Tensor) -> Tensor:
         gate = torch.einsum("blhd,hefd->blhef", q, self.gate) + self.bias

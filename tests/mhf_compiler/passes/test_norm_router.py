@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from benchmarks.models import MultiHeadFFN, batched, loop
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering.ops import norm_router as norm_router_op
 from mhf_compiler.passes import functional, norm_router
@@ -32,36 +32,17 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     functional._error_of.cache_clear()
 
 
-class Network(nn.Module):
-    """Sub-networks between two projections, in bfloat16."""
+class Network(MultiHeadFFN):
+    """With what tests put in its norm's place and before it, in bfloat16."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.inputs, self.outputs = (nn.Linear(H * d, H * d, bias=False) for _ in range(2))
+        super().__init__(H, d, E, f)
         self.wide = nn.Linear(H * d, 2 * H * d, bias=False)
-        self.norm = nn.RMSNorm(d)
         self.scale, self.by_heads = nn.Parameter(torch.rand(d)), nn.Parameter(torch.rand(H, d))
-        self.router, self.second = (nn.Parameter(torch.randn(H, d, E) / d**0.5) for _ in range(2))
-        self.gate, self.up = (nn.Parameter(torch.randn(H, E, f, d) / d**0.5) for _ in range(2))
-        self.down = nn.Parameter(torch.randn(H, E, f, d) / f**0.5)
+        self.second = nn.Parameter(torch.randn(H, d, E) / d**0.5)
         self.query = nn.Parameter(torch.randn(B, L, H, d))
         self.bfloat16()
         self.in_float32 = nn.Parameter(torch.rand(d))
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.inputs(x).unflatten(-1, (H, d))
-
-    def logits(self, q: Tensor) -> Tensor:
-        return torch.einsum("blhd,hde->blhe", q.float(), self.router.float())
-
-    def network(self, q: Tensor, r: Tensor) -> Tensor:
-        gate = torch.einsum("blhd,hefd->blhef", q, self.gate)
-        up = torch.einsum("blhd,hefd->blhef", q, self.up)
-        hidden = F.silu(gate) * up * r.to(q.dtype).unsqueeze(-1)
-        return torch.einsum("blhef,hefd->blhd", hidden, self.down)
-
-    def project(self, out: Tensor) -> Tensor:
-        return self.outputs(out.flatten(2))
 
     def behind(self, q: Tensor, route: Callable[[Tensor], Tensor] = torch.sigmoid) -> Tensor:
         return self.project(self.network(q, route(self.logits(q))))
@@ -374,23 +355,12 @@ def test_dimensions_of_one(networks: Any, tokens: tuple[int, int]):
     assert code.count("'normalised', 1e-20, 0.0, torch.") == 2
 
 
-class Plain(nn.Module):
+class Plain(MultiHeadFFN):
     """A network of some heads, whose queries others make."""
 
     def __init__(self, heads: int, width: int = 16) -> None:
-        super().__init__()
-        self.inputs, self.norm = nn.Linear(heads * width, heads * width), nn.RMSNorm(width)
-        self.router = nn.Parameter(torch.randn(heads, width, E) / width**0.5)
-        shape = heads, E, f, width
-        self.gate, self.up = (nn.Parameter(torch.randn(shape) / width**0.5) for _ in range(2))
-        self.down = nn.Parameter(torch.randn(shape) / f**0.5)
+        super().__init__(heads, width, E, f)
         self.bfloat16()
-
-    def logits(self, q: Tensor) -> Tensor:
-        return torch.einsum("blhd,hde->blhe", q.float(), self.router.float())
-
-    def network(self, q: Tensor, r: Tensor) -> Tensor:
-        return batched(q, self.gate, self.up, self.down, r)
 
     def forward(self, q: Tensor) -> Tensor:
         return self.network(q, self.logits(q).sigmoid())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from corpus.near_miss import NEAR_MISSES
 from corpus.positive import POSITIVE
+from support.networks import HEADS
 from torch import nn
 
 import mhf_compiler
@@ -77,19 +78,11 @@ def test_silent_by_default(lines: list[logging.LogRecord]):
     assert lines == []
 
 
-TORCH_LOGS = """
+TORCH_LOGS = f"""
 import torch
 from torch import nn
-
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
-
-    def forward(self, x):
-        return (x @ self.up).relu() @ self.down
-
-options = {"fallback": "eager", "rewrite": "always"}
+{HEADS}
+options = {{"fallback": "eager", "rewrite": "always"}}
 torch.compile(Heads(), backend="flashmhf", options=options)(torch.randn(4, 6, 8))
 """
 
