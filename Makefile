@@ -75,6 +75,20 @@ fuzz: $(READY)  ## N random programs from SEED on, and mutants of each: none mis
 fuzz-gpu: $(READY)  ## the same number through Inductor and our kernels, on a GPU: none wrong
 	$(PYTHON) -m tests.fuzz.gpu --number $(N) --seed $(SEED) $(FUZZ_ARGS)
 
+# Changes to the checks and the gradients, one at a time: which, and how many of them.
+MUTANTS_ARGS ?=
+.PHONY: mutants
+mutants: build/mutants/reach.json  ## break every check and gradient in turn: a test must notice
+	$(PYTHON) -m tests.mutants $(MUTANTS_ARGS)
+
+build/mutants/reach.json:
+	$(MAKE) mutants-record
+
+.PHONY: mutants-record
+mutants-record: $(READY)  ## record which tests run which statements, for `make mutants`
+	$(PYTHON) -m tests.mutants --record
+	TRITON_INTERPRET=1 $(PYTHON) -m tests.mutants --record
+
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none
 	$(PYTHON) -m pytest -m gpu --require-gpu $(PYTEST_ARGS)

@@ -1,0 +1,11 @@
+"""Breaks the checks and the gradients one at a time, and asks whether a test notices.
+
+    make mutants                                        all of them
+    make mutants MUTANTS_ARGS="--only patterns/checks.py --limit 50 --seed 1"
+
+points.py      which changes there are, found in the syntax trees
+reach.py       which tests run which statements, recorded once
+loading.py     imports modules with the calls in them that record this
+running.py     a process for each change, forked from one that has collected the tests
+equivalent.py  the changes that change nothing, each with the reason
+"""

@@ -1,0 +1,171 @@
+"""Tests under a change: a process for each, forked from one that has collected all tests.
+
+The parent imports PyTorch, the package and the tests, once, and runs one test for each file of
+tests that it needs first, so that what PyTorch starts up with is paid for. A child puts the changed
+function's code in the place of the old one's, empties the caches of the package, and runs tests
+until one fails. So a change costs what its tests do.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import linecache
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+
+import pytest
+
+from .points import ROOT, Mutant
+
+LOG = ROOT / "build" / "mutants" / "last.log"
+#: seconds in  of a change have to end, unless one fails before
+TIMEOUT = 180
+_PACKAGE = "mhf_compiler"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a change.
+
+    Attributes:
+        caught: whether anything went wrong with it.
+        by: the test that failed, or what else happened.
+        seconds: what it took.
+    """
+
+    caught: bool
+    by: str
+    seconds: float
+
+
+def clear_caches() -> None:
+    """Forget what functions of the package have cached."""
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper and f"{thing.__module__}.".startswith(
+            f"{_PACKAGE}."
+        ):
+            thing.cache_clear()
+
+
+def change(mutant: Mutant) -> None:
+    """Give the changed function its new code, wherever it is referred to.
+
+    Triton's interpreter reads the source of a kernel when it first runs it: from here on, this one.
+    """
+    path = str(ROOT / mutant.path)
+    lines = mutant.text.splitlines(keepends=True)
+    linecache.cache[path] = (len(mutant.text), None, lines, path)  # without a time: never re-read
+    new = _code_of(compile(mutant.text, path, "exec", dont_inherit=True), mutant.function)
+    found = [
+        thing
+        for thing in gc.get_objects()
+        if type(thing) is FunctionType
+        and thing.__code__.co_filename == path
+        and thing.__code__.co_qualname == mutant.function
+    ]
+    assert found, f"{mutant.function} is not in memory"
+    for function in found:
+        function.__code__ = new
+
+
+def _code_of(module: CodeType, name: str) -> CodeType:
+    todo = [module]
+    while todo:
+        for constant in todo.pop().co_consts:
+            if isinstance(constant, CodeType):
+                if constant.co_qualname == name:
+                    return constant
+                todo.append(constant)
+    raise LookupError(name)
+
+
+class Server:
+    """A pytest plugin that runs the tests of each change in place of all tests.
+
+    Args:
+        work: called with this server once all tests are collected.
+    """
+
+    def __init__(self, work: Callable[[Server], None]) -> None:
+        self.work = work
+        self.failed = ""
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.items = {item.nodeid: item for item in session.items}
+        self.work(self)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed = report.nodeid
+
+    def warm_up(self, tests: list[str]) -> None:
+        """Run tests as they are, so that PyTorch has started whatever they need."""
+        for test in tests:
+            self._run(self.items[test], None)
+            assert not self.failed, f"{test} fails without a change"
+
+    def _run(self, item: pytest.Item, following: pytest.Item | None) -> None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+    def run(self, mutant: Mutant, tests: list[str]) -> Outcome:
+        """Run tests with the change in a process of its own, up to the first that fails."""
+        start = time.monotonic()
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        LOG.write_text("")
+        sys.stdout.flush()
+        process = os.fork()
+        if process == 0:
+            os._exit(self._child(mutant, [t for t in tests if t in self.items]))
+        status = _wait(process, start + TIMEOUT)
+        seconds = time.monotonic() - start
+        if status is None:
+            return Outcome(True, f"no end after {TIMEOUT} s", seconds)
+        if os.WIFSIGNALED(status):
+            return Outcome(True, signal.Signals(os.WTERMSIG(status)).name, seconds)
+        if os.WEXITSTATUS(status) == _BROKEN:
+            raise RuntimeError(f"{mutant.name}:\n{LOG.read_text()[-2000:]}")
+        return Outcome(status != 0, LOG.read_text().rpartition("FAILED ")[2].strip(), seconds)
+
+    def _child(self, mutant: Mutant, tests: list[str]) -> int:
+        os.setsid()
+        log = os.open(LOG, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        try:
+            clear_caches()
+            change(mutant)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            return _BROKEN
+        try:
+            for test, following in zip(tests, [*tests[1:], None], strict=True):
+                self._run(self.items[test], following and self.items[following])
+                if self.failed:
+                    break
+        except BaseException as error:  # a fork returns nowhere
+            self.failed = repr(error)
+        if self.failed:
+            print(f"\nFAILED {self.failed}", flush=True)
+        return int(bool(self.failed))
+
+
+_BROKEN = 99
+
+
+def _wait(process: int, until: float) -> int | None:
+    """The exit status; None if time is up, and the process and what it started are ended then."""
+    while time.monotonic() < until:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None

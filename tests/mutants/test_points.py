@@ -1,0 +1,71 @@
+"""The changes that mutation testing makes, on sources of a few lines."""
+
+import ast
+
+from .equivalent import EQUIVALENT
+from .points import mutants, mutants_of
+from .reach import Reach
+
+CHECKS = """
+def check(a, b, c):
+    if not a or (b and c):
+        raise Declined("no")
+    if a == b:
+        return None
+    return f"{a == b}"
+"""
+TERMS = """
+def backward(m, y, slope):
+    m *= y
+    m.mul_(slope)
+    return m * y - slope
+"""
+
+
+def changes(path: str, source: str) -> set[tuple[str, str]]:
+    return {(mutant.before, mutant.after) for mutant in mutants_of(path, source)}
+
+
+def test_checks_lose_clauses_and_comparisons_and_what_they_raise():
+    assert changes("patterns/checks.py", CHECKS) == {
+        ("not a or (b and c)", "((not a))"),
+        ("not a or (b and c)", "((b and c))"),
+        ("b and c", "((b))"),
+        ("b and c", "((c))"),
+        ('raise Declined("no")', "pass"),
+        ("a == b", "True"),
+        ("return None", "pass"),
+    }
+
+
+def test_gradients_lose_terms():
+    assert changes("lowering/activations.py", TERMS) == {
+        ("m *= y", "pass"),
+        ("m.mul_(slope)", "pass"),
+        ("m * y", "(m)"),
+        ("m * y", "(y)"),
+        ("m * y - slope", "(m * y)"),
+    }
+
+
+def test_every_change_is_a_program():
+    for mutant in mutants([])[::10]:
+        ast.parse(mutant.text)
+
+
+def test_what_is_called_equivalent_is_still_there():
+    assert EQUIVALENT.keys() <= {mutant.name for mutant in mutants([])}
+
+
+def test_tests_beyond_the_condition_come_first_and_quick_ones_before_slow_ones(tmp_path):
+    (mutant,) = (m for m in mutants_of("patterns/checks.py", CHECKS) if m.after == "((not a))")
+    record = tmp_path / "reach.json"
+    record.write_text(
+        '{"slow": {"seconds": 2, "reached": ["%s"]},'
+        ' "quick": {"seconds": 1, "reached": ["%s"]},'
+        ' "declined": {"seconds": 3, "reached": ["%s", "%s"]},'
+        ' "elsewhere": {"seconds": 1, "reached": ["other: pass"]}}'
+        % (*[mutant.statement] * 3, mutant.beyond.replace('"', "'"))
+    )
+    assert Reach(record).tests_for(mutant, 40) == ["declined", "quick", "slow"]
+    assert Reach(record).tests_for(mutant, 2) == ["declined", "quick"]
