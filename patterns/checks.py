@@ -126,7 +126,7 @@ def assign_roles(term: Term, root: Index) -> Roles:
     tokens = [a for a in order if a in query and a not in groups]
     out_width = [a for a in order if a not in query and a not in groups]
     unread = [a for a in out_width if a not in axes_of(down.index) and a.size != 1]
-    if unread or not groups.isdisjoint(out_width):
+    if unread:
         raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
     inside = _inside_heads(gate.query.index, set(width), groups)
     inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)

@@ -68,6 +68,13 @@ def show(mutant: Mutant, outcome: Outcome) -> None:
     sys.stdout.flush()
 
 
+def keep(survivors: list[Mutant]) -> None:
+    """Write down what survived, for --survivors."""
+    SURVIVORS.mkdir(parents=True, exist_ok=True)
+    file = SURVIVORS / ("interpreted.txt" if INTERPRETING else "compiled.txt")
+    file.write_text("".join(f"{mutant.name}\n" for mutant in survivors))
+
+
 def run_all(todo: list[Mutant], limit: int) -> list[Mutant]:
     """Run the tests for each change, print what happens, and return the survivors."""
     reach = Reach(RECORD_INTERPRETED if INTERPRETING else RECORD)
@@ -82,6 +89,7 @@ def run_all(todo: list[Mutant], limit: int) -> list[Mutant]:
             show(mutant, outcome)
             if not outcome.caught:
                 survivors.append(mutant)
+                keep(survivors)
         lost = Counter(mutant.path for mutant in survivors)
         for path, count in total.items():
             print(f"{path}: {count - lost[path]} of {count} caught")
@@ -116,10 +124,6 @@ def main() -> int:
         return 0
     mine = [mutant for mutant in found if mutant.path.startswith(KERNELS) is INTERPRETING]
     survivors = run_all(mine, options.tests) if mine else []
-    if not options.survivors:
-        SURVIVORS.mkdir(parents=True, exist_ok=True)
-        file = SURVIVORS / ("interpreted.txt" if INTERPRETING else "compiled.txt")
-        file.write_text("".join(f"{mutant.name}\n" for mutant in survivors))
     status = int(bool(survivors))
     if len(mine) < len(found) and not INTERPRETING:  # Triton decides at its import
         command = [sys.executable, "-m", "tests.mutants", *sys.argv[1:]]

@@ -62,7 +62,6 @@ _ALWAYS = {ast.Eq: "True", ast.Is: "True", ast.In: "True", ast.LtE: "True", ast.
 _NEVER = {ast.NotEq: "False", ast.IsNot: "False", ast.NotIn: "False"}
 _CLOSED = {ast.Lt: "<=", ast.Gt: ">="}
 _TERMS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,8 @@ class Mutant:
         before, after: the source that changes, on one line.
         statement: the key of the statement that it is in (``key_of``).
         beyond: the key of what runs only if the condition holds that it is in; or an empty string.
+        decisive: the key of the value that a clause or a comparison must have had for the change to
+            make a difference (``value_key``); or an empty string.
         text: the whole changed file.
     """
 
@@ -86,6 +87,7 @@ class Mutant:
     after: str
     statement: str
     beyond: str
+    decisive: str
     text: str
 
     @property
@@ -100,6 +102,11 @@ def key_of(function: str, statement: ast.stmt) -> str:
     Not by its file: a record of which tests run it outlives a move into another one.
     """
     return f"{function}: {ast.unparse(statement).splitlines()[0]}"
+
+
+def value_key(function: str, expression: ast.expr, value: bool) -> str:
+    """A condition of a function, and that it was true, or false, once."""
+    return f"{function}: {ast.unparse(expression)} is {value}"
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -141,7 +148,7 @@ def mutants(only: list[str]) -> list[Mutant]:
     return [m for m in found if not only or any(m.name.startswith(start) for start in only)]
 
 
-Change = tuple[ast.AST, str]
+Change = tuple[ast.AST, str, str]  # what changes, into what, and the key of what is decisive
 
 
 class _Changes:
@@ -157,7 +164,7 @@ class _Changes:
             beyond = ""
             if isinstance(statement, (ast.If, ast.While, ast.For)):
                 beyond = key_of(self.name, statement.body[0])
-            for node, after in changes(self, statement):
+            for node, after, decisive in changes(self, statement):
                 start, end = self.span(node)
                 text = self.source[:start] + after.encode() + self.source[end:]
                 yield Mutant(
@@ -168,6 +175,7 @@ class _Changes:
                     " ".join(after.split()),
                     key_of(self.name, statement),
                     beyond,
+                    decisive,
                     text.decode(),
                 )
 
@@ -188,43 +196,42 @@ def _own_expressions(statement: ast.stmt) -> Iterator[ast.AST]:
         node = todo.pop(0)
         if node is not statement:
             yield node
-        if isinstance(node, _FUNCTIONS) or node is not statement and isinstance(node, ast.stmt):
-            continue
-        if isinstance(node, ast.JoinedStr):
-            continue  # Python 3.11 does not say where the parts of one are
+        if isinstance(node, ast.JoinedStr | ast.FunctionDef):
+            continue  # Python 3.11 does not say where the parts of a formatted string are
         todo += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
 
 
 def _checks(file: _Changes, statement: ast.stmt) -> Iterator[Change]:
     if isinstance(statement, ast.Raise):
-        yield statement, "pass"
+        yield statement, "pass", ""
     if isinstance(statement, ast.If) and not statement.orelse and len(statement.body) == 1:
         body = statement.body[0]
         if isinstance(body, (ast.Return, ast.Continue, ast.Break)):
-            yield body, "pass"
+            yield body, "pass", ""
     for node in _own_expressions(statement):
         if isinstance(node, ast.BoolOp):
             word = " and " if isinstance(node.op, ast.And) else " or "
             for dropped in node.values:
                 kept = [f"({file.text(value)})" for value in node.values if value is not dropped]
-                yield node, f"({word.join(kept)})"
+                decisive = value_key(file.name, dropped, isinstance(node.op, ast.Or))
+                yield node, f"({word.join(kept)})", decisive
         if isinstance(node, ast.Compare) and file.path in COMPARING and len(node.ops) == 1:
             op = type(node.ops[0])
             constant = _ALWAYS.get(op) or _NEVER.get(op)
             if constant is not None:
-                yield node, constant
+                yield node, constant, value_key(file.name, node, constant == "False")
             elif op in _CLOSED:
                 left, right = file.text(node.left), file.text(node.comparators[0])
-                yield node, f"(({left}) {_CLOSED[op]} ({right}))"
+                yield node, f"(({left}) {_CLOSED[op]} ({right}))", ""
 
 
 def _terms(file: _Changes, statement: ast.stmt) -> Iterator[Change]:
     if isinstance(statement, ast.AugAssign):
-        yield statement, "pass"
+        yield statement, "pass", ""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        yield statement, "pass"
+        yield statement, "pass", ""
     for node in _own_expressions(statement):
         if isinstance(node, ast.BinOp) and isinstance(node.op, _TERMS):
-            yield node, f"({file.text(node.left)})"
+            yield node, f"({file.text(node.left)})", ""
             if isinstance(node.op, (ast.Add, ast.Mult)):
-                yield node, f"({file.text(node.right)})"
+                yield node, f"({file.text(node.right)})", ""

@@ -7,18 +7,20 @@ calls Python back for all of PyTorch, too.
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from .loading import Replacing
+from .points import FILES, KERNELS, ROOT, Mutant, functions, key_of, statements, value_key
 from .running import clear_caches
-from .points import FILES, KERNELS, ROOT, Mutant, functions, key_of
 
 RECORD = ROOT / "build" / "mutants" / "reach.json"
 RECORD_INTERPRETED = RECORD.with_stem("reach_interpreted")
@@ -36,14 +38,15 @@ TESTS = (
 #: and the kernels' gradients by these
 TESTS_INTERPRETED = ("tests/lowering/test_kernels_interpreted.py",)
 
-_NAME = "__reached__"
+_REACHED, _WAS = "__reached__", "__was__"
 
 
 class _Instrument(ast.NodeTransformer):
-    """Puts a call of `_NAME` in front of every statement of a function."""
+    """Puts a call in front of every statement of a function, and around parts of conditions."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, function: ast.FunctionDef) -> None:
         self.name = name
+        self.keys = {node: key_of(name, node) for node in statements(function)}  # as they are now
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -54,10 +57,36 @@ class _Instrument(ast.NodeTransformer):
         return node
 
     def _pair(self, statement: ast.stmt) -> list[ast.stmt]:
-        call = ast.parse(f"{_NAME}({key_of(self.name, statement)!r})").body[0]
+        call = ast.parse(f"{_REACHED}({self.keys[statement]!r})").body[0]
         for node in ast.walk(call):
             ast.copy_location(node, statement)
         return [call, statement]
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        keys = [self._value_keys(value) for value in node.values]
+        super().generic_visit(node)
+        node.values = [self._watched(v, key) for v, key in zip(node.values, keys, strict=True)]
+        return node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        keys = self._value_keys(node)
+        super().generic_visit(node)
+        return self._watched(node, keys)
+
+    def _value_keys(self, expression: ast.expr) -> tuple[str, str]:
+        return value_key(self.name, expression, False), value_key(self.name, expression, True)
+
+    def _watched(self, expression: ast.expr, keys: tuple[str, str]) -> ast.expr:
+        call = ast.parse(f"{_WAS}({keys!r}, 0)", mode="eval").body
+        assert isinstance(call, ast.Call)
+        for node in ast.walk(call):
+            ast.copy_location(node, expression)
+        call.args[1] = expression
+        return call
+
+
+#: asking others for their truth may do something: a symbolic one adds a guard
+_PLAIN = (bool, int, float, str, list, tuple, dict, set, frozenset, type(None))
 
 
 def _is_jitted(function: ast.FunctionDef) -> bool:
@@ -69,12 +98,9 @@ def instrumented(path: str) -> ast.Module | None:
     if path not in FILES:
         return None
     tree = ast.parse((ROOT / path).read_text())
-    keys = {}  # before anything is inserted
     for name, function in functions(tree):
-        keys[function] = name
-    for function, name in keys.items():
         if not _is_jitted(function):
-            _Instrument(name).visit(function)
+            _Instrument(name, function).visit(function)
     return tree
 
 
@@ -104,6 +130,14 @@ class _Recorder:
         if time.monotonic() > self.saved + 60:
             self.save()
 
+    def was(self, keys: tuple[str, str], value: Any) -> Any:
+        """Note whether a value is true, and return it."""
+        if isinstance(value, _PLAIN):
+            self.reached.add(keys[bool(value)])
+        else:
+            self.reached.update(keys)
+        return value
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.passed = self.passed and not (report.failed or report.skipped)
 
@@ -119,9 +153,8 @@ class _Recorder:
 def record(tests: list[str], file: Path) -> int:
     """Run tests, and add what they reach to the record. Returns pytest's exit status."""
     recorder = _Recorder(file)
-    import builtins
-
-    setattr(builtins, _NAME, recorder.reached.add)
+    setattr(builtins, _REACHED, recorder.reached.add)
+    setattr(builtins, _WAS, recorder.was)
     sys.meta_path.insert(0, Replacing(instrumented))
     options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "--durations=5"]
     return int(pytest.main([*options, *tests], plugins=[recorder]))
@@ -133,12 +166,20 @@ class Reach:
     def __init__(self, file: Path) -> None:
         record = json.loads(file.read_text())
         self.seconds: dict[str, float] = {test: at["seconds"] for test, at in record.items()}
+        self.reached: dict[str, set[str]] = {
+            test: set(at["reached"]) for test, at in record.items()
+        }
         self.by_statement: dict[str, set[str]] = {}
         self.by_function: dict[str, set[str]] = {}
-        for test, at in record.items():
-            for key in at["reached"]:
+        for test, keys in self.reached.items():
+            for key in keys:
                 self.by_statement.setdefault(key, set()).add(test)
                 self.by_function.setdefault(key.split(": ")[0], set()).add(test)
+        # Tests that go where few others do, for the time that they take.
+        self.worth = {
+            test: sum(1 / len(self.by_statement[key]) for key in keys) / (self.seconds[test] + 0.3)
+            for test, keys in self.reached.items()
+        }
 
     def some_of_each_file(self) -> list[str]:
         """The quickest test of each file that reaches anything."""
@@ -148,25 +189,37 @@ class Reach:
         return list(best.values())
 
     def tests_for(self, mutant: Mutant, limit: int) -> list[str]:
-        """Tests that run the changed statement; those beyond a condition first, then quick ones.
+        """Tests that run the changed statement, the most telling ones first.
 
-        In code that is newer than the record, those that run its function; in a kernel, those that
-        run a function of its file that is not one.
+        Where a clause or a comparison changes, those alone in which it had the value that decides;
+        if there are none, no test can notice. Half of them go beyond the condition that is changed,
+        the others do not. Both are taken in turns from those that take the same way through the
+        function: first the ones that go where few others do.
+
+        In code that is newer than the record, they are those that run its function; in a kernel,
+        those that run a function of its file that is not one.
         """
         if mutant.path.startswith(KERNELS):
             found = self._around(mutant)
+        elif mutant.statement in self.by_statement:
+            found = self.by_statement.get(mutant.decisive or mutant.statement, set())
         else:
-            found = self.by_statement.get(mutant.statement) or self.by_function.get(
-                mutant.function, set()
-            )
-        quick = sorted(found, key=lambda test: (self.seconds[test], test))
-        beyond = [test for test in quick if test in self.by_statement.get(mutant.beyond, ())]
-        if len(beyond) < len(quick):
-            rest = [test for test in quick if test not in set(beyond)]
-            share = max(limit // 2, limit - len(rest))
-            chosen = beyond[:share]
-            return chosen + rest[: limit - len(chosen)]
-        return quick[:limit]
+            found = self.by_function.get(mutant.function, set())
+        beyond = found & self.by_statement.get(mutant.beyond, set())
+        first, second = (
+            self._by_turns(tests, mutant.function) for tests in (beyond, found - beyond)
+        )
+        share = max(limit // 2, limit - len(second))
+        first = first[:share]
+        return first + second[: limit - len(first)]
+
+    def _by_turns(self, tests: set[str], function: str) -> list[str]:
+        ways: dict[frozenset[str], list[str]] = {}
+        for test in sorted(tests, key=lambda test: (-self.worth[test], test)):
+            way = frozenset(key for key in self.reached[test] if key.startswith(f"{function}: "))
+            ways.setdefault(way, []).append(test)
+        turns = zip_longest(*ways.values())
+        return [test for turn in turns for test in turn if test is not None]
 
     def _around(self, mutant: Mutant) -> set[str]:
         hosts = [

@@ -1,6 +1,7 @@
 """The changes that mutation testing makes, on sources of a few lines."""
 
 import ast
+import json
 
 from .equivalent import EQUIVALENT
 from .points import mutants, mutants_of
@@ -60,12 +61,14 @@ def test_what_is_called_equivalent_is_still_there():
 def test_tests_beyond_the_condition_come_first_and_quick_ones_before_slow_ones(tmp_path):
     (mutant,) = (m for m in mutants_of("patterns/checks.py", CHECKS) if m.after == "((not a))")
     record = tmp_path / "reach.json"
+    reached = {
+        "slow": (2, [mutant.statement]),
+        "quick": (1, [mutant.statement]),
+        "declined": (3, [mutant.statement, mutant.beyond]),
+        "elsewhere": (1, ["other: pass"]),
+    }
     record.write_text(
-        '{"slow": {"seconds": 2, "reached": ["%s"]},'
-        ' "quick": {"seconds": 1, "reached": ["%s"]},'
-        ' "declined": {"seconds": 3, "reached": ["%s", "%s"]},'
-        ' "elsewhere": {"seconds": 1, "reached": ["other: pass"]}}'
-        % (*[mutant.statement] * 3, mutant.beyond.replace('"', "'"))
+        json.dumps({test: {"seconds": s, "reached": keys} for test, (s, keys) in reached.items()})
     )
     assert Reach(record).tests_for(mutant, 40) == ["declined", "quick", "slow"]
     assert Reach(record).tests_for(mutant, 2) == ["declined", "quick"]

@@ -140,6 +140,27 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: project(m.hidden(q, q.roll(1, 2)), m.down),
         {},
     ),
+    "one_query, of half the features": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(
+            F.silu(project(q, m.gate)) * project(q[..., : d // 2], m.up[:, : d // 2]), m.down
+        ),
+        {},
+    ),
+    "check_weights, the same for all features": (
+        Kind.UNPAIRED_BRANCHES,
+        lambda m, q: project(
+            F.silu(project(q, m.gate[:, :1].expand(-1, d, -1))) * project(q, m.up), m.down
+        ),
+        {},
+    ),
+    "check_weights, the same for all hidden units": (
+        Kind.UNPAIRED_BRANCHES,
+        lambda m, q: project(
+            F.silu(project(q, m.gate[:, :, :1].expand(-1, -1, f))) * project(q, m.up), m.down
+        ),
+        {},
+    ),
     "check_weights": (Kind.TOKEN_DEPENDENT_WEIGHTS, weights_made_of_tokens, {}),
     "check_router": (
         Kind.UNKNOWN_OPERATION,
@@ -212,6 +233,16 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         F.silu(project(q, m.gate) + m.up[:, 0]) * project(q, m.up), m.down
     ),
     "autocast begins afterwards": autocast_at_the_end,
+    "heads that differ in the up projection alone": lambda m, q: (
+        (F.silu(q @ m.gate[0]) * project(q, m.up)) @ m.down[0]
+    ),
+    "a result in eight bits": lambda m, q: (
+        project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
+    ),
+    "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
+    "weights and tokens of one tensor": lambda m, q: project(
+        F.silu(project(q, q[0, :f].permute(1, 2, 0))) * project(q, m.up), m.down
+    ),
 }
 
 
