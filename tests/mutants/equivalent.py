@@ -1,3 +1,25 @@
 """Changes that no test can notice, since they change nothing; each with the reason."""
 
-EQUIVALENT: dict[str, str] = {}
+_CHECKS = "patterns/checks.py:"
+_AXES_OF_AN_OPERAND = (
+    "an operand is read along axes of the output and summed ones, and assign_roles gives all of "
+    "those that the weights are read along to groups, sub-networks, hidden units or the width"
+)
+_RANGE = "of PyTorch's dtypes, one with the digits but not the range of another has a larger tiny"
+
+EQUIVALENT = {
+    f'{_CHECKS}one_query: role in ("up", "up_query")  ->  True': (
+        "no other operand is read along axes of the up projection's own contraction"
+    ),
+    f"{_CHECKS}check_weights: not real(roles.hidden) | real(width) <= read "
+    "or not read <= inner | real(width)  ->  ((not real(roles.hidden) | real(width) <= read))": (
+        _AXES_OF_AN_OPERAND
+    ),
+    f"{_CHECKS}check_weights: read <= inner | real(width)  ->  True": _AXES_OF_AN_OPERAND,
+    f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
+    "((a.eps <= b.eps) and (a.tiny <= b.tiny))": _RANGE,
+    f"{_CHECKS}_holds: a.max >= b.max  ->  True": _RANGE,
+    f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
+    "((a.eps <= b.eps) and (a.max >= b.max))": "likewise, but for float8_e5m2fnuz",
+    f"{_CHECKS}_holds: a.tiny <= b.tiny  ->  True": "likewise, but for float8_e5m2fnuz",
+}

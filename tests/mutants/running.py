@@ -25,7 +25,7 @@ from .points import ROOT, Mutant
 
 LOG = ROOT / "build" / "mutants" / "last.log"
 #: seconds in  of a change have to end, unless one fails before
-TIMEOUT = 180
+TIMEOUT = 60
 _PACKAGE = "mhf_compiler"
 
 

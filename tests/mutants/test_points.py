@@ -58,15 +58,18 @@ def test_what_is_called_equivalent_is_still_there():
     assert EQUIVALENT.keys() <= {mutant.name for mutant in mutants([])}
 
 
-def test_tests_beyond_the_condition_come_first_and_quick_ones_before_slow_ones(tmp_path):
+def test_tests_that_a_change_can_fail_come_beyond_the_condition_first_and_the_quick_ones(tmp_path):
     (mutant,) = (m for m in mutants_of("patterns/checks.py", CHECKS) if m.after == "((not a))")
-    record = tmp_path / "reach.json"
+    assert mutant.decisive == "check: b and c is True"
+    decisive = [mutant.statement, mutant.decisive]
     reached = {
-        "slow": (2, [mutant.statement]),
-        "quick": (1, [mutant.statement]),
-        "declined": (3, [mutant.statement, mutant.beyond]),
+        "slow": (2, decisive),
+        "quick": (1, decisive),
+        "declined": (3, [*decisive, mutant.beyond]),
+        "undecided": (1, [mutant.statement, "check: b and c is False"]),
         "elsewhere": (1, ["other: pass"]),
     }
+    record = tmp_path / "reach.json"
     record.write_text(
         json.dumps({test: {"seconds": s, "reached": keys} for test, (s, keys) in reached.items()})
     )

@@ -129,6 +129,32 @@ def output_under_autocast(m: Ffn, q: Tensor) -> Tensor:
         return (hidden.unsqueeze(-1) * m.down).sum(-2)
 
 
+def queries_of_units(q: Tensor) -> Tensor:
+    """Another query for each hidden unit: (B, L, H, f, d)."""
+    return torch.stack([q.roll(unit, -1) for unit in range(f)], 3)
+
+
+def with_queries_of_units(m: Ffn, q: Tensor) -> Tensor:
+    gate, up = (torch.einsum("blhfi,hif->blhf", q, w) for w in (m.gate, m.up))
+    return project(F.silu(gate) * up, m.down)
+
+
+def fast_weights_and_gathered_tokens(m: Ffn, q: Tensor) -> Tensor:
+    return project(m.hidden(q[:, torch.arange(L - 1, -1, -1)]), m.down + q.mean((0, 1, 2)))
+
+
+def heads_in(
+    dtype: torch.dtype, m: Ffn, q: Tensor, finish: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """A loop over heads in another dtype."""
+    outs = []
+    for h in range(H):
+        part = q[:, :, h].to(dtype)
+        gate, up, down = (w[h].to(dtype) for w in (m.gate, m.up, m.down))
+        outs.append(finish((F.silu(part @ gate) * (part @ up)) @ down, part))
+    return torch.stack(outs, 2)
+
+
 DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] = {
     "one_query": (
         Kind.DIFFERENT_QUERIES,
@@ -145,6 +171,46 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: project(
             F.silu(project(q, m.gate)) * project(q[..., : d // 2], m.up[:, : d // 2]), m.down
         ),
+        {},
+    ),
+    "one_query, heads and tokens exchanged": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(m.hidden(q[:, :H], q[:, :H].transpose(1, 2)), m.down),
+        {},
+    ),
+    "assign_roles, a query for each hidden unit": (
+        Kind.UNPAIRED_BRANCHES,
+        lambda m, q: with_queries_of_units(m, queries_of_units(q)),
+        {},
+    ),
+    "assign_roles, a scaled query for each hidden unit": (
+        Kind.UNPAIRED_BRANCHES,
+        lambda m, q: with_queries_of_units(m, queries_of_units(q) * queries_of_units(q.cos())),
+        {},
+    ),
+    "assign_roles, a query of one feature": (
+        Kind.UNPAIRED_BRANCHES,
+        lambda m, q: project(m.hidden(q[..., :1].expand(-1, -1, -1, d)), m.down),
+        {},
+    ),
+    "check_weights, made of tokens that are gathered": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        fast_weights_and_gathered_tokens,
+        {},
+    ),
+    "check_rounding, to another range": (
+        Kind.ROUNDING_CAST,
+        lambda m, q: heads_in(torch.bfloat16, m, q, lambda y, _: y.half().bfloat16()),
+        {},
+    ),
+    "check_range, of a bias": (
+        Kind.FLOAT16_RANGE,
+        lambda m, q: heads_in(torch.float16, m, q, lambda y, _: y / 4 + m.down[0, 0].half()),
+        {},
+    ),
+    "check_range, of a residual": (
+        Kind.FLOAT16_RANGE,
+        lambda m, q: heads_in(torch.float16, m, q, lambda y, part: (y + part) * 4),
         {},
     ),
     "check_weights, the same for all features": (
@@ -240,6 +306,21 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
     ),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
+    "heads that read the same features": lambda m, q: project(
+        F.silu(torch.einsum("bli,hio->blho", q[:, :, 0], m.gate))
+        * torch.einsum("bli,hio->blho", q[:, :, 0], m.up),
+        m.down,
+    ),
+    "heads along two dimensions": lambda m, q: torch.einsum(
+        "blghi,ghio->blgho",
+        torch.einsum(
+            "blghi,ghio->blgho", q.unflatten(2, (2, 2)), m.gate.unflatten(0, (2, 2))
+        ).relu(),
+        m.down.unflatten(0, (2, 2)),
+    ),
+    "a router that is one number in float64": lambda m, q: (
+        project(m.hidden(q), m.down) * q.double().mean()
+    ),
     "weights and tokens of one tensor": lambda m, q: project(
         F.silu(project(q, q[0, :f].permute(1, 2, 0))) * project(q, m.up), m.down
     ),
