@@ -14,6 +14,7 @@ import linecache
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ import pytest
 
 from .points import ROOT, Mutant
 
-LOG = ROOT / "build" / "mutants" / "last.log"
 #: seconds in  of a change have to end, unless one fails before
 TIMEOUT = 60
 _PACKAGE = "mhf_compiler"
@@ -95,6 +95,7 @@ class Server:
     def __init__(self, work: Callable[[Server], None]) -> None:
         self.work = work
         self.failed = ""
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
@@ -117,8 +118,8 @@ class Server:
     def run(self, mutant: Mutant, tests: list[str]) -> Outcome:
         """Run tests with the change in a process of its own, up to the first that fails."""
         start = time.monotonic()
-        LOG.parent.mkdir(parents=True, exist_ok=True)
-        LOG.write_text("")
+        self.log.seek(0)
+        self.log.truncate()
         sys.stdout.flush()
         process = os.fork()
         if process == 0:
@@ -129,15 +130,16 @@ class Server:
             return Outcome(True, f"no end after {TIMEOUT} s", seconds)
         if os.WIFSIGNALED(status):
             return Outcome(True, signal.Signals(os.WTERMSIG(status)).name, seconds)
+        self.log.seek(0)
+        said = self.log.read()
         if os.WEXITSTATUS(status) == _BROKEN:
-            raise RuntimeError(f"{mutant.name}:\n{LOG.read_text()[-2000:]}")
-        return Outcome(status != 0, LOG.read_text().rpartition("FAILED ")[2].strip(), seconds)
+            raise RuntimeError(f"{mutant.name}:\n{said[-2000:]}")
+        return Outcome(status != 0, said.rpartition("FAILED ")[2].strip(), seconds)
 
     def _child(self, mutant: Mutant, tests: list[str]) -> int:
         os.setsid()
-        log = os.open(LOG, os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
-            os.dup2(log, stream)
+            os.dup2(self.log.fileno(), stream)
         try:
             clear_caches()
             change(mutant)

@@ -238,6 +238,11 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: project(F.silu(project(q, m.gate) + q[..., :f]) * project(q, m.up), m.down),
         {},
     ),
+    "check_biases, of the up projection": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        lambda m, q: project(F.silu(project(q, m.gate)) * (project(q, m.up) + q[..., :f]), m.down),
+        {},
+    ),
     "check_widths": (
         Kind.UNEQUAL_WIDTHS,
         lambda m, q: project(m.hidden(q), m.down),
@@ -306,6 +311,9 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
     ),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
+    "a bias that is multiplied, in float32": lambda m, q: per_head(
+        m, q, lambda y, _: y / 4 + m.down[0, 0]
+    ),
     "heads that read the same features": lambda m, q: project(
         F.silu(torch.einsum("bli,hio->blho", q[:, :, 0], m.gate))
         * torch.einsum("bli,hio->blho", q[:, :, 0], m.up),
