@@ -2,7 +2,9 @@
 
 The files in the order of thought:
 
-    canonical      the graph as pure values, with provenance; parts: of buffers;
+    canonical      the graph as pure values, with provenance
+    tracer         makes it: recorder: of ATen operations; memory: what a write changes;
+                   numbering: equal values are one; parts: of buffers;
                    repeats: nodes that do the same; modes: autocast and gradients
     axes, views    which element of which tensor a value reads
     products       what a matrix product is
@@ -25,7 +27,7 @@ from .rolling import STACK
 from .routers import find_router_products
 from .site import Location, RouterProduct, Site, TensorView
 from .source import locate
-from .views import RESHAPES
+from .views import RESHAPES, is_factory
 
 __all__ = [
     "COPY",
@@ -48,6 +50,7 @@ __all__ = [
     "find_router_products",
     "find_sites",
     "inner_graphs",
+    "is_factory",
     "is_product_call",
     "locate",
     "multiply",

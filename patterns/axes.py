@@ -168,6 +168,14 @@ def split(axis: Axis, inner_size: Size) -> bool:
     return True
 
 
+def stride_order(stride: Size) -> tuple[bool, int, int]:
+    """Sort key: small strides first, symbolic ones after all numbers, by their factors."""
+    if isinstance(stride, int):
+        return (False, 0, stride)
+    coefficient, symbols = stride.as_coeff_Mul()
+    return (True, len(sympy.Mul.make_args(symbols)), int(coefficient))
+
+
 def contiguous_strides(shape: Sequence[Size]) -> list[Size]:
     strides: list[Size] = []
     stride: Size = 1

@@ -45,7 +45,7 @@ class Range:
         place = quotient(self.start, self.width)
         return place if isinstance(place, int) else None
 
-    def is_beside(self, other: Range) -> bool:
+    def is_disjoint(self, other: Range) -> bool:
         """Whether the two are known to be different pieces of one partition."""
         same = (self.dim, self.width, self.selects) == (other.dim, other.width, other.selects)
         known = same and self.place is not None and other.place is not None

@@ -3,7 +3,7 @@
 ``find_sites`` takes a graph and returns what it found, and for every near-miss why not:
 
 1. a cheap look at the graph, so that models without a feed-forward network cost nothing;
-2. ``canonical.trace``: the copy to read;
+2. ``tracer.trace``: the copy to read;
 3. anchors: contractions of something activated, each a possible down projection;
 4. from each anchor up to the candidates for its output, through what the grammar allows;
 5. from the highest candidate down: ``grammar.read_output``, then ``checks.build_site``; the first
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
+from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import (
@@ -35,6 +35,7 @@ from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site
 from .source import locate
+from .tracer import trace
 from .views import LIKES, MERGES, is_view
 
 aten = torch.ops.aten

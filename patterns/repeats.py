@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
+from mhf_compiler.compat import FakeTensor, has_symbols, storage_identity, symbolic_size
 
 from .axes import Size
 
@@ -120,8 +120,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
     inputs = tensors_in(arguments)
     known = {id(x) for x in inputs}
     own = id(result) not in known and _fills_its_memory(result)
-    foreign = {x.untyped_storage()._cdata for x in inputs}
-    if not own or result.untyped_storage()._cdata in foreign:
+    if not own or storage_identity(result) in {storage_identity(x) for x in inputs}:
         return None
     for call in calls:
         seeded = torch.Tag.nondeterministic_seeded in call.func.tags

@@ -53,6 +53,13 @@ def is_view(value: Value) -> bool:
     return value.op in _RULES
 
 
+def is_factory(value: Value) -> bool:
+    """Whether an operation makes the value of no tensor's numbers and no random ones: ``zeros``."""
+    if isinstance(value.op, str) or torch.Tag.nondeterministic_seeded in value.op.tags:
+        return False
+    return not value.operands or value.op in LIKES
+
+
 def behind_views(
     value: Value,
     index: Index,

@@ -27,7 +27,8 @@ from mhf_compiler.patterns.axes import (
     split,
     through_reshape,
 )
-from mhf_compiler.patterns.canonical import INPUT, Value, trace
+from mhf_compiler.patterns.canonical import INPUT, Value
+from mhf_compiler.patterns.tracer import trace
 from mhf_compiler.patterns.views import behind_views
 
 View = Callable[[Tensor], Tensor]

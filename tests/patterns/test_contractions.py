@@ -13,8 +13,9 @@ from torch import Tensor, fx
 
 from mhf_compiler.compat import FakeTensorMode
 from mhf_compiler.patterns.axes import Axis, axis_form
-from mhf_compiler.patterns.canonical import INPUT, Value, trace
+from mhf_compiler.patterns.canonical import INPUT, Value
 from mhf_compiler.patterns.contractions import Contraction, Operand, as_contraction
+from mhf_compiler.patterns.tracer import trace
 from mhf_compiler.patterns.views import behind_views
 
 
