@@ -93,8 +93,7 @@ def along(indices: Sequence[Index], position: Affine) -> Index | None:
     index: list[Affine] = []
     for forms in zip(*(index for index in indices), strict=True):
         first, offsets = forms[0].resolved(), [form.offset for form in forms]
-        terms = frozenset(first.terms)
-        if any(frozenset(form.resolved().terms) != terms for form in forms[1:]):
+        if not all(same_steps((first,), (form,)) for form in forms[1:]):
             return None
         steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
         step = steps.pop() if steps else 0
@@ -120,7 +119,41 @@ class _Digits:
 
 
 def axis_form(axis: Axis) -> Affine:
+    """The position of one axis, as a form."""
     return Affine(((axis, 1),))
+
+
+def leaves(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """The axes that these have been split into by now, outermost first."""
+    return tuple(leaf for axis in axes for leaf in axis.leaves())
+
+
+def real(axes: Iterable[Axis]) -> frozenset[Axis]:
+    """The axes that are not of size one."""
+    return frozenset(axis for axis in axes if axis.size != 1)
+
+
+def axes_of(index: Index) -> frozenset[Axis]:
+    """The axes, as split by now, that an index moves along, those of size one included."""
+    return frozenset(axis for form in index for axis in form.axes())
+
+
+def real_axes(index: Index) -> frozenset[Axis]:
+    """The axes, as split by now, that an index moves along."""
+    return frozenset(axis for form in index for axis in form.axes() if axis.size != 1)
+
+
+def same_steps(a: Index, b: Index) -> bool:
+    """Whether two indices move alike: along the same axes in the same steps."""
+    return len(a) == len(b) and all(
+        frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def same_index(a: Index, b: Index) -> bool:
+    """Whether two indices read the same elements: they move alike from the same place."""
+    return same_steps(a, b) and all(x.offset == y.offset for x, y in zip(a, b, strict=True))
 
 
 def multiply(a: Size, b: Size) -> Size:
@@ -202,42 +235,62 @@ def through_reshape(index: Index, shape: Sequence[Size], source: Sequence[Size])
 
 
 def _digits(position: Affine, source: Sequence[Size]) -> Index | None:
+    """A position in row-major order as one coordinate per dimension of ``source``."""
     digits = [_Digits(s, t) for s, t in zip(source, contiguous_strides(source), strict=True)]
     real = [digit for digit in digits if digit.size != 1]
     pending = [term for term in position.terms if term[0].size != 1]
     while pending:
-        axis, coefficient = pending.pop()
-        for digit in real:  # the outermost digit whose stride divides the coefficient
-            step = quotient(coefficient, digit.stride)
-            if step is not None:
-                break
-        else:
+        split_off = _place(*pending.pop(), real)
+        if split_off is None:
             return None
-        room = quotient(digit.size, step)  # values of the axis that fit into this digit
-        if room is None:
-            # Only a partial, non-dividing cover can be right: bounds are checked at the end.
-            digit.terms.append((axis, step))
-        elif quotient(room, axis.size) is not None or at_most(axis.size, room):
-            digit.terms.append((axis, step))
-        elif digit is not real[0] and split(axis, room):
-            assert axis.parts is not None
-            outer, inner = axis.parts
-            pending += [(outer, multiply(coefficient, room)), (inner, coefficient)]
-        else:
-            return None
-    offset = position.offset
-    if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in real):
-        for digit in real:
-            digit.offset, offset = divmod(offset, digit.stride)
-    elif offset != 0:
-        for digit in real:
-            step = quotient(offset, digit.stride)
-            if step is not None:
-                digit.offset, offset = step, 0
-                break
-    if offset != 0 or not all(_in_bounds(digit) for digit in real):
+        pending += split_off
+    if not _place_offset(position.offset, real) or not all(map(_in_bounds, real)):
         return None
     return tuple(Affine(tuple(digit.terms), digit.offset) for digit in digits)
+
+
+def _place(
+    axis: Axis, coefficient: Size, digits: Sequence[_Digits]
+) -> list[tuple[Axis, Size]] | None:
+    """Add ``coefficient * axis`` to the digit that it moves.
+
+    Returns:
+        The terms to place instead, if the axis spans several digits and has been split; none if it
+        has been placed; None if it fits no digit.
+    """
+    for digit in digits:  # the outermost digit whose stride divides the coefficient
+        step = quotient(coefficient, digit.stride)
+        if step is not None:
+            break
+    else:
+        return None
+    count = quotient(digit.size, step)  # values of the axis that fit into this digit
+    if count is None:
+        # Only a partial, non-dividing cover can be right: bounds are checked at the end.
+        digit.terms.append((axis, step))
+        return []
+    if quotient(count, axis.size) is not None or at_most(axis.size, count):
+        digit.terms.append((axis, step))
+        return []
+    if digit is not digits[0] and split(axis, count):
+        assert axis.parts is not None
+        outer, inner = axis.parts
+        return [(outer, multiply(coefficient, count)), (inner, coefficient)]
+    return None
+
+
+def _place_offset(offset: Size, digits: Sequence[_Digits]) -> bool:
+    """Distribute a constant over the digits; False where its digits are not known."""
+    if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in digits):
+        for digit in digits:
+            digit.offset, offset = divmod(offset, digit.stride)
+        return offset == 0
+    for digit in digits if offset != 0 else ():
+        step = quotient(offset, digit.stride)
+        if step is not None:
+            digit.offset = step
+            return True
+    return offset == 0
 
 
 def _in_bounds(digit: _Digits) -> bool:

@@ -14,15 +14,29 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from .axes import Affine, Axis, Index, at_most, axis_form, product, quotient
+from .axes import (
+    Affine,
+    Axis,
+    Index,
+    at_most,
+    axes_of,
+    axis_form,
+    leaves,
+    product,
+    quotient,
+    real,
+    same_index,
+)
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand, as_contraction, summed_index
-from .grammar import Reading, is_cast, is_other_pointwise
+from .grammar import Reading
 from .meaning import POINTWISE
+from .operations import is_cast, is_other_pointwise
 from .reasons import Declined, Kind
-from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
+from .rolling import STACK, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
+from .terms import Term
 from .views import LIKES, MERGES, broadcast, is_view, through_view
 
 #: operations that autograd saves nothing of
@@ -93,7 +107,7 @@ def one_query(term: Term) -> Term:
         sources = {_uncast(query.value), _uncast(gate.query.value)}
         kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
-    if not _reads_alike(query, gate.query):
+    if not same_index(query.index, gate.query.index):
         packed = up.weight.value is gate.weight.value
         kind = Kind.UNPAIRED_BRANCHES if packed else Kind.DIFFERENT_QUERIES
         raise Declined(kind, "they read other parts of one tensor", up.value.origin)
@@ -688,25 +702,6 @@ def _read_at(value: Value, index: Index) -> list[tuple[Value, Index]] | None:
             every = axis_form(Axis(value.source.shape[0]))
             return [(places, rows), (value.source, (every, *index[len(places.shape) :]))]
     return None
-
-
-def axes_of(index: Index) -> set[Axis]:
-    return {axis for form in index for axis in form.axes()}
-
-
-def _reads_alike(a: Operand, b: Operand) -> bool:
-    return all(
-        x.offset == y.offset and set(x.resolved().terms) == set(y.resolved().terms)
-        for x, y in zip(a.index, b.index, strict=True)
-    )
-
-
-def real(axes: object) -> set[Axis]:
-    return {axis for axis in axes if axis.size != 1}  # type: ignore[attr-defined]
-
-
-def leaves(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return tuple(leaf for axis in axes for leaf in axis.leaves())
 
 
 def _as_number(coefficient: object) -> float:

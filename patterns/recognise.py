@@ -23,14 +23,9 @@ from .axes import Axis, axis_form
 from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
-from .grammar import (
-    DROPOUT,
-    is_other_pointwise,
-    is_outside_operation,
-    operation_name,
-    read_output,
-)
+from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
+from .operations import DROPOUT, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason
 from .site import Location, Site

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from .axes import Axis, Index, axis_form
+from .axes import Axis, Index, axes_of, axis_form, leaves, real
 from .canonical import CanonicalCopy, Value
-from .checks import axes_of, check_memory, depends_on, leaves, real, two_token_dims
+from .checks import check_memory, depends_on, two_token_dims
 from .contractions import Contraction, Operand, as_contraction
-from .grammar import is_cast, is_other_pointwise
 from .meaning import POINTWISE
+from .operations import is_cast, is_other_pointwise
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined
 from .rolling import in_reading_order
