@@ -7,9 +7,10 @@ needs, ``build_site`` puts the op's arguments together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import fx
@@ -72,6 +73,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     term = one_query(reading.term)
     roles = assign_roles(term, reading.index)
     check_weights(term, roles)
+    check_static_sizes(term, roles)
     check_router(term, roles)
     check_biases(term, roles)
     check_widths(roles)
@@ -230,6 +232,11 @@ def check_weights(term: Term, roles: Roles) -> None:
             tokens = token_inputs(gate.query, set(roles.tokens))
             if not tokens.isdisjoint(_inputs_of(operand.value)):
                 raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+
+
+def check_static_sizes(term: Term, roles: Roles) -> None:
+    """Only tokens may have dynamic sizes: the op's weights are three tensors [G, E, f, d]."""
+    gate = term.gate
     for axes, what in (
         (roles.sub_networks, "sub-networks"),
         (roles.hidden, "hidden units"),
@@ -373,21 +380,26 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                 continue
             if current in copy.escaping:
                 raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
-            for reader in current.readers:
-                if reader in reading.computed or reader is root or not copy.is_live(reader):
-                    continue
-                if reader in reading.crossed or is_view(reader) or is_cast(reader):
-                    todo.append(reader)
-                elif reader.op in LIKES:
+            for reader in _outer_readers(current, reading, root, copy):
+                if reader.op in LIKES:
                     likes.add(reader)
-                    todo.append(reader)
-                else:
+                elif not (reader in reading.crossed or is_view(reader) or is_cast(reader)):
                     detail = f"read by {_shown(reader)}"
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+                todo.append(reader)
     for operand in reading.term.operands().values() if likes else ():
         if not likes.isdisjoint(operand.value.ancestors()):
             detail = "a tensor that the network reads has its sizes"
             raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, operand.value.origin)
+
+
+def _outer_readers(
+    value: Value, reading: Reading, root: Value, copy: CanonicalCopy
+) -> Iterator[Value]:
+    """Readers that matter and that the op does not take the place of."""
+    for reader in value.readers:
+        if reader not in reading.computed and reader is not root and copy.is_live(reader):
+            yield reader
 
 
 def pieces_of(root: Value) -> tuple[Value, ...]:
@@ -562,24 +574,19 @@ def _site(
     per_unit = (roles.groups, roles.sub_networks, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)
 
-    def view(operand: Operand | None, dims: tuple[tuple[Axis, ...], ...], scale: float = 1.0):  # type: ignore[no-untyped-def]
-        return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
-
     sizes = {role: product(a.size for a in axes) for role, axes in _sized(roles)}
+    down_bias_dims = (roles.groups, roles.sub_networks, roles.out_width)
+    residual = term.residual
     return Site(
-        query=view(gate.query, (batch, length, heads, roles.width)),
-        gate=view(gate.weight, (*per_unit, roles.width)),
-        up=None if up is None else view(up.weight, (*per_unit, roles.width)),
-        down=view(term.down, (*per_unit, roles.out_width)),
-        routers=tuple(view(r, (batch, length, heads, roles.sub_networks)) for r in term.routers),
-        gate_bias=view(gate.bias, per_unit, gate.bias_scale),
-        up_bias=None if up is None else view(up.bias, per_unit, up.bias_scale),
-        down_bias=view(
-            term.bias, (roles.groups, roles.sub_networks, roles.out_width), term.bias_scale
-        ),
-        residual=None
-        if term.residual is None
-        else view(term.residual.operand, output_dims, term.residual.scale),
+        query=_view(gate.query, (batch, length, heads, roles.width)),
+        gate=_view(gate.weight, (*per_unit, roles.width)),
+        up=None if up is None else _view(up.weight, (*per_unit, roles.width)),
+        down=_view(term.down, (*per_unit, roles.out_width)),
+        routers=tuple(_view(r, (batch, length, heads, roles.sub_networks)) for r in term.routers),
+        gate_bias=_view(gate.bias, per_unit, gate.bias_scale),
+        up_bias=None if up is None else _view(up.bias, per_unit, up.bias_scale),
+        down_bias=_view(term.bias, down_bias_dims, term.bias_scale),
+        residual=None if residual is None else _view(residual.operand, output_dims, residual.scale),
         activation=term.activation,
         gate_scale=gate.scale,
         up_scale=1.0 if up is None else up.scale,
@@ -600,6 +607,22 @@ def _site(
         location=locate(term.value.origin),
         replaces=reading.computed,
     )
+
+
+_Dims = tuple[tuple[Axis, ...], ...]
+
+
+@overload
+def _view(operand: Operand, dims: _Dims, scale: float = 1.0) -> TensorView: ...
+
+
+@overload
+def _view(operand: None, dims: _Dims, scale: float = 1.0) -> None: ...
+
+
+def _view(operand: Operand | None, dims: _Dims, scale: float = 1.0) -> TensorView | None:
+    """An operand with these dimensions, each made of the axes that it counts."""
+    return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
 
 
 def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:

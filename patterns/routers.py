@@ -12,6 +12,7 @@ something is in the way the router stays as it was written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -82,8 +83,9 @@ def _read(
         if query is None or weight is None:
             return None
         if query.value.dtype in _NARROW and not query.value.is_parameter:
-            between = {root, value, *crossed}
-            return _proved(contraction, query, weight, root, index, between, site, copy)
+            between = frozenset({root, value, *crossed})
+            product = _Product(contraction, query, weight, root, node, index, between)
+            return _proved(product, site, copy)
     return None
 
 
@@ -119,65 +121,109 @@ def _narrow(
         value, index = step
 
 
-def _proved(
-    contraction: Contraction,
-    query: Operand,
-    weight: Operand,
-    root: Value,
-    index: Index,
-    between: set[Value],
-    site: Site,
-    copy: CanonicalCopy,
-) -> RouterProduct | None:
-    """The product over named axes, if each of them plays one of the four roles."""
-    order = [axis for form in index for axis in form.axes()]
-    width = set(leaves(contraction.summed))
-    of_query, of_weight = axes_of(query.index), axes_of(weight.index)
-    tokens = tuple(a for a in order if a in of_query and a not in of_weight)
-    heads = tuple(a for a in order if a in of_query and a in of_weight)
-    sub_networks = tuple(a for a in order if a not in of_query and a in of_weight)
-    named = real((*tokens, *heads, *sub_networks))
-    if (
-        not real(width) <= of_query & of_weight
-        or real(order) != named
-        or not real(of_query | of_weight) <= named | width
-        or not (tokens or site.query.shape[:2] == (1, 1))
-        or not all(isinstance(axis.size, int) for axis in (*width, *heads, *sub_networks))
-        or root.memory_order() is None
-    ):
-        return None
-    if weight.value is query.value or depends_on(weight.value, query.value):
-        return None  # both are tokens
-    if len({value.requires_grad_mode for value in between}) > 1:
-        return None
-    # The backward pass of eager reads the copy, and a hook on it sees its gradient.
-    if root.requires_grad_mode and any(
-        copy.is_overwritten(value) for value in {query.value, weight.value, *between}
-    ):
-        return None
-    bias = contraction.bias
-    node = copy.made_by(root)
-    assert node is not None
-    if bias is not None and copy.holder_at(bias.value, copy.positions[node]) is None:
-        return None
-    try:
-        check_memory([query, weight, *([bias] if bias else [])], root, copy)
-    except Declined:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A product in float32 that a router is computed from, before anything is proved of it."""
 
-    batch, length = two_token_dims(tokens, query.index, index)
-    heads = in_reading_order(heads, query.index)
-    inner = in_reading_order(tuple(width), query.index)
-    output_dims = tuple(form.axes() for form in index)
+    contraction: Contraction
+    query: Operand  # before it was widened
+    weight: Operand
+    root: Value  # the value that the router reads
+    node: fx.Node  # which makes it
+    index: Index  # of the root
+    between: frozenset[Value]  # what the product computes or reads on its way to query and weight
+
+    @property
+    def operands(self) -> list[Operand]:
+        bias = self.contraction.bias
+        return [self.query, self.weight, *([] if bias is None else [bias])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """The axes of a router's product by what they count, outermost first."""
+
+    tokens: tuple[Axis, ...]
+    heads: tuple[Axis, ...]
+    sub_networks: tuple[Axis, ...]
+    width: tuple[Axis, ...]  # summed
+
+    @classmethod
+    def of(cls, product: _Product) -> _Roles:
+        """By where an axis occurs: in the query, in the weight, or in both."""
+        order = [axis for form in product.index for axis in form.axes()]
+        of_query, of_weight = axes_of(product.query.index), axes_of(product.weight.index)
+        return cls(
+            tokens=tuple(a for a in order if a in of_query and a not in of_weight),
+            heads=tuple(a for a in order if a in of_query and a in of_weight),
+            sub_networks=tuple(a for a in order if a not in of_query and a in of_weight),
+            width=leaves(product.contraction.summed),
+        )
+
+    def are_complete(self, product: _Product) -> bool:
+        """Whether every axis has one of the roles, and the result moves along all but the sum."""
+        order = [axis for form in product.index for axis in form.axes()]
+        of_query, of_weight = axes_of(product.query.index), axes_of(product.weight.index)
+        named = real((*self.tokens, *self.heads, *self.sub_networks))
+        return (
+            real(self.width) <= of_query & of_weight
+            and real(order) == named
+            and real(of_query | of_weight) <= named | set(self.width)
+        )
+
+    def are_static(self) -> bool:
+        """Whether all sizes but the number of tokens are known."""
+        axes = (*self.width, *self.heads, *self.sub_networks)
+        return all(isinstance(axis.size, int) for axis in axes)
+
+
+def _proved(product: _Product, site: Site, copy: CanonicalCopy) -> RouterProduct | None:
+    """The product over named axes, if it is one that the op can compute in its place."""
+    roles = _Roles.of(product)
+    if not roles.are_complete(product) or not roles.are_static():
+        return None
+    if not roles.tokens and site.query.shape[:2] != (1, 1):
+        return None
+    if not _can_move(product, copy):
+        return None
+    query, weight, bias = product.query, product.weight, product.contraction.bias
+    batch, length = two_token_dims(roles.tokens, query.index, product.index)
+    heads = in_reading_order(roles.heads, query.index)
+    inner = in_reading_order(roles.width, query.index)
+    output_dims = tuple(form.axes() for form in product.index)
     return RouterProduct(
         query=TensorView(query.value, query.index, (batch, length, heads, inner)),
-        weight=TensorView(weight.value, weight.index, (heads, inner, sub_networks)),
+        weight=TensorView(weight.value, weight.index, (heads, inner, roles.sub_networks)),
         bias=None if bias is None else TensorView(bias.value, bias.index, output_dims),
-        output=root,
-        output_node=node,
+        output=product.root,
+        output_node=product.node,
         output_dims=output_dims,
-        placed=_is_placed(root, site, copy),
+        placed=_is_placed(product.root, site, copy),
     )
+
+
+def _can_move(product: _Product, copy: CanonicalCopy) -> bool:
+    """Whether nothing reads or writes what the product would no longer compute."""
+    query, weight, root = product.query.value, product.weight.value, product.root
+    if weight is query or depends_on(weight, query):
+        return False  # both are tokens
+    if root.memory_order() is None:
+        return False
+    if len({value.requires_grad_mode for value in product.between}) > 1:
+        return False
+    # The backward pass of eager reads the copy, and a hook on it sees its gradient.
+    if root.requires_grad_mode and any(
+        copy.is_overwritten(value) for value in {query, weight, *product.between}
+    ):
+        return False
+    bias = product.contraction.bias
+    if bias is not None and copy.holder_at(bias.value, copy.positions[product.node]) is None:
+        return False
+    try:
+        check_memory(product.operands, root, copy)
+    except Declined:
+        return False
+    return True
 
 
 def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
