@@ -59,7 +59,7 @@ def trial_run(workload: Workload) -> None:
     """Run the op once on the workload's device, so that a kernel that cannot run shows here.
 
     Compiles the kernels that the workload will use. On the CPU there is nothing to try: what cannot
-    be compiled has PyTorch's operations behind it.
+    be compiled has PyTorch's operations to replace it.
 
     Raises:
         Exception: whatever the compiler or the launch raised.

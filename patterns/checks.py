@@ -368,7 +368,7 @@ def check_gradients(reading: Reading) -> None:
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
     """Nothing outside reads what would no longer be computed, and is no part of the result.
 
-    To be asked for its sizes is no harm, if what is made of them goes away, too: zeros to add to.
+    A reader of its sizes alone does no harm, if what it makes goes away, too: zeros to add to.
     """
     parts = {root, *pieces_of(root)}
     likes: set[Value] = set()
@@ -403,12 +403,12 @@ def _outer_readers(
 
 
 def pieces_of(root: Value) -> tuple[Value, ...]:
-    """The outputs of single heads, where the output puts them beside each other."""
+    """The outputs of single heads, where the output merges them."""
     return tuple(dict.fromkeys(root.args[0])) if root.op in MERGES else ()
 
 
 def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
-    """Whether a head's output has readers beside what merges the heads."""
+    """Whether a head's output has readers other than what merges the heads."""
     others = any(reader is not root and copy.is_live(reader) for reader in piece.readers)
     return others or piece in copy.escaping
 
@@ -458,7 +458,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
 
 
 def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
-    """What writes the value into an input copies it there, behind the place of the op."""
+    """What writes the value into an input copies it there, after the op."""
     for writer, values in copy.written_outside.items():
         if value in values and not (
             copy.positions[writer] > copy.positions[op] and value in copy.reads[writer].values()

@@ -17,7 +17,7 @@ import torch
 from .axes import Affine, Axis, Index, axis_form, quotient, through_reshape
 from .canonical import OPAQUE, Value
 from .parts import is_number
-from .views import behind_views, broadcast
+from .views import broadcast, through_views
 
 aten = torch.ops.aten
 
@@ -168,7 +168,7 @@ def _sum_of_product(value: Value, index: Index) -> Contraction | None:
     """``(left * right).sum(dims)``."""
     inner, summed = summed_index(value, index)
     crossed: set[Value] = set()
-    product, at = behind_views(value.source, inner, crossed)
+    product, at = through_views(value.source, inner, crossed)
     if product.op is not aten.mul.Tensor or len(product.operands) != 2:
         return None
     left, right = product.args

@@ -33,7 +33,7 @@ from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
 from .rolling import join_pieces, join_sum
 from .terms import Residual, Term, adds_tokens, scaled, summed, with_bias, without_residual
-from .views import MERGES, behind_views, broadcast, is_view, piece_index, through_view
+from .views import MERGES, broadcast, is_view, piece_index, through_view, through_views
 
 aten = torch.ops.aten
 
@@ -101,7 +101,7 @@ class _Reader:
     in_loop: bool = False  # whether one piece of an unrolled loop is read
 
     def leaf(self, value: Value, index: Index) -> Operand:
-        return Operand(*behind_views(value, index, self.crossed, self.outputs))
+        return Operand(*through_views(value, index, self.crossed, self.outputs))
 
     def output(self, value: Value, index: Index) -> Term:
         """The value as a term, read at an index.
@@ -162,7 +162,7 @@ class _Reader:
         if contraction is None or contraction.bias is None:
             return None
         bias = contraction.bias
-        source, at = behind_views(bias.value, bias.index, stops=self.outputs)
+        source, at = through_views(bias.value, bias.index, stops=self.outputs)
         whole = is_zero(source) or source in self.outside
         if not whole and not source.is_parameter and len(bias.value.shape) == len(value.shape):
             whole = real_axes(index) <= real_axes(at)  # of one token a bias does, too
@@ -278,7 +278,7 @@ class _Reader:
         sides = (contraction.left, contraction.right), (contraction.right, contraction.left)
         reasons: list[Declined] = []
         for hidden, weight in sides:
-            if behind_views(weight.value, weight.index)[0] in self.outside:
+            if through_views(weight.value, weight.index)[0] in self.outside:
                 continue
             try:
                 return self._down(contraction, hidden, weight)
@@ -342,7 +342,7 @@ class _Reader:
         """
         factors: list[Operand] = []
         while True:
-            value, index = behind_views(weight.value, weight.index, self.crossed, self.outputs)
+            value, index = through_views(weight.value, weight.index, self.crossed, self.outputs)
             outer = as_contraction(value, index)
             if value.op is aten.mul.Tensor and len(value.operands) == 2:
                 left, right = (Operand(v, broadcast(index, v.shape)) for v in value.args)

@@ -22,7 +22,7 @@ from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, times
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
 from .reasons import Declined, Kind
 from .terms import Projection
-from .views import MERGES, behind_views, broadcast, piece_index
+from .views import MERGES, broadcast, piece_index, through_views
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ class HiddenReader:
             Declined: an operation in it is not known.
         """
         check_bounds(value, index)
-        value, index = behind_views(value, index, self.crossed)
+        value, index = through_views(value, index, self.crossed)
         for known_index, expression in self.known.get(value, ()):
             if same_index(known_index, index):
                 return expression
@@ -119,8 +119,8 @@ class HiddenReader:
         self.operands.append(Operand(value, index))
         return sympy.Symbol(f"l{len(self.operands) - 1}")
 
-    def _behind_views(self, read: Operand) -> Operand:
-        return Operand(*behind_views(read.value, read.index, self.crossed, self.outputs))
+    def _through_views(self, read: Operand) -> Operand:
+        return Operand(*through_views(read.value, read.index, self.crossed, self.outputs))
 
     def leaf(self, symbol: sympy.Symbol) -> Operand:
         """The tensor that a symbol of ``expression`` stands for."""
@@ -133,8 +133,8 @@ class HiddenReader:
         hidden = frozenset(leaves(self.summed))
         query, weight = (left, right) if real_axes(right.index) & hidden else (right, left)
         return Projection(
-            query=self._behind_views(query),
-            weight=self._behind_views(weight),
+            query=self._through_views(query),
+            weight=self._through_views(weight),
             contracted=contraction.summed,
             scale=line.scale,
             bias=None if line.bias is None else self.leaf(line.bias),

@@ -149,7 +149,7 @@ def _modes_inside(node: fx.Node, place: int) -> Modes | None:
         return replace(modes, autocast=tuple(new))
     if name == "autograd_function_apply":
         # Its forward graph records no gradients. Its backward graph runs whenever, and wherever,
-        # the gradients are asked for.
+        # the gradients are computed.
         return replace(modes, grad=False) if place == 0 else None
     return modes
 

@@ -1,7 +1,7 @@
 """Parts of a tensor: what a view operation shows, and which range of which dimension that is.
 
 A buffer that is filled part by part is written through views. Two of them show the same part, parts
-beside each other, or something that is not known; only what is known is made use of.
+different parts, or something that is not known; only what is known is used.
 """
 
 from __future__ import annotations

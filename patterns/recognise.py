@@ -254,7 +254,7 @@ def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
 
 
 def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:
-    """The first that puts a value beside others."""
+    """The first that merges a value with others."""
     merges = (reader for reader in value.readers if reader.op in MERGES and copy.is_live(reader))
     return next((reader for reader in merges if len(set(reader.args[0])) > 1), None)
 

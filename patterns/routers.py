@@ -1,4 +1,4 @@
-"""Routers that read the queries in float32: the product behind a site's router, where it is one.
+"""Routers that read the queries in float32: the product before a site's router, where there is one.
 
     logits = q.float() @ weight [+ bias]        any spelling; q in 16 bits, per head or for all
     router = anything of logits: sigmoid, normalisation, softmax, top-k
@@ -27,12 +27,12 @@ from .products import MATRIX_PRODUCTS
 from .reasons import Declined
 from .rolling import in_reading_order
 from .site import RouterProduct, Site, TensorView
-from .views import behind_views, is_view, through_view
+from .views import is_view, through_view, through_views
 
 aten = torch.ops.aten
 
 _NARROW = (torch.bfloat16, torch.float16)
-_MOST_VISITED = 64  # values behind a site's routers
+_MOST_VISITED = 64  # values that a site's routers are computed from
 _MOST_PRODUCTS = 2  # of one site: a loop over heads or sub-networks would become as many calls
 _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default})
 
@@ -40,7 +40,7 @@ _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default}
 def find_router_products(sites: Sequence[Site], copy: CanonicalCopy) -> list[list[RouterProduct]]:
     """For each site, the products of widened queries that its router is computed from.
 
-    ``sites`` are all that are rewritten: nothing is looked for in them or behind their outputs.
+    ``sites`` are all that are rewritten: nothing is looked for in them or above their outputs.
     """
     others = frozenset(value for one in sites for value in (one.output, *one.pieces, *one.replaces))
     return [_products_of(site, others, copy) for site in sites]
@@ -64,13 +64,13 @@ def _products_of(site: Site, others: frozenset[Value], copy: CanonicalCopy) -> l
 def _read(
     root: Value, site: Site, others: frozenset[Value], copy: CanonicalCopy
 ) -> RouterProduct | None:
-    """The product that a value is, behind views."""
+    """The product that a value is a view of."""
     node = copy.made_by(root)
     if root.dtype is not torch.float32 or node is None:
         return None
     index = tuple(axis_form(Axis(size)) for size in root.shape)
     crossed: set[Value] = set()
-    value, at = behind_views(root, index, crossed, others)
+    value, at = through_views(root, index, crossed, others)
     contraction = as_contraction(value, at) if value.op in MATRIX_PRODUCTS else None
     if contraction is None or (contraction.scale, contraction.bias_scale) != (1.0, 1.0):
         return None
@@ -96,12 +96,12 @@ def _narrow(
     others: frozenset[Value],
     copy: CanonicalCopy,
 ) -> Operand | None:
-    """What an operand was before it was widened; itself, behind views, if it was not.
+    """What an operand was before it was widened; itself, through views, if it was not.
 
     As far back as a node still holds it where ``node`` is, so that nothing is computed again.
     """
     views: set[Value] = set()
-    value, index = behind_views(operand.value, operand.index, views, others)
+    value, index = through_views(operand.value, operand.index, views, others)
     if is_cast(value) and value.dtype is torch.float32 and value.source.dtype in _NARROW:
         crossed |= views | {value}
         value = value.source
@@ -229,7 +229,7 @@ def _can_move(product: _Product, copy: CanonicalCopy) -> bool:
 def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
     """Whether the place of a value in memory is seen, or handed on, outside of the site.
 
-    Asked of the nodes that read it, since not every node leaves an operation behind: one that
+    Asked of the nodes that read it, since not every node leaves an operation in the copy. One that
     computes each element from those at the same place hands the place on, and a sum does so for
     what is left. All others see it, unless they go away with the site.
     """

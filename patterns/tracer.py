@@ -38,7 +38,7 @@ from .repeats import Program, autocast_dtype, key_of, map_tensors, program, tens
 #: functions and methods that change a tensor where no operation shows it
 _UNSEEN = frozenset({"detach_", "requires_grad_"})
 
-#: what a function does to its argument besides returning it: nobody has to read the result
+#: what a function does to its argument apart from returning it: the result may have no reader
 _MARKS = frozenset({"_set_tensor_requires_grad"})
 
 #: operators that change their first argument
@@ -237,7 +237,7 @@ class _Tracer(fx.Interpreter):
         results = map_tensors(lambda x: self._new(x, OPAQUE, values), _known_result(node))
         known = tensors_in(results)
         if writes or _is_unfollowed(results) or not known:
-            self._copy.escaping.update(values)  # whoever reads on is not seen
+            self._copy.escaping.update(values)  # their other readers are not seen
         why = next(iter(_unfollowed(arguments)), "")
         for tensor in known:
             value = self._memory.read(tensor)

@@ -1,7 +1,7 @@
 """Tests marked `gpu` are skipped where there is no CUDA device, unless one is required.
 
 The folders of models and the benchmarks are made importable, as the packages `corpus`, `models` and
-`benchmarks`. Not through `sys.path`: beside them lie folders that have the name of the product.
+`benchmarks`. Not through `sys.path`: next to them lie folders that have the name of the product.
 """
 
 import importlib.util

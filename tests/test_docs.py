@@ -113,7 +113,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_on_the_site(site: Path):
-    """Beside the pages of the folder, those that lie above it."""
+    """In addition to the pages of the folder, those that lie above it."""
     pages = {path.stem for path in PAGES} | {"contributing", "changelog"}
     assert {path.stem for path in site.glob("*.html")} == pages | {"404"}
     assert not list(site.rglob("*.py"))

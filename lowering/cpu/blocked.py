@@ -3,7 +3,7 @@
 The hidden activations of a block live in a few scratch buffers that every block reuses, so the
 memory of a call does not grow with tokens times hidden units. A block covers some weight groups
 (the batch of the matrix products), one of the heads that share each group, some tokens, and some
-hidden units; the units of whole sub-networks stand side by side, so that one product covers them.
+hidden units; the units of whole sub-networks are adjacent, so that one product covers them.
 Half precision is computed in float32.
 """
 

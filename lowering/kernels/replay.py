@@ -83,7 +83,7 @@ def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], N
 def recorded(run: Callable[[], object]) -> Callable[[], None]:
     """Call `run`, and return what launches the same on the same tensors, almost without the host.
 
-    For timing alone: it keeps the tensors, and what `run` did besides launching is not done again.
+    For timing alone: it keeps the tensors, and repeats nothing of `run` but the launches.
     """
     launches: list[tuple[Any, int, list[Any]]] = []
     _thread.launches = launches
@@ -100,7 +100,7 @@ def recorded(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def forget_repeats() -> None:
-    """Make the next calls choose their kernels anew."""
+    """Make the next calls choose their kernels again."""
     _repeats.clear()
 
 

@@ -42,7 +42,7 @@ class Split(NamedTuple):
         return self.whole + (tiles - self.whole) * self.parts
 
     def workspace(self, tiles: int, tokens: int, like: Tensor) -> Tensor | None:
-        """Room for the partial sums of tiles of `tokens` tokens; None where nothing is cut."""
+        """A buffer for the partial sums of tiles of `tokens` tokens; None where nothing is cut."""
         cut = self.pieces(tiles) - self.whole
         if cut == 0:
             return None
@@ -59,7 +59,7 @@ def split_last_round(tiles: int, iterations: int, programs: int) -> Split:
 def share_of_sum(parts: int, tokens: int, head_dim: int, length: int) -> tuple[int, int]:
     """The parts that a program of the second kernel loads at once, and of how many elements.
 
-    They are so many elements of a tile [tokens, head_dim] as lie side by side, whatever its width.
+    They are that many adjacent elements of a tile [tokens, head_dim], whatever its width.
     What a tile holds beyond the `length` of a sequence, which may be one token, is not read.
     """
     together = min(_MOST_TOGETHER, triton.next_power_of_2(parts))

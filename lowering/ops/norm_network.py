@@ -1,4 +1,4 @@
-"""A norm, a router and the network behind them, by one op over the queries' memory.
+"""A norm, a router and the network after them, by one op over the queries' memory.
 
 In inference `norm_and_route` (norm_router.py) overwrites the queries, and the op after it reads
 them again with the weights that it returned, and overwrites them once more. This op stands for both
@@ -74,7 +74,7 @@ def trial_run(
     Args:
         heads: of the queries.
         tensors: like the op's, from ``norm_weight`` on.
-        constants: what the op takes behind them.
+        constants: what the op takes after them.
         device: where.
 
     Raises:

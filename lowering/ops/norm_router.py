@@ -37,7 +37,7 @@ def trial_run(
 ) -> None:
     """Compile and run the kernel once; nothing on the CPU.
 
-    The two weights are given by dtype and shape, and ``constants`` are what the op takes behind
+    The two weights are given by dtype and shape, and ``constants`` are what the op takes after
     them, up to ``r_dtype``.
 
     Raises:

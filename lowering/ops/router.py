@@ -29,7 +29,7 @@ __all__ = ["add_gradients_on_cpu", "check_product", "product_on_cpu", "router_pr
 _PLAIN = "q.float() @ weight"
 _NARROW = (torch.bfloat16, torch.float16)
 _WEIGHTS = (torch.float32, *_NARROW)
-_MOST_SUB_NETWORKS = 32  # whose logits the kernels hold beside a head's width
+_MOST_SUB_NETWORKS = 32  # whose logits the kernels hold together with a head's width
 _MOST_HEAD_DIM = 256
 _TOKENS = 4096  # that are widened at once on the CPU
 
@@ -92,7 +92,7 @@ def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = N
     if q.dim() != 4 or weight.dim() != 3 or q.shape[3] != weight.shape[1]:
         raise ArgumentError(
             f"weight has shape {tuple(weight.shape)}, must have shape (G, d, E) "
-            f"beside a q of shape (B, L, H, d), which is {tuple(q.shape)}"
+            f"for a q of shape (B, L, H, d), which is {tuple(q.shape)}"
         )
     if weight.shape[0] == 0 or q.shape[2] % weight.shape[0]:
         raise ArgumentError(

@@ -102,7 +102,7 @@ def fuse_norm_router(graph: fx.Graph) -> list[Fusion]:
     """Let one op normalise queries and compute the weights of their router."""
     outcomes = []
     for product in [node for node in graph.nodes if is_call_of(node, "router_product")]:
-        memory = Memory(graph)  # anew: what one site makes, the next may read
+        memory = Memory(graph)  # again: what one site makes, the next may read
         try:
             site = _read(product, memory)
             _check_kernel(site)

@@ -19,7 +19,7 @@ The kernel is persistent, one program to a multiprocessor, so that the producer 
 tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
 the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
 
-R is asked for before the products of the tile that it weights, since some of its loads miss the
+R is loaded before the products of the tile that it weights, since some of its loads miss the
 cache. Where the op is to normalise and route the queries as well, each consumer does so with its
 own and finds R in shared memory (routing.py).
 
@@ -462,7 +462,7 @@ def _queries(tiles, first: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.constexpr):
-    """Issue Q's product with a slot's K and U tiles, side by side: [64, PAIR * BF]."""
+    """Issue Q's product with a slot's K and U tiles as one instruction: [64, PAIR * BF]."""
     BLOCKS: gl.constexpr = C.BLOCKS
     ROWS: gl.constexpr = C.PAIR * C.BF
     if C.K_LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's

@@ -72,7 +72,7 @@ def routing_operands(router: NormedRouter | None) -> dict[str, Operand]:
 
 @gluon.jit
 def router_tiles(C: gl.constexpr):
-    """Room for R of all consumers, the tokens side by side: [CONSUMERS * 32, 64]."""
+    """Shared memory for R of all consumers, tokens contiguous: [CONSUMERS * 32, 64]."""
     BY_TOKENS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     return gl.allocate_shared_memory(C.ROUTING.dtype, [C.CONSUMERS * _ROWS, 64], BY_TOKENS)
 

@@ -31,7 +31,7 @@ from .router import (
 )
 
 _TOKENS = 64  # of a tile
-_PROGRAMS = 4  # on each multiprocessor: as many as have room for their registers
+_PROGRAMS = 4  # on each multiprocessor: as many as the registers allow
 
 
 def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
@@ -44,7 +44,7 @@ def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
 
 
 def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
-    """The same, with the launch described anew."""
+    """The same, with the launch described again."""
     norm_weight, weight, formula = router
     axes = token_axes(q, r)
     constants = product_constants(q, weight)

@@ -3,7 +3,7 @@
 Matrix units multiply float32 only after cutting it to TF32. Here every float32 operand is instead
 written as a sum of bfloat16 numbers, whose products are exact and are added in float32: 16 bits of
 query need one such number (bfloat16) or two (float16), a float32 weight three. That is as exact as
-float32 and still nothing beside reading the queries, which is all the time these kernels take.
+float32, and still costs nothing: reading the queries is all the time that these kernels take.
 
 With G = dLogits, dQ = G W^T is rounded to the queries' dtype, so the leading parts of G and W are
 enough for it. One kernel computes dQ and dW, to read the queries once: each program walks a share
