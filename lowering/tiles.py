@@ -82,6 +82,7 @@ class HopperForwardTile:
 
     @property
     def tokens(self) -> int:
+        """Tokens in a tile."""
         return 64 * self.consumers
 
 

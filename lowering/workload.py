@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import device_objection
 from .device import capability, interpreted
+from .ops.common import trial
 from .problem import Problem
 from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes
 
@@ -64,22 +65,21 @@ def trial_run(workload: Workload) -> None:
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if workload.device.type == "cpu":
-        return
     tokens = min(workload.sizes.tokens or TRIAL_TOKENS, TRIAL_TOKENS)
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=workload.device)
         return tensor.requires_grad_(workload.training)
 
-    with torch.set_grad_enabled(workload.training), torch.autocast("cuda", enabled=False):
+    def run() -> None:
         problem = _problem(workload, tokens, zeros)
         out = torch.ops.mhf_compiler.multi_head_ffn(*problem, None, workload.out_dtype)
         if workload.training:
             # Dense, as a model's gradient is: that of a sum is one number expanded to the shape,
             # with strides of zero, over which Hopper's own backward kernels do not run.
             torch.autograd.backward(out, torch.ones_like(out))
-    torch.cuda.synchronize(workload.device)
+
+    trial(workload.device, run, training=workload.training)
 
 
 def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) -> None:

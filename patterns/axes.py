@@ -65,19 +65,24 @@ class Affine:
         return Affine(tuple(terms), self.offset)
 
     def coefficient(self, axis: Axis) -> Size:
+        """The factor of an axis; 0 if the form does not mention it."""
         return next((c for a, c in self.resolved().terms if a is axis), 0)
 
     def axes(self) -> tuple[Axis, ...]:
+        """The axes of the form, as split by now."""
         return tuple(axis for axis, _ in self.resolved().terms)
 
     def scaled(self, factor: Size) -> Affine:
+        """``factor * form``"""
         terms = tuple((axis, multiply(c, factor)) for axis, c in self.terms)
         return Affine(terms, multiply(self.offset, factor))
 
     def shifted(self, offset: Size) -> Affine:
+        """``form + offset``"""
         return Affine(self.terms, plus(self.offset, offset))
 
     def replaced(self, mapping: dict[Axis, Axis]) -> Affine:
+        """The form over other axes; those that ``mapping`` lacks stay."""
         form = self.resolved()
         return Affine(tuple((mapping.get(a, a), c) for a, c in form.terms), form.offset)
 
@@ -157,12 +162,14 @@ def same_index(a: Index, b: Index) -> bool:
 
 
 def multiply(a: Size, b: Size) -> Size:
+    """``a * b``, expanded, so that equal sizes compare equal."""
     if isinstance(a, int) and isinstance(b, int):
         return a * b
     return _tidy(sympy.expand(sympy.sympify(a) * b))
 
 
 def plus(a: Size, b: Size) -> Size:
+    """``a + b``, expanded."""
     if isinstance(a, int) and isinstance(b, int):
         return a + b
     return _tidy(sympy.expand(sympy.sympify(a) + b))
@@ -179,6 +186,7 @@ def quotient(a: Size, b: Size) -> Size | None:
 
 
 def product(sizes: Iterable[Size]) -> Size:
+    """The product of all sizes; 1 for none."""
     total: Size = 1
     for size in sizes:
         total = multiply(total, size)
@@ -210,6 +218,7 @@ def stride_order(stride: Size) -> tuple[bool, int, int]:
 
 
 def contiguous_strides(shape: Sequence[Size]) -> list[Size]:
+    """The strides of a contiguous tensor of this shape, in elements."""
     strides: list[Size] = []
     stride: Size = 1
     for size in reversed(shape):

@@ -63,6 +63,7 @@ class Value:
 
     @property
     def source(self) -> Value:
+        """The first argument: what a view shows, a cast reads, a scatter changes."""
         source = self.args[0]
         assert isinstance(source, Value)
         return source

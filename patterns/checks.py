@@ -125,6 +125,14 @@ def _uncast(value: Value) -> Value:
 
 
 def assign_roles(term: Term, root: Index) -> Roles:
+    """Name each axis of a term by where it occurs.
+
+    In the query and not in the weights it counts tokens; in both, heads; summed and in the router,
+    sub-networks; summed otherwise, hidden units.
+
+    Raises:
+        Declined: an axis occurs where none of its role may.
+    """
     gate, up, down = term.gate, term.up, term.down
     width = leaves(gate.contracted)
     summed = leaves(term.hidden) + leaves(term.sub_networks)
@@ -283,12 +291,14 @@ def check_biases(term: Term, roles: Roles) -> None:
 
 
 def check_widths(roles: Roles) -> None:
+    """The output of a head is as wide as its input."""
     inner, outer = (product(a.size for a in axes) for axes in (roles.width, roles.out_width))
     if inner != outer:
         raise Declined(Kind.UNEQUAL_WIDTHS, f"{inner} in, {outer} out")
 
 
 def check_multi_head(roles: Roles) -> None:
+    """There is more than one head or sub-network."""
     many = (*roles.groups, *roles.sharers, *roles.sub_networks)
     if product(axis.size for axis in many) == 1:
         raise Declined(Kind.PLAIN_FFN)

@@ -51,6 +51,7 @@ class Contraction:
 
 
 def as_contraction(value: Value, index: Index) -> Contraction | None:
+    """The value, read at an index, as a sum of products; None if it is none."""
     rule = _RULES.get(value.op)
     return None if rule is None else rule(value, index)
 

@@ -45,6 +45,7 @@ class Line:
     bias_scale: float
 
     def times(self, factor: float) -> Line:
+        """``factor * line``"""
         return replace(self, scale=factor * self.scale, bias_scale=factor * self.bias_scale)
 
 

@@ -41,6 +41,7 @@ class Modes:
 
     @classmethod
     def now(cls) -> Modes:
+        """Those in force at the moment."""
         autocast = tuple(map(autocast_dtype, _DEVICES))
         return cls(torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled())
 
@@ -87,6 +88,7 @@ class Switches:
         torch.set_grad_enabled(self._grad)
 
     def run(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        """Run a node that ``switches_modes``, and remember the region that it opens or closes."""
         name = _name(node)
         result = node.target(*args)  # type: ignore[operator]
         if name.startswith("_enter"):
@@ -97,6 +99,7 @@ class Switches:
 
 
 def switches_modes(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a region of autocast, gradients or a transform."""
     return node.op == "call_function" and _name(node) in _SWITCHES
 
 

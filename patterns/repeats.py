@@ -39,6 +39,7 @@ class Like:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Like:
+        """A stand-in for a tensor of static sizes."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
 
 
@@ -166,6 +167,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def tensors_in(tree: Any) -> list[Any]:
+    """The tensors and stand-ins in nested arguments, in order."""
     if isinstance(tree, (torch.Tensor, Like)):
         return [tree]
     if isinstance(tree, Mapping):
@@ -176,6 +178,7 @@ def tensors_in(tree: Any) -> list[Any]:
 
 
 def map_tensors(function: Any, tree: Any) -> Any:
+    """The same nested arguments with ``function`` applied to each tensor and stand-in."""
     if isinstance(tree, (torch.Tensor, Like)):
         return function(tree)
     if isinstance(tree, dict):

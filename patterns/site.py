@@ -31,6 +31,7 @@ class TensorView:
 
     @property
     def shape(self) -> tuple[Size, ...]:
+        """The shape of the argument."""
         return tuple(product(axis.size for axis in dim) for dim in self.dims)
 
 
@@ -104,6 +105,7 @@ class Site:
 
     @property
     def gated(self) -> bool:
+        """Whether there is an up projection."""
         return self.up is not None
 
     @property

@@ -50,6 +50,7 @@ def through_view(value: Value, index: Index) -> tuple[Value, Index] | None:
 
 
 def is_view(value: Value) -> bool:
+    """Whether the operation only moves elements, by ``through_view``."""
     return value.op in _RULES
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "refuse_forward_mode",
     "register",
     "registered",
+    "trial",
     "with_strides_of",
 ]
 
@@ -55,6 +56,27 @@ def register(
     torch.library.register_fake(qualified, on(None))
     registered[name] = schema
     return qualified
+
+
+def trial(device: torch.device, run: Callable[[], Any], *, training: bool = False) -> None:
+    """Run something once on a GPU, so that a kernel that cannot run shows here.
+
+    Autocast is off, since it would change dtypes that are given. On the CPU there is nothing to
+    try: PyTorch's operations replace what cannot be compiled.
+
+    Args:
+        device: where ``run`` launches kernels.
+        run: what to try.
+        training: whether gradients are recorded.
+
+    Raises:
+        Exception: whatever the compiler or the launch raised.
+    """
+    if device.type == "cpu":
+        return
+    with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
+        run()
+    torch.cuda.synchronize(device)
 
 
 def kernels(path: str) -> Callable[..., Any]:

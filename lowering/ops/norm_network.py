@@ -21,7 +21,7 @@ from ..arguments import ArgumentError, check_arguments, check_device
 from ..device import capability, interpreted
 from ..problem import Formula, NormedRouter, Problem
 from ..tiles import TRIAL_TOKENS, Sizes, specialised
-from .common import kernels, overwrite, register
+from .common import kernels, overwrite, register, trial
 from .norm_router import check_normed_router, norm_and_route_on_cpu
 
 __all__ = ["Like", "may_pay", "trial_run"]
@@ -80,15 +80,15 @@ def trial_run(
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if device.type == "cpu":
-        return
-    given = [None if like is None else like.zeros(device) for like in tensors]
-    k = given[2]
-    assert k is not None
-    q = k.new_zeros(1, TRIAL_TOKENS, heads, k.shape[3])
-    with torch.no_grad():
+
+    def run() -> None:
+        given = [None if like is None else like.zeros(device) for like in tensors]
+        k = given[2]
+        assert k is not None
+        q = k.new_zeros(1, TRIAL_TOKENS, heads, k.shape[3])
         torch.ops.mhf_compiler.normed_multi_head_ffn_over_query(q, *given, *constants)
-    torch.cuda.synchronize(device)
+
+    trial(device, run)
 
 
 def _normed_forward(

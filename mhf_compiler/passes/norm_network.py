@@ -3,8 +3,9 @@
 The last pass over Inductor's graph. After the other two, a network may appear there as two calls
 that write to the same memory:
 
-    r, q = norm_and_route(query, ..)              from norm_router.py
-    out  = multi_head_ffn_over_query(q, .., r)    from overwrite.py
+    before   r, q = norm_and_route(query, ..)              from norm_router.py
+             out  = multi_head_ffn_over_query(q, .., r)    from overwrite.py
+    after    out  = normed_multi_head_ffn_over_query(query, ..)
 
 If nothing else reads q and r, and the machine has a kernel that does all of it, one call of
 ``normed_multi_head_ffn_over_query`` replaces the two: then the queries are read and written once,
