@@ -46,7 +46,7 @@ def check_arguments(
     out_order: Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise :class:`ArgumentError` unless the arguments fit together, on whatever device.
+    """Raise :class:`ArgumentError` unless the arguments fit together, on any device.
 
     Under autocast the tensors are judged by the dtype that autocast gives them.
     """

@@ -85,8 +85,8 @@ def trial_run(workload: Workload) -> None:
 def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) -> None:
     """Choose the tiles that the workload will use by timing them, unless that was done before.
 
-    What was found is kept in `folder`, and `say` is told what is being timed. Whatever fails, the
-    shipped tiles remain.
+    The results are kept in `folder`, and `say` receives a line about what is being timed. If
+    anything fails, the shipped tiles remain.
     """
     if workload.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return

@@ -8,13 +8,13 @@ The files in the order of thought:
                    repeats: nodes that do the same; modes: autocast and gradients
     axes, views    which element of which tensor a value reads
     products       what a matrix product is
-    contractions   sums of products, whatever spells them
+    contractions   sums of products in any spelling
     meaning        what a tree of pointwise operations computes
     rolling        unrolled loops become axes
     grammar        a value read as the output of an MH-FFN
     checks         the proof that it is one; reasons: why it is not
     routers        what computes a site's router from widened queries
-    recognise      the front door; site: what goes through it
+    recognise      the entry point; site: what it returns
 """
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient

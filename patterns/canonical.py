@@ -117,7 +117,7 @@ class Storage:
 
     @property
     def is_outside(self) -> bool:
-        """Whether somebody sees it who is not seen here."""
+        """Whether code or tensors outside of the copy can observe it."""
         return self.is_input or len(self.same) > 1
 
 

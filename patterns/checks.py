@@ -1,4 +1,4 @@
-"""From a term to a site: every check that can say no, one function each.
+"""From a term to a site: one function for each check that can decline.
 
 ``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet:
 the axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op
@@ -194,7 +194,7 @@ def _inside_tokens(
 ) -> set[Axis]:
     """Those of the tokens' axes, nested in the dimension of the heads, that are heads themselves.
 
-    Tokens that were dispatched lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
+    Dispatched tokens lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
     they would be E * C of one token each, and every one would load its weights again. So such an
     axis counts tokens unless something else needs it as a head: a result or a router that keeps it
     within its features, or tokens that take both of the op's dimensions without it.
@@ -406,7 +406,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
 def _outer_readers(
     value: Value, reading: Reading, root: Value, copy: CanonicalCopy
 ) -> Iterator[Value]:
-    """Readers that matter and that the op does not take the place of."""
+    """Live readers that the op does not replace."""
     for reader in value.readers:
         if reader not in reading.computed and reader is not root and copy.is_live(reader):
             yield reader
@@ -454,7 +454,7 @@ def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
 
 
 def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:
-    """What the op reads is still there where it will stand; nobody overwrites its result."""
+    """The op's operands are intact at its position, and no node overwrites its result."""
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
@@ -484,7 +484,7 @@ def _check_returned_alone(value: Value, copy: CanonicalCopy) -> None:
 
 
 def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
-    """What the backward pass reads again is overwritten by nobody, before or after the op.
+    """No node overwrites what the backward pass reads again, before or after the op.
 
     Where a write goes through ``.data`` or a detached alias, the gradients of eager are those of
     the new numbers, and those of the op, which saves its arguments alone, are others. A bias, which

@@ -1,4 +1,4 @@
-"""Contractions: sums of products of two tensors, whatever operator spells them.
+"""Contractions: sums of products of two tensors, spelled by any operator.
 
 ``as_contraction`` reads the matrix products of ``products.py``, convolutions one element wide among
 them, and a sum over a product as one thing: the two operands with the indices they are read at, and

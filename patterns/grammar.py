@@ -385,7 +385,7 @@ class _Sum:
     narrow: list[Residual] = field(default_factory=list)  # biases, or residuals of some heads alone
     residuals: list[Residual] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
-    inside: AbstractSet[Value] = field(init=False)  # what is looked into
+    inside: AbstractSet[Value] = field(init=False)  # values that are read, not leaves
 
     def __post_init__(self) -> None:
         self.inside = self.reader.outside - self.reader.outputs
@@ -405,7 +405,7 @@ class _Sum:
         return self._joined()
 
     def _take(self, addend: _Addend) -> list[_Addend]:
-        """Take one addend in; what it is a sum of itself is returned."""
+        """Take one addend; if it is a sum itself, return its addends."""
         reader, value, index = self.reader, addend.value, addend.index
         while value in self.inside and (step := through_view(value, index)) is not None:
             reader.crossed.add(value)
@@ -441,7 +441,7 @@ class _Sum:
         return addends
 
     def _take_product(self, sign: float, contraction: Contraction, index: Index) -> list[_Addend]:
-        """A product with an addition in it: the product is a term, what is added is looked into."""
+        """A product and an addition in one: a term and one more addend."""
         added = contraction.bias
         assert added is not None
         self.reader.computed.add(contraction.value)

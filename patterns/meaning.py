@@ -1,4 +1,4 @@
-"""Pointwise meaning: what a tree of pointwise operations computes, whatever its spelling.
+"""Pointwise meaning: what a tree of pointwise operations computes, in any spelling.
 
 A tree becomes a sympy expression over symbols: ``p0, p1`` for projections, ``l0, l1`` for every
 other tensor it reads. ``read_hidden`` then asks whether the expression is

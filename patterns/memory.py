@@ -54,7 +54,7 @@ class Memory:
     """The tensors, storages and values of a trace; writes go into the canonical copy.
 
     Attributes:
-        node: the Dynamo node at work, which every write is attributed to.
+        node: the Dynamo node that runs, which every write is attributed to.
     """
 
     def __init__(self, copy: CanonicalCopy, values: ValueNumbering) -> None:
@@ -62,7 +62,7 @@ class Memory:
         self._copy = copy
         self._values = values
         self._aliases: dict[int, Alias] = {}  # by the tensor's id
-        self._just_written: list[Storage] = []  # by the node at work
+        self._just_written: list[Storage] = []  # by the node that runs
         self._writers: dict[Value, fx.Node] = {}
         self._writes: list[tuple[fx.Node, Storage, Value]] = []
         self._shared: dict[int, list[Storage]] = {}  # by what Dynamo says they share
@@ -134,7 +134,7 @@ class Memory:
         return alias.value
 
     def opaque(self, like: Any, *read: Any) -> Value:
-        """A new value, made of tensors and values that are read in a way not looked into."""
+        """A new opaque value, made of tensors and values."""
         return self._values.unknown(OPAQUE, like, map_tensors(self.read, read))
 
     # Writing.
@@ -154,7 +154,7 @@ class Memory:
                 self._set(other, self.opaque(like_of(other.current), other.current, value))
 
     def write_unknown(self, tensor: torch.Tensor, *read: Any) -> None:
-        """Give a tensor a new value that is made of these in a way not looked into."""
+        """Give a tensor a new opaque value that is made of these."""
         self.write(tensor, self.opaque(tensor, *read))
 
     def view_in_place(self, tensor: torch.Tensor, step: ViewStep) -> None:
@@ -203,7 +203,7 @@ class Memory:
     # Between nodes.
 
     def end_node(self, result: Any, example: Any) -> None:
-        """The node at work is done.
+        """The node has run.
 
         Args:
             result: what it returned.

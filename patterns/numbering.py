@@ -21,7 +21,7 @@ class ValueNumbering:
     """Adds values to a canonical copy.
 
     Attributes:
-        node: the Dynamo node at work, the ``origin`` of every value that is new.
+        node: the Dynamo node that runs, the ``origin`` of every new value.
     """
 
     def __init__(self, copy: CanonicalCopy) -> None:

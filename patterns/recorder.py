@@ -44,11 +44,11 @@ _SWAPS = frozenset(
 
 
 class Recorder(TorchDispatchMode):
-    """Sees every ATen operation of the node at work.
+    """Sees every ATen operation of the node that runs.
 
     Attributes:
-        calls: what the node at work has run so far.
-        has_effects: whether one of these did more than compute its result.
+        calls: the operations of this node so far.
+        has_effects: whether one of them did more than compute its result.
         is_broken: whether it was the recorder itself that failed.
     """
 
@@ -87,8 +87,8 @@ class Recorder(TorchDispatchMode):
             UntraceableGraph: it changes a tensor in a way that is not followed.
         """
         schema = call.func._schema
-        unsaid = call.unsaid_writes()
-        if schema.is_mutable or unsaid or torch.Tag.nondeterministic_seeded in call.func.tags:
+        undeclared = call.undeclared_writes()
+        if schema.is_mutable or undeclared or torch.Tag.nondeterministic_seeded in call.func.tags:
             self.has_effects = True
         if torch.Tag.inplace_view in call.func.tags or call.func in _SWAPS:
             self._record_view_in_place(call)
@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
             self._record_view(call)
         else:
             self._record_pure(call)
-        for target in unsaid:
+        for target in undeclared:
             self._memory.write_unknown(target, call.args, tuple(call.kwargs.values()))
 
     def _record_pure(self, call: Call) -> None:
@@ -116,7 +116,8 @@ class Recorder(TorchDispatchMode):
         rest = map_tensors(self._memory.read, call.args[1:])
         artefact = base.made_by is self._memory.node and is_factory(source)
         if call.func is torch.ops.aten.detach.default and artefact:
-            # The factories of a fake mode return a detached view; nobody else sees what it views.
+            # The factories of a fake mode return a detached view; no other tensor sees what it
+            # views.
             self._memory.add_view(call.result, base.storage, base.chain, source)
             return
         for tensor, item in _results(call):
@@ -127,7 +128,7 @@ class Recorder(TorchDispatchMode):
                 self._memory.add_view(tensor, base.storage, chain, value, source)
 
     def _record_view_in_place(self, call: Call) -> None:
-        """A tensor becomes another view of what it is; who held it holds something else now."""
+        """A tensor becomes another view of its storage, and so do all nodes that return it."""
         target = call.args[0]
         functional = _functional_form(call.func) or _OTHERWISE_NAMED.get(call.func)
         outside = self._memory.alias(target).storage.is_outside
@@ -207,7 +208,7 @@ def _names(func: Any) -> tuple[str, str]:
 def _taken_apart(call: Call) -> list[Call]:
     """``a + value * b * c`` as a product and a sum, which have rules of their own.
 
-    But not where a product by itself would have fewer digits than the sum.
+    Only if the separate product has as many digits as the sum.
     """
     addition: Any
     weight: Any

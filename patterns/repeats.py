@@ -19,7 +19,7 @@ from mhf_compiler.compat import FakeTensor, has_symbols, storage_identity, symbo
 
 from .axes import Size
 
-_UNSAID_WRITES = frozenset(
+_UNDECLARED_WRITES = frozenset(
     {
         torch.ops.aten.native_batch_norm.default,
         torch.ops.aten.cudnn_batch_norm.default,
@@ -52,9 +52,9 @@ class Call:
     kwargs: dict[str, Any]
     result: Any
 
-    def unsaid_writes(self) -> list[Any]:
+    def undeclared_writes(self) -> list[Any]:
         """The tensors that the operation writes although its schema does not say so."""
-        if self.func not in _UNSAID_WRITES:
+        if self.func not in _UNDECLARED_WRITES:
             return []
         names = [argument.name for argument in self.func._schema.arguments]
         given = dict(zip(names, self.args, strict=False)) | self.kwargs
@@ -91,7 +91,7 @@ class Program:
 
 
 def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
-    """Equal for nodes that do the same; None for those of which that cannot be said.
+    """Equal for nodes that do the same; None if that is not known.
 
     An operation of PyTorch decomposes by its constants, by what its tensors look like and which of
     them are one tensor, and by the modes it runs under; never by the numbers in them.
@@ -125,7 +125,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
         return None
     for call in calls:
         seeded = torch.Tag.nondeterministic_seeded in call.func.tags
-        if seeded or call.func._schema.is_mutable or call.unsaid_writes():
+        if seeded or call.func._schema.is_mutable or call.undeclared_writes():
             return None
         if any(id(x) not in known for x in tensors_in((call.args, call.kwargs))):
             return None  # a constant, whose number matters

@@ -3,10 +3,10 @@
     logits = q.float() @ weight [+ bias]        any spelling; q in 16 bits, per head or for all
     router = anything of logits: sigmoid, normalisation, softmax, top-k
 
-The product stays a product, only the copy of the queries in float32 is not needed, so nothing has
-to be known of the numbers between it and the router. What has to be known is that nobody hangs on
-to the copy, and, before its result may lie elsewhere in memory, that nobody sees where. Where
-something is in the way the router stays as it was written.
+The product stays a product, and only the float32 copy of the queries goes, so the operations
+between product and router need no proof. Two things do: nothing else reads or writes the copy; and,
+before the layout of the result may change, nothing observes that layout. Otherwise the router stays
+as it was written.
 """
 
 from __future__ import annotations
@@ -227,11 +227,11 @@ def _can_move(product: _Product, copy: CanonicalCopy) -> bool:
 
 
 def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
-    """Whether the place of a value in memory is seen, or handed on, outside of the site.
+    """Whether the layout of a value can be observed, or is handed on, outside of the site.
 
     Asked of the nodes that read it, since not every node leaves an operation in the copy. One that
-    computes each element from those at the same place hands the place on, and a sum does so for
-    what is left. All others see it, unless they go away with the site.
+    computes each element from those at the same place hands the layout on, and a sum does so for
+    the remaining dimensions. All others observe it, unless the site replaces them.
     """
     todo = [output]
     seen = {output}
@@ -245,7 +245,7 @@ def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
             if result in seen or _computes(result, site) or _goes_away(result, site, copy):
                 continue
             if result.op is aten._softmax.default:
-                continue  # it lies contiguously, whatever it was computed from
+                continue  # its result is contiguous for any input
             if value not in result.operands or not _keeps_place(result):
                 return True
             seen.add(result)
@@ -258,7 +258,7 @@ def _keeps_place(value: Value) -> bool:
 
 
 def _computes(result: Value, site: Site) -> bool:
-    """Whether the node of a result computes what the site does, and goes away with it."""
+    """Whether the site replaces the node of a result."""
     while result not in site.replaces and is_view(result):
         result = result.source
     return result in site.replaces

@@ -219,7 +219,7 @@ class _Tracer(fx.Interpreter):
         return fake
 
     def _opaque_call(self, example: Any, arguments: Any) -> Any:
-        """A higher-order operation: not looked into, and taken to overwrite what it is given."""
+        """A higher-order operation: its results are opaque, and it may overwrite its arguments."""
         values = self._overwrite(arguments)
         self._copy.escaping.update(values)
         results = map_tensors(lambda x: self._new(x, OPAQUE), example)
@@ -228,7 +228,7 @@ class _Tracer(fx.Interpreter):
         return results
 
     def _unknown_call(self, node: fx.Node, arguments: Any) -> Any:
-        """An operation that cannot be run here: its results are values that are not looked into."""
+        """An operation that cannot be run here: its results are opaque."""
         writes = _may_write(node)
         if writes:
             values = self._overwrite(arguments)

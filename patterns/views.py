@@ -1,7 +1,7 @@
 """Views: which element of its input each element of a view reads.
 
 One table, operator to rule, and one rule for pieces of a tensor that are put together again. A rule
-takes the view and the index that somebody reads it at, and returns the tensor that it views and the
+takes the view and the index that it is read at, and returns the tensor that it views and the
 index there; None where the step is no affine index map, and then the view itself is where the walk
 ends.
 """

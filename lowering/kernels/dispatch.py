@@ -108,7 +108,7 @@ def _run_forward(problem: Problem, out: Tensor) -> None:
 def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it.
 
-    The kernel of dQ comes last: dQ may lie where the other kernels read dOut.
+    The kernel of dQ runs last: dQ may share its memory with dOut, which the other kernels read.
     """
     tensors = (grad_out, gradients)
     if gradients.v is not None and not specialised_backward("dv", problem, *tensors):

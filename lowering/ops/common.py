@@ -1,4 +1,4 @@
-"""What all ops share: how they are registered, what they refuse, and what lies where in memory."""
+"""What all ops share: registration, unsupported transforms, and checks of memory."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -122,7 +122,7 @@ def overwrite(
 
 
 def owns_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Whether each element of ``x`` has memory of its own, and none of ``others`` lies there."""
+    """Whether the elements of ``x`` do not overlap, and none of ``others`` shares its storage."""
     memory = x.untyped_storage().data_ptr()
     if any(y is not None and y.untyped_storage().data_ptr() == memory for y in others):
         return False
@@ -162,7 +162,7 @@ def empty_like_in_order(
     for dim in reversed((0, 1, 2, 3) if order is None else tuple(order)):
         strides[dim] = step
         step = step * shape[dim]
-    # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
+    # Not a permuted view: autograd forbids in-place changes of a view made inside of a function.
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 

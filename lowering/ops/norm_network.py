@@ -3,11 +3,11 @@
 In inference `norm_and_route` (norm_router.py) overwrites the queries, and the op after it reads
 them again with the weights that it returned, and overwrites them once more. This op stands for both
 (problem.py has the formula, network.py the network's). Where a kernel computes it in one pass,
-queries are read and written once, and the router's weights never reach memory. Elsewhere it does
-the one after the other.
+queries are read and written once, and the router's weights never reach memory. Elsewhere it runs
+one after the other.
 
-Nothing calls it by itself: mhf_compiler/passes/norm_network.py puts it where a graph has both
-calls, nobody else reads what lies in between, and the machine may have such a kernel.
+Models do not call it: mhf_compiler/passes/norm_network.py inserts it where a graph has both calls,
+nothing else reads the values in between, and the machine may have such a kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ class Like(NamedTuple):
     strides: tuple[int, ...]
 
     def zeros(self, device: torch.device) -> Tensor:
-        """Dense, whatever this is a part of, and with its dimensions in the same order."""
+        """A dense tensor with its dimensions in the same order."""
         order = sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim])
         dense = torch.zeros([self.shape[dim] for dim in order], dtype=self.dtype, device=device)
         return dense.permute([order.index(dim) for dim in range(len(order))])

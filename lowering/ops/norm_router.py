@@ -1,12 +1,12 @@
 """A per-head norm of queries and the weights of their router, by one op over the queries' memory.
 
-In inference the norm, the router's product and what makes weights of its logits each read or write
+In inference the norm, the router's product and the activation of its logits each read or write
 as much as the queries or a good part of it, and compute almost nothing. This op reads the queries
 once, writes the normalised ones in their place, and returns the weights in their final dtype
 (problem.py has the formula).
 
-Nothing calls it by itself: mhf_compiler/passes/norm_router.py puts it where a graph has all of this
-and nobody else reads what lies in between.
+Models do not call it: mhf_compiler/passes/norm_router.py inserts it where a graph has all of this
+and nothing else reads the values in between.
 """
 
 from collections.abc import Callable, Sequence

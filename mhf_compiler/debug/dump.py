@@ -187,7 +187,7 @@ def site_program(site: SiteReport, training: bool = False) -> str:
 
 
 def _comment(text: str) -> str:
-    """Text as lines of comment, whatever a model or a folder is called: none of it may run."""
+    """Text as lines of comment, so that no name of a model or a folder can run as code."""
     lines = [
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in x) for x in text.splitlines()
     ]

@@ -596,7 +596,7 @@ def _dk_du_consumer(
         dn = gl.convert_layout((da * y).to(DTYPE), LEFT_WIDE)
         dm = da * slope
         # U's product takes the registers that m and da have left: issued earlier, it would spill.
-        # The product for dU keeps the matrix units at work while dm waits for it.
+        # The product for dU keeps the matrix units busy while dm waits for it.
         n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         du = warpgroup_mma(dn, q, du, is_async=True)
         n = warpgroup_mma_wait(1, [n])

@@ -124,7 +124,7 @@ def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | Non
                 descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
             descriptor = _with_layout(descriptor)
         operands[name] = Operand(descriptor, None, None)
-    # Through pointers whatever its strides: a value serves several tiles of hidden units.
+    # Through pointers, for any strides: a value serves several tiles of hidden units.
     block = dataclasses.replace(block, descriptors=False)
     operands["R"] = router_operand(problem.r, axes, block)._replace(layout=None)
     operands["K_bias"] = bias_operand(problem.k_bias)
@@ -383,7 +383,7 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
                 q_tile = q_tiles.index(c * (BD // 64) + j)
                 tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
-        if C.ROUTING is not None:  # a turn of its own, in which nobody waits for V
+        if C.ROUTING is not None:  # a slot of its own, in which no warp waits for V
             mbarrier.wait(empty.index(slot), lap)
             load_router(W, h, ku_ring, ku_full.index(slot), slot, C)
             mbarrier.arrive(v_full.index(slot), count=1)

@@ -249,8 +249,8 @@ def router_backward_kernel(
 ):  # fmt: skip
     """Some columns of dQ for a share of one head's tokens, and that share's sum of dW.
 
-    dQ is added to what is there if told so, and their sum is rounded once. Part holds the sums, of
-    which each program writes its columns: [H, PARTS, D, E].
+    If requested, dQ is added to the old contents, and their sum is rounded once. Part holds the
+    sums, of which each program writes its columns: [H, PARTS, D, E].
     """
     token_tiles = tl.cdiv(L, BM)
     BLOCKS: tl.constexpr = (D + BD - 1) // BD

@@ -59,7 +59,7 @@ def tune(
         trial: makes tensors for these keys, and returns the kernels that plain Triton has to run
             on them. Called when there is something to time.
         folder: where results are kept, if anywhere.
-        say: is told what is being timed.
+        say: receives a line about what is being timed.
         clock: times a run.
     """
     left = [key for key in keys if not store.recall(key, folder)]

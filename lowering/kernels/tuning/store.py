@@ -136,7 +136,7 @@ def _write(path: Path, key: TuningKey, row: Row | None) -> Row | None:
         found = _read(path)
         if found is not None:
             return found[0]
-        whole.replace(path)  # nobody can read it
+        whole.replace(path)  # it is unreadable
     finally:
         whole.unlink(missing_ok=True)
     return row
