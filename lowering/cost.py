@@ -12,8 +12,8 @@ launches the kernels is the limit, except inside a CUDA graph. Constants were fi
 
 On a CPU nothing overlaps, so times add up, and each way has a price for a call. The op computes in
 float32 whatever the dtype, and the two cores that the constants were fitted to have products for
-bfloat16: there it does not pay. Where the number of tokens is dynamic it is taken to be large: that
-is where rewriting matters.
+bfloat16: there it does not pay. A dynamic number of tokens is assumed to be large, since that is
+where rewriting matters.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Shares(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a training step takes the host, which launches the kernels, in seconds.
+    """The host's time for a training step, in seconds: it launches the kernels.
 
     In inference the host is ahead of the card, or a CUDA graph is, or both ways wait for it alike.
     """
@@ -144,7 +144,7 @@ def _rewritten(w: Workload, device: Device) -> float:
 
 
 def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op: int = 0) -> float:
-    """How long a step takes whose kernels take the card ``busy`` seconds.
+    """The time of a step whose kernels keep the card busy for ``busy`` seconds.
 
     The op's kernels are few and long: the card has nothing to do while one is being launched.
     """

@@ -68,7 +68,7 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> Sizes:
-        """What the choice of a kernel depends on."""
+        """The sizes that select a kernel."""
         batch, length, heads, head_dim = self.q.shape
         groups, sub_networks, hidden, _ = self.k.shape
         return Sizes(

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 class Workload:
     """One MH-FFN: its sizes, and what else is known of the calls.
 
-    Where the number of tokens is ``dynamic``, ``sizes`` has many: there rewriting matters.
-    ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many as there
-    are modules in a list. The original spelling runs a product for each of them; for the op they
-    are copied together before each call.
+    If the number of tokens is ``dynamic``, ``sizes`` has many, since that is where rewriting
+    matters. ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many
+    as there are modules in a list. The original spelling runs a product for each of them; for the
+    op they are copied together before each call.
     """
 
     sizes: Sizes  # of no card
@@ -52,7 +52,7 @@ class Workload:
         return sum(pieces > 1 for pieces in self.products)
 
     def sizes_on(self, capability: tuple[int, int], interpreted: bool = False) -> Sizes:
-        """What a kernel is chosen by on such a card."""
+        """The sizes that select a kernel on such a card."""
         return self.sizes._replace(capability=capability, interpreted=interpreted)
 
 
@@ -103,7 +103,7 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
 
 
 def tuning_key(kernel: Kernel, workload: Workload) -> TuningKey:
-    """What tuning knows the workload by."""
+    """The key of the workload's tuning results."""
     from .kernels.tuning.store import TuningKey
 
     device = workload.device

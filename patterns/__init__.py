@@ -1,6 +1,6 @@
-"""What an MH-FFN is: reads graphs, never edits them, knows no Triton.
+"""What an MH-FFN is: reads graphs, never edits them, imports no Triton.
 
-The files in the order of thought:
+The files, in the order in which a graph passes through them:
 
     canonical      the graph as pure values, with provenance
     tracer         makes it: recorder: of ATen operations; memory: what a write changes;

@@ -123,7 +123,7 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class _Holding:
-    """The tensor of ``node`` is some value from the moment that ``since`` has run."""
+    """Once ``since`` has run, the tensor of ``node`` has some value."""
 
     node: fx.Node
     since: fx.Node
@@ -133,7 +133,7 @@ class _Holding:
 
 
 def _written_part(value: Value) -> Value:
-    """What a write has put into memory, without the rest of that memory."""
+    """The value that a write puts into memory, without the rest of that memory."""
     part = value.args[1] if value.op is SCATTER else value
     assert isinstance(part, Value)
     return part
@@ -206,7 +206,7 @@ class CanonicalCopy:
             storage.nodes.append(node)
 
     def add_holding(self, value: Value, node: fx.Node, since: fx.Node) -> None:
-        """The tensor of ``node`` is this value from the moment that ``since`` has run."""
+        """Once ``since`` has run, the tensor of ``node`` has this value."""
         self._holdings.setdefault(value, []).append(_Holding(node, since))
 
     def finish(self) -> None:
@@ -231,9 +231,9 @@ class CanonicalCopy:
                 yield value, holdings[0].node
 
     def sized_at(self, position: int) -> Iterator[tuple[Value, fx.Node]]:
-        """What has sizes that may be new in the graph, with nodes up to a position that have them.
+        """Values that may introduce symbolic sizes, with their nodes, up to a position.
 
-        Those are inputs, and then results whose sizes depend on data.
+        These are inputs, followed by results whose sizes depend on data.
         """
         yield from self.inputs()
         for value, holdings in self._holdings.items():
@@ -243,9 +243,9 @@ class CanonicalCopy:
     def needed_without(
         self, replaced: dict[Value, list[Value]], wanted: Iterable[Value] | None = None
     ) -> set[Value]:
-        """What is still needed when each replaced value is computed from these values instead.
+        """The values that are needed if each replaced value is computed from these values instead.
 
-        Needed for ``wanted``: if not given, for what outlives the graph.
+        They are needed for ``wanted``; by default, for all that outlives the graph.
         """
         needed: set[Value] = set()
         todo = list(self.escaping if wanted is None else wanted)
@@ -264,17 +264,17 @@ class CanonicalCopy:
         return None
 
     def changed_reads(self, of: Value) -> Iterator[tuple[fx.Node, Value]]:
-        """Nodes that saw an argument overwritten since it was made, and what they saw.
+        """Nodes that read an argument after a write to it, and the value that they read.
 
-        Of those arguments that share the memory of a node that holds the value.
+        Only arguments that alias a node which holds the value are considered.
         """
         for memory in {id(self._storage_of[holding.node]) for holding in self._holdings[of]}:
             yield from self._changed.get(memory, ())
 
     def is_overwritten(self, value: Value, but_by: AbstractSet[Value] = frozenset()) -> bool:
-        """Whether the memory of a node that holds the value is written later on.
+        """Whether a later node writes to the memory of a node that holds the value.
 
-        But by nodes that write one of some values.
+        Writers of a value in ``but_by`` do not count.
         """
         return any(
             but_by.isdisjoint(map(_written_part, self.written[writer]))
@@ -288,7 +288,7 @@ class CanonicalCopy:
         return None if storage is None else id(storage)
 
     def returned_as_part(self, value: Value) -> fx.Node | None:
-        """A node that is returned as this value, but lies elsewhere than the value was made.
+        """A node that is returned as this value, but in other memory than it was computed in.
 
         It views memory of which more is returned, or has other strides.
         """
@@ -310,7 +310,7 @@ class CanonicalCopy:
         )
 
     def is_outside(self, node: fx.Node) -> bool:
-        """Whether a node's tensor lies in memory that others see."""
+        """Whether a node's tensor aliases an input, or tensors outside of the copy."""
         storage = self._storage_of.get(node)
         return storage is not None and storage.is_outside
 

@@ -1,7 +1,7 @@
 """From a term to a site: one function for each check that can decline.
 
-``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet:
-the axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op
+``read_output`` (grammar.py) found a sum of products of the right form. That is not yet an MH-FFN:
+the axes must have the right roles. ``assign_roles`` names the axes, the checks prove what the op
 needs, ``build_site`` puts the op's arguments together.
 """
 
@@ -68,7 +68,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     """Prove that a reading is an MH-FFN, and write it as the arguments of the op.
 
     Raises:
-        Declined: a check said no.
+        Declined: a check failed.
     """
     term = one_query(reading.term)
     roles = assign_roles(term, reading.index)
@@ -95,7 +95,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
 
 
 def one_query(term: Term) -> Term:
-    """Gate and up projection read the same query; afterwards over the same axes."""
+    """Gate and up projection read the same query. The result reads it over the same axes."""
     gate, up = term.gate, term.up
     if up is None:
         return term
@@ -192,7 +192,7 @@ def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis
 def _inside_tokens(
     term: Term, root: Index, tokens: list[Axis], groups: set[Axis], out_width: list[Axis]
 ) -> set[Axis]:
-    """Those of the tokens' axes, nested in the dimension of the heads, that are heads themselves.
+    """Axes of tokens, nested in the dimension of the heads, that are heads themselves.
 
     Dispatched tokens lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
     they would be E * C of one token each, and every one would load its weights again. So such an
@@ -341,10 +341,10 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 
 def check_rounding(term: Term, reading: Reading, root: Value) -> None:
-    """Nothing in between is rounded to fewer digits than the op computes with, or its result has.
+    """No intermediate value has fewer digits than both the op's computation and its result.
 
-    The op rounds no later than the model where its result is as narrow: what the model rounds there
-    before and after cannot be nearer to the exact number than one rounding of it.
+    If an intermediate value is as narrow as the result, the op's single rounding is at least as
+    accurate as the model's several.
     """
     dtype = term.value.dtype
     for value in sorted(reading.computed, key=lambda value: value.step):
@@ -354,7 +354,7 @@ def check_rounding(term: Term, reading: Reading, root: Value) -> None:
 
 
 def check_range(term: Term) -> None:
-    """No factor is taken into a float16 tensor that could leave the range of float16 by it.
+    """No factor that is moved into a float16 tensor can make it overflow.
 
     ``(y + bias) * 4`` is finite where the sum is small; ``4 * bias`` need not be.
     """
@@ -376,9 +376,9 @@ def check_gradients(reading: Reading) -> None:
 
 
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """Nothing outside reads what would no longer be computed, and is no part of the result.
+    """No other node reads a value that the op no longer computes, except parts of the result.
 
-    A reader of its sizes alone does no harm, if what it makes goes away, too: zeros to add to.
+    A node that reads only its sizes does no harm if its own result disappears: zeros to add to.
     """
     parts = {root, *pieces_of(root)}
     likes: set[Value] = set()
@@ -424,7 +424,7 @@ def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
 
 
 def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """A head's output can be cut out of the result for those who read it apart."""
+    """A head's output can be cut out of the result for nodes that read it separately."""
     node = copy.made_by(piece)
     if node is None or piece.dtype is not root.dtype:
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
@@ -477,7 +477,7 @@ def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> Non
 
 
 def _check_returned_alone(value: Value, copy: CanonicalCopy) -> None:
-    """Results that are views of the same memory stay so: who changes one changes the other."""
+    """Results that alias each other must go on to alias: a write to one changes the other."""
     node = copy.returned_as_part(value)
     if node is not None:
         raise Declined(Kind.MUTATION, "its output is returned in other memory", node)
@@ -486,9 +486,9 @@ def _check_returned_alone(value: Value, copy: CanonicalCopy) -> None:
 def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
     """No node overwrites what the backward pass reads again, before or after the op.
 
-    Where a write goes through ``.data`` or a detached alias, the gradients of eager are those of
-    the new numbers, and those of the op, which saves its arguments alone, are others. A bias, which
-    eager does not save, may even be updated in the forward pass; the op could not go back then.
+    Where a write goes through ``.data`` or a detached alias, eager computes gradients from the new
+    numbers, and the op, which saves only its arguments, computes others. A bias, which eager does
+    not save, may even be updated in the forward pass; the op could not go back then.
     """
     if not any(value.requires_grad_mode for value in reading.computed):
         return
@@ -501,9 +501,9 @@ def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
 
 
 def _saved(reading: Reading) -> set[Value]:
-    """What the operations of the network read, and the views that this is of.
+    """What autograd saves for the network's operations, and the tensors that it is a view of.
 
-    But for what only adds, merges or copies, of which autograd saves nothing.
+    It saves nothing for operations that only add, merge or copy.
     """
     todo = [v for value in reading.computed if value.op not in _UNSAVED for v in value.operands]
     found: set[Value] = set()
@@ -517,9 +517,9 @@ def _saved(reading: Reading) -> set[Value]:
 
 
 def check_place(root: Value, copy: CanonicalCopy) -> None:
-    """The output fills its memory: a part of a larger tensor is made from the whole of it.
+    """The output fills its storage, and is computed where the op can be inserted.
 
-    And it is made where the op can be put.
+    A part of a larger tensor would be computed from the whole of it.
     """
     node = _maker(root, copy)
     if copy.levels.get(node, ()) is None:
@@ -559,7 +559,7 @@ def _maker(root: Value, copy: CanonicalCopy) -> fx.Node:
 
 
 def check_autocast(term: Term, root: Value, copy: CanonicalCopy) -> None:
-    """Autocast at the place of the output leaves the op's precision alone."""
+    """Autocast at the place of the output does not change the op's precision."""
     node = _maker(root, copy)
     dtype = copy.autocast[node].get(root.device.type)
     if dtype not in (None, term.value.dtype):
@@ -679,10 +679,10 @@ def _inputs_of(value: Value) -> set[Value]:
 
 
 def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
-    """The inputs that the query has its tokens from.
+    """The inputs that the query's tokens come from.
 
-    Not those that are the same for all tokens: a scale, the weights of a projection, a codebook of
-    which the tokens are numbers. Of an operation that is not known, all that it reads counts.
+    Inputs that are the same for all tokens do not count: a scale, the weights of a projection, a
+    codebook that tokens index. All operands of an unknown operation count.
     """
     moving: set[Axis] = set()  # along tokens, over axes of our own: walking splits them
     index: list[Affine] = []

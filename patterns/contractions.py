@@ -85,7 +85,7 @@ def _mv(value: Value, index: Index) -> Contraction:
 def _product_of(
     value: Value, index: Index, left: Value, right: Value, **others: Any
 ) -> Contraction:
-    """What is added to a bias: of matrices, of batches of them, or of a matrix and a vector."""
+    """A product that is added to a bias: ``addmm``, ``baddbmm``, ``addmv`` and their like."""
     if value.op is not aten.addbmm.default and len(right.shape) > 1:
         return _matmul(value, index, left, right, **others)
     k = axis_form(Axis(left.shape[-1]))
@@ -108,7 +108,7 @@ def _addmm(value: Value, index: Index) -> Contraction | None:
     if not is_number(scale) or not is_number(bias_scale) or scale == 0:
         return None
     if bias_scale == 0:
-        # Not read, whatever is in it. But its gradient is one of zeros, which is not none.
+        # Not read, even if it is NaN. But it gets a gradient of zeros, not None.
         unread = not value.requires_grad_mode or not _has_gradient(bias)
         return _product_of(value, index, left, right, scale=float(scale)) if unread else None
     return _product_of(

@@ -1,7 +1,7 @@
 """Parts of a tensor: what a view operation shows, and which range of which dimension that is.
 
-A buffer that is filled part by part is written through views. Two of them show the same part, parts
-different parts, or something that is not known; only what is known is used.
+A buffer that is filled part by part is written through views. Two views may show
+the same part or different parts; where neither is proved, no use is made of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Computations that repeat: what one node did is written down again for its like, not run again.
+"""Repeated computations: the operations of one node are copied for equal nodes, not run again.
 
 A tower computes the same for every layer, and a loop for every sub-network: ``einsum`` of the same
 equation over tensors of the same shapes decomposes into the same ATen operations each time. Running
@@ -30,7 +30,7 @@ _UNDECLARED_WRITES = frozenset(
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Like:
-    """What is known of a tensor that does not exist; stands in for it, by its identity."""
+    """A stand-in for a tensor that does not exist, compared by identity."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The operations of one node over stand-ins, which nodes of the same key can take over."""
+    """The operations of one node over stand-ins, for nodes with the same key."""
 
     calls: tuple[Call, ...]
     inputs: tuple[Like, ...]
@@ -115,7 +115,7 @@ def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
 
 
 def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | None:
-    """What a node did, if it can be taken over: pure operations and views, in memory of its own."""
+    """The operations of a node, if they can be repeated: pure ones and views, in new memory."""
     if not isinstance(result, FakeTensor):
         return None
     inputs = tensors_in(arguments)
@@ -145,7 +145,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
 
 
 def _is_torch(function: Any) -> bool:
-    """Not one of the model's author, which may do something else each time."""
+    """Whether PyTorch defines a function. The model's own may do something else each time."""
     module = getattr(function, "__module__", None) or "torch"  # builtins may have none
     return module.partition(".")[0] in ("torch", "_operator")
 

@@ -42,7 +42,7 @@ def join_sum(terms: Sequence[Term]) -> Term:
 
 
 def join_pieces(terms: Sequence[Term], position: Affine) -> Term:
-    """Terms that were concatenated: term ``i`` is what stands where ``position`` is ``i``."""
+    """Terms that were concatenated: term ``i`` is read where ``position`` is ``i``."""
     return _join(terms, position)
 
 
@@ -61,7 +61,7 @@ def _join(terms: Sequence[Term], position: Affine) -> Term:
 
 
 def _form(term: Term) -> tuple[Any, ...]:
-    """What has to agree between terms before their operands are compared."""
+    """The properties that must agree between terms before their operands are compared."""
     up = term.up
     return (
         term.activation,

@@ -40,7 +40,7 @@ _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default}
 def find_router_products(sites: Sequence[Site], copy: CanonicalCopy) -> list[list[RouterProduct]]:
     """For each site, the products of widened queries that its router is computed from.
 
-    ``sites`` are all that are rewritten: nothing is looked for in them or above their outputs.
+    ``sites`` are all that are rewritten: the search does not enter them or go above their outputs.
     """
     others = frozenset(value for one in sites for value in (one.output, *one.pieces, *one.replaces))
     return [_products_of(site, others, copy) for site in sites]
@@ -96,9 +96,10 @@ def _narrow(
     others: frozenset[Value],
     copy: CanonicalCopy,
 ) -> Operand | None:
-    """What an operand was before it was widened; itself, through views, if it was not.
+    """An operand before it was widened to float32, or the operand itself if it was not.
 
-    As far back as a node still holds it where ``node`` is, so that nothing is computed again.
+    The walk goes through views as far as some node still holds the value at ``node``, so that
+    nothing is recomputed.
     """
     views: set[Value] = set()
     value, index = through_views(operand.value, operand.index, views, others)
@@ -229,7 +230,7 @@ def _can_move(product: _Product, copy: CanonicalCopy) -> bool:
 def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
     """Whether the layout of a value can be observed, or is handed on, outside of the site.
 
-    Asked of the nodes that read it, since not every node leaves an operation in the copy. One that
+    The nodes that read it decide, since not every node leaves an operation in the copy. One that
     computes each element from those at the same place hands the layout on, and a sum does so for
     the remaining dimensions. All others observe it, unless the site replaces them.
     """
@@ -241,7 +242,7 @@ def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
         for node, _ in copy.readers_of.get(value, ()):
             result = copy.value_of.get(node)
             if result is None or result is value or node not in copy.pure:
-                return True  # a question, an alias, or something that writes
+                return True  # reads sizes, aliases or writes
             if result in seen or _computes(result, site) or _goes_away(result, site, copy):
                 continue
             if result.op is aten._softmax.default:

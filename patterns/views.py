@@ -1,9 +1,8 @@
 """Views: which element of its input each element of a view reads.
 
-One table, operator to rule, and one rule for pieces of a tensor that are put together again. A rule
+One table from operator to rule, and one rule for pieces of a tensor that are merged again. A rule
 takes the view and the index that it is read at, and returns the tensor that it views and the
-index there; None where the step is no affine index map, and then the view itself is where the walk
-ends.
+index there; None if the step is no affine index map: the walk then ends at the view itself.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 
 MERGES = frozenset({aten.cat.default, aten.stack.default})
 
-#: what asks a tensor for its sizes, dtype and device, and for none of its numbers
+#: operations that read a tensor's sizes, dtype and device, and none of its numbers
 LIKES = frozenset(
     {
         aten.empty_like.default,
@@ -55,7 +54,7 @@ def is_view(value: Value) -> bool:
 
 
 def is_factory(value: Value) -> bool:
-    """Whether an operation makes the value of no tensor's numbers and no random ones: ``zeros``."""
+    """Whether an operation creates the value from sizes and constants alone: ``zeros``."""
     if isinstance(value.op, str) or torch.Tag.nondeterministic_seeded in value.op.tags:
         return False
     return not value.operands or value.op in LIKES

@@ -136,7 +136,7 @@ def owns_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
 
 
 def refuse_forward_mode(x: Tensor, op: str, instead: str) -> None:
-    """Raise where a tangent of the op's result would be lost without a word."""
+    """Raise if a tangent of the op's result would be lost silently."""
     if differentiates_forward(x):
         raise NotImplementedError(f"{op} has no forward-mode derivative. For one use {instead}.")
 
