@@ -129,7 +129,7 @@ def tracing_shape_env() -> Any | None:
 
 @contextmanager
 def no_new_guards(shape_env: Any | None) -> Iterator[None]:
-    """Analysis must leave the user's dynamic shapes alone.
+    """Run an analysis that must not change the user's dynamic shapes.
 
     Guards made inside are dropped, and so are sizes that depend on data. Operations go through
     their Python decompositions, which are the ones that take symbolic sizes.
@@ -162,7 +162,7 @@ def grad_levels() -> tuple[int, ...] | None:
 
 
 def leave_functorch_levels(depth: int) -> None:
-    """Leave those levels that were entered since, as an exception has not."""
+    """Leave the levels above ``depth``, which an exception has left open."""
     if functorch_depth() > depth:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 

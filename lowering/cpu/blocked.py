@@ -271,7 +271,7 @@ def _matrices(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
 
 
 def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> int:
-    """Set ``result`` [G', T', d] to what the biases of v make; the factor it has in the sum."""
+    """Set ``result`` [G', T', d] to the biases of v. Returns its factor in the sum: 0 for none."""
     if v_bias is None:
         return 0
     if r is None:

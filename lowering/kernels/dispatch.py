@@ -35,8 +35,8 @@ def forward(problem: Problem, out: Tensor) -> None:
 def normed_forward(problem: Problem, router: NormedRouter) -> None:
     """Overwrite the problem's q (B, L, H, d) with the output for its normalised tokens.
 
-    They are routed by `router`. A kernel of the card's family does it all, where it takes the
-    problem. Elsewhere q is overwritten twice.
+    They are routed by `router`. A kernel of the card's family does all of it, if it supports the
+    problem. Otherwise q is overwritten twice.
     """
     q = problem.q
 

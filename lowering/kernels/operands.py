@@ -162,7 +162,7 @@ def _describe(
         return None
     for axis in range(len(shape) - 1):
         if shape[axis] == 1:
-            strides[axis] = DESCRIPTOR_ALIGNMENT  # never stepped over
+            strides[axis] = DESCRIPTOR_ALIGNMENT  # its stride is never used
         elif strides[axis] <= 0 or strides[axis] * size % DESCRIPTOR_ALIGNMENT:
             return None
     if shape[-1] == 1:

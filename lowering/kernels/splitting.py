@@ -1,4 +1,4 @@
-"""Work that is cut along the hidden units: who computes which part, and the sum of the parts.
+"""Work that is cut along the hidden units: the parts of each program, and their sum.
 
 The sum over hidden units has no softmax in it, so several programs may each add a part of it for
 the same tile of tokens. Each writes its partial sum, in float32, to a workspace; a second kernel
@@ -38,7 +38,7 @@ class Split(NamedTuple):
     parts: int
 
     def pieces(self, tiles: int) -> int:
-        """How many there are; they are numbered tile by tile."""
+        """The number of parts; they are numbered tile by tile."""
         return self.whole + (tiles - self.whole) * self.parts
 
     def workspace(self, tiles: int, tokens: int, like: Tensor) -> Tensor | None:

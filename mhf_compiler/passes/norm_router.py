@@ -102,7 +102,7 @@ _OP = "norm_and_route"
 
 
 def fuse_norm_router(graph: fx.Graph) -> list[Fusion]:
-    """Let one op normalise queries and compute the weights of their router."""
+    """Replace a norm of queries and their router by one op."""
     outcomes = []
     for product in [node for node in graph.nodes if is_call_of(node, "router_product")]:
         memory = Memory(graph)  # again: what one site makes, the next may read
@@ -245,7 +245,7 @@ def _is_weight(node: fx.Node, q: fx.Node, seen: torch.Tensor) -> bool:
 
 
 def _routings_of(product: fx.Node) -> Iterator[_Routing]:
-    """The ever longer chains that begin at the logits and that nothing else reads."""
+    """Chains of increasing length that begin at the logits and that nothing else reads."""
     yield _Routing(product)
     readers = _readers(product)
     if len(readers) != 1:
@@ -275,7 +275,7 @@ def _activations(last: _Routing) -> Iterator[_Routing]:
 
 
 def _normalised(last: _Routing) -> _Routing | None:
-    """Of sigmoids that only their sum and what divides them by it read: the quotient."""
+    """The quotient of sigmoids by their sum, if nothing else reads the sigmoids."""
     activated = last.result
     if len(activated.users) != 2:
         return None
@@ -384,7 +384,7 @@ def _check_kernel(site: _Site) -> None:
 
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
-    # To ask would specialise what is dynamic.
+    # Comparing a dynamic size would specialise it.
     dynamic = any(has_symbols(x.shape) for x in (weight, norm_weight) if x is not None)
     require(not dynamic, Obstacle.DYNAMIC_SIZES)
     ran = runs(

@@ -142,7 +142,7 @@ def cut_router(weight: Tensor) -> Tensor:
     """The parts of a router's weights (G, d, E), for kernels that load them by descriptors.
 
     Returns bfloat16 (G, parts * 32, d), the width rounded up to multiples of 8: each part's
-    sub-networks, and zeros in place of those that are not there.
+    sub-networks, and zeros in place of missing ones.
     """
     groups, head_dim, sub_networks = weight.shape
     parts, padded = parts_of(weight.dtype), 8 * triton.cdiv(head_dim, 8)
@@ -168,7 +168,7 @@ def _leading(x):
 
 @triton.jit
 def _rest(x, part):
-    """What a part leaves of each number. Exact."""
+    """The remainder of each number after a part. Exact."""
     return x.to(tl.float32) - part.to(tl.float32)
 
 

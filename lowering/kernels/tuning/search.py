@@ -1,4 +1,4 @@
-"""Tiles timed on the card, for those who ask for it: rows near the shipped one, and other cards'.
+"""Tiles timed on the card, under max-autotune: rows near the shipped one, and other cards'.
 
 A row is taken when it is faster than the shipped one by more than noise, twice, and when its
 results are the shipped one's but for the order of addition. One that does not compile, does not fit
