@@ -41,6 +41,7 @@ __all__ = [
     "copy_dynamo_metadata",
     "counters",
     "disables_added_passes",
+    "example_of",
     "functorch_depth",
     "grad_levels",
     "has_symbols",
@@ -61,6 +62,7 @@ __all__ = [
     "size_hint",
     "source_name",
     "statically_known_true",
+    "storage_identity",
     "storage_of",
     "symbolic_size",
     "tell_inductor_of",
@@ -82,6 +84,14 @@ def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr
         return size
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def example_of(node: torch.fx.Node) -> Any | None:
+    """What the result of a node looks like: fake tensors, sizes, or sequences of them.
+
+    Dynamo writes it down as ``example_value``, AOTAutograd as ``val``. None where neither did.
+    """
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def has_symbols(example: Any) -> bool:
@@ -119,7 +129,7 @@ def tracing_shape_env() -> Any | None:
 
 @contextmanager
 def no_new_guards(shape_env: Any | None) -> Iterator[None]:
-    """Analysis must leave the user's dynamic shapes alone.
+    """Run an analysis that must not change the user's dynamic shapes.
 
     Guards made inside are dropped, and so are sizes that depend on data. Operations go through
     their Python decompositions, which are the ones that take symbolic sizes.
@@ -152,7 +162,7 @@ def grad_levels() -> tuple[int, ...] | None:
 
 
 def leave_functorch_levels(depth: int) -> None:
-    """Leave those levels that were entered since, as an exception has not."""
+    """Leave the levels above ``depth``, which an exception has left open."""
     if functorch_depth() > depth:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
@@ -251,6 +261,11 @@ def with_pass(
         return config | {name: _PassAfterTheUsers(run, key, users or None)}
     ours = _PassAfterTheUsers(run, key, None)
     return config | {name: [*several(users), ours]}
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that two tensors have in common if they share a storage, while both exist."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def storage_of(node: torch.fx.Node) -> int | None:

@@ -1,4 +1,4 @@
-"""The warning that something keeps its original spelling, and how it is given."""
+"""The warning that something keeps its original spelling."""
 
 from __future__ import annotations
 

@@ -136,10 +136,12 @@ class Kind(Enum):
 
     @property
     def sentence(self) -> str:
+        """The reason in words."""
         return str(self.value[0])
 
     @property
     def remedy(self) -> str:
+        """What the author of the model can do about it."""
         return str(self.value[1])
 
 

@@ -105,11 +105,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_every_source(wheel: zipfile.ZipFile) -> None:
     installed = {"mhf_compiler": "mhf_compiler"}
-    installed |= {room: f"mhf_compiler/{room}" for room in ("patterns", "lowering")}
+    installed |= {folder: f"mhf_compiler/{folder}" for folder in ("patterns", "lowering")}
     expected = {
-        f"{target}/{source.relative_to(ROOT / room).as_posix()}"
-        for room, target in installed.items()
-        for source in (ROOT / room).rglob("*")
+        f"{target}/{source.relative_to(ROOT / folder).as_posix()}"
+        for folder, target in installed.items()
+        for source in (ROOT / folder).rglob("*")
         if source.suffix in (".py", ".cpp", ".h", ".html", ".css", ".js")
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}

@@ -1,4 +1,4 @@
-"""Calls of `blocks.cpp`: what it is told, when it is built, and which calls it takes."""
+"""Calls of `blocks.cpp`: its arguments, when it is built, and which calls it supports."""
 
 import ctypes
 import functools
@@ -24,7 +24,7 @@ _PRODUCTS = 1 << 19  # of numbers, some 20 us of a thread's time: so much for ea
 
 
 class _View(ctypes.Structure):
-    """A tensor of four dimensions; one that is not there has no address."""
+    """A tensor of four dimensions; an absent one has a null address."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -46,7 +46,7 @@ class _Call(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled `blocks.cpp`; None, and a warning, where it cannot be had."""
+    """The compiled `blocks.cpp`; None, and a warning, if it cannot be built."""
     from mhf_compiler.compat import load_cpp
 
     try:
@@ -66,7 +66,7 @@ def _read(name: str) -> str:
 
 
 def takes(q: Tensor, activation: str) -> bool:
-    """Whether a call is better made here: every thread gets whole vectors of tokens."""
+    """Whether this path is the faster one: every thread gets whole vectors of tokens."""
     batch, length, heads, _ = q.shape
     pieces = heads * -(-batch * length // _TOKENS)
     few = pieces < torch.get_num_threads()

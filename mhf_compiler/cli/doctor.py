@@ -43,6 +43,7 @@ class Environment:
     kernels: list[Kernels]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 

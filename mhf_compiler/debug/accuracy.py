@@ -43,6 +43,7 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
+        """Whether the error counts as rounding."""
         return self.error <= self.allowed
 
     def __str__(self) -> str:

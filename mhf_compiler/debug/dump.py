@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..compat import size_hint, source_name
+from ..compat import example_of, size_hint, source_name
 from ..report import Argument, GraphReport, Report, SiteReport
 from ..report.describe import readable
 from .accuracy import tensors_of
@@ -147,7 +147,7 @@ def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
             "def inputs():",
             "    return [",
             *(
-                f"        {_made(_example(node), training and _may_train(node))},"
+                f"        {_made(example_of(node), training and _may_train(node))},"
                 for node in inputs
             ),
             "    ]\n\n",
@@ -187,7 +187,7 @@ def site_program(site: SiteReport, training: bool = False) -> str:
 
 
 def _comment(text: str) -> str:
-    """Text as lines of comment, whatever a model or a folder is called: none of it may run."""
+    """Text as lines of comment, so that no name of a model or a folder can run as code."""
     lines = [
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in x) for x in text.splitlines()
     ]
@@ -206,7 +206,7 @@ def _compared(training: bool) -> str:
 
 def _is_trained(gm: fx.GraphModule) -> bool:
     """Whether the compiled graph has a backward pass."""
-    examples = (_example(node) for node in gm.graph.find_nodes(op="placeholder"))
+    examples = (example_of(node) for node in gm.graph.find_nodes(op="placeholder"))
     return torch.is_grad_enabled() and any(
         x.requires_grad for example in examples for x in tensors_of(example)
     )
@@ -237,10 +237,6 @@ def _add_to_index(path: Path, name: str, report: GraphReport) -> None:
     counts = f"{report.operations} | {len(report.rewritten)} | {len(report.declined)}"
     with path.open("a") as file:
         file.write(f"| [{name}]({name}/report.html) | {counts} | {_cell(of)} |\n")
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _name(node: fx.Node) -> str:

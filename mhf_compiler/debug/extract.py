@@ -15,12 +15,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..compat import FakeTensorMode, make_fx, size_hint, symbolic_size
-from ..patterns import COPY, SCATTER, Site, Value
+from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size
+from ..patterns import COPY, SCATTER, Site, Value, is_factory
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
-
-_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like", "new_")  # read only a shape
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], lis
             reached.add(value)
 
     def is_computed(value: Value) -> bool:
-        return value not in letters and (value in reached or _is_made(value))
+        return value not in letters and (value in reached or is_factory(value))
 
     found = _closure(output, is_computed)
     order = list(letters)
@@ -121,17 +119,9 @@ def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:
     return sorted(found, key=lambda value: value.step)
 
 
-def _is_made(value: Value) -> bool:
-    """Whether a factory creates the value."""
-    if isinstance(value.op, str):
-        return False
-    name = value.op._schema.name.removeprefix("aten::")
-    return not value.operands or name.startswith(_LIKE)
-
-
 def _given(value: Value, letter: str | None, sizes: _Sizes) -> Given:
     name = name_of(value)
-    example = value.origin.meta.get("example_value", value.origin.meta.get("val"))
+    example = example_of(value.origin)
     return Given(
         name=name if letter is None else f"{letter} ({name})",
         shape=sizes.known(value.shape),
@@ -180,7 +170,7 @@ class _Sizes:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.hints: dict[sympy.Expr, int] = {}
         for node in gm.graph.find_nodes(op="placeholder"):
-            example = node.meta.get("example_value", node.meta.get("val"))
+            example = example_of(node)
             shapes = [x.shape for x in tensors_of(example)]
             for size in (example, *(size for shape in shapes for size in shape)):
                 if isinstance(size, torch.SymInt):

@@ -107,6 +107,7 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
 
 
 def operation(node: fx.Node) -> Operation:
+    """A node as a report shows it: its call, source line and innermost module."""
     stack = _modules(node)
     return Operation(node.name, _call(node), locate(node), stack[-1][0] if stack else None)
 

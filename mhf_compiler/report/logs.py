@@ -1,4 +1,4 @@
-"""What a compilation tells about its graphs: counters, log lines, trace artifacts.
+"""What a compilation reports about its graphs: counters, log lines, trace artifacts.
 
 counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
                                 (the passes after autograd are counted where they run)

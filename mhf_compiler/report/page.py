@@ -51,7 +51,7 @@ def page(graphs: Sequence[GraphReport]) -> str:
 
 
 def notebook(graphs: Sequence[GraphReport]) -> str:
-    """The overview, as the output of a notebook's cell; the rest unfolds."""
+    """The overview, as the output of a notebook's cell, which expands to the full report."""
     return str(_template().notebook(headline(graphs), _tables(graphs), printed(graphs)))
 
 

@@ -1,6 +1,6 @@
 """``Report``: all graphs of one call of a model, and the ways to show them.
 
-It stands on top of the renderers, which take the graphs alone: ``text.py``, ``page.py`` (HTML) and
+It uses the renderers, which take the graphs alone: ``text.py``, ``page.py`` (HTML) and
 ``dot.py`` (pictures).
 """
 

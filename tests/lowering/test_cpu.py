@@ -128,7 +128,7 @@ def test_zero_tokens(empty: dict[str, int]):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_gradient_at_a_time(name: str):
-    """Each gradient is right when it is the only one asked for."""
+    """Each gradient is right when no other is computed."""
     for absent in ((), ("u", "u_bias")):
         if name in absent:
             continue
@@ -291,7 +291,7 @@ def test_activations_are_as_exact_as_pytorchs(activation: str):
 
 
 def test_an_infinite_weight_that_no_token_feels():
-    """A ReLU's unit that is off for every token stays off, also beside the last token."""
+    """A ReLU's unit that is off for every token stays off, also after the last token."""
     q = torch.full((1, 3, 1, 2), -1.0)
     k = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]]).view(1, 1, 2, 2)
     v = torch.ones(1, 1, 2, 2, requires_grad=True)

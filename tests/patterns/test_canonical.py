@@ -20,8 +20,8 @@ from mhf_compiler.patterns.canonical import (
     CanonicalCopy,
     UntraceableGraph,
     Value,
-    trace,
 )
+from mhf_compiler.patterns.tracer import trace
 
 aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""Tiles timed on the card, for those who ask for it: rows near the shipped one, and other cards'.
+"""Tiles timed on the card, under max-autotune: rows near the shipped one, and other cards'.
 
 A row is taken when it is faster than the shipped one by more than noise, twice, and when its
 results are the shipped one's but for the order of addition. One that does not compile, does not fit
@@ -59,7 +59,7 @@ def tune(
         trial: makes tensors for these keys, and returns the kernels that plain Triton has to run
             on them. Called when there is something to time.
         folder: where results are kept, if anywhere.
-        say: is told what is being timed.
+        say: receives a line about what is being timed.
         clock: times a run.
     """
     left = [key for key in keys if not store.recall(key, folder)]

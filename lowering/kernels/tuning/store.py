@@ -1,7 +1,7 @@
 """What tuning found: rows that stand in for those of tiles.py, in memory and in a folder of files.
 
 Launches look in memory alone. The folder is read only on behalf of a model that is compiled for
-tuned kernels, so what any other run computes does not depend on what lies on a disk. A key for
+tuned kernels, so what any other run computes does not depend on files. A key for
 which the shipped row is the fastest is kept too, as None: it need not be timed again.
 
 There is one file for each key, so that processes that tune at once need no lock: the first to write
@@ -111,7 +111,7 @@ def _kernels_hash() -> str:
 
 
 def _read(path: Path) -> tuple[Row | None] | None:
-    """The row in a file, which may be None; or None where nothing can be made of the file."""
+    """``(row,)``, where row is None if the shipped one won; None if the file is unreadable."""
     try:
         row = json.loads(path.read_text())["row"]
         if row is None:
@@ -136,7 +136,7 @@ def _write(path: Path, key: TuningKey, row: Row | None) -> Row | None:
         found = _read(path)
         if found is not None:
             return found[0]
-        whole.replace(path)  # nobody can read it
+        whole.replace(path)  # it is unreadable
     finally:
         whole.unlink(missing_ok=True)
     return row

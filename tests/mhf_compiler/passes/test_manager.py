@@ -277,8 +277,8 @@ def test_every_source_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Mon
     root = Path(__file__).parents[3]
     expected = {
         path
-        for room in ("mhf_compiler", "patterns", "lowering")
-        for path in (root / room).rglob("*")
+        for folder in ("mhf_compiler", "patterns", "lowering")
+        for path in (root / folder).rglob("*")
         if path.suffix in (".py", ".cpp", ".h")
     }
     assert set(cache_key.sources()) == expected
