@@ -79,6 +79,10 @@ class Value:
                 todo += current.operands
         return seen
 
+    def inputs(self) -> set[Value]:
+        """What it is computed from that is computed from nothing and is no parameter."""
+        return {v for v in self.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+
     def argument(self, position: int, name: str, default: Any) -> Any:
         """An argument of the operator, given by position or by name."""
         if position < len(self.args):

@@ -238,7 +238,7 @@ def check_weights(term: Term, roles: Roles) -> None:
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, gate.query.value):
             tokens = token_inputs(gate.query, set(roles.tokens))
-            if not tokens.isdisjoint(_inputs_of(operand.value)):
+            if not tokens.isdisjoint(operand.value.inputs()):
                 raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
 
 
@@ -671,11 +671,7 @@ def depends_on(weight: Value, query: Value) -> bool:
     """Whether a computed weight and the query come from a common tensor, which may be tokens."""
     if weight.op in (INPUT, STACK):
         return False
-    return not _inputs_of(weight).isdisjoint(_inputs_of(query))
-
-
-def _inputs_of(value: Value) -> set[Value]:
-    return {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+    return not weight.inputs().isdisjoint(query.inputs())
 
 
 def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
@@ -692,7 +688,7 @@ def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
         if not tokens.isdisjoint(form.axes()):
             moving.add(axis)
     if not real(moving):
-        return _inputs_of(query.value)  # one token
+        return query.value.inputs()  # one token
     found: set[Value] = set()
     seen: set[Value] = set()
     todo: list[tuple[Value, Index]] = [(query.value, tuple(index))]
@@ -703,7 +699,7 @@ def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
         seen.add(value)
         read = _read_at(value, at)
         if read is None:
-            found |= _inputs_of(value)
+            found |= value.inputs()
         else:
             todo += read
     return found

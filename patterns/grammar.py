@@ -32,7 +32,16 @@ from .parts import is_number
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
 from .rolling import join_pieces, join_sum
-from .terms import Residual, Term, adds_tokens, scaled, summed, with_bias, without_residual
+from .terms import (
+    Residual,
+    Term,
+    adds_tokens,
+    may_be_bias,
+    scaled,
+    summed,
+    with_bias,
+    without_residual,
+)
 from .views import MERGES, broadcast, is_view, piece_index, through_view, through_views
 
 aten = torch.ops.aten
@@ -175,8 +184,24 @@ class _Reader:
         for operand in value.operands:
             if operand not in self.outside and not is_zero(operand):
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
-                return not real_axes(index) <= real_axes(leaf.index)
+                if not real_axes(index) <= real_axes(leaf.index):
+                    return True
+                return not leaf.value.inputs() and self._is_biased(value, index, leaf)
         return False
+
+    def _is_biased(self, value: Value, index: Index, leaf: Operand) -> bool:
+        """Whether what is added to an output could be its bias: always so where there is one token.
+
+        Read twice, but only for parameters that move along all axes of the output.
+        """
+        other = next((operand for operand in value.operands if operand in self.outside), None)
+        if other is None:
+            return False
+        try:
+            term = self.output(other, broadcast(index, other.shape))
+        except Declined:
+            return False
+        return may_be_bias(term, leaf)
 
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
@@ -370,6 +395,16 @@ class _Addend:
     addition: Value
 
 
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """An addend that is not read further."""
+
+    addend: _Addend
+    value: Value
+    operand: Operand  # the value, or what it is a view of
+    is_whole: bool  # moves along all axes of the sum
+
+
 @dataclass(slots=True)
 class _Sum:
     """A chain of additions: the terms of an unrolled loop, a bias, a residual.
@@ -382,7 +417,9 @@ class _Sum:
     root: Value
     index: Index
     terms: list[Term] = field(default_factory=list)
-    narrow: list[Residual] = field(default_factory=list)  # biases, or residuals of some heads alone
+    biases: list[_Leaf] = field(
+        default_factory=list
+    )  # or residuals of some heads, or of parameters
     residuals: list[Residual] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
     inside: AbstractSet[Value] = field(init=False)  # values that are read, not leaves
@@ -453,31 +490,42 @@ class _Sum:
         return [_Addend(scale, added.value, added.index, contraction.value)]
 
     def _take_leaf(self, addend: _Addend, value: Value, index: Index) -> None:
-        """A tensor from elsewhere: a residual if it moves as the output does, or else a bias."""
-        leaf = self.reader.leaf(value, index)
-        if not real_axes(self.index) <= real_axes(leaf.index):
-            self.narrow.append(Residual(leaf, addend.sign))
-            return
-        self.residuals.append(Residual(leaf, addend.sign))
-        self.dtypes.add(value.dtype)
-        later = addend.addition is not self.root
+        """A tensor from elsewhere: a residual if it moves as the output does, or else a bias.
+
+        For one token a bias moves so as well. Whether a parameter is one is decided when all terms
+        have been read.
+        """
+        operand = self.reader.leaf(value, index)
+        whole = real_axes(self.index) <= real_axes(operand.index)
+        leaf = _Leaf(addend, value, operand, whole)
+        if whole and operand.value.inputs():
+            self._take_residual(leaf)
+        else:
+            self.biases.append(leaf)
+
+    def _take_residual(self, leaf: _Leaf) -> None:
+        self.residuals.append(Residual(leaf.operand, leaf.addend.sign))
+        self.dtypes.add(leaf.value.dtype)
+        later = leaf.addend.addition is not self.root
         allowed = self.reader.in_loop or later or self.reader.is_highest(self.root)
         if not allowed or len(self.residuals) > 1 or len(self.dtypes) > 1:
-            detail = f"{operation_name(value)} is added"
+            detail = f"{operation_name(leaf.value)} is added"
             raise Declined(Kind.UNKNOWN_OPERATION, detail, self.root.origin)
 
     def _joined(self) -> Term:
         """The terms as one, with the biases and the residual."""
         terms, root = self.terms, self.root
-        if len(terms) > 1 or self.narrow or self.residuals:
+        if len(terms) > 1 or self.biases or self.residuals:
             terms = [without_residual(term, root) for term in terms]
         term = join_sum(terms[::-1])
-        for one in self.narrow:
-            added = one.operand
-            if self.residuals or not adds_tokens(term, added) or not self.reader.is_highest(root):
-                term = with_bias(term, added, one.scale, root)
+        for leaf in self.biases:
+            added = leaf.operand
+            if leaf.is_whole and not may_be_bias(term, added):
+                self._take_residual(leaf)
+            elif self.residuals or not adds_tokens(term, added) or not self.reader.is_highest(root):
+                term = with_bias(term, added, leaf.addend.sign, root)
             else:
-                self.residuals.append(one)
+                self.residuals.append(Residual(added, leaf.addend.sign))
                 self.dtypes.add(added.value.dtype)
         if not self.residuals:
             return term

@@ -139,14 +139,15 @@ def adds_tokens(term: Term, added: Operand) -> bool:
     return bool(real_axes(added.index) & real_axes(term.gate.query.index) - weights)
 
 
+def may_be_bias(term: Term, added: Operand) -> bool:
+    """Whether what is added moves with the weights alone, and before routers and sums."""
+    weights = real_axes(term.gate.weight.index) | real_axes(term.down.index)
+    first = term.bias is None and not term.routers and not term.sub_networks
+    return first and real_axes(added.index) <= weights
+
+
 def with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     """Add a bias; it must be inside of everything that routers and sums have done to the term."""
-    weights = real_axes(term.gate.weight.index) | real_axes(term.down.index)
-    if (
-        term.bias is not None
-        or term.routers
-        or term.sub_networks
-        or not real_axes(bias.index) <= weights
-    ):
+    if not may_be_bias(term, bias):
         raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)
