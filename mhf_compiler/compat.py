@@ -10,6 +10,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
@@ -30,12 +31,15 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
+    "BUCKET",
+    "BucketCut",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
     "auto_functionalized",
+    "bucket_cut",
     "cache_folder",
     "compile_graph",
     "copy_dynamo_metadata",
@@ -46,6 +50,8 @@ __all__ = [
     "has_symbols",
     "inductor_modes",
     "inductor_options",
+    "is_part_of_buckets",
+    "is_tracing",
     "is_traceable_wrapper_subclass",
     "leave_functorch_levels",
     "load_cpp",
@@ -70,6 +76,9 @@ __all__ = [
     "unwrap_for_grad",
     "with_pass",
 ]
+
+#: in a node's ``meta``: its bucket, see ``mhf_compiler/buckets.py``
+BUCKET = "flashmhf_bucket"
 
 no_fake_mode = unset_fake_temporarily
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
@@ -115,6 +124,11 @@ def tracing_shape_env() -> Any | None:
     context = TracingContext.try_get()
     mode = None if context is None else context.fake_mode
     return None if mode is None else mode.shape_env
+
+
+def is_tracing() -> bool:
+    """Whether Dynamo is compiling; what runs then runs on fake tensors."""
+    return TracingContext.try_get() is not None
 
 
 @contextmanager
@@ -180,6 +194,44 @@ def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary |
     if reason is None or not reason.graph_break:
         return None
     return reason.reason, reason.user_stack[-1] if reason.user_stack else None
+
+
+def is_part_of_buckets(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph is one of those into which DDP's buckets have cut one of Dynamo's."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer")
+
+
+@dataclass(frozen=True, eq=False)
+class BucketCut:
+    """How Dynamo's ``DDPOptimizer`` has cut the graph that is being compiled.
+
+    Attributes:
+        owner: the optimizer; there is one for each frame that Dynamo compiles.
+        gm: the whole graph.
+        buckets: the nodes of each part, other than inputs and output; the last part comes first in
+            the backward pass.
+    """
+
+    owner: Any
+    gm: torch.fx.GraphModule
+    buckets: Sequence[Sequence[torch.fx.Node]]
+
+
+def bucket_cut() -> BucketCut | None:
+    """The cut of the graph that is being compiled, if ``DDPOptimizer`` has cut it.
+
+    Imports are late, since they need ``torch.distributed``.
+    """
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    optimizer = getattr(InstructionTranslator.current_tx().output.compiler_fn, "__self__", None)
+    if not isinstance(optimizer, DDPOptimizer) or len(optimizer.buckets) < 2:
+        return None
+    buckets = [bucket.nodes for bucket in optimizer.buckets]
+    gm = buckets[0][0].graph.owning_module
+    return None if gm is None else BucketCut(optimizer, gm, buckets)
 
 
 def run_pass(
