@@ -158,21 +158,20 @@ def rewrite_whole(
 
 
 def fit(cut: BucketCut, rewritten: fx.GraphModule) -> list[Part]:
-    """The parts of the rewritten graph, one for each of Dynamo's.
+    """The parts of the rewritten graph, one for each of Dynamo's, in the order in which they run.
 
     Raises:
         CutError: a part would need a value that does not reach it.
     """
-    original = _split(_copied(cut.gm), len(cut.buckets))
-    ours = _split(rewritten, len(cut.buckets))
+    ours = _split(rewritten)
     nodes = {node.name: node for node in cut.gm.graph.nodes}
     returned_as = _results(cut.gm, rewritten)
     examples: Values = {}
     parts = [
         Part(
-            module=ours[number].module,
-            takes=ours[number].takes,
-            gives=ours[number].gives,
+            module=half.module,
+            takes=half.takes,
+            gives=half.gives,
             inputs=then.takes,
             slots=then.gives,
             returned={slot: returned_as[slot] for slot in then.gives if slot in returned_as},
@@ -181,7 +180,8 @@ def fit(cut: BucketCut, rewritten: fx.GraphModule) -> list[Part]:
             originals={slot: nodes[slot].meta.get("example_value") for slot in then.gives},
             returned_as=returned_as,
         )
-        for number, then in enumerate(original)
+        for bucket, then in _split(_copied(cut.gm)).items()
+        for half in [ours.get(bucket, _Half())]
     ]
     _carry(parts)
     return parts
@@ -200,7 +200,9 @@ def _carry(parts: Sequence[Part]) -> None:
         if missing:
             raise CutError(f"part {number} of {len(parts)} does not get {', '.join(missing)}")
         needed = {
-            name for later in parts[number + 1 :] for name in (*later.takes, *later.returned.values())
+            name
+            for later in parts[number + 1 :]
+            for name in (*later.takes, *later.returned.values())
         }
         brings |= {slot: {name} for slot, name in part.returned.items()}
         for slot in part.carried:
@@ -229,32 +231,31 @@ class _Half:
     gives: list[str] = field(default_factory=list)
 
 
-def _split(gm: fx.GraphModule, count: int) -> list[_Half]:
-    """Split a graph as ``DDPOptimizer`` does, by the buckets of its nodes."""
+def _split(gm: fx.GraphModule) -> dict[int, _Half]:
+    """Split a graph as ``DDPOptimizer`` does: by bucket, in the order in which the parts run."""
     sources = {}
     for node in gm.graph.nodes:
         node.meta[_NAME] = node.name
         if node.op == "placeholder":
             sources[node.name] = getattr(node, "_dynamo_source", None)
     split = split_module(gm, None, lambda node: node.meta[BUCKET])  # type: ignore[arg-type]
-    parts = [_Half() for _ in range(count)]
-    for number, part in enumerate(parts):
-        module = getattr(split, f"submod_{number}", None)
-        if module is None:
-            continue
+    parts = {}
+    for call in split.graph.find_nodes(op="call_module"):
+        module = split.get_submodule(str(call.target))
+        assert isinstance(module, fx.GraphModule)
         output = module.graph.output_node()
         results = _listed(output.args[0])
         output.args = (tuple(results),)
         module.recompile()
-        part.module = module
-        part.gives = [node.meta[_NAME] for node in results]
-        for node in module.graph.find_nodes(op="placeholder"):
-            part.takes.append(node.meta[_NAME])
+        inputs = module.graph.find_nodes(op="placeholder")
+        for node in inputs:
             node._dynamo_source = sources.get(node.meta[_NAME])
         module.meta = gm.meta
         for name in ("_param_name_to_source", "_source_to_user_stacks"):
             if hasattr(gm, name):
                 setattr(module, name, getattr(gm, name))
+        names = [[node.meta[_NAME] for node in nodes] for nodes in (inputs, results)]
+        parts[int(str(call.target).removeprefix("submod_"))] = _Half(module, *names)
     return parts
 
 

@@ -33,7 +33,7 @@ def compile_graph_of_dynamo(
 ) -> Callable[..., Any]:
     """Rewrite and compile a graph, or one part of a graph that DDP's buckets have cut."""
     if compat.is_part_of_buckets(gm):
-        whole = _whole_graph(options)
+        whole = _whole_graph(gm, options)
         if whole is not None:
             return whole.compile_next(gm, example_inputs)
     compilation = Compilation(options)
@@ -150,16 +150,21 @@ class _WholeGraph:
         return part.place(self.compilation.compile(part.module, inputs))
 
 
+_TOLD = "flashmhf_cut"
+
 _whole_graphs: WeakKeyDictionary[Any, _WholeGraph] = WeakKeyDictionary()
 
 
-def _whole_graph(options: Options) -> _WholeGraph | None:
+def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
     """The graph whose next part is being compiled; None, with a warning, if it cannot be seen."""
     try:
         cut = compat.bucket_cut()
         if cut is None:
             raise LookupError("Dynamo's DDPOptimizer is not what compiles it")
     except Exception as error:
+        if gm.meta.setdefault(_TOLD, None) is not None:  # all parts share it
+            return None
+        gm.meta[_TOLD] = True
         fault(
             "buckets",
             "DistributedDataParallel's buckets cut the graph, and the networks that they cut are not "
