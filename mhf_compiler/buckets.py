@@ -111,7 +111,7 @@ class Part:
         return run
 
     def _run_on_examples(self, compiled: Callable[..., Any] | None) -> tuple[Any, ...]:
-        """While parts are compiled, Dynamo runs each of them to learn the strides of its results."""
+        """Dynamo runs each part once, as soon as it is compiled, to learn its results' strides."""
         if compiled is not None:
             results = compiled(*map(self.examples.get, self.takes))
             self.examples.update(zip(self.gives, results, strict=True))

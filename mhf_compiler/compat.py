@@ -51,8 +51,8 @@ __all__ = [
     "inductor_modes",
     "inductor_options",
     "is_part_of_buckets",
-    "is_tracing",
     "is_traceable_wrapper_subclass",
+    "is_tracing",
     "leave_functorch_levels",
     "load_cpp",
     "make_fx",
@@ -352,22 +352,28 @@ def compile_graph(
     """Compile a graph with one of Dynamo's back ends, as ``torch.compile`` would.
 
     ``config`` holds Inductor's settings; the other back ends have none. Imports are late, because
-    Inductor is heavy.
+    Inductor is heavy. These names are documented.
     """
     if name == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+        import torch._inductor
 
-        return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
-    from torch._dynamo.backends.registry import lookup_backend
+        return torch._inductor.compile(gm, example_inputs, config)  # type: ignore[return-value]
+    import torch._dynamo
 
-    return lookup_backend(name)(gm, example_inputs)
+    return torch._dynamo.lookup_backend(name)(gm, example_inputs)
 
 
 def tell_inductor_of(ops: Sequence[Any], mutating: Sequence[Any]) -> None:
     """Make Inductor treat custom ops, packets of one overload each, as they need to be.
 
     Those that are ``mutating`` write to their first argument. For the rest of this process.
+
+    Raises:
+        ImportError: a name is missing that this, or a pass after autograd, needs: better now than
+            when Inductor is running.
     """
+    from torch._inductor.fx_utils import get_node_storage  # noqa: F401  (for storage_of)
+
     _import_ops_in_repros()
     _compute_arguments_once(ops)
     _overwrite_without_a_copy(mutating)

@@ -167,8 +167,8 @@ def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
         gm.meta[_TOLD] = True
         fault(
             "buckets",
-            "DistributedDataParallel's buckets cut the graph, and the networks that they cut are not "
-            "seen: set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
+            "DistributedDataParallel's buckets cut the graph, and the networks that they cut are "
+            "not seen: set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
             error,
             strict=options.strict,
         )

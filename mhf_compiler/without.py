@@ -1,7 +1,7 @@
 """A model still compiles where PyTorch lacks a private name that this package needs.
 
-All private names are in ``compat.py``, so where one is gone, that module cannot be imported, nor can
-any that reads it. This one imports nothing of PyTorch but what its documentation names.
+All private names are in ``compat.py``, so where one is gone, that module cannot be imported, nor
+can any that reads it. This one imports nothing of PyTorch but what its documentation names.
 """
 
 from __future__ import annotations

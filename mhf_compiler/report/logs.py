@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..compat import counters, trace_artifact
+from ..errors import only_reporting
 from ..passes.outcome import Fusion
 from .report import Report, plain
 from .text import details, line_for, line_for_fusion
@@ -26,10 +27,11 @@ log = logging.getLogger("mhf_compiler")
 def announce(report: GraphReport) -> None:
     """Count, log and trace what happened to one graph."""
     _count(report)
-    _log(report)
-    trace_artifact("flashmhf_before", "string", lambda: report.before)
-    trace_artifact("flashmhf_after", "string", lambda: report.after)
-    trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
+    with only_reporting("the log of a graph"):
+        _log(report)
+        trace_artifact("flashmhf_before", "string", lambda: report.before)
+        trace_artifact("flashmhf_after", "string", lambda: report.after)
+        trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
 
 
 def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
