@@ -7,13 +7,15 @@ Tested on the oldest and the newest supported release.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import FrameSummary
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -435,11 +437,16 @@ def inductor_options() -> set[str]:
 
 
 def cache_folder() -> Path | None:
-    """Our folder in Inductor's cache folder; None if the user has disabled caches."""
+    """Our folder in Inductor's cache folder; None if there are no caches, or it cannot be made."""
     import torch._inductor.config as config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return None if config.force_disable_caches else Path(cache_dir()) / "flashmhf"
+    if config.force_disable_caches:
+        return None
+    try:
+        return Path(cache_dir()) / "flashmhf"
+    except OSError:
+        return None
 
 
 def reset_cuda_graphs() -> None:
@@ -449,11 +456,40 @@ def reset_cuda_graphs() -> None:
         trees.reset_cudagraph_trees()
 
 
+class DamagedLibrary(OSError):
+    """A library in the cache is not what was built."""
+
+
 def load_cpp(source: str) -> ctypes.CDLL:
     """A C++ library, built for this machine by Inductor's toolchain, or found in its cache.
 
     Inductor's flags fit PyTorch's vectors (ATen/cpu/vec), and its OpenMP is its own kernels'.
+
+    A library that was cut off, by a full disk or a process that was killed, can end the process
+    that loads it. So the checksum of each is kept in a file next to it and compared beforehand. A
+    library that is damaged, or older than this call and without a checksum, is built again.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source)
+    started = time.time() - 2  # clocks of file systems are coarse
+
+    class Checked(CppCodeCache):
+        cache: ClassVar[dict[str, Callable[[], ctypes.CDLL]]] = {}
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> ctypes.CDLL:
+            library, noted = Path(path), Path(f"{path}.sha256")
+            checksum = hashlib.sha256(library.read_bytes()).hexdigest()
+            if not noted.exists() and library.stat().st_mtime >= started:
+                noted.write_text(checksum)
+            if not noted.exists() or noted.read_text() != checksum:
+                library.unlink(missing_ok=True)
+                noted.unlink(missing_ok=True)
+                raise DamagedLibrary(f"{path} is damaged")
+            return ctypes.CDLL(path)
+
+    try:
+        return Checked.load(source)
+    except DamagedLibrary:
+        Checked.cache.clear()
+        return Checked.load(source)
