@@ -54,7 +54,7 @@ def compiled_by(
 
         ours = {} if mode in (None, "default") else dict(torch._inductor.list_mode_options(mode))
         ours |= {key.replace("-", "_"): value for key, value in settings.items()}
-        return torch._inductor.compile(gm, example_inputs, ours)  # type: ignore[return-value]
+        return torch._inductor.compile(gm, example_inputs, ours)
     import torch._dynamo
 
     return torch._dynamo.lookup_backend(name)(gm, example_inputs)

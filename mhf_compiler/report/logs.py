@@ -93,8 +93,8 @@ def _log(report: GraphReport) -> None:
     if not report.rewritten and not report.declined and not report.notes:
         log.info("nothing to rewrite among %d operations", report.operations)
         for product in report.products:
-            where = visible(product.location or "unknown source")
-            log.debug("looked at %s: %s", where, visible(product.call))
+            place = visible(product.location or "unknown source")
+            log.debug("looked at %s: %s", place, visible(product.call))
     if report.graph_break is not None:
         where = report.graph_break.location or "unknown source"
         (first, *_) = report.graph_break.reason.splitlines() or [""]
