@@ -206,8 +206,6 @@ class _Reader:
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
         left, right = value.args[:2]
-        if value.kwargs.get("rounding_mode") is not None:
-            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if isinstance(right, (int, float)):
             divides = value.op in (aten.div.Tensor, aten.div.Scalar)
             if right == 0 or not math.isfinite(right) or math.isinf(1 / right):

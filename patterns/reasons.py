@@ -125,6 +125,10 @@ class Kind(Enum):
         "tensors from outside",
         "use torch.no_grad there, or call the compiled model under inference_mode",
     )
+    CUT_BY_BUCKETS = (
+        "DistributedDataParallel's buckets cut the graph where the network cannot be kept whole",
+        "set torch._dynamo.config.optimize_ddp = False, or give DDP a larger bucket_cap_mb",
+    )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",
         'use options={"rewrite": "always"} to rewrite all the same',

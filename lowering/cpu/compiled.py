@@ -2,7 +2,7 @@
 
 import ctypes
 import functools
-import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ..problem import Gradients, Problem
 
-__all__ = ["backward", "forward", "takes"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["backward", "forward", "problem", "takes"]
 
 _SOURCES = ("products.h", "activations.h", "blocks.cpp")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -44,21 +42,37 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
+def problem() -> str | None:
+    """Why the op has no C++ on this machine; None if it has. The first call builds it."""
+    return _built()[1]
+
+
 def _library() -> ctypes.CDLL | None:
-    """The compiled `blocks.cpp`; None, and a warning, if it cannot be built."""
-    from mhf_compiler.compat import load_cpp
+    return _built()[0]
+
+
+@functools.cache
+def _built() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled `blocks.cpp`; or None and why, after a warning, where it cannot be had."""
+    from mhf_compiler import compat
 
     try:
-        library = load_cpp("\n".join(map(_read, _SOURCES)))
+        library = compat.load_cpp("\n".join(map(_read, _SOURCES)))
+        for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
+            function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
+            function.restype = ctypes.c_int64
     except Exception as error:
-        (why, *_) = str(error).splitlines() or [type(error).__name__]
-        logger.warning("No C++ for the op on the CPU, so it runs in PyTorch's operations: %s", why)
-        return None
-    for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
-        function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
-        function.restype = ctypes.c_int64
-    return library
+        (why, *_) = str(error).strip().splitlines() or [type(error).__name__]
+        for counted in ("failures", "failures.cpp"):
+            compat.counters["flashmhf"][counted] += 1
+        warnings.warn(
+            f"no C++ for multi_head_ffn on the CPU, so it runs in PyTorch's operations, which are "
+            f"slower (mhf-compiler doctor tries the compiler): {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, why
+    return library, None
 
 
 def _read(name: str) -> str:

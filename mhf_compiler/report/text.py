@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from ..passes.outcome import Fusion
+from .escape import visible, visible_lines
 from .groups import Group, grouped
 from .values import (
     GraphReport,
@@ -44,7 +45,7 @@ def printed(graphs: Graphs) -> str:
     breaks = list(_graph_breaks(graphs))
     if breaks:
         parts.append("Graph breaks\n" + "\n".join(breaks))
-    return "\n\n".join([*parts, *notes])
+    return visible_lines("\n\n".join([*parts, *map(visible, notes)]))
 
 
 def headline(graphs: Graphs) -> str:
@@ -86,15 +87,15 @@ def fusion_lines(graphs: Graphs) -> list[str]:
 
 def line_for_fusion(fusion: Fusion) -> str:
     """A fusion in one line."""
-    return f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}"
+    return visible(f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}")
 
 
 def line_for(site: SiteReport) -> str:
     """A site in one line, for logs."""
     where = f"{site.location or 'unknown source'}{f' in {site.module}' if site.module else ''}"
     if site.reason is None:
-        return f"rewritten: {where}: {site.sizes}"
-    return f"declined: {where}: {site.reason.kind.name}: {site.reason}"
+        return visible(f"rewritten: {where}: {site.sizes}")
+    return visible(f"declined: {where}: {site.reason.kind.name}: {site.reason}")
 
 
 def details(site: SiteReport) -> str:
@@ -108,9 +109,9 @@ def details(site: SiteReport) -> str:
 def _details(group: Group) -> str:
     site = group.first
     where = site.location
-    lines = [f"  {where or 'unknown source'}"]
+    lines = [f"  {visible(where or 'unknown source')}"]
     if where is not None and where.code:
-        lines.append(f"      {where.code}")
+        lines.append(f"      {visible(where.code)}")
     listed = rows(group)
     wide = max((len(name) for name, _ in listed), default=0)
     for name, text in listed:
@@ -128,7 +129,7 @@ def rows(group: Group) -> list[tuple[str, str]]:
     if group.where:
         named = f"{group.where} ({site.module_class})" if site.module_class else group.where
         found = [("module", named), *found]
-    return found
+    return [(name, visible(text)) for name, text in found]
 
 
 def _why(site: SiteReport) -> list[tuple[str, str]]:
@@ -155,7 +156,7 @@ def _rows(site: SiteReport) -> list[tuple[str, str]]:
 
 def _operation(operation: Operation) -> str:
     where = f"{operation.location}: " if operation.location is not None else ""
-    return f"{where}{operation.call}"
+    return visible(f"{where}{operation.call}")
 
 
 def _work(work: Work) -> str:
@@ -186,7 +187,7 @@ def _graph_breaks(graphs: Graphs) -> Iterator[str]:
         if graph.graph_break is not None:
             where = graph.graph_break.location or "unknown source"
             reason = graph.graph_break.reason.splitlines()
-            yield f"  after graph {position}, at {where}: {reason[0]}"
+            yield f"  after graph {position}, at {visible(where)}: {reason[0]}"
             yield from (f"      {line.strip()}" for line in reason[1:])
 
 
@@ -215,7 +216,7 @@ def _hidden_units(site: SiteReport) -> str:
 def cells(groups: Sequence[Group]) -> list[list[str]]:
     """The rewritten sites as the rows of a table, header first."""
     header = [*_COLUMNS]
-    return [header, *([str(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
+    return [header, *([visible(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
 
 
 def _table(groups: Sequence[Group]) -> str:

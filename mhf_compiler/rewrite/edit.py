@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ..compat import copy_dynamo_metadata
+from ..compat import BUCKET, copy_dynamo_metadata
 from ..patterns import CanonicalCopy, RouterProduct, Site, Value
 from .emit import EditError, Editor
 
@@ -81,7 +81,7 @@ def _redirect_readers(
 def _copied(node: fx.Node) -> fx.Node:
     with node.graph.inserting_after(node):
         copied = node.graph.call_function(torch.clone, (node,))
-    for key in ("stack_trace", "nn_module_stack"):
+    for key in ("stack_trace", "nn_module_stack", BUCKET):
         if key in node.meta:
             copied.meta[key] = node.meta[key]
     return copied

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from ..compat import unwrap_for_grad
+from ..compat import BUCKET, unwrap_for_grad
 from ..patterns import (
     RESHAPES,
     STACK,
@@ -117,7 +117,7 @@ class Editor:
         with self.graph.inserting_after(self.last):
             kind = "call_method" if isinstance(target, str) else "call_function"
             self.last = self.graph.create_node(kind, target, args, kwargs)
-        for key in ("stack_trace", "nn_module_stack"):
+        for key in ("stack_trace", "nn_module_stack", BUCKET):
             if key in self.site.output_node.meta:
                 self.last.meta[key] = self.site.output_node.meta[key]
         return self.last

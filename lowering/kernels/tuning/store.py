@@ -25,6 +25,8 @@ from ...problem import Problem
 from ...tiles import MANY_TOKENS, Kernel, Row, Sizes
 from ..replay import forget_repeats
 
+_MOST_STAGES = 5
+
 log = logging.getLogger(__name__)
 
 
@@ -70,8 +72,8 @@ def row_of(key: TuningKey) -> Row | None:
 
 def recall(key: TuningKey, folder: Path | None) -> bool:
     """Whether the key was tuned before; from now on, launches use what was found."""
-    if key not in _rows and folder is not None and (path := _path(key, folder)).exists():
-        found = _read(path)
+    if key not in _rows and folder is not None:
+        found = _read(_path(key, folder))
         if found is not None:
             _use(key, found[0])
     return key in _rows
@@ -110,15 +112,25 @@ def _kernels_hash() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
+def is_sensible(row: Row) -> bool:
+    """Whether tuning would try a row: nothing else is written to a file, or taken from one."""
+    tokens, hidden, warps, stages = row
+    sizes = all(16 <= size <= 256 for size in (tokens, hidden))
+    return sizes and warps in (4, 8) and 2 <= stages <= _MOST_STAGES
+
+
 def _read(path: Path) -> tuple[Row | None] | None:
     """``(row,)``, where row is None if the shipped one won; None if the file is unreadable."""
     try:
         row = json.loads(path.read_text())["row"]
         if row is None:
             return (None,)
-        tokens, hidden, warps, stages = (size for size in row if type(size) is int and size > 0)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("what tuning found is not readable in %s: %s", path, error)
+        tokens, hidden, warps, stages = (size for size in row if type(size) is int)
+        if not is_sensible((tokens, hidden, warps, stages)):
+            raise ValueError(f"{row} is no row that tuning would try")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("what tuning found is not readable in %s: %s", path, error)
         return None
     return ((tokens, hidden, warps, stages),)
 
