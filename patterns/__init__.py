@@ -17,7 +17,7 @@ The files in the order of thought:
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
-from .modes import inner_graphs
+from .modes import Modes, inner_graphs
 from .products import is_product_call
 from .reasons import Kind, Reason
 from .recognise import Findings, NearMiss, find_sites
@@ -37,6 +37,7 @@ __all__ = [
     "Findings",
     "Kind",
     "Location",
+    "Modes",
     "NearMiss",
     "Reason",
     "RouterProduct",

@@ -129,6 +129,11 @@ class Kind(Enum):
         "rewriting would not be faster here",
         'use options={"rewrite": "always"} to rewrite all the same',
     )
+    CHANGED_RESULT = (
+        "with the op in its place, a tensor would have another dtype, shape, layout, device, "
+        "gradient or memory than before",
+        "report it with the message: a fault of the compiler; the original spelling is used",
+    )
     KERNEL_FAILED = (
         "the kernel for these shapes did not compile or launch",
         "report it with the message; the original spelling is used",

@@ -21,6 +21,7 @@ from ..patterns import (
     STACK,
     Axis,
     CanonicalCopy,
+    Kind,
     RouterProduct,
     Site,
     Size,
@@ -36,9 +37,22 @@ _ALIGNED_TOKENS = 8  # 16 bytes of 16-bit numbers
 
 
 class EditError(Exception):
-    """A site cannot be written into the graph; the message says what is in the way."""
+    """A site cannot be written into the graph; the message says what is in the way.
 
-    site: Site | RouterProduct | None = None
+    Attributes:
+        kind: the reason that the site is declined for.
+        site: which one it is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        kind: Kind = Kind.UNSUPPORTED_LAYOUT,
+        site: Site | RouterProduct | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.site = site
 
 
 class Editor:
@@ -57,6 +71,7 @@ class Editor:
         self.position = copy.positions[site.output_node]
         self.last = nodes[site.output_node]
         self.made: dict[Value, fx.Node] = {}
+        self.inserted: list[fx.Node] = []
 
     def insert(self) -> fx.Node:
         """The op's result, with the shape and the strides of the value that it replaces."""
@@ -120,6 +135,7 @@ class Editor:
         for key in ("stack_trace", "nn_module_stack"):
             if key in self.site.output_node.meta:
                 self.last.meta[key] = self.site.output_node.meta[key]
+        self.inserted.append(self.last)
         return self.last
 
     # Arguments.

@@ -18,7 +18,6 @@ from ..options import Options
 from ..patterns import (
     CanonicalCopy,
     Findings,
-    Kind,
     Reason,
     RouterProduct,
     Site,
@@ -29,6 +28,7 @@ from ..patterns import (
 from ..report.describe import graph_break, matrix_products, near_miss_report, site_report
 from ..report.logs import announce
 from ..report.values import GraphReport, SiteReport
+from . import guard
 from .edit import rewrite
 from .emit import EditError
 from .judge import Decision, decide, product_runs
@@ -128,11 +128,11 @@ def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings
         for decision, before in zip(accepted, found, strict=True)
     }
     try:
-        gm.graph, products = _with_products(gm.graph, products, copy)
+        gm.graph, products = _with_products(gm.graph, products, copy, _shape_env(gm))
     except EditError as error:
         if error.site not in products:
             raise
-        reason = Reason(Kind.UNSUPPORTED_LAYOUT, str(error), error.site.output_node)
+        reason = Reason(error.kind, str(error), error.site.output_node)
         declined = [replace(d, reason=reason) if d.site is error.site else d for d in decisions]
         return _write(gm, declined, findings)
     gm.recompile()
@@ -143,7 +143,7 @@ _Products = dict[Site, tuple[RouterProduct, ...]]  # of the sites that are rewri
 
 
 def _with_products(
-    graph: fx.Graph, products: _Products, copy: CanonicalCopy
+    graph: fx.Graph, products: _Products, copy: CanonicalCopy, shape_env: Any | None
 ) -> tuple[fx.Graph, _Products]:
     """The edited graph, and what was written into it.
 
@@ -152,7 +152,9 @@ def _with_products(
     # Sites may share a router.
     shared = {product.output: product for before in products.values() for product in before}
     try:
-        return rewrite(graph, [*shared.values(), *products], copy), products
+        edit = rewrite(graph, [*shared.values(), *products], copy)
+        guard.check(edit, copy, shape_env)
+        return edit.graph, products
     except EditError as error:
         if not isinstance(error.site, RouterProduct):
             raise
@@ -161,4 +163,4 @@ def _with_products(
             site: tuple(product for product in before if product.output is not lost)
             for site, before in products.items()
         }
-        return _with_products(graph, rest, copy)
+        return _with_products(graph, rest, copy, shape_env)
