@@ -7,7 +7,6 @@ and its kernels are loaded when the first graph arrives.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,55 +42,60 @@ def flashmhf(
         OptionError: an unknown option, or a value it does not take.
     """
     from .compat import compile_graph, counters, tell_inductor_of
+    from .errors import raise_or_warn
     from .options import inductor_config, parse_options
     from .passes.manager import with_post_grad_passes
-    from .rewrite.graph import rewrite_graph
+    from .rewrite.graph import Originals, rewrite_graph
 
     parsed = parse_options(mode, options)
     counted = counters["flashmhf"].copy()
-    report, folder = None, None
+    originals, folder = Originals(gm), None
+    report = rewrite_graph(gm, parsed)
     try:
-        report = rewrite_graph(gm, parsed)
         if parsed.dump_dir is not None:
             from .debug.dump import dump
 
             folder = dump(report, gm, parsed.dump_dir)
     except Exception as error:
-        _warn_or_raise("rewriting failed, the graph is compiled as it is", error, parsed.strict)
+        raise_or_warn("a graph could not be dumped", error, parsed.strict)
 
     def tell(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
         try:
             _report_fusions(fusions, notes, report, folder)
         except Exception as error:
-            _warn_or_raise("a report could not be completed", error, parsed.strict)
+            raise_or_warn("a report could not be completed", error, parsed.strict)
 
-    config = with_post_grad_passes(gm, inductor_config(parsed), strict=parsed.strict, tell=tell)
-    # The user may have called the op, too: what matters is whether it is defined.
-    if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
-        from .lowering.ops import ALL, MUTATING
-
-        tell_inductor_of(ALL, MUTATING)
     try:
+        config = with_post_grad_passes(gm, inductor_config(parsed), strict=parsed.strict, tell=tell)
+        # The user may have called the op, too: what matters is whether it is defined.
+        if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
+            from .lowering.ops import ALL, MUTATING
+
+            tell_inductor_of(ALL, MUTATING)
         return compile_graph(parsed.fallback, gm, example_inputs, config)
-    except Exception:
+    except Exception as error:
         # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
         # symbolic float to be a constant, it says so by an exception.
         counters["flashmhf"] = counted
-        raise
+        if parsed.strict or not originals.were_replaced:
+            raise
+        originals.restore()
+        compiled = compile_graph(parsed.fallback, gm, example_inputs, inductor_config(parsed))
+        # It is the rewritten graph alone that does not compile.
+        raise_or_warn("the rewritten graph is not compiled, but the original", error, strict=False)
+        return compiled
 
 
 def _report_fusions(
     fusions: Sequence[Fusion],
     notes: Sequence[str],
-    report: GraphReport | None,
+    report: GraphReport,
     folder: Path | None,
 ) -> None:
     """Log what the passes after autograd did, and add it to the report of the graph."""
     from .report.logs import announce_fusions
 
     announce_fusions(fusions, notes)
-    if report is None:
-        return
     report.fusions = [*(report.fusions or ()), *fusions]
     report.notes += notes
     if folder is not None:
@@ -100,21 +104,12 @@ def _report_fusions(
         dump_report(report, folder)
 
 
-def _warn_or_raise(what: str, error: Exception, strict: bool) -> None:
-    """Count a failure; raise it if told so, otherwise warn."""
-    from .compat import counters
-    from .errors import MhfCompilerWarning
-
-    counters["flashmhf"]["failures"] += 1
-    if strict:
-        raise error
-    warnings.warn(f"{what}: {type(error).__name__}: {error}", MhfCompilerWarning, stacklevel=3)
-
-
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``, as for Inductor: drops recorded CUDA graphs."""
+    """Called by ``torch.compiler.reset``, as for Inductor: drops CUDA graphs, tells all anew."""
     from .compat import reset_cuda_graphs
+    from .errors import forget_warnings
 
+    forget_warnings()
     reset_cuda_graphs()
 
 

@@ -19,7 +19,7 @@ from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
 from .modes import Modes, inner_graphs
 from .products import is_product_call
-from .reasons import Kind, Reason
+from .reasons import Kind, Reason, Unreadable
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
 from .routers import find_router_products
@@ -44,6 +44,7 @@ __all__ = [
     "Site",
     "Size",
     "TensorView",
+    "Unreadable",
     "Value",
     "at_most",
     "find_router_products",

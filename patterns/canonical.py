@@ -43,6 +43,7 @@ from mhf_compiler.compat import (
 from .axes import Size, multiply
 from .modes import Switches, switches_modes
 from .parts import Range, ViewStep, plain, shown_range
+from .reasons import Reason, Unreadable
 from .repeats import (
     Call,
     Like,
@@ -103,7 +104,11 @@ class _Unfollowed:
 
 
 class UntraceableGraph(Exception):
-    """The graph cannot be copied; the message says why, in words for the model's author."""
+    """The graph cannot be copied; the reason says why, in words for the model's author."""
+
+    def __init__(self, kind: Unreadable, detail: str, node: fx.Node) -> None:
+        self.reason = Reason(kind, detail, node)
+        super().__init__(str(self.reason))
 
 
 @dataclass(eq=False, slots=True)
@@ -328,11 +333,17 @@ class CanonicalCopy:
 
         But by nodes that write one of some values.
         """
-        return any(
-            but_by.isdisjoint(map(_written_part, self.written[writer]))
-            for holding in self._holdings.get(value, ())
-            for writer in self._ends(holding, len(self.positions))
-        )
+        return any(True for _ in self._overwriters(value, but_by))
+
+    def _overwriters(self, value: Value, but_by: AbstractSet[Value]) -> Iterator[fx.Node]:
+        for holding in self._holdings.get(value, ()):
+            for writer in self._ends(holding, len(self.positions)):
+                if but_by.isdisjoint(map(_written_part, self.written[writer])):
+                    yield writer
+
+    def overwriter_of(self, value: Value, but_by: AbstractSet[Value]) -> fx.Node | None:
+        """The first node that overwrites the memory of one that holds the value, as above."""
+        return next(self._overwriters(value, but_by), None)
 
     def memory_of(self, node: fx.Node) -> int | None:
         """A number for the memory that a node's tensor lies in."""
@@ -387,13 +398,8 @@ def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
     recorder = _Recorder()
     runner = _Runner(gm, recorder)
     mode = FakeTensorMode(shape_env=shape_env)
-    try:
-        with no_new_guards(shape_env), mode, runner.switches:
-            runner.trace()
-    except UntraceableGraph:
-        raise
-    except Exception as error:
-        raise UntraceableGraph(f"the graph does not run on fake tensors: {error}") from error
+    with no_new_guards(shape_env), mode, runner.switches:
+        runner.trace()
     return recorder.finish()
 
 
@@ -420,7 +426,7 @@ class _Runner(fx.Interpreter):
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
-            raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
+            raise UntraceableGraph(Unreadable.SWITCHED_GRADIENT, str(n.target), n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "output":
             return args[0]
@@ -436,10 +442,13 @@ class _Runner(fx.Interpreter):
         try:
             with self.recorder:
                 result = getattr(self, n.op)(n.target, args, kwargs)
-        except Exception:
+        except Exception as error:
             # What depends on data does not run on fake tensors: a number of a tensor, a branch.
-            if self.recorder.is_broken or functorch_depth() or not _has_example(n):
+            if self.recorder.is_broken or isinstance(error, UntraceableGraph):
                 raise
+            if functorch_depth() or not _has_example(n):
+                first, *_ = str(error).splitlines() or [type(error).__name__]
+                raise UntraceableGraph(Unreadable.NOT_ON_FAKES, first, n) from error
             return self.recorder.unknown_call(n, (args, kwargs))
         if key is not None:
             done = program(self.recorder.calls, (args, kwargs), result)
@@ -692,7 +701,7 @@ class _Recorder(TorchDispatchMode):
         functional = _functional_form(call.func) or _OTHERWISE_NAMED.get(call.func)
         if functional is None or call.func in _SWAPS or alias.storage.is_outside:
             name = call.func._schema.name.split("::")[1]
-            raise UntraceableGraph(f"{name} makes a tensor another one in place")
+            raise UntraceableGraph(Unreadable.REPLACED_TENSOR, name, self.node)
         rest = map_tensors(self._read, call.args[1:])
         step = ViewStep(functional, rest, call.kwargs, None, *_sizes(target))
         alias.value = self._view(self._read(target), step)
@@ -803,7 +812,8 @@ class _Recorder(TorchDispatchMode):
         alias = self._aliases.get(id(tensor))
         if alias is None:
             if not isinstance(tensor, FakeTensor) and type(tensor) is not torch.Tensor:
-                raise UntraceableGraph(f"a {type(tensor).__name__} appears inside the graph")
+                name = type(tensor).__name__
+                raise UntraceableGraph(Unreadable.FOREIGN_TENSOR, name, self.node)
             self._new_storage(tensor, OPAQUE)
             alias = self._aliases[id(tensor)]
         return alias
@@ -1012,7 +1022,7 @@ def _may_write(node: fx.Node) -> bool:
 def _example(node: fx.Node) -> Any:
     example = node.meta.get("example_value", node.meta.get("val"))
     if not _has_example(node) and node.op != "placeholder":
-        raise UntraceableGraph(f"the results of {node.target} are not known")
+        raise UntraceableGraph(Unreadable.UNKNOWN_RESULT, str(node.target), node)
     return example
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ..compat import counters, disables_added_passes, run_pass, with_pass
-from ..errors import MhfCompilerWarning
+from ..errors import MhfCompilerWarning, raise_or_warn
 from .cache_key import package_hash
 from .layouts import fix_layouts
 from .memory import is_call_of
@@ -90,18 +90,11 @@ def _run(name: str, strict: bool, graph: fx.Graph) -> list[Fusion] | None:
             owner, name, lambda _: found.extend(PASSES[name](graph)), after_autograd=True
         )
     except Exception as error:
-        if strict:
-            raise
         for node in reversed(graph.nodes):
             graph.erase_node(node)
         _copy(before, graph)
-        counters["flashmhf"]["failures"] += 1
-        warnings.warn(
-            f"not all memory is reused, since the pass {name} failed: "
-            f"{type(error).__name__}: {error}",
-            MhfCompilerWarning,
-            stacklevel=2,
-        )
+        what = f"not all memory is reused, since the pass {name} failed"
+        raise_or_warn(what, error, strict)
         return None
     return found if ran else None
 

@@ -28,7 +28,7 @@ from ..compat import (
     statically_known_true,
     symbolic_size,
 )
-from ..patterns import CanonicalCopy, Kind, Modes, RouterProduct, Site, Size
+from ..patterns import CanonicalCopy, Kind, Modes, RouterProduct, Site, Size, Value
 from .edit import Edit
 from .emit import EditError
 
@@ -121,7 +121,7 @@ class _Guard:
 
         A tower has the same site in every layer.
         """
-        modes = self._modes(site.output_node)
+        modes = self._modes(site.output_node, site.output)
         inputs = [one for one in dict.fromkeys(_arguments(nodes)) if one not in nodes]
         memories = [self._memory_of(one) for one in inputs]
         key = (
@@ -194,9 +194,8 @@ class _Guard:
             return None
         return self.memory.get(_storage(found), ("new", _storage(found)))
 
-    def _modes(self, node: fx.Node) -> Modes:
-        """The modes that a node of the given graph stands in."""
-        value = self.copy.value_of[node]
+    def _modes(self, node: fx.Node, value: Value) -> Modes:
+        """The modes at a node of the given graph, which computes a value."""
         return Modes.of(value.requires_grad_mode, self.copy.autocast[node])
 
     # Nodes that were there before.
@@ -217,9 +216,13 @@ class _Guard:
                 raise EditError(change.what, Kind.CHANGED_RESULT, site) from change
         if node.op == "output":
             self._check_memory(old)
-        elif passes_on is not None and old in self.copy.value_of:
-            with self._modes(old).entered():
-                self._run_for(passes_on, node)
+        elif passes_on is not None:
+            # Of a node that returns several tensors, those who take one of them know the modes.
+            values = (self.copy.value_of.get(one) for one in (old, *old.users))
+            value = next(filter(None, values), None)
+            if value is not None:
+                with self._modes(old, value).entered():
+                    self._run_for(passes_on, node)
 
     def _rerouted(self, old: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
         """The arguments of a node that are not as before, with what it now reads instead."""

@@ -194,11 +194,10 @@ def test_strides_that_nobody_sees_may_differ():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("modes", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_right_edits_pass(dynamic: bool, modes: Any):
-    model, x = nn.Sequential(Heads(), nn.Flatten(2), ReturnedTwice()), torch.randn(TOKENS)
+    model, x = nn.Sequential(Heads(), nn.Flatten(2), Heads()), torch.randn(TOKENS)
     options = {"rewrite": "always", "strict": True, "fallback": "aot_eager"}
     compiled = torch.compile(model, backend="flashmhf", dynamic=dynamic, options=options)
     with modes():
-        for found, expected in zip(compiled(x), model(x), strict=True):
-            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(compiled(x), model(x))
     assert counters["flashmhf"]["sites_rewritten"] == 2
     assert counters["flashmhf"]["sites_declined"] == 0
