@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
 from .rewrite.graph import Keep, rewrite_graph
@@ -54,6 +55,7 @@ def reported(
         return gm.forward
 
     torch.compiler.reset()
+    forget_warnings()
     try:
         torch.compile(model, backend=collect)(*args, **kwargs)
     finally:

@@ -63,7 +63,7 @@ def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.
     """Run passes over a graph, count what they did, and fix the layouts for our ops.
 
     The layouts are needed for correct results. So that step is none of the passes that can be
-    disabled, and if it fails the compilation fails.
+    disabled, and if it fails the back end compiles the original graph.
     """
     fusions: list[Fusion] = []
     notes: list[str] = []

@@ -250,7 +250,7 @@ class _Guard:
         if not _equal(before.shape, found.shape):
             raise _Change(f"shape of {argument} was {before.shape}, would be {found.shape}")
         pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
-        return not all(size == 1 or _equal((was,), (now,)) for size, was, now in pairs)
+        return not all(_equal((size,), (1,)) or _equal((was,), (now,)) for size, was, now in pairs)
 
     def _takes_over(self, old: fx.Node, argument: fx.Node, place: fx.Node) -> bool:
         """Whether a node returns memory of an argument, or one of several tensors."""
