@@ -18,8 +18,8 @@ are those of `reason["kind"]` in JSON, of log lines, and of the counters `declin
 GRAPHS = """
 ## Why a graph is not analysed
 
-Such a graph is compiled as it is. It is counted by `unread.NAME`, warned of once, and comes first in
-the report.
+Such a graph is compiled as it is. It is counted by `unread.NAME`, warned of once, and comes first
+in the report.
 
 | name | what is the matter | what to change |
 |---|---|---|

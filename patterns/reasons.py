@@ -219,6 +219,8 @@ class Reason:
 class Declined(Exception):
     """A candidate is no MH-FFN, or was not proved to be one."""
 
-    def __init__(self, kind: Kind, detail: str = "", node: fx.Node | None = None) -> None:
+    def __init__(
+        self, kind: Kind | Unreadable, detail: str = "", node: fx.Node | None = None
+    ) -> None:
         self.reason = Reason(kind, detail, node)
         super().__init__(str(self.reason))

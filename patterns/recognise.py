@@ -32,7 +32,7 @@ from .grammar import (
 )
 from .meaning import LINEAR, POINTWISE
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
-from .reasons import Declined, Kind, Reason
+from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
 from .source import locate
 from .views import LIKES, MERGES, is_view
@@ -409,7 +409,7 @@ def _tells(reason: Reason) -> tuple[int, bool]:
     A too low one, before the sum over sub-networks, has their weights and tokens along the same
     dimensions: that says something only if no other candidate got further.
     """
-    weak = {
+    weak: dict[Kind | Unreadable, int] = {
         Kind.UNKNOWN_OPERATION: 0,
         Kind.PLAIN_FFN: 1,
         Kind.NOT_A_PRODUCT: 2,

@@ -109,7 +109,7 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
 def unread_graph(reason: Reason) -> UnreadGraph:
     """A graph that was not analysed, with the line of the operation that is to blame."""
     where = None if reason.node is None else locate(reason.node)
-    return UnreadGraph(_without_node(reason), where)
+    return UnreadGraph(replace(reason, node=None), where)
 
 
 def operation(node: fx.Node) -> Operation:

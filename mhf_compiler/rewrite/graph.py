@@ -94,8 +94,9 @@ def _rewrite_all(
         return
     for unread in report.unread:
         warn_once(str(unread))
-    for module, site in kept if keep is not None else ():
-        keep(module, site)
+    if keep is not None:
+        for module, site in kept:
+            keep(module, site)
 
 
 class Originals:

@@ -304,7 +304,8 @@ def _spelling(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[Hashable, ..
     """What nodes compute of inputs, whatever they are called."""
     number = {node: _Number(count) for count, node in enumerate([*inputs, *nodes])}
     return tuple(
-        (node.target, repr(fx.node.map_arg((node.args, node.kwargs), number.get))) for node in nodes
+        (node.target, repr(fx.node.map_arg((node.args, node.kwargs), number.__getitem__)))
+        for node in nodes
     )
 
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,12 +198,15 @@ _IN_INDUCTOR = STAGES[-3:]
 
 
 @pytest.fixture(params=STAGES)
-def broken_stage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def broken_stage(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Any]]:
     """A part of the back end that raises, and the options with which it is called."""
     module, _, name = request.param.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"mhf_compiler.{module}"), name, _broken)
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    return {"fallback": "inductor" if request.param in _IN_INDUCTOR else "aot_eager"}
+    fallback = "inductor" if request.param in _IN_INDUCTOR else "aot_eager"
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield {"fallback": fallback}
 
 
 def test_no_failure_reaches_the_user(broken_stage: dict[str, Any], tmp_path: Path):
