@@ -303,9 +303,12 @@ def _arguments(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
 def _spelling(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[Hashable, ...]:
     """What nodes compute of inputs, whatever they are called."""
     number = {node: _Number(count) for count, node in enumerate([*inputs, *nodes])}
+
+    def numbered(node: fx.Node) -> Any:
+        return number[node]
+
     return tuple(
-        (node.target, repr(fx.node.map_arg((node.args, node.kwargs), number.__getitem__)))
-        for node in nodes
+        (node.target, repr(fx.node.map_arg((node.args, node.kwargs), numbered))) for node in nodes
     )
 
 
