@@ -214,7 +214,8 @@ def test_no_failure_reaches_the_user(broken_stage: dict[str, Any], tmp_path: Pat
     with pytest.warns(MhfCompilerWarning, match="RuntimeError: a bug in the compiler") as caught:
         run(model, dump_dir=tmp_path, **broken_stage)
     assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
-    assert tallied()["failures"] == counters["flashmhf"]["failures.RuntimeError"] == 1
+    causes = [name for name in counters["flashmhf"] if name.startswith("failures.")]
+    assert tallied()["failures"] == len(causes) == 1  # Inductor puts errors into one of its own
 
 
 def test_every_failure_is_raised_under_strict(broken_stage: dict[str, Any], tmp_path: Path):
