@@ -48,7 +48,10 @@ def flashmhf(
 
 
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``, as for Inductor: drops recorded CUDA graphs."""
+    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs, and warns of all anew."""
+    from .errors import forget_warnings
+
+    forget_warnings()
     try:
         from .compat import reset_cuda_graphs
     except (ImportError, AttributeError):

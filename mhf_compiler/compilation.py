@@ -20,7 +20,7 @@ from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
 from .report.logs import announce_fusions
 from .report.values import GraphReport
-from .rewrite.graph import rewrite_graph
+from .rewrite.graph import Originals, rewrite_graph
 
 
 def parsed_options(mode: str | None, options: Options | Mapping[str, Any] | None) -> Options:
@@ -50,17 +50,16 @@ class Compilation:
         self.counted = compat.counters["flashmhf"].copy()
         self.report: GraphReport | None = None
         self.folder: Path | None = None
+        self.originals: Originals | None = None
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Put the ops into a graph and prepare Inductor for them; all of it, or nothing."""
-        untouched = [(m, m.graph) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+        self.originals = Originals(gm)
         try:
             self.report = rewrite_graph(gm, self.options)
             self._prepare(gm)
         except Exception as error:
-            for module, graph in untouched:
-                if module.graph is not graph:
-                    module.graph = graph
+            self.originals.restore()
             self.failed(error)
         else:
             self.dump(gm)
@@ -110,14 +109,23 @@ class Compilation:
                 dump_report(self.report, self.folder)
 
     def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Compile a graph with the fallback."""
+        """Compile a graph with the fallback; if only its rewritten form fails, as it was."""
+        fallback = self.options.fallback
         try:
-            return compat.compile_graph(self.options.fallback, gm, example_inputs, self.config)
-        except Exception:
+            return compat.compile_graph(fallback, gm, example_inputs, self.config)
+        except Exception as error:
             # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
             # symbolic float to be a constant, it says so by an exception.
             compat.counters["flashmhf"] = self.counted
-            raise
+            replaced = self.originals is not None and self.originals.were_replaced
+            if self.options.strict or not replaced:
+                raise
+            assert self.originals is not None
+            self.originals.restore()
+            config = inductor_config(self.options)
+            compiled = compat.compile_graph(fallback, gm, example_inputs, config)
+            fault("compile", "the rewritten graph does not compile, so the original is used", error)
+            return compiled
 
 
 class _WholeGraph:

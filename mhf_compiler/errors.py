@@ -23,11 +23,30 @@ class MhfCompilerWarning(UserWarning):
     """Something was left in its original spelling."""
 
 
-def fault(cause: str, message: str, error: Exception, *, strict: bool = False) -> None:
-    """Count a fault of ours, and warn of it.
+_warned: set[tuple[str, ...]] = set()
+
+
+def warn_once(*cause: str) -> None:
+    """Give a warning, unless the same was given since ``torch.compiler.reset``.
 
     Args:
-        cause: what it is counted as, next to all ``failures``.
+        cause: the parts of the message, which are joined by colons.
+    """
+    if cause not in _warned:
+        _warned.add(cause)
+        warnings.warn(": ".join(cause), MhfCompilerWarning, stacklevel=3)
+
+
+def forget_warnings() -> None:
+    """Let every cause be warned of again."""
+    _warned.clear()
+
+
+def fault(cause: str, message: str, error: Exception, *, strict: bool = False) -> None:
+    """Count a fault of ours, and warn of it once.
+
+    Args:
+        cause: what it is counted as, in addition to ``failures``.
         message: what failed, and what is done instead.
         error: what was raised.
         strict: raise ``error`` instead of warning.
@@ -35,21 +54,18 @@ def fault(cause: str, message: str, error: Exception, *, strict: bool = False) -
     count_failure(cause)
     if strict:
         raise error
-    warnings.warn(f"{message}: {_named(error)}", MhfCompilerWarning, stacklevel=3)
+    warn_once(message, type(error).__name__, str(error))
 
 
 @contextmanager
 def only_reporting(what: str) -> Iterator[None]:
-    """Warn if ``what`` cannot be told, and go on: what is compiled does not depend on it."""
+    """Warn if ``what`` cannot be written, and go on: what is compiled does not depend on it."""
     try:
         yield
     except Exception as error:
         count_failure("report")
-        warnings.warn(
-            f"{what} could not be written; the compiled model is not affected: {_named(error)}",
-            MhfCompilerWarning,
-            stacklevel=4,
-        )
+        message = f"{what} could not be written; the compiled model is not affected"
+        warn_once(message, type(error).__name__, str(error))
 
 
 def count_failure(cause: str) -> None:
@@ -65,13 +81,5 @@ def count_failure(cause: str) -> None:
 def warn_of_failure(what: str, location: Location | None, error: Exception | str) -> None:
     """Warn that a kernel failed its trial run, and count the failure."""
     place = "an unknown place" if location is None else str(location)
-    warnings.warn(
-        f"the kernel for {what} at {place} failed; it is left as it was: {error}",
-        MhfCompilerWarning,
-        stacklevel=2,
-    )
+    warn_once(f"the kernel for {what} at {place} failed; it is left as it was", str(error))
     count_failure("kernel")
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

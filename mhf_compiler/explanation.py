@@ -10,6 +10,7 @@ from torch import fx
 
 from .buckets import rewrite_whole
 from .compat import BucketCut, bucket_cut, is_part_of_buckets
+from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
 from .rewrite.graph import Keep, rewrite_graph
@@ -63,6 +64,7 @@ def reported(
         return gm.forward
 
     torch.compiler.reset()
+    forget_warnings()
     try:
         torch.compile(model, backend=collect)(*args, **kwargs)
     finally:

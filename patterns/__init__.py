@@ -19,9 +19,9 @@ The files, in the order in which a graph passes through them:
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
-from .modes import inner_graphs
+from .modes import Modes, inner_graphs
 from .products import is_product_call
-from .reasons import Kind, Reason
+from .reasons import Kind, Reason, Unreadable
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
 from .routers import find_router_products
@@ -39,12 +39,14 @@ __all__ = [
     "Findings",
     "Kind",
     "Location",
+    "Modes",
     "NearMiss",
     "Reason",
     "RouterProduct",
     "Site",
     "Size",
     "TensorView",
+    "Unreadable",
     "Value",
     "at_most",
     "find_router_products",

@@ -25,6 +25,7 @@ from torch import fx
 
 from .axes import Size, multiply, stride_order
 from .parts import Range, ViewStep, shown_range
+from .reasons import Reason, Unreadable
 
 INPUT = "input"  # a graph input or attribute
 COPY = "copy"  # args: (the copied tensor,); broadcast and cast to its shape and dtype
@@ -33,7 +34,11 @@ SCATTER = "scatter"  # args: (old value of the base, new value of the part); cha
 
 
 class UntraceableGraph(Exception):
-    """The graph cannot be copied; the message says why, in words for the model's author."""
+    """The graph cannot be copied; the reason says why, in words for the model's author."""
+
+    def __init__(self, kind: Unreadable, detail: str, node: fx.Node) -> None:
+        self.reason = Reason(kind, detail, node)
+        super().__init__(str(self.reason))
 
 
 @dataclass(eq=False, slots=True)
@@ -280,11 +285,17 @@ class CanonicalCopy:
 
         Writers of a value in ``but_by`` do not count.
         """
-        return any(
-            but_by.isdisjoint(map(_written_part, self.written[writer]))
-            for holding in self._holdings.get(value, ())
-            for writer in self._ends(holding, len(self.positions))
-        )
+        return any(True for _ in self._overwriters(value, but_by))
+
+    def _overwriters(self, value: Value, but_by: AbstractSet[Value]) -> Iterator[fx.Node]:
+        for holding in self._holdings.get(value, ()):
+            for writer in self._ends(holding, len(self.positions)):
+                if but_by.isdisjoint(map(_written_part, self.written[writer])):
+                    yield writer
+
+    def overwriter_of(self, value: Value, but_by: AbstractSet[Value]) -> fx.Node | None:
+        """The first node that overwrites the memory of one that holds the value, as above."""
+        return next(self._overwriters(value, but_by), None)
 
     def memory_of(self, node: fx.Node) -> int | None:
         """A number for the memory that a node's tensor lies in."""

@@ -496,8 +496,13 @@ def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
     read = {operand.value for operand in named.values()} | _saved(reading)
     for value in sorted(read, key=lambda value: value.step):
         if copy.is_overwritten(value, but_by=reading.computed):
-            detail = "what its backward pass reads again"
-            raise Declined(Kind.MUTATION, detail, value.origin)
+            detail = f"{_said(value)} is overwritten, which its backward pass reads again"
+            raise Declined(Kind.MUTATION, detail, copy.overwriter_of(value, reading.computed))
+
+
+def _said(value: Value) -> str:
+    """What a value is called in a sentence."""
+    return f"what {value.origin.name} made" if value.operands else f"the input {value.origin.name}"
 
 
 def _saved(reading: Reading) -> set[Value]:

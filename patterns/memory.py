@@ -31,6 +31,7 @@ from .canonical import (
 )
 from .numbering import ValueNumbering, like_of, sizes_of
 from .parts import ViewStep, shown_range
+from .reasons import Unreadable
 from .repeats import Like, map_tensors
 
 #: views through which a write reaches the whole of what they show
@@ -110,7 +111,8 @@ class Memory:
         alias = self._aliases.get(id(tensor))
         if alias is None:
             if not isinstance(tensor, FakeTensor) and type(tensor) is not torch.Tensor:
-                raise UntraceableGraph(f"a {type(tensor).__name__} appears inside the graph")
+                name = type(tensor).__name__
+                raise UntraceableGraph(Unreadable.FOREIGN_TENSOR, name, self.node)
             self.allocate(tensor, self._values.unknown(OPAQUE, tensor))
             alias = self._aliases[id(tensor)]
         return alias

@@ -6,7 +6,7 @@ checkpoint, contains no such nodes: its modes are those at its call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +44,11 @@ class Modes:
         """The current modes."""
         autocast = tuple(map(autocast_dtype, _DEVICES))
         return cls(torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled())
+
+    @classmethod
+    def of(cls, grad: bool, autocast: Mapping[str, torch.dtype]) -> Modes:
+        """Gradients recorded or not, and what autocast casts to where it is on."""
+        return cls(grad, tuple(map(autocast.get, _DEVICES)), torch.is_inference_mode_enabled())
 
     @contextmanager
     def entered(self) -> Iterator[None]:

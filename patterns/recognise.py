@@ -27,7 +27,7 @@ from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
 from .operations import DROPOUT, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
-from .reasons import Declined, Kind, Reason
+from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
 from .source import locate
 from .tracer import trace
@@ -37,15 +37,19 @@ aten = torch.ops.aten
 
 _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
+_PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {
     SCATTER,
     aten.constant_pad_nd.default,
+    aten.cumprod.default,
+    aten.cumsum.default,
     aten.detach.default,
     aten.flip.default,
     aten.gather.default,
     aten.index.Tensor,
     aten.index_select.default,
+    aten.logcumsumexp.default,
     aten.native_group_norm.default,
     aten.native_layer_norm.default,
     aten.roll.default,
@@ -69,7 +73,7 @@ class Findings:
     near_misses: list[NearMiss] = field(default_factory=list)
     copy: CanonicalCopy | None = None
     looked_at: int = 0  # possible down projections
-    untraceable: str | None = None
+    unreadable: Reason | None = None  # why the graph was not analysed
 
 
 def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
@@ -85,7 +89,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     try:
         copy = trace(gm, shape_env)
     except UntraceableGraph as error:
-        findings.untraceable = str(error)
+        findings.unreadable = error.reason
         return findings
     findings.copy = copy
     anchors = list(_anchors(copy))
@@ -110,8 +114,46 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
         if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
             reported.setdefault(paths[miss.anchor][-1], miss)
-    findings.near_misses = list(reported.values())
+    findings.near_misses = [*reported.values(), *_summed_apart(findings.sites, copy)]
     return findings
+
+
+def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[NearMiss]:
+    """Sub-networks of one sum that are sites of their own, and the operation that keeps them apart.
+
+    They read the same queries, and have the same sizes.
+    """
+    alike: dict[Any, list[Site]] = {}
+    for site in sites:
+        sizes = site.heads, site.head_dim, site.sub_networks, site.hidden
+        form = site.activation, site.gated
+        alike.setdefault((site.query.value, sizes, form), []).append(site)
+    for first, *others in alike.values():
+        if others:
+            ways, other_ways = _sums_after(first, copy), _sums_after(others[0], copy)
+            sums = [value for value in ways if value in other_ways]
+            if sums:
+                keeps_apart = other_ways[sums[0]] or ways[sums[0]] or sums[0]
+                detail = operation_name(keeps_apart)
+                reason = Reason(Kind.SUMMED_APART, detail, keeps_apart.origin)
+                yield NearMiss(reason, locate(keeps_apart.origin), first.output)
+
+
+def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
+    """The values soon after a site that its output is in, and what they do to it but add it."""
+    found: dict[Value, Value | None] = {}
+    todo: list[tuple[Value, Value | None]] = [(site.output, None)]
+    for _ in range(_SOON):
+        if not todo:
+            break
+        value, done = todo.pop(0)
+        for reader in value.readers:
+            projects = reader.op in MATRIX_PRODUCTS and value is not reader.operands[0]
+            if copy.is_live(reader) and reader not in found and not projects:
+                plain = is_view(reader) or reader.op in _PLAIN_SUMS
+                found[reader] = then = done if plain or done is not None else reader
+                todo.append((reader, then))
+    return {value: done for value, done in found.items() if len(value.operands) > 1}
 
 
 def _as_loops(
@@ -185,6 +227,8 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = _PROJECTED if product else _ACTIVATED if inherited else 0
         elif value.op == OPAQUE:
             flags[value] = _passed_on(value, copy, flags)
+        elif _may_be_activation(value, flags):
+            flags[value] = _ACTIVATED
         else:
             flags[value] = 0
 
@@ -198,6 +242,17 @@ def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> in
     activated = any(flags.get(one, 0) & _ACTIVATED for one in given)
     projected = sum(flags.get(one, 0) & _PROJECTED for one in given)
     return _ACTIVATED if activated or projected == 2 else _PROJECTED if projected == 1 else 0
+
+
+def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
+    """Whether somebody's own op may make hidden units: of projections, packed in one or as two."""
+    if isinstance(value.op, str) or value.op.namespace in ("aten", "prims"):
+        return False
+    projected = 0 < len(value.operands) <= 2 and all(
+        flags.get(one, 0) & _PROJECTED and one.shape[:-1] == value.shape[:-1]
+        for one in value.operands
+    )
+    return projected and value.operands[0].shape[-1] in (value.shape[-1], 2 * value.shape[-1])
 
 
 def _is_pointwise(value: Value) -> bool:
@@ -334,7 +389,9 @@ def _try(
     root: Value, outside: frozenset[Value], copy: CanonicalCopy, outputs: frozenset[Value]
 ) -> Site | Reason:
     if copy.made_by(root) is None:
-        return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
+        transformed = copy.levels.get(root.origin, ()) is None
+        kind = Kind.FUNCTION_TRANSFORM if transformed else Kind.UNKNOWN_OPERATION
+        return Reason(kind, "", root.origin)
     try:
         reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
         return build_site(reading, root, copy)
@@ -348,7 +405,7 @@ def _tells(reason: Reason) -> tuple[int, bool]:
     For one that is too low, before the sum over sub-networks, weights and tokens share dimensions;
     that is telling only if no other candidate got further.
     """
-    weak = {
+    weak: dict[Kind | Unreadable, int] = {
         Kind.UNKNOWN_OPERATION: 0,
         Kind.PLAIN_FFN: 1,
         Kind.NOT_A_PRODUCT: 2,

@@ -23,6 +23,7 @@ from .canonical import COPY, UntraceableGraph
 from .memory import Memory
 from .numbering import ValueNumbering, sizes_of
 from .parts import ViewStep
+from .reasons import Unreadable
 from .repeats import Call, Like, map_tensors, tensors_in
 from .views import is_factory
 
@@ -134,7 +135,7 @@ class Recorder(TorchDispatchMode):
         outside = self._memory.alias(target).storage.is_outside
         if functional is None or call.func in _SWAPS or outside:
             name, _ = _names(call.func)
-            raise UntraceableGraph(f"{name} makes a tensor another one in place")
+            raise UntraceableGraph(Unreadable.REPLACED_TENSOR, name, self._memory.node)
         rest = map_tensors(self._memory.read, call.args[1:])
         step = ViewStep(functional, rest, call.kwargs, None, *sizes_of(target))
         self._memory.view_in_place(target, step)

@@ -32,6 +32,7 @@ from .canonical import INPUT, OPAQUE, CanonicalCopy, UntraceableGraph, Value
 from .memory import Memory
 from .modes import Switches, switches_modes
 from .numbering import ValueNumbering
+from .reasons import Unreadable
 from .recorder import Recorder
 from .repeats import Program, autocast_dtype, key_of, map_tensors, program, tensors_in
 
@@ -70,13 +71,8 @@ def trace(gm: fx.GraphModule, shape_env: Any | None = None) -> CanonicalCopy:
     """
     tracer = _Tracer(gm)
     mode = FakeTensorMode(shape_env=shape_env)
-    try:
-        with no_new_guards(shape_env), mode, tracer.switches:
-            return tracer.trace()
-    except UntraceableGraph:
-        raise
-    except Exception as error:
-        raise UntraceableGraph(f"the graph does not run on fake tensors: {error}") from error
+    with no_new_guards(shape_env), mode, tracer.switches:
+        return tracer.trace()
 
 
 class _Tracer(fx.Interpreter):
@@ -152,7 +148,7 @@ class _Tracer(fx.Interpreter):
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
-            raise UntraceableGraph(f"{n.target} changes in place what has a gradient")
+            raise UntraceableGraph(Unreadable.SWITCHED_GRADIENT, str(n.target), n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if n.op == "output":
             return args[0]
@@ -172,10 +168,13 @@ class _Tracer(fx.Interpreter):
         try:
             with self._recorder:
                 result = getattr(self, node.op)(node.target, args, kwargs)
-        except Exception:
+        except Exception as error:
             # What depends on data does not run on fake tensors: a number of a tensor, a branch.
-            if self._recorder.is_broken or functorch_depth() or not _has_example(node):
+            if self._recorder.is_broken or isinstance(error, UntraceableGraph):
                 raise
+            if functorch_depth() or not _has_example(node):
+                first, *_ = str(error).splitlines() or [type(error).__name__]
+                raise UntraceableGraph(Unreadable.NOT_ON_FAKES, first, node) from error
             return self._unknown_call(node, (args, kwargs))
         if key is not None:
             done = program(self._recorder.calls, (args, kwargs), result)
@@ -312,5 +311,5 @@ def _known_result(node: fx.Node) -> Any:
         UntraceableGraph: it knows nothing, and the node is no input.
     """
     if not _has_example(node) and node.op != "placeholder":
-        raise UntraceableGraph(f"the results of {node.target} are not known")
+        raise UntraceableGraph(Unreadable.UNKNOWN_RESULT, str(node.target), node)
     return example_of(node)

@@ -29,7 +29,7 @@ from ..patterns import (
     is_product_call,
     locate,
 )
-from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
+from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, UnreadGraph, Work
 
 if TYPE_CHECKING:
     from ..lowering.cost import Estimate
@@ -104,6 +104,12 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
         operation=operation(node),
         region=_around(node),
     )
+
+
+def unread_graph(reason: Reason) -> UnreadGraph:
+    """A graph that was not analysed, with the line of the operation that is to blame."""
+    where = None if reason.node is None else locate(reason.node)
+    return UnreadGraph(replace(reason, node=None), where)
 
 
 def operation(node: fx.Node) -> Operation:

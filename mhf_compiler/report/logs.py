@@ -1,6 +1,7 @@
 """What a compilation reports about its graphs: counters, log lines, trace artifacts.
 
-counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
+counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason,
+                                and graphs that were not analysed
                                 (the passes after autograd are counted where they run)
 TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all details
 TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse
@@ -75,6 +76,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 def _count(report: GraphReport) -> None:
     tally = counters["flashmhf"]
     tally["graphs"] += 1
+    for unread in report.unread:
+        tally["unread"] += 1
+        tally[f"unread.{unread.reason.kind.name}"] += 1
     tally["sites_rewritten"] += len(report.rewritten)
     tally["sites_declined"] += len(report.declined)
     for site in report.declined:
@@ -85,12 +89,14 @@ def _count(report: GraphReport) -> None:
 def _log(report: GraphReport) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
+    for unread in report.unread:
+        log.info("%s", unread)
     for site in [*report.rewritten, *report.declined]:
         log.info("%s", line_for(site))
         log.debug("%s", details(site))
     for note in report.notes:
         log.info("%s", visible(note))
-    if not report.rewritten and not report.declined and not report.notes:
+    if not (report.rewritten or report.declined or report.notes or report.unread):
         log.info("nothing to rewrite among %d operations", report.operations)
         for product in report.products:
             place = visible(product.location or "unknown source")

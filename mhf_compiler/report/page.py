@@ -20,7 +20,7 @@ from .dot import COLOURS, DrawingError, Frame, dot_source, frames, render
 from .escape import visible, visible_lines
 from .groups import Group, grouped
 from .text import cells, fusion_lines, headline, printed, rows, why_nothing
-from .values import GraphReport, all_declined, all_notes, all_rewritten
+from .values import GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
 
@@ -28,12 +28,14 @@ _FOLDER = Path(__file__).parent
 def page(graphs: Sequence[GraphReport]) -> str:
     """The whole page."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    nothing = not rewritten and not declined and not notes
+    unread = all_unread(graphs)
+    nothing = not (rewritten or declined or notes or unread)
     made = _template().page(
         headline=headline(graphs),
         style=_trusted((_FOLDER / "page.css").read_text() + _colours_of_code()),
         script=_trusted((_FOLDER / "page.js").read_text()),
         tables=_tables(graphs),
+        unread=list(dict.fromkeys(map(str, unread))),
         rewritten=[_site(group) for group in grouped(rewritten)],
         declined=[_site(group) for group in grouped(declined)],
         nothing=why_nothing(graphs) if nothing else "",

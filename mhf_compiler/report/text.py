@@ -13,10 +13,12 @@ from .values import (
     GraphReport,
     Operation,
     SiteReport,
+    UnreadGraph,
     Work,
     all_declined,
     all_notes,
     all_rewritten,
+    all_unread,
 )
 
 _WIDTH = 100
@@ -31,6 +33,10 @@ def printed(graphs: Graphs) -> str:
     """All that is known of the graphs."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
     parts = [headline(graphs)]
+    unread = Counter(all_unread(graphs))
+    if unread:
+        listed = "\n".join(_unread(one, count) for one, count in unread.items())
+        parts.append(f"Not analysed\n{listed}")
     if rewritten:
         groups = grouped(rewritten)
         parts.append("Rewritten\n" + _table(groups))
@@ -38,7 +44,7 @@ def printed(graphs: Graphs) -> str:
     if declined:
         paragraphs = "\n\n".join(_details(group) for group in grouped(declined))
         parts.append(f"Declined\n{paragraphs}")
-    if not rewritten and not declined and not notes:
+    if not (rewritten or declined or notes or unread):
         parts.append(why_nothing(graphs))
     if rewritten:
         parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
@@ -180,6 +186,12 @@ def scaled(number: float, unit: str) -> str:
             return f"{number:.3g} {prefix}{unit}"
         number /= 1000
     return f"{number:.3g} P{unit}"
+
+
+def _unread(unread: UnreadGraph, count: int) -> str:
+    where = f"{unread.location or 'unknown source'}{f' ({count} times)' if count > 1 else ''}"
+    why, remedy = str(unread.reason), unread.reason.kind.remedy
+    return f"  {where}\n    why         {why}\n    what to do  {remedy}"
 
 
 def _graph_breaks(graphs: Graphs) -> Iterator[str]:

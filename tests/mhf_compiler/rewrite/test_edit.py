@@ -63,7 +63,7 @@ def edited(gm: fx.GraphModule) -> fx.Graph:
     findings = find_sites(gm)
     assert findings.sites
     assert findings.copy is not None
-    return rewrite(gm.graph, findings.sites, findings.copy)
+    return rewrite(gm.graph, findings.sites, findings.copy).graph
 
 
 def edit(model: nn.Module, x: Tensor | None = None) -> fx.Graph:
