@@ -132,11 +132,10 @@ def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[NearMiss]:
         if others:
             ways, other_ways = _sums_after(first, copy), _sums_after(others[0], copy)
             sums = [value for value in ways if value in other_ways]
-            if sums:
-                keeps_apart = other_ways[sums[0]] or ways[sums[0]] or sums[0]
-                detail = operation_name(keeps_apart)
-                reason = Reason(Kind.SUMMED_APART, detail, keeps_apart.origin)
-                yield NearMiss(reason, locate(keeps_apart.origin), first.output)
+            apart = (other_ways[sums[0]] or ways[sums[0]]) if sums else None
+            if apart is not None:
+                reason = Reason(Kind.SUMMED_APART, operation_name(apart), apart.origin)
+                yield NearMiss(reason, locate(apart.origin), first.output)
 
 
 def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
