@@ -20,7 +20,7 @@ from .backend import flashmhf
 from .lowering import ops as _ops  # noqa: F401  (defines torch.ops.mhf_compiler)
 
 if TYPE_CHECKING:
-    from .errors import MhfCompilerWarning
+    from .errors import MhfCompilerWarning, NotAnalysedError
     from .explanation import explain
     from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
     from .options import OptionError, Options
@@ -41,6 +41,7 @@ __all__ = [
     "GraphReport",
     "Location",
     "MhfCompilerWarning",
+    "NotAnalysedError",
     "Obstacle",
     "OptionError",
     "Options",
@@ -63,6 +64,7 @@ _HOMES = {  # name -> module, and its name there if that is another
     "GraphReport": "report",
     "Location": "patterns",
     "MhfCompilerWarning": "errors",
+    "NotAnalysedError": "errors",
     "Obstacle": "passes.outcome",
     "OptionError": "options",
     "Options": "options",

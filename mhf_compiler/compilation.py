@@ -14,7 +14,7 @@ from torch import fx
 
 from . import compat
 from .buckets import Part, rewrite_whole
-from .errors import fault, only_reporting
+from .errors import NotAnalysedError, fault, only_reporting
 from .options import Options, inductor_config, parse_options
 from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
@@ -58,6 +58,9 @@ class Compilation:
         try:
             self.report = rewrite_graph(gm, self.options)
             self._prepare(gm)
+        except NotAnalysedError:
+            self.originals.restore()
+            raise
         except Exception as error:
             self.originals.restore()
             self.failed(error)
@@ -139,6 +142,8 @@ class _WholeGraph:
         try:
             gm, report, self.parts = rewrite_whole(cut, options)
             self.compilation.prepare(gm, report)
+        except NotAnalysedError:
+            raise
         except Exception as error:
             self.parts = None
             self.compilation.failed(error)

@@ -23,6 +23,10 @@ class MhfCompilerWarning(UserWarning):
     """Something was left in its original spelling."""
 
 
+class NotAnalysedError(RuntimeError):
+    """A graph could not be analysed, so nothing in it is rewritten; raised under ``strict``."""
+
+
 _warned: set[tuple[str, ...]] = set()
 
 
@@ -78,8 +82,10 @@ def count_failure(cause: str) -> None:
     counters["flashmhf"][f"failures.{cause}"] += 1
 
 
-def warn_of_failure(what: str, location: Location | None, error: Exception | str) -> None:
-    """Warn that a kernel failed its trial run, and count the failure."""
+def kernel_failed(
+    what: str, location: Location | None, error: Exception, *, strict: bool = False
+) -> None:
+    """Count that a kernel failed its trial run; warn of it, or raise ``error`` under ``strict``."""
     place = "an unknown place" if location is None else str(location)
-    warn_once(f"the kernel for {what} at {place} failed; it is left as it was", str(error))
-    count_failure("kernel")
+    message = f"the kernel for {what} at {place} failed; it is left as it was"
+    fault("kernel", message, error, strict=strict)

@@ -37,8 +37,8 @@ class Options:
     Attributes:
         rewrite: ``"auto"`` rewrites where it pays, ``"always"`` wherever it is proved right,
             ``"never"`` nothing.
-        strict: raise when the rewriting itself fails. By default the untouched graph is compiled,
-            with a warning.
+        strict: raise when a graph cannot be analysed or the rewriting itself fails. By default the
+            untouched graph is compiled, with a warning.
         fallback: what compiles the graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
         verify: compare each MH-FFN with its original spelling before it is rewritten, on random and
             on extreme numbers, in values and gradients. Slow; for tests.

@@ -17,7 +17,7 @@ from .layouts import fix_layouts
 from .memory import is_call_of
 from .norm_network import fuse_norm_network
 from .norm_router import fuse_norm_router
-from .outcome import Fusion
+from .outcome import Fusion, Obstacle
 from .overwrite import overwrite_dead_buffers
 
 #: In this order: queries that were normalised are dead after the op, too. Inductor disables a pass
@@ -96,6 +96,9 @@ def _run(name: str, strict: bool, graph: fx.Graph) -> list[Fusion] | None:
         what = f"not all memory is reused, since the pass {name} failed"
         fault("pass", what, error, strict=strict)
         return None
+    failed = [fusion for fusion in found if fusion.obstacle is Obstacle.KERNEL_FAILED]
+    if strict and failed:
+        raise RuntimeError("; ".join(map(str, failed)))
     return found if ran else None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..compat import has_symbols, run_pass, tracing_shape_env
-from ..errors import fault, only_reporting, warn_once
+from ..errors import NotAnalysedError, fault, only_reporting, warn_once
 from ..options import Options
 from ..patterns import (
     CanonicalCopy,
@@ -57,6 +57,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
     that contains it.
 
     Raises:
+        NotAnalysedError: under ``strict``, a graph could not be analysed.
         Exception: under ``strict``, whatever has failed.
     """
     before = gm.print_readable(print_output=False)
@@ -92,6 +93,8 @@ def _rewrite_all(
         fault("rewrite", message, error, strict=options.strict)
         return
     for unread in report.unread:
+        if options.strict:
+            raise NotAnalysedError(str(unread))
         warn_once(str(unread))
     if keep is not None:
         for module, site in kept:
@@ -132,7 +135,7 @@ def _rewrite_module(
     decisions = [decide(site, options) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
-    decisions = _write(gm, decisions, findings)
+    decisions = _write(gm, decisions, findings, options.strict)
     _describe(gm, findings, decisions, report)
     kept += [(gm, decision.site) for decision in decisions if decision.reason is None]
 
@@ -189,7 +192,9 @@ def _shape_env(gm: fx.GraphModule) -> Any | None:
 # The edit.
 
 
-def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings) -> list[Decision]:
+def _write(
+    gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings, strict: bool
+) -> list[Decision]:
     """Edit the graph; decline a site that cannot be expressed, and try the rest again."""
     accepted = [decision for decision in decisions if decision.reason is None]
     if not accepted:
@@ -201,7 +206,7 @@ def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings
     # The products before the sites' routers that need no float32 copy of the queries.
     found = find_router_products([decision.site for decision in accepted], copy)
     products = {
-        decision.site: tuple(filter(product_runs, before))
+        decision.site: tuple(product for product in before if product_runs(product, strict))
         for decision, before in zip(accepted, found, strict=True)
     }
     try:
@@ -211,7 +216,7 @@ def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings
             raise
         reason = Reason(error.kind, str(error), error.site.output_node)
         declined = [replace(d, reason=reason) if d.site is error.site else d for d in decisions]
-        return _write(gm, declined, findings)
+        return _write(gm, declined, findings, strict)
     gm.recompile()
     return [replace(d, products=products.get(d.site, ())) for d in decisions]
 
