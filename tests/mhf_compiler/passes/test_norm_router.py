@@ -505,7 +505,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_norm_stays(monkeypatch: pytes
         return m.rest(m.norm(m.queries(m.rest(m.norm(m.queries(x))))))
 
     with pytest.warns(match=r"the norm before a router at .*test_norm_router.*no such instruction"):
-        counts = infer(two_layers).counts
+        counts = infer(two_layers, strict=False).counts
     assert counts[CALL] == 0
     assert counts[f"{CALL}_declined.KERNEL_FAILED"] == 2
     assert len(tried) == 1
