@@ -128,7 +128,7 @@ def run_one(name: str, settings: Settings, out: Path | None) -> bool:
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 def plot(files: Sequence[Path]) -> None:
-    """Draw what FILES (JSON of `run`) hold, as PNG beside them."""
+    """Draw what FILES (JSON of `run`) hold, as PNG next to them."""
     draw(files)
 
 

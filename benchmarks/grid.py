@@ -1,6 +1,6 @@
 """The cost model against measurements: the op and Inductor on a grid of shapes.
 
-The op and the batched einsum are timed side by side, as inside a model, and beside each is what
+The op and the batched einsum are timed side by side, as inside a model, and next to each is what
 ``mhf_compiler.lowering.cost`` estimates. Inductor compiles both: in a model that is rewritten the
 op is a part of the compiled graph, and what a call of that graph costs is paid either way. ``loss``
 is what ``rewrite="auto"`` loses by its choice: the chosen one's time over that of the better one.
@@ -156,7 +156,7 @@ def expected(inputs: Sequence[Tensor], grad: Tensor | None) -> dict[str, Expecte
 
 
 def judge(rows: Sequence[Row], work: Workload) -> None:
-    """Write the estimates beside the measurements, and what the choice between them loses."""
+    """Write the estimates next to the measurements, and what the choice between them loses."""
     guess = estimate(work)
     op, *others = rows
     inductor = min(others, key=lambda row: row.get("ms", math.inf))

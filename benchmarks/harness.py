@@ -27,7 +27,7 @@ _FLOOR = 1e-6  # of relative errors: float32 against itself
 _WARM_UPS = 2
 # A few repeats of less than a millisecond say more of the host's mood than of the contenders.
 _ENOUGH_SECONDS = 0.25  # of measuring a case, after which the asked repeats suffice
-_BUSY = 4_000_000  # cycles of a card, 2 ms: by then the host has launched what is timed behind them
+_BUSY = 4_000_000  # cycles of a card, 2 ms: meanwhile the host launches what is timed after them
 _MOST = 50  # times the asked repeats, where a case is still shorter
 
 
@@ -60,7 +60,7 @@ class Contender:
     ``step`` does the job once and is what is timed. ``values`` runs it too and returns what is to
     be compared, by name; a yardstick, which does another job, has none. ``flops`` and ``bytes`` are
     what one step counts as; ``jobs`` is how often a step does the job. ``clear`` frees what a step
-    leaves behind, such as gradients.
+    leaves in tensors, such as gradients.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The Triton kernels one by one: time and rate, against the vendor's matrix product.
 
 A rate counts the products that a kernel executes: three in the forward and in dV, five in dQ with
-dR and in dK with dU. Where Hopper has a kernel of its own, plain Triton's is shown beside it.
+dR and in dK with dU. Where Hopper has a kernel of its own, plain Triton's is shown as well.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ SWEEP: dict[Kernel, list[tuple[int, int, int, int]]] = {
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    """The kernels that the op chooses, and plain Triton's beside Hopper's."""
+    """The kernels that the op chooses, and plain Triton's where Hopper's runs."""
     for shape in settings.shapes or (PAPER,):
         about = dict(zip(SHAPE_NAMES, shape, strict=True))
         yield Case(about, partial(build, tuple(shape)))

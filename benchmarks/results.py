@@ -53,7 +53,7 @@ def _commit() -> str | None:
 
 
 def write(path: Path, about: dict[str, Any], rows: Sequence[Row]) -> None:
-    """``path`` as JSON, and the rows beside it as CSV."""
+    """``path`` as JSON, and the rows as CSV next to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:

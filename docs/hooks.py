@@ -1,8 +1,9 @@
 """What MkDocs cannot know by itself: where the package lies, and pages outside of this folder.
 
-The three rooms stand side by side in the repository, so the reference is read from a folder of
-links that lays them out as an installation does. ``CONTRIBUTING.md`` and ``CHANGELOG.md`` lie above
-this folder: they become pages, and the links that lead to them in the repository lead there.
+The three parts are folders next to each other in the repository, so the reference is read from a
+folder of links that lays them out as an installation does. ``CONTRIBUTING.md`` and ``CHANGELOG.md``
+lie above this folder: they become pages, and the links that lead to them in the repository lead
+there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"mhf_compiler": ".", "patterns": "patterns", "lowering": "lowering"}
+FOLDERS = {"mhf_compiler": ".", "patterns": "patterns", "lowering": "lowering"}
 ABOVE = ("CONTRIBUTING.md", "CHANGELOG.md")
 
 _links = TemporaryDirectory(prefix="mhf_compiler_docs_")  # until MkDocs ends
@@ -26,9 +27,9 @@ _links = TemporaryDirectory(prefix="mhf_compiler_docs_")  # until MkDocs ends
 @event_priority(100)  # before the plugin reads it
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     package = Path(_links.name) / "mhf_compiler"
-    for room, target in ROOMS.items():
-        for source in (ROOT / room).rglob("*.py"):  # in a folder that is a link, none is found
-            link = package / target / source.relative_to(ROOT / room)
+    for folder, target in FOLDERS.items():
+        for source in (ROOT / folder).rglob("*.py"):  # in a folder that is a link, none is found
+            link = package / target / source.relative_to(ROOT / folder)
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.exists():
                 link.symlink_to(source)

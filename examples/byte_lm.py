@@ -336,7 +336,7 @@ def sample(model: Model, prompt: bytes, count: int, length: int, device: torch.d
     """The prompt and `count` more bytes, drawn at temperature 0.7.
 
     The window keeps its full length, so one compiled graph serves every step: the model is
-    causal, and what stands behind the last byte cannot change its logits.
+    causal, and what follows the last byte cannot change its logits.
     """
     generator = torch.Generator().manual_seed(0)
     count = min(count, length - len(prompt))
@@ -438,7 +438,7 @@ def train_in_process(backend: str, argv: Sequence[str], with_sample: bool) -> Ru
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
-            # The memory profiler logs its own start and stop, which no reader asked for.
+            # The memory profiler logs its own start and stop, which are no news to a reader.
             "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             "KINETO_LOG_LEVEL": os.environ.get("KINETO_LOG_LEVEL", "99"),
         }
@@ -459,7 +459,7 @@ def largest_difference(run: Run, reference: Run) -> float:
 
 
 def environment(device: str) -> dict[str, str]:
-    """The machine and the versions behind the figures."""
+    """The machine and the versions that the figures come from."""
     versions = {"torch": str(torch.__version__)}  # says which CUDA it was built for, too
     for package in ("triton", "mhf-compiler"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -46,7 +46,7 @@ def check_arguments(
     out_order: Sequence[int] | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise :class:`ArgumentError` unless the arguments fit together, on whatever device.
+    """Raise :class:`ArgumentError` unless the arguments fit together, on any device.
 
     Under autocast the tensors are judged by the dtype that autocast gives them.
     """
@@ -74,7 +74,7 @@ def check_arguments(
 def differentiates_forward(x: Tensor) -> bool:
     """Whether a level of forward-mode differentiation is entered, so that tensors have tangents.
 
-    Outside of one a tensor is its own primal. The tangent itself is not asked for: transforms of
+    Outside of one a tensor is its own primal. The tangent itself is not read: transforms of
     ``torch.func`` have taken it off where the op is computed.
     """
     return forward_ad.unpack_dual(x).primal is not x

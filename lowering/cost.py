@@ -1,4 +1,4 @@
-"""The cost model behind ``rewrite="auto"``: whether the op is faster than the original spelling.
+"""The cost model of ``rewrite="auto"``: whether the op is faster than the original spelling.
 
 Both ways are estimated from sizes alone. The original, in its best case (batched products compiled
 by Inductor), is limited by its passes over the hidden units, which it writes to memory and reads
@@ -10,11 +10,10 @@ too, and by the latency of one step of a program's loop. In a small training ste
 launches the kernels is the limit, except inside a CUDA graph. Constants were fitted to
 ``python -m benchmarks run grid`` on an H200; other cards are scaled by what their driver reports.
 
-On a CPU nothing runs beside anything else, so times add up, and each way has a price for a call.
-The op computes in float32 whatever the dtype, and the two cores that the constants were fitted to
-have products for bfloat16: there it does not pay.
-
-Where the number of tokens is dynamic it is taken to be large: that is where rewriting matters.
+On a CPU nothing overlaps, so times add up, and each way has a price for a call. The op computes in
+float32 whatever the dtype, and the two cores that the constants were fitted to have products for
+bfloat16: there it does not pay. A dynamic number of tokens is assumed to be large, since that is
+where rewriting matters.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Shares(NamedTuple):
 
 
 class Host(NamedTuple):
-    """What a training step takes the host, which launches the kernels, in seconds.
+    """The host's time for a training step, in seconds: it launches the kernels.
 
     In inference the host is ahead of the card, or a CUDA graph is, or both ways wait for it alike.
     """
@@ -88,7 +87,7 @@ class Device:
     launch: float  # one small kernel, in a stream of kernels
     host: Host
     step: float  # the least time of one step of a kernel's loop
-    start: float  # the least time of the op's forward pass, beside a launch
+    start: float  # the least time of the op's forward pass, without a launch
     shares: Mapping[int, Shares]  # by padded head width
 
 
@@ -120,7 +119,7 @@ def _original(w: Workload, device: Device) -> float:
 
 
 def _original_kernels(w: Workload) -> int:
-    """One for each product of each piece, and what each piece has beside its products."""
+    """One for each product of each piece, and what each piece has in addition to its products."""
     products, pieces = sum(w.products), max(w.products)
     kernels = products + pieces + 1  # the hidden units; the results are brought together
     if w.training:
@@ -145,7 +144,7 @@ def _rewritten(w: Workload, device: Device) -> float:
 
 
 def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op: int = 0) -> float:
-    """How long a step takes whose kernels take the card ``busy`` seconds.
+    """The time of a step whose kernels keep the card busy for ``busy`` seconds.
 
     The op's kernels are few and long: the card has nothing to do while one is being launched.
     """

@@ -1,4 +1,4 @@
-"""What kernels are chosen by, of the device that they run on. Triton is imported only if asked."""
+"""Properties of the device that the choice of kernels depends on. Triton is imported on demand."""
 
 from functools import lru_cache
 

@@ -53,19 +53,22 @@ class Problem(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensor arguments in the order of the schema, from ``q`` on; None for absent ones."""
         return cast("tuple[Tensor | None, ...]", self[:_TENSORS])
 
     @property
     def constants(self) -> tuple[str, float, float, float]:
+        """Activation, ``k_scale``, ``u_scale`` and ``out_scale``."""
         return cast("tuple[str, float, float, float]", self[_TENSORS:])
 
     @property
     def named_tensors(self) -> dict[str, Tensor | None]:
+        """The tensor arguments by name."""
         return dict(zip(self._fields, self.tensors, strict=False))
 
     @property
     def sizes(self) -> Sizes:
-        """What the choice of a kernel depends on."""
+        """The sizes that select a kernel."""
         batch, length, heads, head_dim = self.q.shape
         groups, sub_networks, hidden, _ = self.k.shape
         return Sizes(
@@ -108,6 +111,7 @@ class Gradients(NamedTuple):
 
     @property
     def wanted(self) -> list[Tensor]:
+        """The gradients that are computed, in the order of the fields."""
         return [x for x in self if x is not None]
 
 

@@ -19,9 +19,16 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
         kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
-        path = "CPU path: blocks of tokens whose hidden units stay in the cache"
-        return (op, path, *_backward(workload), *stacked)
+        return (op, _cpu_path(), *_backward(workload), *stacked)
     return (op, *stacked)
+
+
+def _cpu_path() -> str:
+    from .cpu import compiled
+
+    path = "CPU path: blocks of tokens whose hidden units stay in the cache"
+    why = compiled.problem()
+    return path if why is None else f"{path}, in PyTorch's operations for want of C++: {why}"
 
 
 def _backward(workload: Workload) -> tuple[str, ...]:

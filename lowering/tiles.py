@@ -82,6 +82,7 @@ class HopperForwardTile:
 
     @property
     def tokens(self) -> int:
+        """Tokens in a tile."""
         return 64 * self.consumers
 
 
@@ -303,7 +304,7 @@ def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
 
 
 def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
-    """The same where that kernel is to normalise and route its queries, too.
+    """The tile if the kernel also normalises and routes its queries.
 
     The router's parts are in bfloat16, and take the place of a K and a U tile of 64 hidden units.
     Heads up to 32 wide are computed in 64 columns, and normalised faster by a kernel of its own.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .arguments import device_objection
 from .device import capability, interpreted
+from .ops.common import trial
 from .problem import Problem
 from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 class Workload:
     """One MH-FFN: its sizes, and what else is known of the calls.
 
-    Where the number of tokens is ``dynamic``, ``sizes`` has many: there rewriting matters.
-    ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many as there
-    are modules in a list. The original spelling runs a product for each of them; for the op they
-    are copied together before each call.
+    If the number of tokens is ``dynamic``, ``sizes`` has many, since that is where rewriting
+    matters. ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many
+    as there are modules in a list. The original spelling runs a product for each of them; for the
+    op they are copied together before each call.
     """
 
     sizes: Sizes  # of no card
@@ -51,7 +52,7 @@ class Workload:
         return sum(pieces > 1 for pieces in self.products)
 
     def sizes_on(self, capability: tuple[int, int], interpreted: bool = False) -> Sizes:
-        """What a kernel is chosen by on such a card."""
+        """The sizes that select a kernel on such a card."""
         return self.sizes._replace(capability=capability, interpreted=interpreted)
 
 
@@ -59,34 +60,33 @@ def trial_run(workload: Workload) -> None:
     """Run the op once on the workload's device, so that a kernel that cannot run shows here.
 
     Compiles the kernels that the workload will use. On the CPU there is nothing to try: what cannot
-    be compiled has PyTorch's operations behind it.
+    be compiled has PyTorch's operations to replace it.
 
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if workload.device.type == "cpu":
-        return
     tokens = min(workload.sizes.tokens or TRIAL_TOKENS, TRIAL_TOKENS)
 
     def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
         tensor = torch.zeros(shape, dtype=dtype, device=workload.device)
         return tensor.requires_grad_(workload.training)
 
-    with torch.set_grad_enabled(workload.training), torch.autocast("cuda", enabled=False):
+    def run() -> None:
         problem = _problem(workload, tokens, zeros)
         out = torch.ops.mhf_compiler.multi_head_ffn(*problem, None, workload.out_dtype)
         if workload.training:
             # Dense, as a model's gradient is: that of a sum is one number expanded to the shape,
             # with strides of zero, over which Hopper's own backward kernels do not run.
             torch.autograd.backward(out, torch.ones_like(out))
-    torch.cuda.synchronize(workload.device)
+
+    trial(workload.device, run, training=workload.training)
 
 
 def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) -> None:
     """Choose the tiles that the workload will use by timing them, unless that was done before.
 
-    What was found is kept in `folder`, and `say` is told what is being timed. Whatever fails, the
-    shipped tiles remain.
+    The results are kept in `folder`, and `say` receives a line about what is being timed. If
+    anything fails, the shipped tiles remain.
     """
     if workload.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
@@ -103,7 +103,7 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
 
 
 def tuning_key(kernel: Kernel, workload: Workload) -> TuningKey:
-    """What tuning knows the workload by."""
+    """The key of the workload's tuning results."""
     from .kernels.tuning.store import TuningKey
 
     device = workload.device

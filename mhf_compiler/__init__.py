@@ -6,7 +6,9 @@
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
 
 The package has three parts: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
-``lowering`` what replaces it. Importing the package loads none of them: names are loaded when used.
+``lowering`` what replaces it. Importing the package defines the ops, so that a saved program that
+names them can be loaded, and loads the back end; the recogniser, the kernels and Dynamo are loaded
+when they are used.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .backend import flashmhf
+from .lowering import ops as _ops  # noqa: F401  (defines torch.ops.mhf_compiler)
+
 if TYPE_CHECKING:
-    from .backend import flashmhf
-    from .errors import MhfCompilerWarning
+    from .errors import MhfCompilerWarning, NotAnalysedError
     from .explanation import explain
     from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
     from .options import OptionError, Options
@@ -37,6 +41,7 @@ __all__ = [
     "GraphReport",
     "Location",
     "MhfCompilerWarning",
+    "NotAnalysedError",
     "Obstacle",
     "OptionError",
     "Options",
@@ -59,6 +64,7 @@ _HOMES = {  # name -> module, and its name there if that is another
     "GraphReport": "report",
     "Location": "patterns",
     "MhfCompilerWarning": "errors",
+    "NotAnalysedError": "errors",
     "Obstacle": "passes.outcome",
     "OptionError": "options",
     "Options": "options",
@@ -67,7 +73,6 @@ _HOMES = {  # name -> module, and its name there if that is another
     "SiteReport": "report",
     "assert_rewritten": "testing",
     "explain": "explanation",
-    "flashmhf": "backend",
     "multi_head_ffn": "lowering",
     "multi_head_ffn_reference": "lowering",
 }

@@ -6,19 +6,13 @@ and its kernels are loaded when the first graph arrives.
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import fx
 
     from .options import Options
-    from .passes.outcome import Fusion
-    from .report.values import GraphReport
 
 
 def flashmhf(
@@ -42,79 +36,26 @@ def flashmhf(
     Raises:
         OptionError: an unknown option, or a value it does not take.
     """
-    from .compat import compile_graph, counters, tell_inductor_of
-    from .options import inductor_config, parse_options
-    from .passes.manager import with_post_grad_passes
-    from .rewrite.graph import rewrite_graph
-
-    parsed = parse_options(mode, options)
-    counted = counters["flashmhf"].copy()
-    report, folder = None, None
     try:
-        report = rewrite_graph(gm, parsed)
-        if parsed.dump_dir is not None:
-            from .debug.dump import dump
+        from .compilation import compile_graph_of_dynamo, parsed_options
 
-            folder = dump(report, gm, parsed.dump_dir)
-    except Exception as error:
-        _warn_or_raise("rewriting failed, the graph is compiled as it is", error, parsed.strict)
+        parsed = parsed_options(mode, options)
+    except (ImportError, AttributeError) as error:
+        from .without import compile_without
 
-    def tell(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
-        try:
-            _report_fusions(fusions, notes, report, folder)
-        except Exception as error:
-            _warn_or_raise("a report could not be completed", error, parsed.strict)
-
-    config = with_post_grad_passes(gm, inductor_config(parsed), strict=parsed.strict, tell=tell)
-    # The user may have called the op, too: what matters is whether it is defined.
-    if parsed.fallback == "inductor" and "mhf_compiler.lowering" in sys.modules:
-        from .lowering.ops import ALL, MUTATING
-
-        tell_inductor_of(ALL, MUTATING)
-    try:
-        return compile_graph(parsed.fallback, gm, example_inputs, config)
-    except Exception:
-        # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
-        # symbolic float to be a constant, it says so by an exception.
-        counters["flashmhf"] = counted
-        raise
-
-
-def _report_fusions(
-    fusions: Sequence[Fusion],
-    notes: Sequence[str],
-    report: GraphReport | None,
-    folder: Path | None,
-) -> None:
-    """Log what the passes after autograd did, and add it to the report of the graph."""
-    from .report.logs import announce_fusions
-
-    announce_fusions(fusions, notes)
-    if report is None:
-        return
-    report.fusions = [*(report.fusions or ()), *fusions]
-    report.notes += notes
-    if folder is not None:
-        from .debug.dump import dump_report
-
-        dump_report(report, folder)
-
-
-def _warn_or_raise(what: str, error: Exception, strict: bool) -> None:
-    """Count a failure; raise it if told so, otherwise warn."""
-    from .compat import counters
-    from .errors import MhfCompilerWarning
-
-    counters["flashmhf"]["failures"] += 1
-    if strict:
-        raise error
-    warnings.warn(f"{what}: {type(error).__name__}: {error}", MhfCompilerWarning, stacklevel=3)
+        return compile_without(gm, example_inputs, mode, options, error)
+    return compile_graph_of_dynamo(gm, example_inputs, parsed)
 
 
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``, as for Inductor: drops recorded CUDA graphs."""
-    from .compat import reset_cuda_graphs
+    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs, and warns of all anew."""
+    from .errors import forget_warnings
 
+    forget_warnings()
+    try:
+        from .compat import reset_cuda_graphs
+    except (ImportError, AttributeError):
+        return  # such a PyTorch compiles without us
     reset_cuda_graphs()
 
 

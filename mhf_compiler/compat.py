@@ -7,9 +7,12 @@ Tested on the oldest and the newest supported release.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any
@@ -30,23 +33,29 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 __all__ = [
+    "BUCKET",
+    "BucketCut",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
     "TorchDispatchMode",
     "auto_functionalized",
+    "bucket_cut",
     "cache_folder",
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
     "disables_added_passes",
+    "example_of",
     "functorch_depth",
     "grad_levels",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
+    "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
+    "is_tracing",
     "leave_functorch_levels",
     "load_cpp",
     "make_fx",
@@ -61,6 +70,7 @@ __all__ = [
     "size_hint",
     "source_name",
     "statically_known_true",
+    "storage_identity",
     "storage_of",
     "symbolic_size",
     "tell_inductor_of",
@@ -70,6 +80,9 @@ __all__ = [
     "unwrap_for_grad",
     "with_pass",
 ]
+
+#: in a node's ``meta``: its bucket, see ``mhf_compiler/buckets.py``
+BUCKET = "flashmhf_bucket"
 
 no_fake_mode = unset_fake_temporarily
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
@@ -82,6 +95,14 @@ def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr
         return size
     expression = size.node.expr
     return int(expression) if expression.is_Integer else expression
+
+
+def example_of(node: torch.fx.Node) -> Any | None:
+    """What the result of a node looks like: fake tensors, sizes, or sequences of them.
+
+    Dynamo writes it down as ``example_value``, AOTAutograd as ``val``. None where neither did.
+    """
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def has_symbols(example: Any) -> bool:
@@ -117,9 +138,14 @@ def tracing_shape_env() -> Any | None:
     return None if mode is None else mode.shape_env
 
 
+def is_tracing() -> bool:
+    """Whether Dynamo is compiling; what runs then runs on fake tensors."""
+    return TracingContext.try_get() is not None
+
+
 @contextmanager
 def no_new_guards(shape_env: Any | None) -> Iterator[None]:
-    """Analysis must leave the user's dynamic shapes alone.
+    """Run an analysis that must not change the user's dynamic shapes.
 
     Guards made inside are dropped, and so are sizes that depend on data. Operations go through
     their Python decompositions, which are the ones that take symbolic sizes.
@@ -152,7 +178,7 @@ def grad_levels() -> tuple[int, ...] | None:
 
 
 def leave_functorch_levels(depth: int) -> None:
-    """Leave those levels that were entered since, as an exception has not."""
+    """Leave the levels above ``depth``, which an exception has left open."""
     if functorch_depth() > depth:
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
@@ -180,6 +206,44 @@ def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary |
     if reason is None or not reason.graph_break:
         return None
     return reason.reason, reason.user_stack[-1] if reason.user_stack else None
+
+
+def is_part_of_buckets(gm: torch.fx.GraphModule) -> bool:
+    """Whether a graph is one of those into which DDP's buckets have cut one of Dynamo's."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer")
+
+
+@dataclass(frozen=True, eq=False)
+class BucketCut:
+    """How Dynamo's ``DDPOptimizer`` has cut the graph that is being compiled.
+
+    Attributes:
+        owner: the optimizer; there is one for each frame that Dynamo compiles.
+        gm: the whole graph.
+        buckets: the nodes of each part, other than inputs and output; the last part comes first in
+            the backward pass.
+    """
+
+    owner: Any
+    gm: torch.fx.GraphModule
+    buckets: Sequence[Sequence[torch.fx.Node]]
+
+
+def bucket_cut() -> BucketCut | None:
+    """The cut of the graph that is being compiled, if ``DDPOptimizer`` has cut it.
+
+    Imports are late, since they need ``torch.distributed``.
+    """
+    from torch._dynamo.backends.distributed import DDPOptimizer
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    optimizer = getattr(InstructionTranslator.current_tx().output.compiler_fn, "__self__", None)
+    if not isinstance(optimizer, DDPOptimizer) or len(optimizer.buckets) < 2:
+        return None
+    buckets = [bucket.nodes for bucket in optimizer.buckets]
+    gm = buckets[0][0].graph.owning_module
+    return None if gm is None else BucketCut(optimizer, gm, buckets)
 
 
 def run_pass(
@@ -253,6 +317,11 @@ def with_pass(
     return config | {name: [*several(users), ours]}
 
 
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that two tensors have in common if they share a storage, while both exist."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def storage_of(node: torch.fx.Node) -> int | None:
     """An identifier of the storage of a node's tensor, if it is one tensor with a storage."""
     from torch._inductor.fx_utils import get_node_storage
@@ -300,22 +369,28 @@ def compile_graph(
     """Compile a graph with one of Dynamo's back ends, as ``torch.compile`` would.
 
     ``config`` holds Inductor's settings; the other back ends have none. Imports are late, because
-    Inductor is heavy.
+    Inductor is heavy. These names are documented.
     """
     if name == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+        import torch._inductor
 
-        return compile_fx(gm, example_inputs, config_patches=config)  # type: ignore[return-value]
-    from torch._dynamo.backends.registry import lookup_backend
+        return torch._inductor.compile(gm, example_inputs, config)
+    import torch._dynamo
 
-    return lookup_backend(name)(gm, example_inputs)
+    return torch._dynamo.lookup_backend(name)(gm, example_inputs)
 
 
 def tell_inductor_of(ops: Sequence[Any], mutating: Sequence[Any]) -> None:
     """Make Inductor treat custom ops, packets of one overload each, as they need to be.
 
     Those that are ``mutating`` write to their first argument. For the rest of this process.
+
+    Raises:
+        ImportError: a name is missing that this, or a pass after autograd, needs: better now than
+            when Inductor is running.
     """
+    from torch._inductor.fx_utils import get_node_storage  # noqa: F401  (for storage_of)
+
     _import_ops_in_repros()
     _compute_arguments_once(ops)
     _overwrite_without_a_copy(mutating)
@@ -377,11 +452,16 @@ def inductor_options() -> set[str]:
 
 
 def cache_folder() -> Path | None:
-    """Our folder in Inductor's cache folder; None if the user has disabled caches."""
+    """Our folder in Inductor's cache folder; None if there are no caches, or it cannot be made."""
     import torch._inductor.config as config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    return None if config.force_disable_caches else Path(cache_dir()) / "flashmhf"
+    if config.force_disable_caches:
+        return None
+    try:
+        return Path(cache_dir()) / "flashmhf"
+    except OSError:
+        return None
 
 
 def reset_cuda_graphs() -> None:
@@ -391,11 +471,40 @@ def reset_cuda_graphs() -> None:
         trees.reset_cudagraph_trees()
 
 
+class DamagedLibrary(OSError):
+    """A library in the cache is not what was built."""
+
+
 def load_cpp(source: str) -> ctypes.CDLL:
     """A C++ library, built for this machine by Inductor's toolchain, or found in its cache.
 
     Inductor's flags fit PyTorch's vectors (ATen/cpu/vec), and its OpenMP is its own kernels'.
+
+    A library that was cut off, by a full disk or a process that was killed, can end the process
+    that loads it. So the checksum of each is kept in a file next to it and compared beforehand. A
+    library that is damaged, or older than this call and without a checksum, is built again.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    return CppCodeCache.load(source)
+    started = time.time() - 2  # clocks of file systems are coarse
+
+    class Checked(CppCodeCache):
+        cache: dict[str, Callable[[], Any]] = {}  # noqa: RUF012  (as in the base)
+
+        @staticmethod
+        def _load_library_inner(path: str, key: str) -> ctypes.CDLL:
+            library, noted = Path(path), Path(f"{path}.sha256")
+            checksum = hashlib.sha256(library.read_bytes()).hexdigest()
+            if not noted.exists() and library.stat().st_mtime >= started:
+                noted.write_text(checksum)
+            if not noted.exists() or noted.read_text() != checksum:
+                library.unlink(missing_ok=True)
+                noted.unlink(missing_ok=True)
+                raise DamagedLibrary(f"{path} is damaged")
+            return ctypes.CDLL(path)
+
+    try:
+        return Checked.load(source)
+    except DamagedLibrary:
+        Checked.cache.clear()
+        return Checked.load(source)

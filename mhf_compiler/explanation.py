@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from .buckets import rewrite_whole
+from .compat import BucketCut, bucket_cut, is_part_of_buckets
+from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
 from .rewrite.graph import Keep, rewrite_graph
@@ -48,12 +51,20 @@ def reported(
 ) -> Report:
     """What ``explain`` finds; ``keep`` is given each rewritten site, with its graph."""
     report = Report()
+    cut: list[BucketCut] = []  # graphs that DDP's buckets have cut
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        report.graphs.append(rewrite_graph(gm, options, keep))
+        whole = bucket_cut() if is_part_of_buckets(gm) else None
+        if whole is None:
+            report.graphs.append(rewrite_graph(gm, options, keep))
+        elif not any(seen.gm is whole.gm for seen in cut):  # the first of its parts
+            cut.append(whole)
+            _, graph, _ = rewrite_whole(whole, options, keep)
+            report.graphs.append(graph)
         return gm.forward
 
     torch.compiler.reset()
+    forget_warnings()
     try:
         torch.compile(model, backend=collect)(*args, **kwargs)
     finally:

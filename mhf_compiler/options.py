@@ -16,6 +16,9 @@ _CHOICES = {
 }
 
 
+_SWITCHES = ("strict", "verify")
+
+
 class OptionError(ValueError):
     """An option that does not exist, or a value that it does not take."""
 
@@ -34,9 +37,11 @@ class Options:
     Attributes:
         rewrite: ``"auto"`` rewrites where it pays, ``"always"`` wherever it is proved right,
             ``"never"`` nothing.
-        strict: raise when the rewriting itself fails. By default the untouched graph is compiled,
-            with a warning.
+        strict: raise when a graph cannot be analysed or the rewriting itself fails. By default the
+            untouched graph is compiled, with a warning.
         fallback: what compiles the graph: ``"inductor"``, ``"aot_eager"`` or ``"eager"``.
+        verify: compare each MH-FFN with its original spelling before it is rewritten, on random and
+            on extreme numbers, in values and gradients. Slow; for tests.
         dump_dir: a folder that receives each graph before and after as programs, and the report.
         mode: one of Inductor's modes; ``torch.compile`` takes ``mode`` or ``options``, not both.
         inductor: settings for Inductor, by their names in ``torch._inductor.config``.
@@ -44,6 +49,7 @@ class Options:
 
     rewrite: str = "auto"
     strict: bool = False
+    verify: bool = False
     fallback: str = "inductor"
     dump_dir: Path | None = None
     mode: str | None = None
@@ -73,8 +79,9 @@ def parse_options(mode: str | None, options: GivenOptions | None) -> Options:
     for key, allowed in _CHOICES.items():
         if key in ours and ours[key] not in allowed:
             raise OptionError(f"option {key!r} is {ours[key]!r}; allowed: {', '.join(allowed)}")
-    if not isinstance(ours.get("strict", False), bool):
-        raise OptionError(f"option 'strict' is {ours['strict']!r}; allowed: True, False")
+    for key in _SWITCHES:
+        if not isinstance(ours.get(key, False), bool):
+            raise OptionError(f"option {key!r} is {ours[key]!r}; allowed: True, False")
     if ours.get("dump_dir") is not None:
         if not isinstance(ours["dump_dir"], (str, Path)):
             raise OptionError(f"option 'dump_dir' is {ours['dump_dir']!r}; allowed: a path")

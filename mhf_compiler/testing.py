@@ -11,7 +11,10 @@ from typing import Any
 from .debug.accuracy import Difference, compare, print_differences
 from .explanation import explain
 from .options import GivenOptions, as_mapping
+from .patterns import Kind, Unreadable
 from .report import Report
+
+_FAULTS = (Kind.NOT_VERIFIED, Kind.CHANGED_RESULT, Unreadable.COMPILER_FAULT)
 
 __all__ = ["Difference", "assert_rewritten", "compare", "print_differences"]
 
@@ -22,6 +25,7 @@ def assert_rewritten(
     kwargs: Mapping[str, Any] | None = None,
     *,
     sites: int | None = None,
+    verify: bool = False,
     options: GivenOptions | None = None,
 ) -> Report:
     """Raise ``AssertionError`` unless the MH-FFNs of a model are found and rewritten.
@@ -38,6 +42,8 @@ def assert_rewritten(
         args: its arguments.
         kwargs: its named arguments.
         sites: how many MH-FFNs are to be rewritten; at least one if it is None.
+        verify: whether each of them is also compared with its original spelling, on random and on
+            extreme numbers, in values and gradients: the option of that name.
         options: the options that ``torch.compile`` would be given. Unlike there, ``rewrite`` is
             ``"always"`` if a dict does not name it: whether it pays depends on the machine that
             runs the test. ``Options`` are taken as they are.
@@ -46,7 +52,9 @@ def assert_rewritten(
         The report, for further assertions.
 
     Raises:
-        AssertionError: another number was rewritten; the message is the report with its reasons.
+        AssertionError: another number was rewritten, one of them computes something else, or the
+            compiler failed or, if ``sites`` is None, could not analyse a graph. The message is the
+            report with its reasons.
         TypeError: ``args`` is a tensor instead of a sequence of arguments.
         ValueError: ``sites`` is negative.
     """
@@ -56,9 +64,14 @@ def assert_rewritten(
         )
     if sites is not None and sites < 0:
         raise ValueError(f"sites is {sites}, must be None or at least 0")
-    report = explain(model, options={"rewrite": "always"} | as_mapping(options))(
-        *args, **(kwargs or {})
-    )
+    given = {"rewrite": "always"} | as_mapping(options) | ({"verify": True} if verify else {})
+    report = explain(model, options=given)(*args, **(kwargs or {}))
+    wrong = [site for site in report.declined if site.reason and site.reason.kind in _FAULTS]
+    if wrong:
+        raise AssertionError(f"{len(wrong)} MH-FFNs would compute something else\n\n{report}")
+    unread = [one for one in report.unread if sites is None or one.reason.kind in _FAULTS]
+    if unread:
+        raise AssertionError(f"{len(unread)} graphs were not analysed\n\n{report}")
     found = len(report.rewritten)
     if found == 0 if sites is None else found != sites:
         expected = "at least 1 MH-FFN" if sites is None else f"{sites} MH-FFNs"

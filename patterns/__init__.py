@@ -1,31 +1,33 @@
-"""What an MH-FFN is: reads graphs, never edits them, knows no Triton.
+"""What an MH-FFN is: reads graphs, never edits them, imports no Triton.
 
-The files in the order of thought:
+The files, in the order in which a graph passes through them:
 
-    canonical      the graph as pure values, with provenance; parts: of buffers;
+    canonical      the graph as pure values, with provenance
+    tracer         makes it: recorder: of ATen operations; memory: what a write changes;
+                   numbering: equal values are one; parts: of buffers;
                    repeats: nodes that do the same; modes: autocast and gradients
     axes, views    which element of which tensor a value reads
     products       what a matrix product is
-    contractions   sums of products, whatever spells them
+    contractions   sums of products in any spelling
     meaning        what a tree of pointwise operations computes
     rolling        unrolled loops become axes
     grammar        a value read as the output of an MH-FFN
     checks         the proof that it is one; reasons: why it is not
     routers        what computes a site's router from widened queries
-    recognise      the front door; site: what goes through it
+    recognise      the entry point; site: what it returns
 """
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
-from .modes import inner_graphs
+from .modes import Modes, inner_graphs
 from .products import is_product_call
-from .reasons import Kind, Reason
+from .reasons import Kind, Reason, Unreadable
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
 from .routers import find_router_products
 from .site import Location, RouterProduct, Site, TensorView
 from .source import locate
-from .views import RESHAPES
+from .views import RESHAPES, is_factory
 
 __all__ = [
     "COPY",
@@ -37,17 +39,20 @@ __all__ = [
     "Findings",
     "Kind",
     "Location",
+    "Modes",
     "NearMiss",
     "Reason",
     "RouterProduct",
     "Site",
     "Size",
     "TensorView",
+    "Unreadable",
     "Value",
     "at_most",
     "find_router_products",
     "find_sites",
     "inner_graphs",
+    "is_factory",
     "is_product_call",
     "locate",
     "multiply",

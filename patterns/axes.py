@@ -65,19 +65,24 @@ class Affine:
         return Affine(tuple(terms), self.offset)
 
     def coefficient(self, axis: Axis) -> Size:
+        """The factor of an axis; 0 if the form does not mention it."""
         return next((c for a, c in self.resolved().terms if a is axis), 0)
 
     def axes(self) -> tuple[Axis, ...]:
+        """The axes of the form, as split by now."""
         return tuple(axis for axis, _ in self.resolved().terms)
 
     def scaled(self, factor: Size) -> Affine:
+        """``factor * form``"""
         terms = tuple((axis, multiply(c, factor)) for axis, c in self.terms)
         return Affine(terms, multiply(self.offset, factor))
 
     def shifted(self, offset: Size) -> Affine:
+        """``form + offset``"""
         return Affine(self.terms, plus(self.offset, offset))
 
     def replaced(self, mapping: dict[Axis, Axis]) -> Affine:
+        """The form over other axes; those that ``mapping`` lacks stay."""
         form = self.resolved()
         return Affine(tuple((mapping.get(a, a), c) for a, c in form.terms), form.offset)
 
@@ -93,8 +98,7 @@ def along(indices: Sequence[Index], position: Affine) -> Index | None:
     index: list[Affine] = []
     for forms in zip(*(index for index in indices), strict=True):
         first, offsets = forms[0].resolved(), [form.offset for form in forms]
-        terms = frozenset(first.terms)
-        if any(frozenset(form.resolved().terms) != terms for form in forms[1:]):
+        if not all(same_steps((first,), (form,)) for form in forms[1:]):
             return None
         steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
         step = steps.pop() if steps else 0
@@ -120,16 +124,52 @@ class _Digits:
 
 
 def axis_form(axis: Axis) -> Affine:
+    """The position of one axis, as a form."""
     return Affine(((axis, 1),))
 
 
+def leaves(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    """The axes that these have been split into by now, outermost first."""
+    return tuple(leaf for axis in axes for leaf in axis.leaves())
+
+
+def real(axes: Iterable[Axis]) -> frozenset[Axis]:
+    """The axes that are not of size one."""
+    return frozenset(axis for axis in axes if axis.size != 1)
+
+
+def axes_of(index: Index) -> frozenset[Axis]:
+    """The axes, as split by now, that an index moves along, those of size one included."""
+    return frozenset(axis for form in index for axis in form.axes())
+
+
+def real_axes(index: Index) -> frozenset[Axis]:
+    """The axes, as split by now, that an index moves along."""
+    return frozenset(axis for form in index for axis in form.axes() if axis.size != 1)
+
+
+def same_steps(a: Index, b: Index) -> bool:
+    """Whether two indices move alike: along the same axes in the same steps."""
+    return len(a) == len(b) and all(
+        frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def same_index(a: Index, b: Index) -> bool:
+    """Whether two indices read the same elements: they move alike from the same place."""
+    return same_steps(a, b) and all(x.offset == y.offset for x, y in zip(a, b, strict=True))
+
+
 def multiply(a: Size, b: Size) -> Size:
+    """``a * b``, expanded, so that equal sizes compare equal."""
     if isinstance(a, int) and isinstance(b, int):
         return a * b
     return _tidy(sympy.expand(sympy.sympify(a) * b))
 
 
 def plus(a: Size, b: Size) -> Size:
+    """``a + b``, expanded."""
     if isinstance(a, int) and isinstance(b, int):
         return a + b
     return _tidy(sympy.expand(sympy.sympify(a) + b))
@@ -146,6 +186,7 @@ def quotient(a: Size, b: Size) -> Size | None:
 
 
 def product(sizes: Iterable[Size]) -> Size:
+    """The product of all sizes; 1 for none."""
     total: Size = 1
     for size in sizes:
         total = multiply(total, size)
@@ -168,7 +209,16 @@ def split(axis: Axis, inner_size: Size) -> bool:
     return True
 
 
+def stride_order(stride: Size) -> tuple[bool, int, int]:
+    """Sort key: small strides first, symbolic ones after all numbers, by their factors."""
+    if isinstance(stride, int):
+        return (False, 0, stride)
+    coefficient, symbols = stride.as_coeff_Mul()
+    return (True, len(sympy.Mul.make_args(symbols)), int(coefficient))
+
+
 def contiguous_strides(shape: Sequence[Size]) -> list[Size]:
+    """The strides of a contiguous tensor of this shape, in elements."""
     strides: list[Size] = []
     stride: Size = 1
     for size in reversed(shape):
@@ -194,42 +244,62 @@ def through_reshape(index: Index, shape: Sequence[Size], source: Sequence[Size])
 
 
 def _digits(position: Affine, source: Sequence[Size]) -> Index | None:
+    """A position in row-major order as one coordinate per dimension of ``source``."""
     digits = [_Digits(s, t) for s, t in zip(source, contiguous_strides(source), strict=True)]
     real = [digit for digit in digits if digit.size != 1]
     pending = [term for term in position.terms if term[0].size != 1]
     while pending:
-        axis, coefficient = pending.pop()
-        for digit in real:  # the outermost digit whose stride divides the coefficient
-            step = quotient(coefficient, digit.stride)
-            if step is not None:
-                break
-        else:
+        split_off = _place(*pending.pop(), real)
+        if split_off is None:
             return None
-        room = quotient(digit.size, step)  # values of the axis that fit into this digit
-        if room is None:
-            # Only a partial, non-dividing cover can be right: bounds are checked at the end.
-            digit.terms.append((axis, step))
-        elif quotient(room, axis.size) is not None or at_most(axis.size, room):
-            digit.terms.append((axis, step))
-        elif digit is not real[0] and split(axis, room):
-            assert axis.parts is not None
-            outer, inner = axis.parts
-            pending += [(outer, multiply(coefficient, room)), (inner, coefficient)]
-        else:
-            return None
-    offset = position.offset
-    if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in real):
-        for digit in real:
-            digit.offset, offset = divmod(offset, digit.stride)
-    elif offset != 0:
-        for digit in real:
-            step = quotient(offset, digit.stride)
-            if step is not None:
-                digit.offset, offset = step, 0
-                break
-    if offset != 0 or not all(_in_bounds(digit) for digit in real):
+        pending += split_off
+    if not _place_offset(position.offset, real) or not all(map(_in_bounds, real)):
         return None
     return tuple(Affine(tuple(digit.terms), digit.offset) for digit in digits)
+
+
+def _place(
+    axis: Axis, coefficient: Size, digits: Sequence[_Digits]
+) -> list[tuple[Axis, Size]] | None:
+    """Add ``coefficient * axis`` to the digit that it moves.
+
+    Returns:
+        The terms to place instead, if the axis spans several digits and has been split; none if it
+        has been placed; None if it fits no digit.
+    """
+    for digit in digits:  # the outermost digit whose stride divides the coefficient
+        step = quotient(coefficient, digit.stride)
+        if step is not None:
+            break
+    else:
+        return None
+    count = quotient(digit.size, step)  # values of the axis that fit into this digit
+    if count is None:
+        # Only a partial, non-dividing cover can be right: bounds are checked at the end.
+        digit.terms.append((axis, step))
+        return []
+    if quotient(count, axis.size) is not None or at_most(axis.size, count):
+        digit.terms.append((axis, step))
+        return []
+    if digit is not digits[0] and split(axis, count):
+        assert axis.parts is not None
+        outer, inner = axis.parts
+        return [(outer, multiply(coefficient, count)), (inner, coefficient)]
+    return None
+
+
+def _place_offset(offset: Size, digits: Sequence[_Digits]) -> bool:
+    """Distribute a constant over the digits; False where its digits are not known."""
+    if isinstance(offset, int) and all(isinstance(digit.stride, int) for digit in digits):
+        for digit in digits:
+            digit.offset, offset = divmod(offset, digit.stride)
+        return offset == 0
+    for digit in digits if offset != 0 else ():
+        step = quotient(offset, digit.stride)
+        if step is not None:
+            digit.offset = step
+            return True
+    return offset == 0
 
 
 def _in_bounds(digit: _Digits) -> bool:

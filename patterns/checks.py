@@ -1,28 +1,43 @@
-"""From a term to a site: every check that can say no, one function each.
+"""From a term to a site: one function for each check that can decline.
 
-``read_output`` (grammar.py) found a sum of products of the right form. That makes no MH-FFN yet:
-the axes must play the right roles. ``assign_roles`` names the axes, the checks prove what the op
+``read_output`` (grammar.py) found a sum of products of the right form. That is not yet an MH-FFN:
+the axes must have the right roles. ``assign_roles`` names the axes, the checks prove what the op
 needs, ``build_site`` puts the op's arguments together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import fx
 
-from .axes import Affine, Axis, Index, at_most, axis_form, product, quotient
+from .axes import (
+    Affine,
+    Axis,
+    Index,
+    at_most,
+    axes_of,
+    axis_form,
+    leaves,
+    product,
+    quotient,
+    real,
+    same_index,
+)
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
 from .contractions import Operand, as_contraction, summed_index
-from .grammar import Reading, is_cast, is_other_pointwise
+from .grammar import Reading
 from .meaning import POINTWISE
+from .operations import is_cast, is_other_pointwise
 from .reasons import Declined, Kind
-from .rolling import STACK, Term, in_reading_order, renamed, same_tensor
+from .rolling import STACK, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
+from .terms import Term
 from .views import LIKES, MERGES, broadcast, is_view, through_view
 
 #: operations that autograd saves nothing of
@@ -53,11 +68,12 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     """Prove that a reading is an MH-FFN, and write it as the arguments of the op.
 
     Raises:
-        Declined: a check said no.
+        Declined: a check failed.
     """
     term = one_query(reading.term)
     roles = assign_roles(term, reading.index)
     check_weights(term, roles)
+    check_static_sizes(term, roles)
     check_router(term, roles)
     check_biases(term, roles)
     check_widths(roles)
@@ -79,7 +95,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
 
 
 def one_query(term: Term) -> Term:
-    """Gate and up projection read the same query; afterwards over the same axes."""
+    """Gate and up projection read the same query. The result reads it over the same axes."""
     gate, up = term.gate, term.up
     if up is None:
         return term
@@ -93,7 +109,7 @@ def one_query(term: Term) -> Term:
         sources = {_uncast(query.value), _uncast(gate.query.value)}
         kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
-    if not _reads_alike(query, gate.query):
+    if not same_index(query.index, gate.query.index):
         packed = up.weight.value is gate.weight.value
         kind = Kind.UNPAIRED_BRANCHES if packed else Kind.DIFFERENT_QUERIES
         raise Declined(kind, "they read other parts of one tensor", up.value.origin)
@@ -109,6 +125,14 @@ def _uncast(value: Value) -> Value:
 
 
 def assign_roles(term: Term, root: Index) -> Roles:
+    """Name each axis of a term by where it occurs.
+
+    In the query and not in the weights it counts tokens; in both, heads; summed and in the router,
+    sub-networks; summed otherwise, hidden units.
+
+    Raises:
+        Declined: an axis occurs where none of its role may.
+    """
     gate, up, down = term.gate, term.up, term.down
     width = leaves(gate.contracted)
     summed = leaves(term.hidden) + leaves(term.sub_networks)
@@ -168,9 +192,9 @@ def _inside_heads(query: Index, width: set[Axis], groups: set[Axis]) -> set[Axis
 def _inside_tokens(
     term: Term, root: Index, tokens: list[Axis], groups: set[Axis], out_width: list[Axis]
 ) -> set[Axis]:
-    """Those of the tokens' axes, nested in the dimension of the heads, that are heads themselves.
+    """Axes of tokens, nested in the dimension of the heads, that are heads themselves.
 
-    Tokens that were dispatched lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
+    Dispatched tokens lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
     they would be E * C of one token each, and every one would load its weights again. So such an
     axis counts tokens unless something else needs it as a head: a result or a router that keeps it
     within its features, or tokens that take both of the op's dimensions without it.
@@ -214,8 +238,13 @@ def check_weights(term: Term, roles: Roles) -> None:
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, gate.query.value):
             tokens = token_inputs(gate.query, set(roles.tokens))
-            if not tokens.isdisjoint(_inputs_of(operand.value)):
+            if not tokens.isdisjoint(operand.value.inputs()):
                 raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+
+
+def check_static_sizes(term: Term, roles: Roles) -> None:
+    """Only tokens may have dynamic sizes: the op's weights are three tensors [G, E, f, d]."""
+    gate = term.gate
     for axes, what in (
         (roles.sub_networks, "sub-networks"),
         (roles.hidden, "hidden units"),
@@ -262,12 +291,14 @@ def check_biases(term: Term, roles: Roles) -> None:
 
 
 def check_widths(roles: Roles) -> None:
+    """The output of a head is as wide as its input."""
     inner, outer = (product(a.size for a in axes) for axes in (roles.width, roles.out_width))
     if inner != outer:
         raise Declined(Kind.UNEQUAL_WIDTHS, f"{inner} in, {outer} out")
 
 
 def check_multi_head(roles: Roles) -> None:
+    """There is more than one head or sub-network."""
     many = (*roles.groups, *roles.sharers, *roles.sub_networks)
     if product(axis.size for axis in many) == 1:
         raise Declined(Kind.PLAIN_FFN)
@@ -310,10 +341,10 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 
 
 def check_rounding(term: Term, reading: Reading, root: Value) -> None:
-    """Nothing in between is rounded to fewer digits than the op computes with, or its result has.
+    """No intermediate value has fewer digits than both the op's computation and its result.
 
-    The op rounds no later than the model where its result is as narrow: what the model rounds there
-    before and after cannot be nearer to the exact number than one rounding of it.
+    If an intermediate value is as narrow as the result, the op's single rounding is at least as
+    accurate as the model's several.
     """
     dtype = term.value.dtype
     for value in sorted(reading.computed, key=lambda value: value.step):
@@ -323,7 +354,7 @@ def check_rounding(term: Term, reading: Reading, root: Value) -> None:
 
 
 def check_range(term: Term) -> None:
-    """No factor is taken into a float16 tensor that could leave the range of float16 by it.
+    """No factor that is moved into a float16 tensor can make it overflow.
 
     ``(y + bias) * 4`` is finite where the sum is small; ``4 * bias`` need not be.
     """
@@ -345,9 +376,9 @@ def check_gradients(reading: Reading) -> None:
 
 
 def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """Nothing outside reads what would no longer be computed, and is no part of the result.
+    """No other node reads a value that the op no longer computes, except parts of the result.
 
-    To be asked for its sizes is no harm, if what is made of them goes away, too: zeros to add to.
+    A node that reads only its sizes does no harm if its own result disappears: zeros to add to.
     """
     parts = {root, *pieces_of(root)}
     likes: set[Value] = set()
@@ -359,36 +390,41 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                 continue
             if current in copy.escaping:
                 raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
-            for reader in current.readers:
-                if reader in reading.computed or reader is root or not copy.is_live(reader):
-                    continue
-                if reader in reading.crossed or is_view(reader) or is_cast(reader):
-                    todo.append(reader)
-                elif reader.op in LIKES:
+            for reader in _outer_readers(current, reading, root, copy):
+                if reader.op in LIKES:
                     likes.add(reader)
-                    todo.append(reader)
-                else:
+                elif not (reader in reading.crossed or is_view(reader) or is_cast(reader)):
                     detail = f"read by {_shown(reader)}"
                     raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, value.origin)
+                todo.append(reader)
     for operand in reading.term.operands().values() if likes else ():
         if not likes.isdisjoint(operand.value.ancestors()):
             detail = "a tensor that the network reads has its sizes"
             raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, operand.value.origin)
 
 
+def _outer_readers(
+    value: Value, reading: Reading, root: Value, copy: CanonicalCopy
+) -> Iterator[Value]:
+    """Live readers that the op does not replace."""
+    for reader in value.readers:
+        if reader not in reading.computed and reader is not root and copy.is_live(reader):
+            yield reader
+
+
 def pieces_of(root: Value) -> tuple[Value, ...]:
-    """The outputs of single heads, where the output puts them beside each other."""
+    """The outputs of single heads, where the output merges them."""
     return tuple(dict.fromkeys(root.args[0])) if root.op in MERGES else ()
 
 
 def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
-    """Whether a head's output has readers beside what merges the heads."""
+    """Whether a head's output has readers other than what merges the heads."""
     others = any(reader is not root and copy.is_live(reader) for reader in piece.readers)
     return others or piece in copy.escaping
 
 
 def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy) -> None:
-    """A head's output can be cut out of the result for those who read it apart."""
+    """A head's output can be cut out of the result for nodes that read it separately."""
     node = copy.made_by(piece)
     if node is None or piece.dtype is not root.dtype:
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
@@ -418,7 +454,7 @@ def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
 
 
 def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:
-    """What the op reads is still there where it will stand; nobody overwrites its result."""
+    """The op's operands are intact at its position, and no node overwrites its result."""
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
@@ -432,7 +468,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
 
 
 def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
-    """What writes the value into an input copies it there, behind the place of the op."""
+    """What writes the value into an input copies it there, after the op."""
     for writer, values in copy.written_outside.items():
         if value in values and not (
             copy.positions[writer] > copy.positions[op] and value in copy.reads[writer].values()
@@ -441,18 +477,18 @@ def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> Non
 
 
 def _check_returned_alone(value: Value, copy: CanonicalCopy) -> None:
-    """Results that are views of the same memory stay so: who changes one changes the other."""
+    """Results that alias each other must go on to alias: a write to one changes the other."""
     node = copy.returned_as_part(value)
     if node is not None:
         raise Declined(Kind.MUTATION, "its output is returned in other memory", node)
 
 
 def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
-    """What the backward pass reads again is overwritten by nobody, before or after the op.
+    """No node overwrites what the backward pass reads again, before or after the op.
 
-    Where a write goes through ``.data`` or a detached alias, the gradients of eager are those of
-    the new numbers, and those of the op, which saves its arguments alone, are others. A bias, which
-    eager does not save, may even be updated in the forward pass; the op could not go back then.
+    Where a write goes through ``.data`` or a detached alias, eager computes gradients from the new
+    numbers, and the op, which saves only its arguments, computes others. A bias, which eager does
+    not save, may even be updated in the forward pass; the op could not go back then.
     """
     if not any(value.requires_grad_mode for value in reading.computed):
         return
@@ -460,14 +496,19 @@ def check_saved(term: Term, reading: Reading, copy: CanonicalCopy) -> None:
     read = {operand.value for operand in named.values()} | _saved(reading)
     for value in sorted(read, key=lambda value: value.step):
         if copy.is_overwritten(value, but_by=reading.computed):
-            detail = "what its backward pass reads again"
-            raise Declined(Kind.MUTATION, detail, value.origin)
+            detail = f"{_said(value)} is overwritten, which its backward pass reads again"
+            raise Declined(Kind.MUTATION, detail, copy.overwriter_of(value, reading.computed))
+
+
+def _said(value: Value) -> str:
+    """What a value is called in a sentence."""
+    return f"what {value.origin.name} made" if value.operands else f"the input {value.origin.name}"
 
 
 def _saved(reading: Reading) -> set[Value]:
-    """What the operations of the network read, and the views that this is of.
+    """What autograd saves for the network's operations, and the tensors that it is a view of.
 
-    But for what only adds, merges or copies, of which autograd saves nothing.
+    It saves nothing for operations that only add, merge or copy.
     """
     todo = [v for value in reading.computed if value.op not in _UNSAVED for v in value.operands]
     found: set[Value] = set()
@@ -481,9 +522,9 @@ def _saved(reading: Reading) -> set[Value]:
 
 
 def check_place(root: Value, copy: CanonicalCopy) -> None:
-    """The output fills its memory: a part of a larger tensor is made from the whole of it.
+    """The output fills its storage, and is computed where the op can be inserted.
 
-    And it is made where the op can be put.
+    A part of a larger tensor would be computed from the whole of it.
     """
     node = _maker(root, copy)
     if copy.levels.get(node, ()) is None:
@@ -523,7 +564,7 @@ def _maker(root: Value, copy: CanonicalCopy) -> fx.Node:
 
 
 def check_autocast(term: Term, root: Value, copy: CanonicalCopy) -> None:
-    """Autocast at the place of the output leaves the op's precision alone."""
+    """Autocast at the place of the output does not change the op's precision."""
     node = _maker(root, copy)
     dtype = copy.autocast[node].get(root.device.type)
     if dtype not in (None, term.value.dtype):
@@ -548,24 +589,19 @@ def _site(
     per_unit = (roles.groups, roles.sub_networks, roles.hidden)
     output_dims = tuple(form.axes() for form in reading.index)
 
-    def view(operand: Operand | None, dims: tuple[tuple[Axis, ...], ...], scale: float = 1.0):  # type: ignore[no-untyped-def]
-        return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
-
     sizes = {role: product(a.size for a in axes) for role, axes in _sized(roles)}
+    down_bias_dims = (roles.groups, roles.sub_networks, roles.out_width)
+    residual = term.residual
     return Site(
-        query=view(gate.query, (batch, length, heads, roles.width)),
-        gate=view(gate.weight, (*per_unit, roles.width)),
-        up=None if up is None else view(up.weight, (*per_unit, roles.width)),
-        down=view(term.down, (*per_unit, roles.out_width)),
-        routers=tuple(view(r, (batch, length, heads, roles.sub_networks)) for r in term.routers),
-        gate_bias=view(gate.bias, per_unit, gate.bias_scale),
-        up_bias=None if up is None else view(up.bias, per_unit, up.bias_scale),
-        down_bias=view(
-            term.bias, (roles.groups, roles.sub_networks, roles.out_width), term.bias_scale
-        ),
-        residual=None
-        if term.residual is None
-        else view(term.residual.operand, output_dims, term.residual.scale),
+        query=_view(gate.query, (batch, length, heads, roles.width)),
+        gate=_view(gate.weight, (*per_unit, roles.width)),
+        up=None if up is None else _view(up.weight, (*per_unit, roles.width)),
+        down=_view(term.down, (*per_unit, roles.out_width)),
+        routers=tuple(_view(r, (batch, length, heads, roles.sub_networks)) for r in term.routers),
+        gate_bias=_view(gate.bias, per_unit, gate.bias_scale),
+        up_bias=None if up is None else _view(up.bias, per_unit, up.bias_scale),
+        down_bias=_view(term.bias, down_bias_dims, term.bias_scale),
+        residual=None if residual is None else _view(residual.operand, output_dims, residual.scale),
         activation=term.activation,
         gate_scale=gate.scale,
         up_scale=1.0 if up is None else up.scale,
@@ -586,6 +622,22 @@ def _site(
         location=locate(term.value.origin),
         replaces=reading.computed,
     )
+
+
+_Dims = tuple[tuple[Axis, ...], ...]
+
+
+@overload
+def _view(operand: Operand, dims: _Dims, scale: float = 1.0) -> TensorView: ...
+
+
+@overload
+def _view(operand: None, dims: _Dims, scale: float = 1.0) -> None: ...
+
+
+def _view(operand: Operand | None, dims: _Dims, scale: float = 1.0) -> TensorView | None:
+    """An operand with these dimensions, each made of the axes that it counts."""
+    return None if operand is None else TensorView(operand.value, operand.index, dims, scale)
 
 
 def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:
@@ -624,18 +676,14 @@ def depends_on(weight: Value, query: Value) -> bool:
     """Whether a computed weight and the query come from a common tensor, which may be tokens."""
     if weight.op in (INPUT, STACK):
         return False
-    return not _inputs_of(weight).isdisjoint(_inputs_of(query))
-
-
-def _inputs_of(value: Value) -> set[Value]:
-    return {v for v in value.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+    return not weight.inputs().isdisjoint(query.inputs())
 
 
 def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
-    """The inputs that the query has its tokens from.
+    """The inputs that the query's tokens come from.
 
-    Not those that are the same for all tokens: a scale, the weights of a projection, a codebook of
-    which the tokens are numbers. Of an operation that is not known, all that it reads counts.
+    Inputs that are the same for all tokens do not count: a scale, the weights of a projection, a
+    codebook that tokens index. All operands of an unknown operation count.
     """
     moving: set[Axis] = set()  # along tokens, over axes of our own: walking splits them
     index: list[Affine] = []
@@ -645,7 +693,7 @@ def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
         if not tokens.isdisjoint(form.axes()):
             moving.add(axis)
     if not real(moving):
-        return _inputs_of(query.value)  # one token
+        return query.value.inputs()  # one token
     found: set[Value] = set()
     seen: set[Value] = set()
     todo: list[tuple[Value, Index]] = [(query.value, tuple(index))]
@@ -656,7 +704,7 @@ def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
         seen.add(value)
         read = _read_at(value, at)
         if read is None:
-            found |= _inputs_of(value)
+            found |= value.inputs()
         else:
             todo += read
     return found
@@ -688,25 +736,6 @@ def _read_at(value: Value, index: Index) -> list[tuple[Value, Index]] | None:
             every = axis_form(Axis(value.source.shape[0]))
             return [(places, rows), (value.source, (every, *index[len(places.shape) :]))]
     return None
-
-
-def axes_of(index: Index) -> set[Axis]:
-    return {axis for form in index for axis in form.axes()}
-
-
-def _reads_alike(a: Operand, b: Operand) -> bool:
-    return all(
-        x.offset == y.offset and set(x.resolved().terms) == set(y.resolved().terms)
-        for x, y in zip(a.index, b.index, strict=True)
-    )
-
-
-def real(axes: object) -> set[Axis]:
-    return {axis for axis in axes if axis.size != 1}  # type: ignore[attr-defined]
-
-
-def leaves(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return tuple(leaf for axis in axes for leaf in axis.leaves())
 
 
 def _as_number(coefficient: object) -> float:

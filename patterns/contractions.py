@@ -1,4 +1,4 @@
-"""Contractions: sums of products of two tensors, whatever operator spells them.
+"""Contractions: sums of products of two tensors, spelled by any operator.
 
 ``as_contraction`` reads the matrix products of ``products.py``, convolutions one element wide among
 them, and a sum over a product as one thing: the two operands with the indices they are read at, and
@@ -17,7 +17,7 @@ import torch
 from .axes import Affine, Axis, Index, axis_form, quotient, through_reshape
 from .canonical import OPAQUE, Value
 from .parts import is_number
-from .views import behind_views, broadcast
+from .views import broadcast, through_views
 
 aten = torch.ops.aten
 
@@ -51,6 +51,7 @@ class Contraction:
 
 
 def as_contraction(value: Value, index: Index) -> Contraction | None:
+    """The value, read at an index, as a sum of products; None if it is none."""
     rule = _RULES.get(value.op)
     return None if rule is None else rule(value, index)
 
@@ -84,7 +85,7 @@ def _mv(value: Value, index: Index) -> Contraction:
 def _product_of(
     value: Value, index: Index, left: Value, right: Value, **others: Any
 ) -> Contraction:
-    """What is added to a bias: of matrices, of batches of them, or of a matrix and a vector."""
+    """A product that is added to a bias: ``addmm``, ``baddbmm``, ``addmv`` and their like."""
     if value.op is not aten.addbmm.default and len(right.shape) > 1:
         return _matmul(value, index, left, right, **others)
     k = axis_form(Axis(left.shape[-1]))
@@ -107,7 +108,7 @@ def _addmm(value: Value, index: Index) -> Contraction | None:
     if not is_number(scale) or not is_number(bias_scale) or scale == 0:
         return None
     if bias_scale == 0:
-        # Not read, whatever is in it. But its gradient is one of zeros, which is not none.
+        # Not read, even if it is NaN. But it gets a gradient of zeros, not None.
         unread = not value.requires_grad_mode or not _has_gradient(bias)
         return _product_of(value, index, left, right, scale=float(scale)) if unread else None
     return _product_of(
@@ -168,7 +169,7 @@ def _sum_of_product(value: Value, index: Index) -> Contraction | None:
     """``(left * right).sum(dims)``."""
     inner, summed = summed_index(value, index)
     crossed: set[Value] = set()
-    product, at = behind_views(value.source, inner, crossed)
+    product, at = through_views(value.source, inner, crossed)
     if product.op is not aten.mul.Tensor or len(product.operands) != 2:
         return None
     left, right = product.args

@@ -5,7 +5,7 @@
     output   = view | cast | number * output | router * output | sum of outputs
              | pieces of (output [+ residual]) | sum over sub-networks of output | down
     down     = sum over hidden units of hidden * weight  [+ bias]     a contraction
-    hidden   = act(gate) [* up] [* router]                            see meaning.py
+    hidden   = act(gate) [* up] [* router]                            see hidden.py
     gate, up = sum over the head width of query * weight  [+ bias]    a contraction
 
 Every step pushes the index that the output is read at one operation further back, so that what is
@@ -19,45 +19,34 @@ import math
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import sympy
 import torch
 
-from .axes import Axis, Index, Size, axis_form, multiply, product, through_reshape, within
-from .canonical import COPY, OPAQUE, SCATTER, Value, written_range
+from .axes import Axis, Index, Size, axis_form, multiply, product, real_axes, through_reshape
+from .canonical import COPY, SCATTER, Value, written_range
 from .contractions import Contraction, Operand, as_contraction, summed_index
-from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, read_hidden, times
+from .hidden import HiddenReader, check_bounds, check_subclass
+from .meaning import read_hidden
+from .operations import is_cast, is_zero, operation_name
 from .parts import is_number
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
-from .rolling import Projection, Residual, Term, join_pieces, join_sum
-from .views import MERGES, behind_views, broadcast, is_view, piece_index, through_view
+from .rolling import join_pieces, join_sum
+from .terms import (
+    Residual,
+    Term,
+    adds_tokens,
+    may_be_bias,
+    scaled,
+    summed,
+    with_bias,
+    without_residual,
+)
+from .views import MERGES, broadcast, is_view, piece_index, through_view, through_views
 
 aten = torch.ops.aten
 
-DROPOUT = frozenset(
-    {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.float}
-)
-#: activations that not every release of PyTorch tags as pointwise
-_OTHER_ACTIVATIONS = frozenset(
-    {
-        aten.elu.default,
-        aten.hardswish.default,
-        aten.hardtanh.default,
-        aten.leaky_relu.default,
-        aten.log_sigmoid_forward.default,
-        aten._prelu_kernel.default,
-    }
-)
-_ZEROS = frozenset(
-    {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.zero.default}
-)
-_FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
-#: higher-order operations by which a graph gets another backward pass than its operations have
-_OWN_BACKWARDS = ("autograd_function_apply", "register_hook")
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
@@ -109,26 +98,6 @@ def is_outside_operation(value: Value) -> bool:
     )
 
 
-def operation_name(value: Value) -> str:
-    """The operation of a value, as a report names it."""
-    return str(value.op).removeprefix("aten.").removesuffix(".default")
-
-
-def is_other_pointwise(value: Value) -> bool:
-    """A pointwise operation that ``meaning.py`` does not know."""
-    tagged = torch.Tag.pointwise in getattr(value.op, "tags", ())
-    return value.op not in POINTWISE and (tagged or value.op in _OTHER_ACTIVATIONS)
-
-
-def is_cast(value: Value) -> bool:
-    """A change of floating dtype and of nothing else."""
-    if value.op is not aten._to_copy.default and value.op != COPY:
-        return False
-    source = value.source
-    floating = value.dtype.is_floating_point and source.dtype.is_floating_point
-    return floating and value.device == source.device and value.shape == source.shape
-
-
 @dataclass(slots=True)
 class _Reader:
     """One reading. ``computed`` collects the values that the op would compute itself."""
@@ -141,12 +110,17 @@ class _Reader:
     in_loop: bool = False  # whether one piece of an unrolled loop is read
 
     def leaf(self, value: Value, index: Index) -> Operand:
-        return Operand(*behind_views(value, index, self.crossed, self.outputs))
+        return Operand(*through_views(value, index, self.crossed, self.outputs))
 
     def output(self, value: Value, index: Index) -> Term:
+        """The value as a term, read at an index.
+
+        Raises:
+            Declined: no rule of the grammar holds for it.
+        """
         if value not in self.outside:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        _check_bounds(value, index)
+        check_bounds(value, index)
         step = through_view(value, index)
         if step is not None:
             self.crossed.add(value)
@@ -154,11 +128,11 @@ class _Reader:
         self.computed.add(value)
         if is_cast(value):
             term = self.output(value.source, index)
-            return term if value.dtype is value.source.dtype else _without_residual(term, value)
-        if value.op in _ADDITIONS or self._accumulates(value, index) is not None:
-            return self._sum(value, index)
+            return term if value.dtype is value.source.dtype else without_residual(term, value)
+        if value.op in _ADDITIONS or self.accumulated(value, index) is not None:
+            return _Sum(self, value, index).term()
         if value.op is aten.neg.default:
-            return _scaled(self.output(value.source, index), -1.0)
+            return scaled(self.output(value.source, index), -1.0)
         if value.op in _PRODUCTS:
             return self._product(value, index)
         if value.op in MERGES:
@@ -167,100 +141,26 @@ class _Reader:
             return self._written(value, index)
         contraction = as_contraction(value, index)
         if contraction is not None:
-            return self._contraction(contraction, index)
-        if value.op is aten.sum.dim_IntList:
-            inner, summed = summed_index(value, index)
-            return _summed(self.output(value.source, inner), summed)
-        if value.op is aten.mean.dim:
-            inner, summed = summed_index(value, index)
-            count = product(axis.size for axis in summed)
+            return self.contraction(contraction, index)
+        return self._reduction(value, index)
+
+    def _reduction(self, value: Value, index: Index) -> Term:
+        """The sum or the mean over sub-networks."""
+        if value.op in (aten.sum.dim_IntList, aten.mean.dim):
+            inner, axes = summed_index(value, index)
+            count = product(axis.size for axis in axes) if value.op is aten.mean.dim else 1
             if isinstance(count, int) and count:
-                return _scaled(_summed(self.output(value.source, inner), summed), 1 / count)
-        _check_subclass(value)
+                term = summed(self.output(value.source, inner), axes)
+                return term if count == 1 else scaled(term, 1 / count)
+        check_subclass(value)
         raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
 
-    def _sum(self, value: Value, index: Index) -> Term:
-        """A chain of additions: the terms of an unrolled loop, a bias, a residual.
-
-        A residual is taken only where no candidate is without it: inside a loop over heads or
-        ``vmap``, and in a sum over sub-networks that begins with it.
-        """
-        inside = self.outside - self.outputs
-        terms: list[Term] = []
-        narrow: list[Residual] = []  # biases, or residuals that are the same for some heads
-        residuals: list[Residual] = []
-        dtypes = {value.dtype}
-        todo: list[tuple[float, Value, Index, Value]] = [(1.0, value, index, value)]
-        while todo:
-            sign, current, at, addition = todo.pop()
-            inner, inner_at = current, at
-            while inner in inside and (step := through_view(inner, inner_at)) is not None:
-                self.crossed.add(inner)
-                inner, inner_at = step
-            biased = inner is not value and self._adds_bias(inner, inner_at)
-            if inner in inside and inner.op in _ADDITIONS and not biased:
-                self.computed.add(inner)
-                dtypes.add(inner.dtype)
-                alpha = inner.argument(2, "alpha", 1)
-                if not is_number(alpha) or alpha == 0:
-                    detail = f"scaled by {alpha}"
-                    raise Declined(Kind.UNKNOWN_OPERATION, detail, inner.origin)
-                weight = float(alpha) * _ADDITIONS[inner.op]
-                left, right = inner.args[0], inner.args[1]
-                for factor, operand in ((1.0, left), (weight, right)):
-                    if not isinstance(operand, Value):
-                        if operand == 0:
-                            continue
-                        raise Declined(Kind.UNKNOWN_OPERATION, "a number is added", inner.origin)
-                    if not _is_zero(operand):
-                        where = broadcast(inner_at, operand.shape)
-                        todo.append((sign * factor, operand, where, inner))
-            elif inner in inside and (product := self._accumulates(inner, inner_at)) is not None:
-                assert product.bias is not None
-                self.computed.add(inner)
-                dtypes.add(inner.dtype)
-                alone = replace(product, bias=None, bias_scale=1.0)
-                terms.append(_scaled(self._contraction(alone, inner_at), sign))
-                added = product.bias
-                if not _is_zero(added.value):
-                    todo.append((sign * product.bias_scale, added.value, added.index, inner))
-            elif inner in inside:
-                dtypes.add(inner.dtype)
-                terms.append(_scaled(self.output(inner, inner_at), sign))
-            else:
-                leaf = self.leaf(inner, inner_at)
-                whole = _axes(index) <= _axes(leaf.index)
-                (residuals if whole else narrow).append(Residual(leaf, sign))
-                if whole:
-                    dtypes.add(inner.dtype)
-                    allowed = self.in_loop or addition is not value or self._is_highest(value)
-                    if not allowed or len(residuals) > 1 or len(dtypes) > 1:
-                        detail = f"{operation_name(inner)} is added"
-                        raise Declined(Kind.UNKNOWN_OPERATION, detail, value.origin)
-        if not terms:
-            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        if len(terms) > 1 or narrow or residuals:
-            terms = [_without_residual(term, value) for term in terms]
-        term = join_sum(terms[::-1])
-        for one in narrow:
-            added = one.operand
-            if residuals or not _adds_tokens(term, added) or not self._is_highest(value):
-                term = _with_bias(term, added, one.scale, value)
-            else:
-                residuals.append(one)
-                dtypes.add(added.value.dtype)
-        if not residuals:
-            return term
-        if len(dtypes) > 1:
-            raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", value.origin)
-        return replace(term, residual=residuals[0])
-
-    def _is_highest(self, value: Value) -> bool:
+    def is_highest(self, value: Value) -> bool:
         """Whether no candidate is without what is added: it is a product's, or no node has one."""
         inner = [operand for operand in value.operands if operand in self.outside]
         return value.op in MATRIX_PRODUCTS or not any(map(self.is_held, inner))
 
-    def _accumulates(self, value: Value, index: Index) -> Contraction | None:
+    def accumulated(self, value: Value, index: Index) -> Contraction | None:
         """A product that is added to a sum, as ``addmm`` does: to outputs, zeros or a residual.
 
         What does not move along all axes of the output is the product's bias.
@@ -271,41 +171,55 @@ class _Reader:
         if contraction is None or contraction.bias is None:
             return None
         bias = contraction.bias
-        source, at = behind_views(bias.value, bias.index, stops=self.outputs)
-        whole = _is_zero(source) or source in self.outside
+        source, at = through_views(bias.value, bias.index, stops=self.outputs)
+        whole = is_zero(source) or source in self.outside
         if not whole and not source.is_parameter and len(bias.value.shape) == len(value.shape):
-            whole = _axes(index) <= _axes(at)  # of one token a bias does, too
+            whole = real_axes(index) <= real_axes(at)  # of one token a bias does, too
         return contraction if whole else None
 
-    def _adds_bias(self, value: Value, index: Index) -> bool:
+    def adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
         if value not in self.outside or value.op not in _ADDITIONS:
             return False
         for operand in value.operands:
-            if operand not in self.outside and not _is_zero(operand):
+            if operand not in self.outside and not is_zero(operand):
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
-                return not _axes(index) <= _axes(leaf.index)
+                if not real_axes(index) <= real_axes(leaf.index):
+                    return True
+                return not leaf.value.inputs() and self._is_biased(value, index, leaf)
         return False
+
+    def _is_biased(self, value: Value, index: Index, leaf: Operand) -> bool:
+        """Whether what is added to an output could be its bias: always so where there is one token.
+
+        Read twice, but only for parameters that move along all axes of the output.
+        """
+        other = next((operand for operand in value.operands if operand in self.outside), None)
+        if other is None:
+            return False
+        try:
+            term = self.output(other, broadcast(index, other.shape))
+        except Declined:
+            return False
+        return may_be_bias(term, leaf)
 
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
         left, right = value.args[:2]
-        if value.kwargs.get("rounding_mode") is not None:
-            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if isinstance(right, (int, float)):
             divides = value.op in (aten.div.Tensor, aten.div.Scalar)
             if right == 0 or not math.isfinite(right) or math.isinf(1 / right):
                 raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
-            return _scaled(self.output(left, index), 1.0 / right if divides else float(right))
+            return scaled(self.output(left, index), 1.0 / right if divides else float(right))
         both = isinstance(left, Value) and isinstance(right, Value)
         if value.op is not aten.mul.Tensor or not both:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if left not in self.outside or right in self.outside:
             left, right = right, left
         router = self.leaf(right, broadcast(index, right.shape))
-        if _axes(index) <= _axes(router.index):
+        if real_axes(index) <= real_axes(router.index):
             raise Declined(Kind.UNKNOWN_OPERATION, "multiplied elementwise", value.origin)
-        term = _without_residual(self.output(left, broadcast(index, left.shape)), value)
+        term = without_residual(self.output(left, broadcast(index, left.shape)), value)
         return replace(term, routers=(*term.routers, router))
 
     def _pieces(self, value: Value, index: Index) -> Term:
@@ -379,7 +293,7 @@ class _Reader:
             terms.append(self._iteration(part, broadcast(inner, part.shape)))
         return join_pieces(terms, form)
 
-    def _contraction(self, contraction: Contraction, index: Index) -> Term:
+    def contraction(self, contraction: Contraction, index: Index) -> Term:
         """The down projection, or a router that is applied and summed by a matmul."""
         if contraction.product is not None:
             self.computed.add(contraction.product)
@@ -387,7 +301,7 @@ class _Reader:
         sides = (contraction.left, contraction.right), (contraction.right, contraction.left)
         reasons: list[Declined] = []
         for hidden, weight in sides:
-            if behind_views(weight.value, weight.index)[0] in self.outside:
+            if through_views(weight.value, weight.index)[0] in self.outside:
                 continue
             try:
                 return self._down(contraction, hidden, weight)
@@ -401,17 +315,17 @@ class _Reader:
     def _routed(
         self, contraction: Contraction, output: Operand, router: Operand, index: Index
     ) -> Term:
-        if not _axes(index) & _axes(router.index) <= _axes(output.index):
+        if not real_axes(index) & real_axes(router.index) <= real_axes(output.index):
             value = contraction.value
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         term = self.output(output.value, output.index)
-        term = _without_residual(term, contraction.value)
+        term = without_residual(term, contraction.value)
         term = replace(term, routers=(*term.routers, self.leaf(router.value, router.index)))
-        return _summed(_scaled(term, contraction.scale), contraction.summed)
+        return summed(scaled(term, contraction.scale), contraction.summed)
 
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
-        weight, factors = self._without_factors(weight, _axes(hidden.index))
-        units = _Hidden(_axes(hidden.index), frozenset(contraction.summed), self.outputs)
+        weight, factors = self._without_factors(weight, real_axes(hidden.index))
+        units = HiddenReader(real_axes(hidden.index), frozenset(contraction.summed), self.outputs)
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
             raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
@@ -437,7 +351,7 @@ class _Reader:
         )
         if contraction.bias is not None:
             bias = self.leaf(contraction.bias.value, contraction.bias.index)
-            term = _with_bias(term, bias, contraction.bias_scale, contraction.value)
+            term = with_bias(term, bias, contraction.bias_scale, contraction.value)
         self.computed |= units.computed
         self.crossed |= units.crossed
         return term
@@ -451,7 +365,7 @@ class _Reader:
         """
         factors: list[Operand] = []
         while True:
-            value, index = behind_views(weight.value, weight.index, self.crossed, self.outputs)
+            value, index = through_views(weight.value, weight.index, self.crossed, self.outputs)
             outer = as_contraction(value, index)
             if value.op is aten.mul.Tensor and len(value.operands) == 2:
                 left, right = (Operand(v, broadcast(index, v.shape)) for v in value.args)
@@ -459,9 +373,9 @@ class _Reader:
                 left, right = outer.left, outer.right
             else:
                 return weight, factors
-            if _axes(left.index) <= hidden:
+            if real_axes(left.index) <= hidden:
                 left, right = right, left
-            router, rest = _axes(right.index), _axes(left.index)
+            router, rest = real_axes(right.index), real_axes(left.index)
             if not router <= hidden or rest <= hidden or router <= rest:
                 return weight, factors
             self.computed.add(value)
@@ -469,216 +383,150 @@ class _Reader:
             factors.append(self.leaf(right.value, right.index))
 
 
+@dataclass(frozen=True, slots=True)
+class _Addend:
+    """``sign * value``, read at an index, as a part of the sum that ``addition`` computes."""
+
+    sign: float
+    value: Value
+    index: Index
+    addition: Value
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """An addend that is not read further."""
+
+    addend: _Addend
+    value: Value
+    operand: Operand  # the value, or what it is a view of
+    is_whole: bool  # moves along all axes of the sum
+
+
 @dataclass(slots=True)
-class _Hidden:
-    """Reads the hidden units as an expression over projections (p0, p1) and leaves (l0, l1)."""
+class _Sum:
+    """A chain of additions: the terms of an unrolled loop, a bias, a residual.
 
-    axes: frozenset[Axis]  # of the hidden units; what lacks one of them is a leaf
-    summed: frozenset[Axis]
-    outputs: AbstractSet[Value]
-    computed: set[Value] = field(default_factory=set)
-    crossed: set[Value] = field(default_factory=set)
-    projections: list[Contraction] = field(default_factory=list)
-    reads: list[Operand] = field(default_factory=list)  # where each projection is read
-    leaves: list[Operand] = field(default_factory=list)
-    known: dict[Value, list[tuple[Index, sympy.Expr]]] = field(default_factory=dict)
+    A residual is taken only where no candidate is without it: inside a loop over heads or ``vmap``,
+    and in a sum over sub-networks that begins with it.
+    """
 
-    def expression(self, value: Value, index: Index) -> sympy.Expr:
-        _check_bounds(value, index)
-        value, index = behind_views(value, index, self.crossed)
-        for known_index, expression in self.known.get(value, ()):
-            if _same_index(known_index, index):
-                return expression
-        expression = self._read(value, index)
-        self.known.setdefault(value, []).append((index, expression))
-        return expression
+    reader: _Reader
+    root: Value
+    index: Index
+    terms: list[Term] = field(default_factory=list)
+    biases: list[_Leaf] = field(
+        default_factory=list
+    )  # or residuals of some heads, or of parameters
+    residuals: list[Residual] = field(default_factory=list)
+    dtypes: set[torch.dtype] = field(default_factory=set)
+    inside: AbstractSet[Value] = field(init=False)  # values that are read, not leaves
 
-    def _read(self, value: Value, index: Index) -> sympy.Expr:
-        if not _real(self.axes) <= _axes(index):
-            return self._leaf(value, index)
-        if value.op in POINTWISE and (value.op is not aten._to_copy.default or is_cast(value)):
-            self.computed.add(value)
-            arguments: list[Any] = []
-            for argument in pointwise_arguments(value):
-                if isinstance(argument, Value):
-                    where = broadcast(index, argument.shape)
-                    arguments.append(self.expression(argument, where))
-                else:
-                    arguments.append(number(argument))
-            return POINTWISE[value.op](value, *arguments)
-        if value.op is aten.glu.default:
-            return self._glu(value, index)
-        piece = _one_piece(value, index)
-        if piece is not None:
-            self.computed.add(value)
-            return self.expression(*piece)
-        contraction = as_contraction(value, index)
-        if contraction is None:
-            if value.op in DROPOUT:
-                raise Declined(Kind.DROPOUT_INSIDE, node=value.origin)
-            if value.op is aten.detach.default:
-                raise Declined(Kind.GRADIENTS_CUT, "detach", value.origin)
-            if is_other_pointwise(value):
-                raise Declined(Kind.UNKNOWN_ACTIVATION, operation_name(value), value.origin)
-            if value.op is SCATTER:
-                raise Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
-            _check_subclass(value)
-            if value.op == OPAQUE:
-                name = str(value.origin.target)
-                kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
-                raise Declined(kind, name, value.origin)
-            if not isinstance(value.op, str):
-                raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-            return self._leaf(value, index)
-        self.computed.add(value)
-        if contraction.product is not None:
-            self.computed.add(contraction.product)
-            self.crossed |= contraction.crossed
-        if contraction.is_product:
-            left, right = contraction.left, contraction.right
-            factor = self.expression(left.value, left.index)
-            return times(factor, self.expression(right.value, right.index))
-        self.projections.append(contraction)
-        self.reads.append(Operand(value, index))
-        symbol: sympy.Expr = sympy.Symbol(f"p{len(self.projections) - 1}")
-        if contraction.scale != 1:
-            symbol = times(number(contraction.scale), symbol)
-        if contraction.bias is not None:
-            bias = self.expression(contraction.bias.value, contraction.bias.index)
-            symbol = plus(symbol, times(number(contraction.bias_scale), bias))
-        return symbol
+    def __post_init__(self) -> None:
+        self.inside = self.reader.outside - self.reader.outputs
 
-    def _glu(self, value: Value, index: Index) -> sympy.Expr:
-        """``first * sigmoid(second)`` for the halves of one dimension."""
-        self.computed.add(value)
-        dim = value.argument(1, "dim", -1) % len(index)
-        second = list(index)
-        second[dim] = index[dim].shifted(value.shape[dim])
-        gate = POINTWISE[aten.sigmoid.default](value, self.expression(value.source, tuple(second)))
-        return times(self.expression(value.source, index), gate)
+    def term(self) -> Term:
+        """The whole sum.
 
-    def _leaf(self, value: Value, index: Index) -> sympy.Expr:
-        self.leaves.append(Operand(value, index))
-        return sympy.Symbol(f"l{len(self.leaves) - 1}")
+        Raises:
+            Declined: something that is added is no term, no bias and no residual.
+        """
+        self.dtypes.add(self.root.dtype)
+        todo = [_Addend(1.0, self.root, self.index, self.root)]
+        while todo:
+            todo += self._take(todo.pop())
+        if not self.terms:
+            raise Declined(Kind.UNKNOWN_OPERATION, operation_name(self.root), self.root.origin)
+        return self._joined()
 
-    def operand(self, read: Operand) -> Operand:
-        return Operand(*behind_views(read.value, read.index, self.crossed, self.outputs))
+    def _take(self, addend: _Addend) -> list[_Addend]:
+        """Take one addend; if it is a sum itself, return its addends."""
+        reader, value, index = self.reader, addend.value, addend.index
+        while value in self.inside and (step := through_view(value, index)) is not None:
+            reader.crossed.add(value)
+            value, index = step
+        if value not in self.inside:
+            self._take_leaf(addend, value, index)
+            return []
+        self.dtypes.add(value.dtype)
+        biased = value is not self.root and reader.adds_bias(value, index)
+        if value.op in _ADDITIONS and not biased:
+            return self._operands(addend.sign, value, index)
+        contraction = reader.accumulated(value, index)
+        if contraction is not None:
+            return self._take_product(addend.sign, contraction, index)
+        self.terms.append(scaled(reader.output(value, index), addend.sign))
+        return []
 
-    def leaf(self, symbol: sympy.Symbol) -> Operand:
-        return self.leaves[int(symbol.name[1:])]
+    def _operands(self, sign: float, value: Value, index: Index) -> list[_Addend]:
+        """What an addition or subtraction adds."""
+        self.reader.computed.add(value)
+        alpha = value.argument(2, "alpha", 1)
+        if not is_number(alpha) or alpha == 0:
+            raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {alpha}", value.origin)
+        addends: list[_Addend] = []
+        weight = float(alpha) * _ADDITIONS[value.op]
+        for factor, operand in ((1.0, value.args[0]), (weight, value.args[1])):
+            if isinstance(operand, Value):
+                if not is_zero(operand):
+                    where = broadcast(index, operand.shape)
+                    addends.append(_Addend(sign * factor, operand, where, value))
+            elif operand != 0:
+                raise Declined(Kind.UNKNOWN_OPERATION, "a number is added", value.origin)
+        return addends
 
-    def projection(self, line: Line) -> Projection:
-        contraction = self.projections[int(line.projection.name[1:])]
-        left, right = contraction.left, contraction.right
-        hidden = _leaves_of(self.summed)
-        query, weight = (left, right) if _axes(right.index) & hidden else (right, left)
-        return Projection(
-            query=self.operand(query),
-            weight=self.operand(weight),
-            contracted=contraction.summed,
-            scale=line.scale,
-            bias=None if line.bias is None else self.leaf(line.bias),
-            bias_scale=line.bias_scale,
-            value=contraction.value,
-        )
+    def _take_product(self, sign: float, contraction: Contraction, index: Index) -> list[_Addend]:
+        """A product and an addition in one: a term and one more addend."""
+        added = contraction.bias
+        assert added is not None
+        self.reader.computed.add(contraction.value)
+        alone = replace(contraction, bias=None, bias_scale=1.0)
+        self.terms.append(scaled(self.reader.contraction(alone, index), sign))
+        if is_zero(added.value):
+            return []
+        scale = sign * contraction.bias_scale
+        return [_Addend(scale, added.value, added.index, contraction.value)]
 
+    def _take_leaf(self, addend: _Addend, value: Value, index: Index) -> None:
+        """A tensor from elsewhere: a residual if it moves as the output does, or else a bias.
 
-def _one_piece(value: Value, index: Index) -> tuple[Value, Index] | None:
-    """The one of merged tensors that an index reads: gate or up, where they were merged."""
-    if value.op not in MERGES:
-        return None
-    read = piece_index(value, index, value.argument(1, "dim", 0) % len(value.shape))
-    if read is None or read[0].resolved().terms or not isinstance(read[0].offset, int):
-        return None
-    pieces: Sequence[Value] = value.args[0]
-    piece = pieces[read[0].offset]
-    return (piece, read[1]) if piece.dtype is value.dtype else None
+        For one token a bias moves so as well. Whether a parameter is one is decided when all terms
+        have been read.
+        """
+        operand = self.reader.leaf(value, index)
+        whole = real_axes(self.index) <= real_axes(operand.index)
+        leaf = _Leaf(addend, value, operand, whole)
+        if whole and operand.value.inputs():
+            self._take_residual(leaf)
+        else:
+            self.biases.append(leaf)
 
+    def _take_residual(self, leaf: _Leaf) -> None:
+        self.residuals.append(Residual(leaf.operand, leaf.addend.sign))
+        self.dtypes.add(leaf.value.dtype)
+        later = leaf.addend.addition is not self.root
+        allowed = self.reader.in_loop or later or self.reader.is_highest(self.root)
+        if not allowed or len(self.residuals) > 1 or len(self.dtypes) > 1:
+            detail = f"{operation_name(leaf.value)} is added"
+            raise Declined(Kind.UNKNOWN_OPERATION, detail, self.root.origin)
 
-def _scaled(term: Term, factor: float) -> Term:
-    residual = term.residual
-    if residual is not None:
-        residual = replace(residual, scale=residual.scale * factor)
-    scale = term.scale * factor
-    # Outside of these, float32 rounds to zero or to infinity.
-    if not (_SMALLEST <= abs(scale) <= _LARGEST or term.value.dtype is torch.float64):
-        raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {scale}", term.value.origin)
-    return replace(term, scale=scale, residual=residual)
-
-
-def _without_residual(term: Term, at: Value) -> Term:
-    """A residual is added last: no router scales it, no sum goes over it, no cast follows it."""
-    if term.residual is not None:
-        detail = "a residual is part of what is scaled, summed or cast"
-        raise Declined(Kind.UNKNOWN_OPERATION, detail, at.origin)
-    return term
-
-
-def _summed(term: Term, axes: tuple[Axis, ...]) -> Term:
-    term = _without_residual(term, term.value)
-    if term.bias is not None and any(
-        not _leaves_of({axis}) & _axes(term.bias.index) and axis.size != 1 for axis in axes
-    ):
-        bias_axes = _axes(term.bias.index)
-        router_axes = frozenset().union(*(_axes(router.index) for router in term.routers))
-        if not all(_leaves_of({axis}) <= bias_axes | router_axes for axis in axes):
-            raise Declined(Kind.UNSUPPORTED_LAYOUT, "a bias is summed", term.value.origin)
-    return replace(term, sub_networks=(*term.sub_networks, *axes))
-
-
-def _adds_tokens(term: Term, added: Operand) -> bool:
-    """Whether what is added is no bias but made of tokens."""
-    weights = _axes(term.gate.weight.index) | _axes(term.down.index)
-    return bool(_axes(added.index) & _axes(term.gate.query.index) - weights)
-
-
-def _with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
-    """Add a bias; it must be inside of everything that routers and sums have done to the term."""
-    weights = _axes(term.gate.weight.index) | _axes(term.down.index)
-    if (
-        term.bias is not None
-        or term.routers
-        or term.sub_networks
-        or not _axes(bias.index) <= weights
-    ):
-        raise Declined(Kind.UNKNOWN_OPERATION, "a tensor is added to the output", at.origin)
-    return replace(term, bias=bias, bias_scale=scale / term.scale)
-
-
-def _check_subclass(value: Value) -> None:
-    if value.subclass:
-        raise Declined(Kind.TENSOR_SUBCLASS, value.subclass, value.origin)
-
-
-def _check_bounds(value: Value, index: Index) -> None:
-    """Nothing is read beyond a value: that would be some other tensor's element."""
-    if not all(within(form, size) for form, size in zip(index, value.shape, strict=True)):
-        raise Declined(Kind.UNEQUAL_HEADS, "a part is smaller than its place", value.origin)
-
-
-def _is_zero(value: Value) -> bool:
-    while is_view(value) or is_cast(value) or value.op is aten.detach.default:
-        value = value.source
-    if value.op in _ZEROS:
-        return True
-    return value.op in _FULLS and value.args[_FULLS[value.op]] == 0
-
-
-def _same_index(a: Index, b: Index) -> bool:
-    return len(a) == len(b) and all(
-        x.offset == y.offset and frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _axes(index: Index) -> frozenset[Axis]:
-    """The axes, as split by now, that an index moves along."""
-    return frozenset(axis for form in index for axis in form.axes() if axis.size != 1)
-
-
-def _real(axes: AbstractSet[Axis]) -> frozenset[Axis]:
-    return frozenset(leaf for leaf in _leaves_of(axes) if leaf.size != 1)
-
-
-def _leaves_of(axes: AbstractSet[Axis]) -> frozenset[Axis]:
-    return frozenset(leaf for axis in axes for leaf in axis.leaves())
+    def _joined(self) -> Term:
+        """The terms as one, with the biases and the residual."""
+        terms, root = self.terms, self.root
+        if len(terms) > 1 or self.biases or self.residuals:
+            terms = [without_residual(term, root) for term in terms]
+        term = join_sum(terms[::-1])
+        for leaf in self.biases:
+            added = leaf.operand
+            if leaf.is_whole and not may_be_bias(term, added):
+                self._take_residual(leaf)
+            elif self.residuals or not adds_tokens(term, added) or not self.reader.is_highest(root):
+                term = with_bias(term, added, leaf.addend.sign, root)
+            else:
+                self.residuals.append(Residual(added, leaf.addend.sign))
+                self.dtypes.add(added.value.dtype)
+        if not self.residuals:
+            return term
+        if len(self.dtypes) > 1:
+            raise Declined(Kind.UNKNOWN_OPERATION, "a residual of another dtype", root.origin)
+        return replace(term, residual=self.residuals[0])

@@ -1,7 +1,7 @@
-"""Pointwise meaning: what a tree of pointwise operations computes, whatever its spelling.
+"""Pointwise meaning: what a tree of pointwise operations computes, in any spelling.
 
 A tree becomes a sympy expression over symbols: ``p0, p1`` for projections, ``l0, l1`` for every
-other tensor it reads. ``read_hidden`` then asks whether the expression is
+other tensor it reads. ``read_hidden`` then checks whether the expression is
 
     scale * act(gate_scale * p + bias) * (up_scale * p' + bias') * l * l' ...
 
@@ -45,6 +45,7 @@ class Line:
     bias_scale: float
 
     def times(self, factor: float) -> Line:
+        """``factor * line``"""
         return replace(self, scale=factor * self.scale, bias_scale=factor * self.bias_scale)
 
 
@@ -59,9 +60,10 @@ class Hidden:
     scale: float
 
     def scaled_inside(self) -> Hidden:
-        """The same units, scaled down in a projection and not afterwards, where that is possible.
+        """The same units, scaled down in a projection instead of afterwards, where possible.
 
-        What an author scales down early fits into float16; scaled down late, it might not.
+        Hidden units that the model scales down early fit into float16; scaled down late, they might
+        not.
         """
         if not 0 < abs(self.scale) < 1:
             return self
@@ -84,7 +86,7 @@ def _sigmoid(y: Expression) -> Expression:
 
 
 class Clamped(sympy.Function):
-    """``clamp(x, min=0)`` where gradients are recorded: a relu but for its slope at 0, which is 1.
+    """``clamp(x, min=0)`` while gradients are recorded: its gradient at 0 is 1, that of relu is 0.
 
     A network whose gates start at zero learns with one and not with the other.
     """
@@ -93,7 +95,7 @@ class Clamped(sympy.Function):
 
 
 class Unsimplified(sympy.Function):
-    """What is equal to something simpler only for numbers that are finite and not rounded.
+    """An expression that may be simplified only if numbers are finite and not rounded.
 
     ``x + c - c`` rounds x to the distance of the numbers near c, ``x * y / y`` is NaN where y is 0
     or infinite, ``0 * x`` where x is. Sympy would cancel all of these.
@@ -149,7 +151,7 @@ def _coefficients(x: Expression) -> Iterator[tuple[Expression, Expression]]:
 
 
 def _cancels(x: Expression) -> bool:
-    """Whether terms of a sum take each other away when it is multiplied out."""
+    """Whether terms of a sum cancel when it is multiplied out."""
     signed, unsigned = (sympy.expand(y).as_coefficients_dict() for y in (x, _unsigned(x)))
     if signed.keys() != unsigned.keys():
         return True
@@ -313,7 +315,7 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
 
 
 def _added_up(factor: Expression) -> str:
-    """What is said of a factor that depends on several projections."""
+    """The detail of a reason: a factor depends on several projections."""
     for part in sympy.preorder_traversal(factor):
         terms = [x for x in part.args if any(s.name.startswith("p") for s in x.free_symbols)]
         if part.is_Add and len(terms) > 1 and all(len(x.free_symbols) == 1 for x in terms):

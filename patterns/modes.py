@@ -1,12 +1,12 @@
-"""Modes: whether gradients are recorded, and what autocast casts to, where an operation stands.
+"""Modes: whether gradients are recorded, and what autocast casts to, at each operation.
 
 A graph switches them by nodes of its own. A graph inside a higher-order operation, such as a
-checkpoint, has no nodes that say under which modes it is called: the place of the call says it.
+checkpoint, contains no such nodes: its modes are those at its call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +33,7 @@ _DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Modes:
-    """What is in force at one place of a graph."""
+    """The modes at one place of a graph."""
 
     grad: bool
     autocast: tuple[torch.dtype | None, ...]  # for each type of device; None where it is off
@@ -41,12 +41,18 @@ class Modes:
 
     @classmethod
     def now(cls) -> Modes:
+        """The current modes."""
         autocast = tuple(map(autocast_dtype, _DEVICES))
         return cls(torch.is_grad_enabled(), autocast, torch.is_inference_mode_enabled())
 
+    @classmethod
+    def of(cls, grad: bool, autocast: Mapping[str, torch.dtype]) -> Modes:
+        """Gradients recorded or not, and what autocast casts to where it is on."""
+        return cls(grad, tuple(map(autocast.get, _DEVICES)), torch.is_inference_mode_enabled())
+
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Under these modes. Inference is only without gradients: what is made stays readable."""
+        """Run under these modes. For inference, gradients are off, so that results stay usable."""
         grad = torch.is_grad_enabled()
         before = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -67,7 +73,7 @@ class Modes:
 
 
 class Switches:
-    """Runs the nodes of a graph that switch modes; afterwards all is as it was before.
+    """Runs the nodes of a graph that switch modes, and restores the modes at the end.
 
     A graph may end, and an analysis fail, in the middle of a region.
     """
@@ -87,6 +93,7 @@ class Switches:
         torch.set_grad_enabled(self._grad)
 
     def run(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
+        """Run a node that ``switches_modes``, and remember the region that it opens or closes."""
         name = _name(node)
         result = node.target(*args)  # type: ignore[operator]
         if name.startswith("_enter"):
@@ -97,14 +104,15 @@ class Switches:
 
 
 def switches_modes(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a region of autocast, gradients or a transform."""
     return node.op == "call_function" and _name(node) in _SWITCHES
 
 
 def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | None]]:
     """The graphs that higher-order operations of this graph call, in the order of the calls.
 
-    Each with the modes that it is called under; None where there are several, or one does not know,
-    or where it begins in a region of ``torch.inference_mode`` that this graph enters.
+    Each comes with the modes of its calls. They are None if there are several or they are unknown,
+    or if a call is in a region of ``torch.inference_mode`` that this graph enters.
     """
     outside = torch.is_inference_mode_enabled()
     found: dict[fx.GraphModule, Modes | None] = {}
@@ -133,7 +141,7 @@ def _children(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.Graph
 
 
 def _modes_inside(node: fx.Node, place: int) -> Modes | None:
-    """The modes inside a graph of a higher-order operation that is called under those of now."""
+    """The modes inside the graph of a higher-order operation, called under the current ones."""
     name = str(node.target)
     modes = Modes.now()
     if name == "wrap_with_set_grad_enabled":
@@ -149,7 +157,7 @@ def _modes_inside(node: fx.Node, place: int) -> Modes | None:
         return replace(modes, autocast=tuple(new))
     if name == "autograd_function_apply":
         # Its forward graph records no gradients. Its backward graph runs whenever, and wherever,
-        # the gradients are asked for.
+        # the gradients are computed.
         return replace(modes, grad=False) if place == 0 else None
     return modes
 

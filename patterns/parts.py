@@ -1,7 +1,7 @@
 """Parts of a tensor: what a view operation shows, and which range of which dimension that is.
 
-A buffer that is filled part by part is written through views. Two of them show the same part, parts
-beside each other, or something that is not known; only what is known is made use of.
+A buffer that is filled part by part is written through views. Two views may show
+the same part or different parts; where neither is proved, no use is made of them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Range:
         place = quotient(self.start, self.width)
         return place if isinstance(place, int) else None
 
-    def is_beside(self, other: Range) -> bool:
+    def is_disjoint(self, other: Range) -> bool:
         """Whether the two are known to be different pieces of one partition."""
         same = (self.dim, self.width, self.selects) == (other.dim, other.width, other.selects)
         known = same and self.place is not None and other.place is not None

@@ -1,6 +1,6 @@
 """What a matrix product is: for ATen's operations, and for the functions and methods of a graph.
 
-Whoever asks whether something is one asks here. What the operations compute is in
+This file alone says whether something is one. What the operations compute is in
 ``contractions.py``, which has a rule for each of them.
 """
 

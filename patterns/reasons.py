@@ -43,6 +43,10 @@ class Kind(Enum):
         "an operation inside the feed-forward network is not part of an MH-FFN",
         "move the operation before or after the heads",
     )
+    SUMMED_APART = (
+        "sub-networks of one sum are rewritten one by one, for what is done to them before the sum",
+        "multiply the output of each by its router weight, and do nothing else before the sum",
+    )
     OPERATION_IN_LOOP = (
         "an operation inside the loop over heads or sub-networks is not part of an MH-FFN",
         "move the operation out of the loop: apply it to all heads at once",
@@ -125,13 +129,70 @@ class Kind(Enum):
         "tensors from outside",
         "use torch.no_grad there, or call the compiled model under inference_mode",
     )
+    CUT_BY_BUCKETS = (
+        "DistributedDataParallel's buckets cut the graph where the network cannot be kept whole",
+        "set torch._dynamo.config.optimize_ddp = False, or give DDP a larger bucket_cap_mb",
+    )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",
         'use options={"rewrite": "always"} to rewrite all the same',
     )
+    CHANGED_RESULT = (
+        "with the op in its place, a tensor would have another dtype, shape, layout, device, "
+        "gradient or memory than before",
+        "report it with the message: a fault of the compiler; the original spelling is used",
+    )
+    NOT_VERIFIED = (
+        "the option 'verify' found that the op computes something else here",
+        "report it with the message: a fault of the compiler; the original spelling is used",
+    )
     KERNEL_FAILED = (
         "the kernel for these shapes did not compile or launch",
         "report it with the message; the original spelling is used",
+    )
+
+    @property
+    def sentence(self) -> str:
+        """The reason in words."""
+        return str(self.value[0])
+
+    @property
+    def remedy(self) -> str:
+        """What the author of the model can do about it."""
+        return str(self.value[1])
+
+
+class Unreadable(Enum):
+    """Every reason why a whole graph is not analysed: (what is the matter, what to change)."""
+
+    REPLACED_TENSOR = (
+        "a tensor becomes another view, or is given other memory, in place",
+        "make a new tensor, such as by unsqueeze instead of unsqueeze_",
+    )
+    SWITCHED_GRADIENT = (
+        "whether a tensor has a gradient is changed in place",
+        "use detach instead of detach_, and requires_grad_ outside of the compiled code",
+    )
+    FOREIGN_TENSOR = (
+        "a tensor appears inside the graph that is no plain tensor",
+        "pass it to the model as an input, or convert it to a plain tensor before",
+    )
+    UNKNOWN_RESULT = (
+        "what an operation returns is not known before it runs",
+        "move the operation out of the compiled code",
+    )
+    NOT_ON_FAKES = (
+        "an operation does not run on tensors without numbers",
+        "move the operation out of the compiled code",
+    )
+    SEVERAL_MODES = (
+        "an inner graph is called under torch.inference_mode, under several modes of autocast or "
+        "gradients, or under modes that are not known",
+        "call it under one mode, or compile it by itself",
+    )
+    COMPILER_FAULT = (
+        "the compiler itself failed",
+        'report it with the message; options={"strict": True} raises the error',
     )
 
     @property
@@ -145,7 +206,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why one candidate was declined.
+    """Why one candidate was declined, or one graph was not analysed.
 
     Attributes:
         kind: its name, with the sentence and the remedy that go with it.
@@ -153,7 +214,7 @@ class Reason:
         node: the operation that decided it, where one did; None in a report.
     """
 
-    kind: Kind
+    kind: Kind | Unreadable
     detail: str = ""
     node: fx.Node | None = None
 
@@ -164,6 +225,8 @@ class Reason:
 class Declined(Exception):
     """A candidate is no MH-FFN, or was not proved to be one."""
 
-    def __init__(self, kind: Kind, detail: str = "", node: fx.Node | None = None) -> None:
+    def __init__(
+        self, kind: Kind | Unreadable, detail: str = "", node: fx.Node | None = None
+    ) -> None:
         self.reason = Reason(kind, detail, node)
         super().__init__(str(self.reason))

@@ -1,9 +1,9 @@
-"""The recogniser's front door: the MH-FFNs of a Dynamo graph.
+"""The recogniser's entry point: the MH-FFNs of a Dynamo graph.
 
-``find_sites`` takes a graph and returns what it found, and for every near-miss why not:
+``find_sites`` takes a graph and returns what it found, and a reason for every near-miss:
 
 1. a cheap look at the graph, so that models without a feed-forward network cost nothing;
-2. ``canonical.trace``: the copy to read;
+2. ``tracer.trace``: the copy to read;
 3. anchors: contractions of something activated, each a possible down projection;
 4. from each anchor up to the candidates for its output, through what the grammar allows;
 5. from the highest candidate down: ``grammar.read_output``, then ``checks.build_site``; the first
@@ -20,36 +20,36 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value, trace
+from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
-from .grammar import (
-    DROPOUT,
-    is_other_pointwise,
-    is_outside_operation,
-    operation_name,
-    read_output,
-)
+from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
+from .operations import DROPOUT, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
-from .reasons import Declined, Kind, Reason
+from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
 from .source import locate
+from .tracer import trace
 from .views import LIKES, MERGES, is_view
 
 aten = torch.ops.aten
 
 _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
+_PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {
     SCATTER,
     aten.constant_pad_nd.default,
+    aten.cumprod.default,
+    aten.cumsum.default,
     aten.detach.default,
     aten.flip.default,
     aten.gather.default,
     aten.index.Tensor,
     aten.index_select.default,
+    aten.logcumsumexp.default,
     aten.native_group_norm.default,
     aten.native_layer_norm.default,
     aten.roll.default,
@@ -58,7 +58,7 @@ _PASSED_ON = DROPOUT | {
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A feed-forward network that was looked at and left alone."""
+    """A feed-forward network that was examined and declined."""
 
     reason: Reason
     location: Location | None
@@ -73,7 +73,7 @@ class Findings:
     near_misses: list[NearMiss] = field(default_factory=list)
     copy: CanonicalCopy | None = None
     looked_at: int = 0  # possible down projections
-    untraceable: str | None = None
+    unreadable: Reason | None = None  # why the graph was not analysed
 
 
 def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
@@ -89,7 +89,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     try:
         copy = trace(gm, shape_env)
     except UntraceableGraph as error:
-        findings.untraceable = str(error)
+        findings.unreadable = error.reason
         return findings
     findings.copy = copy
     anchors = list(_anchors(copy))
@@ -114,14 +114,51 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
         if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
             reported.setdefault(paths[miss.anchor][-1], miss)
-    findings.near_misses = list(reported.values())
+    findings.near_misses = [*reported.values(), *_summed_apart(findings.sites, copy)]
     return findings
+
+
+def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[NearMiss]:
+    """Sub-networks of one sum that are sites of their own, and the operation that keeps them apart.
+
+    They read the same queries, and have the same sizes.
+    """
+    alike: dict[Any, list[Site]] = {}
+    for site in sites:
+        sizes = site.heads, site.head_dim, site.sub_networks, site.hidden
+        form = site.activation, site.gated
+        alike.setdefault((site.query.value, sizes, form), []).append(site)
+    for first, *others in alike.values():
+        if others:
+            ways, other_ways = _sums_after(first, copy), _sums_after(others[0], copy)
+            sums = [value for value in ways if value in other_ways]
+            apart = (other_ways[sums[0]] or ways[sums[0]]) if sums else None
+            if apart is not None:
+                reason = Reason(Kind.SUMMED_APART, operation_name(apart), apart.origin)
+                yield NearMiss(reason, locate(apart.origin), first.output)
+
+
+def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
+    """The values soon after a site that its output is in, and what they do to it but add it."""
+    found: dict[Value, Value | None] = {}
+    todo: list[tuple[Value, Value | None]] = [(site.output, None)]
+    for _ in range(_SOON):
+        if not todo:
+            break
+        value, done = todo.pop(0)
+        for reader in value.readers:
+            projects = reader.op in MATRIX_PRODUCTS and value is not reader.operands[0]
+            if copy.is_live(reader) and reader not in found and not projects:
+                plain = is_view(reader) or reader.op in _PLAIN_SUMS
+                found[reader] = then = done if plain or done is not None else reader
+                todo.append((reader, then))
+    return {value: done for value, done in found.items() if len(value.operands) > 1}
 
 
 def _as_loops(
     missed: list[NearMiss], paths: dict[Value, list[Value]], copy: CanonicalCopy
 ) -> list[NearMiss]:
-    """Say of ordinary networks that are merged as the heads of a loop what keeps them apart."""
+    """Give ordinary networks that a loop over heads merges the reason that keeps them apart."""
     merges: dict[Value, list[tuple[NearMiss, Value]]] = {}
     for miss in missed:
         if miss.reason.kind is Kind.PLAIN_FFN:
@@ -141,9 +178,9 @@ def _as_loops(
 
 
 def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
-    """Where an output is merged with others soon, and what stands between: the first reader.
+    """The node that merges an output with others, and the first reader on the way to it.
 
-    The search goes no further than a few operations and through no other projection.
+    The search ends after a few operations and at any other projection.
     """
     found: dict[Value, Value] = {}
     todo = [(reader, reader) for reader in output.readers]
@@ -162,12 +199,12 @@ def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
 
 
 def _may_contain_site(gm: fx.GraphModule) -> bool:
-    """Two contractions at least: names of operations say which calls may be one."""
+    """Whether the graph has at least two calls that may be contractions, by their names."""
     return sum(map(may_be_product_call, gm.graph.nodes)) > 1
 
 
 def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
-    """Live contractions one operand of which has been through an activation."""
+    """Live contractions with an operand that is computed by an activation."""
     flags: dict[Value, int] = {}
     for value in copy.values:
         inherited = 0
@@ -189,12 +226,14 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = _PROJECTED if product else _ACTIVATED if inherited else 0
         elif value.op == OPAQUE:
             flags[value] = _passed_on(value, copy, flags)
+        elif _may_be_activation(value, flags):
+            flags[value] = _ACTIVATED
         else:
             flags[value] = 0
 
 
 def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> int:
-    """What the result of a higher-order operation may be: hidden units, or a projection still.
+    """Whether the result of a higher-order operation may be hidden units or a projection.
 
     Such operations are an ``autograd.Function`` of gate and up projection, or a hook on a tensor.
     """
@@ -202,6 +241,17 @@ def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> in
     activated = any(flags.get(one, 0) & _ACTIVATED for one in given)
     projected = sum(flags.get(one, 0) & _PROJECTED for one in given)
     return _ACTIVATED if activated or projected == 2 else _PROJECTED if projected == 1 else 0
+
+
+def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
+    """Whether somebody's own op may make hidden units: of projections, packed in one or as two."""
+    if isinstance(value.op, str) or value.op.namespace in ("aten", "prims"):
+        return False
+    projected = 0 < len(value.operands) <= 2 and all(
+        flags.get(one, 0) & _PROJECTED and one.shape[:-1] == value.shape[:-1]
+        for one in value.operands
+    )
+    return projected and value.operands[0].shape[-1] in (value.shape[-1], 2 * value.shape[-1])
 
 
 def _is_pointwise(value: Value) -> bool:
@@ -231,7 +281,7 @@ def _belongs_to(site: Site, anchor: Value) -> bool:
 
 
 def _read_pointwise(anchor: Value) -> set[Value]:
-    """What an anchor reads through views, pointwise operations and norms, all of it on the way."""
+    """All values that an anchor reads through views, pointwise operations and norms."""
     seen: set[Value] = set()
     todo = list(anchor.operands)
     while todo:
@@ -258,13 +308,13 @@ def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
 
 
 def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:
-    """The first that puts a value beside others."""
+    """The first that merges a value with others."""
     merges = (reader for reader in value.readers if reader.op in MERGES and copy.is_live(reader))
     return next((reader for reader in merges if len(set(reader.args[0])) > 1), None)
 
 
 def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
-    """Who alone reads a value's numbers; what takes it apart and puts it together counts as one."""
+    """The only reader of a value's numbers. Nodes that split it and merge it again count as one."""
     readers = {reader for reader in value.readers if copy.is_live(reader)}
     readers = {reader for reader in readers if not _reads_sizes(reader, copy)}
     if len(readers) > 1 and all(is_view(reader) for reader in readers):
@@ -275,7 +325,7 @@ def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
 
 
 def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
-    """Whether a reader asks for sizes alone, itself or as a view that others ask."""
+    """Whether a reader, or the readers of a view, use sizes alone."""
     if not is_view(value) or value in copy.escaping:
         return value.op in LIKES
     readers = [reader for reader in value.readers if copy.is_live(reader)]
@@ -305,9 +355,9 @@ def _best(
 
 
 def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -> Reason | None:
-    """What keeps the outputs of sub-networks from their sum, if they are summed later on.
+    """The operation between the outputs of sub-networks and their later sum, if there is one.
 
-    Before it, each of them is a network of its own, and differs along heads and sub-networks.
+    Below it, each sub-network is a network of its own, which differs along heads and sub-networks.
     """
     offends = [r for r in reasons if r.kind is Kind.UNKNOWN_OPERATION and r.detail]
     value = path[-1]
@@ -327,7 +377,7 @@ def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -
 
 
 def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
-    """Whether a product is added to a site's output: tried before that was one, it may have failed.
+    """Whether a product is added to a site's output, so that reading it again may succeed.
 
     No candidate below has the product without what it is added to.
     """
@@ -338,7 +388,9 @@ def _try(
     root: Value, outside: frozenset[Value], copy: CanonicalCopy, outputs: frozenset[Value]
 ) -> Site | Reason:
     if copy.made_by(root) is None:
-        return Reason(Kind.UNKNOWN_OPERATION, "", root.origin)
+        transformed = copy.levels.get(root.origin, ()) is None
+        kind = Kind.FUNCTION_TRANSFORM if transformed else Kind.UNKNOWN_OPERATION
+        return Reason(kind, "", root.origin)
     try:
         reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
         return build_site(reading, root, copy)
@@ -347,12 +399,12 @@ def _try(
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:
-    """How much a reason says. What a too high candidate runs into says least.
+    """How telling a reason is: least for a candidate that is too high.
 
-    A too low one, before the sum over sub-networks, has their weights and tokens along the same
-    dimensions: that says something only if no other candidate got further.
+    For one that is too low, before the sum over sub-networks, weights and tokens share dimensions;
+    that is telling only if no other candidate got further.
     """
-    weak = {
+    weak: dict[Kind | Unreadable, int] = {
         Kind.UNKNOWN_OPERATION: 0,
         Kind.PLAIN_FFN: 1,
         Kind.NOT_A_PRODUCT: 2,

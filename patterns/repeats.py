@@ -1,4 +1,4 @@
-"""Computations that repeat: what one node did is written down again for its like, not run again.
+"""Repeated computations: the operations of one node are copied for equal nodes, not run again.
 
 A tower computes the same for every layer, and a loop for every sub-network: ``einsum`` of the same
 equation over tensors of the same shapes decomposes into the same ATen operations each time. Running
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from mhf_compiler.compat import FakeTensor, has_symbols, symbolic_size
+from mhf_compiler.compat import FakeTensor, has_symbols, storage_identity, symbolic_size
 
 from .axes import Size
 
-_UNSAID_WRITES = frozenset(
+_UNDECLARED_WRITES = frozenset(
     {
         torch.ops.aten.native_batch_norm.default,
         torch.ops.aten.cudnn_batch_norm.default,
@@ -30,7 +30,7 @@ _UNSAID_WRITES = frozenset(
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Like:
-    """What is known of a tensor that does not exist; stands in for it, by its identity."""
+    """A stand-in for a tensor that does not exist, compared by identity."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -39,6 +39,7 @@ class Like:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Like:
+        """A stand-in for a tensor of static sizes."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device, tuple(tensor.stride()))
 
 
@@ -51,9 +52,9 @@ class Call:
     kwargs: dict[str, Any]
     result: Any
 
-    def unsaid_writes(self) -> list[Any]:
+    def undeclared_writes(self) -> list[Any]:
         """The tensors that the operation writes although its schema does not say so."""
-        if self.func not in _UNSAID_WRITES:
+        if self.func not in _UNDECLARED_WRITES:
             return []
         names = [argument.name for argument in self.func._schema.arguments]
         given = dict(zip(names, self.args, strict=False)) | self.kwargs
@@ -69,7 +70,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The operations of one node over stand-ins, which nodes of the same key can take over."""
+    """The operations of one node over stand-ins, for nodes with the same key."""
 
     calls: tuple[Call, ...]
     inputs: tuple[Like, ...]
@@ -90,7 +91,7 @@ class Program:
 
 
 def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
-    """Equal for nodes that do the same; None for those of which that cannot be said.
+    """Equal for nodes that do the same; None if that is not known.
 
     An operation of PyTorch decomposes by its constants, by what its tensors look like and which of
     them are one tensor, and by the modes it runs under; never by the numbers in them.
@@ -114,18 +115,17 @@ def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
 
 
 def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | None:
-    """What a node did, if it can be taken over: pure operations and views, in memory of its own."""
+    """The operations of a node, if they can be repeated: pure ones and views, in new memory."""
     if not isinstance(result, FakeTensor):
         return None
     inputs = tensors_in(arguments)
     known = {id(x) for x in inputs}
     own = id(result) not in known and _fills_its_memory(result)
-    foreign = {x.untyped_storage()._cdata for x in inputs}
-    if not own or result.untyped_storage()._cdata in foreign:
+    if not own or storage_identity(result) in {storage_identity(x) for x in inputs}:
         return None
     for call in calls:
         seeded = torch.Tag.nondeterministic_seeded in call.func.tags
-        if seeded or call.func._schema.is_mutable or call.unsaid_writes():
+        if seeded or call.func._schema.is_mutable or call.undeclared_writes():
             return None
         if any(id(x) not in known for x in tensors_in((call.args, call.kwargs))):
             return None  # a constant, whose number matters
@@ -145,7 +145,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
 
 
 def _is_torch(function: Any) -> bool:
-    """Not one of the model's author, which may do something else each time."""
+    """Whether PyTorch defines a function. The model's own may do something else each time."""
     module = getattr(function, "__module__", None) or "torch"  # builtins may have none
     return module.partition(".")[0] in ("torch", "_operator")
 
@@ -167,6 +167,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def tensors_in(tree: Any) -> list[Any]:
+    """The tensors and stand-ins in nested arguments, in order."""
     if isinstance(tree, (torch.Tensor, Like)):
         return [tree]
     if isinstance(tree, Mapping):
@@ -177,6 +178,7 @@ def tensors_in(tree: Any) -> list[Any]:
 
 
 def map_tensors(function: Any, tree: Any) -> Any:
+    """The same nested arguments with ``function`` applied to each tensor and stand-in."""
     if isinstance(tree, (torch.Tensor, Like)):
         return function(tree)
     if isinstance(tree, dict):

@@ -8,94 +8,27 @@ a ``ModuleList`` do, become one stacked tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from .axes import Affine, Axis, Index, Size, along, axis_form, contiguous_strides
+from .axes import (
+    Affine,
+    Axis,
+    Index,
+    along,
+    axis_form,
+    contiguous_strides,
+    leaves,
+    same_steps,
+    stride_order,
+)
 from .canonical import Value
 from .contractions import Operand
 from .reasons import Declined, Kind
+from .terms import Term
 
 STACK = "stack"  # a value that is in no graph yet: its args, stacked along a new first dimension
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """``scale * sum over contracted of query * weight + bias_scale * bias``."""
-
-    query: Operand
-    weight: Operand
-    contracted: tuple[Axis, ...]
-    scale: float
-    bias: Operand | None
-    bias_scale: float
-    value: Value  # the contraction, for its dtype and source line
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """``scale * operand``, added to a finished output inside a loop over heads."""
-
-    operand: Operand
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """``scale * sum over hidden and sub_networks of routers * (act(gate) * up * down + bias)``.
-
-    And at last, outside of all that, ``+ residual``.
-    """
-
-    activation: str
-    gate: Projection
-    up: Projection | None
-    down: Operand
-    bias: Operand | None
-    bias_scale: float
-    routers: tuple[Operand, ...]
-    hidden: tuple[Axis, ...]  # summed by the down projection
-    sub_networks: tuple[Axis, ...]  # summed outside of it
-    scale: float
-    value: Value  # the down projection
-    residual: Residual | None = None
-
-    def operands(self) -> dict[str, Operand]:
-        """Every tensor that the term reads, by role."""
-        roles = {"query": self.gate.query, "gate": self.gate.weight, "down": self.down}
-        optional = {"gate_bias": self.gate.bias, "down_bias": self.bias}
-        if self.up is not None:
-            roles |= {"up_query": self.up.query, "up": self.up.weight}
-            optional["up_bias"] = self.up.bias
-        if self.residual is not None:
-            roles["residual"] = self.residual.operand
-        roles |= {role: operand for role, operand in optional.items() if operand is not None}
-        return roles | {f"router{i}": router for i, router in enumerate(self.routers)}
-
-    def mapped(self, change: Callable[[str, Operand], Operand]) -> Term:
-        """The same term with other operands; ``change`` receives the role of each."""
-
-        def projection(p: Projection, query: str, role: str) -> Projection:
-            return replace(
-                p,
-                query=change(query, p.query),
-                weight=change(role, p.weight),
-                bias=None if p.bias is None else change(f"{role}_bias", p.bias),
-            )
-
-        residual = self.residual
-        if residual is not None:
-            residual = replace(residual, operand=change("residual", residual.operand))
-        return replace(
-            self,
-            residual=residual,
-            gate=projection(self.gate, "query", "gate"),
-            up=None if self.up is None else projection(self.up, "up_query", "up"),
-            down=change("down", self.down),
-            bias=None if self.bias is None else change("down_bias", self.bias),
-            routers=tuple(change(f"router{i}", r) for i, r in enumerate(self.routers)),
-        )
 
 
 def join_sum(terms: Sequence[Term]) -> Term:
@@ -109,7 +42,7 @@ def join_sum(terms: Sequence[Term]) -> Term:
 
 
 def join_pieces(terms: Sequence[Term], position: Affine) -> Term:
-    """Terms that were concatenated: term ``i`` is what stands where ``position`` is ``i``."""
+    """Terms that were concatenated: term ``i`` is read where ``position`` is ``i``."""
     return _join(terms, position)
 
 
@@ -128,7 +61,7 @@ def _join(terms: Sequence[Term], position: Affine) -> Term:
 
 
 def _form(term: Term) -> tuple[Any, ...]:
-    """What has to agree between terms before their operands are compared."""
+    """The properties that must agree between terms before their operands are compared."""
     up = term.up
     return (
         term.activation,
@@ -166,18 +99,13 @@ def _inner_axes(term: Term) -> list[tuple[Axis, ...]]:
 
 def in_reading_order(axes: Sequence[Axis], index: Index) -> tuple[Axis, ...]:
     """The axes, split as they are by now, outermost first as ``index`` reads them."""
-    leaves = [leaf for axis in axes for leaf in axis.leaves()]
+    split = leaves(axes)
     order: list[Axis] = []
     for form in index:
-        terms = [(axis, c) for axis, c in form.resolved().terms if axis in leaves]
-        order += [axis for axis, _ in sorted(terms, key=lambda term: _magnitude(term[1]))]
-    rest = [leaf for leaf in leaves if leaf not in order]
-    return tuple(dict.fromkeys(order + rest))
-
-
-def _magnitude(coefficient: Size) -> tuple[int, int]:
-    """Sort key: large strides first, symbolic ones before all."""
-    return (1, -coefficient) if isinstance(coefficient, int) else (0, 0)
+        terms = [(axis, c) for axis, c in form.resolved().terms if axis in split]
+        terms.sort(key=lambda term: stride_order(term[1]), reverse=True)
+        order += [axis for axis, _ in terms]
+    return tuple(dict.fromkeys((*order, *split)))
 
 
 def _renamed(term: Term, like: Term) -> Term:
@@ -189,6 +117,7 @@ def _renamed(term: Term, like: Term) -> Term:
 
 
 def renamed(operand: Operand, mapping: dict[Axis, Axis]) -> Operand:
+    """The operand read over other axes."""
     return Operand(operand.value, tuple(form.replaced(mapping) for form in operand.index))
 
 
@@ -200,7 +129,7 @@ def _weight_offset(term: Term) -> tuple[int, ...]:
 def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
     first = copies[0]
     for other in copies[1:]:
-        if not _same_terms(first.index, other.index):
+        if not same_steps(first.index, other.index):
             raise Declined(Kind.UNEQUAL_HEADS, "they read differently", other.value.origin)
     if not all(same_tensor(copy.value, first.value) for copy in copies):
         return _stacked(copies, position)
@@ -213,13 +142,6 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
 def same_tensor(a: Value, b: Value) -> bool:
     """One value, or stacks of the same values."""
     return a is b or (a.op == b.op == STACK and a.args == b.args)
-
-
-def _same_terms(a: Index, b: Index) -> bool:
-    return len(a) == len(b) and all(
-        frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 def _stacked(copies: Sequence[Operand], position: Affine) -> Operand:

@@ -1,37 +1,38 @@
-"""Routers that read the queries in float32: the product behind a site's router, where it is one.
+"""Routers that read the queries in float32: the product before a site's router, where there is one.
 
     logits = q.float() @ weight [+ bias]        any spelling; q in 16 bits, per head or for all
     router = anything of logits: sigmoid, normalisation, softmax, top-k
 
-The product stays a product, only the copy of the queries in float32 is not needed, so nothing has
-to be known of the numbers between it and the router. What has to be known is that nobody hangs on
-to the copy, and, before its result may lie elsewhere in memory, that nobody sees where. Where
-something is in the way the router stays as it was written.
+The product stays a product, and only the float32 copy of the queries goes, so the operations
+between product and router need no proof. Two things do: nothing else reads or writes the copy; and,
+before the layout of the result may change, nothing observes that layout. Otherwise the router stays
+as it was written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from .axes import Axis, Index, axis_form
+from .axes import Axis, Index, axes_of, axis_form, leaves, real
 from .canonical import CanonicalCopy, Value
-from .checks import axes_of, check_memory, depends_on, leaves, real, two_token_dims
+from .checks import check_memory, depends_on, two_token_dims
 from .contractions import Contraction, Operand, as_contraction
-from .grammar import is_cast, is_other_pointwise
 from .meaning import POINTWISE
+from .operations import is_cast, is_other_pointwise
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined
 from .rolling import in_reading_order
 from .site import RouterProduct, Site, TensorView
-from .views import behind_views, is_view, through_view
+from .views import is_view, through_view, through_views
 
 aten = torch.ops.aten
 
 _NARROW = (torch.bfloat16, torch.float16)
-_MOST_VISITED = 64  # values behind a site's routers
+_MOST_VISITED = 64  # values that a site's routers are computed from
 _MOST_PRODUCTS = 2  # of one site: a loop over heads or sub-networks would become as many calls
 _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default})
 
@@ -39,7 +40,7 @@ _REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default}
 def find_router_products(sites: Sequence[Site], copy: CanonicalCopy) -> list[list[RouterProduct]]:
     """For each site, the products of widened queries that its router is computed from.
 
-    ``sites`` are all that are rewritten: nothing is looked for in them or behind their outputs.
+    ``sites`` are all that are rewritten: the search does not enter them or go above their outputs.
     """
     others = frozenset(value for one in sites for value in (one.output, *one.pieces, *one.replaces))
     return [_products_of(site, others, copy) for site in sites]
@@ -63,13 +64,13 @@ def _products_of(site: Site, others: frozenset[Value], copy: CanonicalCopy) -> l
 def _read(
     root: Value, site: Site, others: frozenset[Value], copy: CanonicalCopy
 ) -> RouterProduct | None:
-    """The product that a value is, behind views."""
+    """The product that a value is a view of."""
     node = copy.made_by(root)
     if root.dtype is not torch.float32 or node is None:
         return None
     index = tuple(axis_form(Axis(size)) for size in root.shape)
     crossed: set[Value] = set()
-    value, at = behind_views(root, index, crossed, others)
+    value, at = through_views(root, index, crossed, others)
     contraction = as_contraction(value, at) if value.op in MATRIX_PRODUCTS else None
     if contraction is None or (contraction.scale, contraction.bias_scale) != (1.0, 1.0):
         return None
@@ -82,8 +83,9 @@ def _read(
         if query is None or weight is None:
             return None
         if query.value.dtype in _NARROW and not query.value.is_parameter:
-            between = {root, value, *crossed}
-            return _proved(contraction, query, weight, root, index, between, site, copy)
+            between = frozenset({root, value, *crossed})
+            product = _Product(contraction, query, weight, root, node, index, between)
+            return _proved(product, site, copy)
     return None
 
 
@@ -94,12 +96,13 @@ def _narrow(
     others: frozenset[Value],
     copy: CanonicalCopy,
 ) -> Operand | None:
-    """What an operand was before it was widened; itself, behind views, if it was not.
+    """An operand before it was widened to float32, or the operand itself if it was not.
 
-    As far back as a node still holds it where ``node`` is, so that nothing is computed again.
+    The walk goes through views as far as some node still holds the value at ``node``, so that
+    nothing is recomputed.
     """
     views: set[Value] = set()
-    value, index = behind_views(operand.value, operand.index, views, others)
+    value, index = through_views(operand.value, operand.index, views, others)
     if is_cast(value) and value.dtype is torch.float32 and value.source.dtype in _NARROW:
         crossed |= views | {value}
         value = value.source
@@ -119,73 +122,117 @@ def _narrow(
         value, index = step
 
 
-def _proved(
-    contraction: Contraction,
-    query: Operand,
-    weight: Operand,
-    root: Value,
-    index: Index,
-    between: set[Value],
-    site: Site,
-    copy: CanonicalCopy,
-) -> RouterProduct | None:
-    """The product over named axes, if each of them plays one of the four roles."""
-    order = [axis for form in index for axis in form.axes()]
-    width = set(leaves(contraction.summed))
-    of_query, of_weight = axes_of(query.index), axes_of(weight.index)
-    tokens = tuple(a for a in order if a in of_query and a not in of_weight)
-    heads = tuple(a for a in order if a in of_query and a in of_weight)
-    sub_networks = tuple(a for a in order if a not in of_query and a in of_weight)
-    named = real((*tokens, *heads, *sub_networks))
-    if (
-        not real(width) <= of_query & of_weight
-        or real(order) != named
-        or not real(of_query | of_weight) <= named | width
-        or not (tokens or site.query.shape[:2] == (1, 1))
-        or not all(isinstance(axis.size, int) for axis in (*width, *heads, *sub_networks))
-        or root.memory_order() is None
-    ):
-        return None
-    if weight.value is query.value or depends_on(weight.value, query.value):
-        return None  # both are tokens
-    if len({value.requires_grad_mode for value in between}) > 1:
-        return None
-    # The backward pass of eager reads the copy, and a hook on it sees its gradient.
-    if root.requires_grad_mode and any(
-        copy.is_overwritten(value) for value in {query.value, weight.value, *between}
-    ):
-        return None
-    bias = contraction.bias
-    node = copy.made_by(root)
-    assert node is not None
-    if bias is not None and copy.holder_at(bias.value, copy.positions[node]) is None:
-        return None
-    try:
-        check_memory([query, weight, *([bias] if bias else [])], root, copy)
-    except Declined:
-        return None
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A product in float32 that a router is computed from, before anything is proved of it."""
 
-    batch, length = two_token_dims(tokens, query.index, index)
-    heads = in_reading_order(heads, query.index)
-    inner = in_reading_order(tuple(width), query.index)
-    output_dims = tuple(form.axes() for form in index)
+    contraction: Contraction
+    query: Operand  # before it was widened
+    weight: Operand
+    root: Value  # the value that the router reads
+    node: fx.Node  # which makes it
+    index: Index  # of the root
+    between: frozenset[Value]  # what the product computes or reads on its way to query and weight
+
+    @property
+    def operands(self) -> list[Operand]:
+        bias = self.contraction.bias
+        return [self.query, self.weight, *([] if bias is None else [bias])]
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """The axes of a router's product by what they count, outermost first."""
+
+    tokens: tuple[Axis, ...]
+    heads: tuple[Axis, ...]
+    sub_networks: tuple[Axis, ...]
+    width: tuple[Axis, ...]  # summed
+
+    @classmethod
+    def of(cls, product: _Product) -> _Roles:
+        """By where an axis occurs: in the query, in the weight, or in both."""
+        order = [axis for form in product.index for axis in form.axes()]
+        of_query, of_weight = axes_of(product.query.index), axes_of(product.weight.index)
+        return cls(
+            tokens=tuple(a for a in order if a in of_query and a not in of_weight),
+            heads=tuple(a for a in order if a in of_query and a in of_weight),
+            sub_networks=tuple(a for a in order if a not in of_query and a in of_weight),
+            width=leaves(product.contraction.summed),
+        )
+
+    def are_complete(self, product: _Product) -> bool:
+        """Whether every axis has one of the roles, and the result moves along all but the sum."""
+        order = [axis for form in product.index for axis in form.axes()]
+        of_query, of_weight = axes_of(product.query.index), axes_of(product.weight.index)
+        named = real((*self.tokens, *self.heads, *self.sub_networks))
+        return (
+            real(self.width) <= of_query & of_weight
+            and real(order) == named
+            and real(of_query | of_weight) <= named | set(self.width)
+        )
+
+    def are_static(self) -> bool:
+        """Whether all sizes but the number of tokens are known."""
+        axes = (*self.width, *self.heads, *self.sub_networks)
+        return all(isinstance(axis.size, int) for axis in axes)
+
+
+def _proved(product: _Product, site: Site, copy: CanonicalCopy) -> RouterProduct | None:
+    """The product over named axes, if it is one that the op can compute in its place."""
+    roles = _Roles.of(product)
+    if not roles.are_complete(product) or not roles.are_static():
+        return None
+    if not roles.tokens and site.query.shape[:2] != (1, 1):
+        return None
+    if not _can_move(product, copy):
+        return None
+    query, weight, bias = product.query, product.weight, product.contraction.bias
+    batch, length = two_token_dims(roles.tokens, query.index, product.index)
+    heads = in_reading_order(roles.heads, query.index)
+    inner = in_reading_order(roles.width, query.index)
+    output_dims = tuple(form.axes() for form in product.index)
     return RouterProduct(
         query=TensorView(query.value, query.index, (batch, length, heads, inner)),
-        weight=TensorView(weight.value, weight.index, (heads, inner, sub_networks)),
+        weight=TensorView(weight.value, weight.index, (heads, inner, roles.sub_networks)),
         bias=None if bias is None else TensorView(bias.value, bias.index, output_dims),
-        output=root,
-        output_node=node,
+        output=product.root,
+        output_node=product.node,
         output_dims=output_dims,
-        placed=_is_placed(root, site, copy),
+        placed=_is_placed(product.root, site, copy),
     )
 
 
-def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
-    """Whether the place of a value in memory is seen, or handed on, outside of the site.
+def _can_move(product: _Product, copy: CanonicalCopy) -> bool:
+    """Whether nothing reads or writes what the product would no longer compute."""
+    query, weight, root = product.query.value, product.weight.value, product.root
+    if weight is query or depends_on(weight, query):
+        return False  # both are tokens
+    if root.memory_order() is None:
+        return False
+    if len({value.requires_grad_mode for value in product.between}) > 1:
+        return False
+    # The backward pass of eager reads the copy, and a hook on it sees its gradient.
+    if root.requires_grad_mode and any(
+        copy.is_overwritten(value) for value in {query, weight, *product.between}
+    ):
+        return False
+    bias = product.contraction.bias
+    if bias is not None and copy.holder_at(bias.value, copy.positions[product.node]) is None:
+        return False
+    try:
+        check_memory(product.operands, root, copy)
+    except Declined:
+        return False
+    return True
 
-    Asked of the nodes that read it, since not every node leaves an operation behind: one that
-    computes each element from those at the same place hands the place on, and a sum does so for
-    what is left. All others see it, unless they go away with the site.
+
+def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
+    """Whether the layout of a value can be observed, or is handed on, outside of the site.
+
+    The nodes that read it decide, since not every node leaves an operation in the copy. One that
+    computes each element from those at the same place hands the layout on, and a sum does so for
+    the remaining dimensions. All others observe it, unless the site replaces them.
     """
     todo = [output]
     seen = {output}
@@ -195,11 +242,11 @@ def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
         for node, _ in copy.readers_of.get(value, ()):
             result = copy.value_of.get(node)
             if result is None or result is value or node not in copy.pure:
-                return True  # a question, an alias, or something that writes
+                return True  # reads sizes, aliases or writes
             if result in seen or _computes(result, site) or _goes_away(result, site, copy):
                 continue
             if result.op is aten._softmax.default:
-                continue  # it lies contiguously, whatever it was computed from
+                continue  # its result is contiguous for any input
             if value not in result.operands or not _keeps_place(result):
                 return True
             seen.add(result)
@@ -212,7 +259,7 @@ def _keeps_place(value: Value) -> bool:
 
 
 def _computes(result: Value, site: Site) -> bool:
-    """Whether the node of a result computes what the site does, and goes away with it."""
+    """Whether the site replaces the node of a result."""
     while result not in site.replaces and is_view(result):
         result = result.source
     return result in site.replaces

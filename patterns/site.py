@@ -1,6 +1,6 @@
 """A site: one MH-FFN that was found and proved, as the arguments of the op.
 
-The site is the small value between recognition and rewriting. Tensors are ``TensorView``: a value
+The site is the value that recognition passes to rewriting. Tensors are ``TensorView``: a value
 of the graph, where it is read, and which axes make up each dimension of the op's argument. A
 ``RouterProduct`` is the same for what computes a site's router from widened queries.
 """
@@ -31,6 +31,7 @@ class TensorView:
 
     @property
     def shape(self) -> tuple[Size, ...]:
+        """The shape of the argument."""
         return tuple(product(axis.size for axis in dim) for dim in self.dims)
 
 
@@ -104,6 +105,7 @@ class Site:
 
     @property
     def gated(self) -> bool:
+        """Whether there is an up projection."""
         return self.up is not None
 
     @property

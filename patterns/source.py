@@ -18,7 +18,7 @@ _INSTALLED = (os.sep + "site-packages" + os.sep, os.sep + "dist-packages" + os.s
 def locate(node: fx.Node) -> Location | None:
     """The innermost line of the user's own code that ``node`` was traced from.
 
-    Where all of it is in installed packages, the innermost line outside of PyTorch.
+    If all of it is in installed packages, the innermost line outside of PyTorch.
     """
     lines = (node.meta.get("stack_trace") or "").splitlines()
     own: Location | None = None

@@ -1,9 +1,8 @@
 """Views: which element of its input each element of a view reads.
 
-One table, operator to rule, and one rule for pieces of a tensor that are put together again. A rule
-takes the view and the index that somebody reads it at, and returns the tensor behind it and the
-index there; None where the step is no affine index map, and then the view itself is where the walk
-ends.
+One table from operator to rule, and one rule for pieces of a tensor that are merged again. A rule
+takes the view and the index that it is read at, and returns the tensor that it views and the
+index there; None if the step is no affine index map: the walk then ends at the view itself.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 
 MERGES = frozenset({aten.cat.default, aten.stack.default})
 
-#: what asks a tensor for its sizes, dtype and device, and for none of its numbers
+#: operations that read a tensor's sizes, dtype and device, and none of its numbers
 LIKES = frozenset(
     {
         aten.empty_like.default,
@@ -50,10 +49,18 @@ def through_view(value: Value, index: Index) -> tuple[Value, Index] | None:
 
 
 def is_view(value: Value) -> bool:
+    """Whether the operation only moves elements, by ``through_view``."""
     return value.op in _RULES
 
 
-def behind_views(
+def is_factory(value: Value) -> bool:
+    """Whether an operation creates the value from sizes and constants alone: ``zeros``."""
+    if isinstance(value.op, str) or torch.Tag.nondeterministic_seeded in value.op.tags:
+        return False
+    return not value.operands or value.op in LIKES
+
+
+def through_views(
     value: Value,
     index: Index,
     crossed: set[Value] | None = None,

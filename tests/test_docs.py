@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mhf_compiler
-from mhf_compiler import Options, compat
+from mhf_compiler import Options, compat, lowering
 from mhf_compiler.options import _CHOICES
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_on_the_site(site: Path):
-    """Beside the pages of the folder, those that lie above it."""
+    """In addition to the pages of the folder, those that lie above it."""
     pages = {path.stem for path in PAGES} | {"contributing", "changelog"}
     assert {path.stem for path in site.glob("*.html")} == pages | {"404"}
     assert not list(site.rglob("*.py"))
@@ -135,6 +135,16 @@ def test_the_reference_lists_what_is_public():
     for name in listed:
         module, _, last = f"mhf_compiler.{name}".rpartition(".")
         assert last in importlib.import_module(module).__all__, name
+
+
+def test_every_op_has_its_section_and_its_arguments():
+    page = (DOCS / "ops.md").read_text()
+    for op in lowering.ops.ALL:
+        name = op.default.name().removeprefix("mhf_compiler::")
+        assert f"| `{name}` |" in page, name
+        described = page + (lowering.router_product.__doc__ or "")
+        for argument in op.default._schema.arguments:
+            assert re.search(rf"\b{argument.name}\b", described), f"{name}: {argument.name}"
 
 
 def test_every_public_name_can_be_imported():

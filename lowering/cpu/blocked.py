@@ -3,7 +3,7 @@
 The hidden activations of a block live in a few scratch buffers that every block reuses, so the
 memory of a call does not grow with tokens times hidden units. A block covers some weight groups
 (the batch of the matrix products), one of the heads that share each group, some tokens, and some
-hidden units; the units of whole sub-networks stand side by side, so that one product covers them.
+hidden units; the units of whole sub-networks are adjacent, so that one product covers them.
 Half precision is computed in float32.
 """
 
@@ -271,7 +271,7 @@ def _matrices(x: Tensor, name: str, scratch: _Scratch) -> Tensor:
 
 
 def _begin(result: Tensor, r: Tensor | None, v_bias: Tensor | None, out_scale: float) -> int:
-    """Set ``result`` [G', T', d] to what the biases of v make; the factor it has in the sum."""
+    """Set ``result`` [G', T', d] to the biases of v. Returns its factor in the sum: 0 for none."""
     if v_bias is None:
         return 0
     if r is None:
@@ -314,7 +314,7 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     The hidden activations are recomputed block by block; nothing of the forward pass is read.
     """
     compute = torch.promote_types(problem.q.dtype, torch.float32)
-    groups, sub_networks, units, head_dim = problem.k.shape
+    groups, sub_networks, _, head_dim = problem.k.shape
     phi = ACTIVATIONS[problem.activation]
     blocks = _cut(problem.q, problem.k, compute, _BACKWARD_ELEMENTS)
     unit_blocks = _unit_blocks(problem.k, blocks)
@@ -325,36 +325,21 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     grad_r = None if gradients.r is None else _by_group(gradients.r, groups)
     v_bias, out_scale = problem.v_bias, problem.out_scale
 
-    def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
-        if gradient is None:
-            return None
-        return q.new_zeros(shape, dtype=torch.float64 if gradient.dim() == 3 else compute)
-
     for some in _slices(groups, blocks.groups):
         weights = _weights(problem, some, unit_blocks, compute)
         down_bias = None if v_bias is None else v_bias[some].to(compute)  # [G', E, d]
-        count = some.stop - some.start
-        sums = _Sums(
-            k=zeros(gradients.k, count, head_dim, sub_networks * units),
-            u=zeros(gradients.u, count, head_dim, sub_networks * units),
-            v=zeros(gradients.v, count, head_dim, sub_networks * units),
-            k_bias=zeros(gradients.k_bias, count, 1, sub_networks * units),
-            u_bias=zeros(gradients.u_bias, count, 1, sub_networks * units),
-            v_bias=zeros(gradients.v_bias, count, sub_networks, head_dim),
-        )
+        sums = _zero_sums(problem, gradients, some, compute)
         for index in _token_blocks(q, some, blocks):
             part = q[index]
             dq = None if grad_q is None else scratch.rows("dq", part.shape, head_dim)
             dr = None if grad_r is None else scratch.rows("dr", part.shape, sub_networks)
             block = _Block(
                 q=_matrices(part, "q", scratch),
-                g=(_matrices if out_scale == 1 else _pack)(g[index], "g", scratch),
+                g=_scaled_matrices(g[index], out_scale, scratch),
                 r=None if r is None else _pack(r[index], "r", scratch),
                 dq=None if dq is None else dq.by_token.zero_(),
                 dr=None if dr is None else dr.by_token.zero_(),
             )
-            if out_scale != 1:
-                block.g.mul_(out_scale)
             _differentiate_down_bias(block, down_bias, sums.v_bias)
             for w in weights:
                 _differentiate(block, w, sums, scratch, phi, problem.k_scale, problem.u_scale)
@@ -362,20 +347,50 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
                 grad_q[index].copy_(dq.by_position)
             if grad_r is not None and dr is not None:
                 grad_r[index].copy_(dr.by_position)
-        for gradient, total in (
-            (gradients.k, sums.k),
-            (gradients.u, sums.u),
-            (gradients.v, sums.v),
-        ):
-            if gradient is not None and total is not None:
-                gradient[some].copy_(total.transpose(1, 2).unflatten(1, (sub_networks, units)))
-        for gradient, total in (
-            (gradients.k_bias, sums.k_bias),
-            (gradients.u_bias, sums.u_bias),
-            (gradients.v_bias, sums.v_bias),
-        ):
-            if gradient is not None and total is not None:
-                gradient[some].copy_(total.view(gradient[some].shape))
+        _write_sums(sums, gradients, some)
+
+
+def _scaled_matrices(g: Tensor, scale: float, scratch: _Scratch) -> Tensor:
+    """The gradient of the output times its scale, as rows [G', T', d]."""
+    return _matrices(g, "g", scratch) if scale == 1 else _pack(g, "g", scratch).mul_(scale)
+
+
+def _zero_sums(
+    problem: Problem, gradients: Gradients, groups: slice, compute: torch.dtype
+) -> _Sums:
+    """Zeros to sum the gradients of some groups in, for those that are wanted."""
+    sub_networks, units, head_dim = problem.k.shape[1:]
+    count = groups.stop - groups.start
+
+    def zeros(gradient: Tensor | None, *shape: int) -> Tensor | None:
+        if gradient is None:
+            return None
+        dtype = torch.float64 if gradient.dim() == 3 else compute
+        return problem.q.new_zeros((count, *shape), dtype=dtype)
+
+    return _Sums(
+        k=zeros(gradients.k, head_dim, sub_networks * units),
+        u=zeros(gradients.u, head_dim, sub_networks * units),
+        v=zeros(gradients.v, head_dim, sub_networks * units),
+        k_bias=zeros(gradients.k_bias, 1, sub_networks * units),
+        u_bias=zeros(gradients.u_bias, 1, sub_networks * units),
+        v_bias=zeros(gradients.v_bias, sub_networks, head_dim),
+    )
+
+
+def _write_sums(sums: _Sums, gradients: Gradients, groups: slice) -> None:
+    """Copy the finished sums of some groups into the gradients of the weights."""
+    for gradient, total in ((gradients.k, sums.k), (gradients.u, sums.u), (gradients.v, sums.v)):
+        if gradient is not None and total is not None:
+            sizes = gradient.shape[1:3]  # E, f
+            gradient[groups].copy_(total.transpose(1, 2).unflatten(1, sizes))
+    for gradient, total in (
+        (gradients.k_bias, sums.k_bias),
+        (gradients.u_bias, sums.u_bias),
+        (gradients.v_bias, sums.v_bias),
+    ):
+        if gradient is not None and total is not None:
+            gradient[groups].copy_(total.view(gradient[groups].shape))
 
 
 def _differentiate_down_bias(block: _Block, v_bias: Tensor | None, total: Tensor | None) -> None:

@@ -119,7 +119,7 @@ int64_t offset_of(const Call& call, const View& view, int64_t token, int64_t hea
          head * view.strides[2];
 }
 
-// x [tokens, n] with the tokens side by side, panel by panel: [panels, n, panel]. Zeros behind the
+// x [tokens, n] with tokens contiguous, panel by panel: [panels, n, panel]. Zeros after the
 // last token.
 template <typename T>
 void pack_columns(const Call& call, const View& x, Tokens tokens, int64_t n, int64_t panel,
@@ -403,7 +403,7 @@ struct Sums {
   void clear() const { std::memset(static_cast<void*>(k), 0, bytes); }  // k is the first
 };
 
-// Zeros behind the last token of a panel, whose hidden units may be anything: the weights' gradients
+// Zeros after the last token of a panel, whose hidden units may be anything: the weights' gradients
 // are sums over whole panels.
 template <typename T>
 void clear_behind(const Panel<T>& panel, int64_t tokens) {
@@ -479,7 +479,7 @@ void backward_block(const Call& call, const Cut& cut, Tokens tokens, const Backw
       activation.differentiate(panel);
       clear_behind(panel, std::min(cut.panel, tokens.count - p * cut.panel));
     }
-    // Behind the activation: hidden units times tokens, and tokens times hidden units.
+    // After the activation: hidden units times tokens, and tokens times hidden units.
     const int64_t place = units.network * call.f + units.first;  // of the block in the sums
     auto add_over_tokens = [&](const T* d, const T* rows, T scale, const View& wanted, T* sum) {
       if (wanted.data == nullptr) return;

@@ -1,8 +1,8 @@
-"""Calls of `blocks.cpp`: what it is told, when it is built, and which calls it takes."""
+"""Calls of `blocks.cpp`: its arguments, when it is built, and which calls it supports."""
 
 import ctypes
 import functools
-import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ..problem import Gradients, Problem
 
-__all__ = ["backward", "forward", "takes"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["backward", "forward", "problem", "takes"]
 
 _SOURCES = ("products.h", "activations.h", "blocks.cpp")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -24,7 +22,7 @@ _PRODUCTS = 1 << 19  # of numbers, some 20 us of a thread's time: so much for ea
 
 
 class _View(ctypes.Structure):
-    """A tensor of four dimensions; one that is not there has no address."""
+    """A tensor of four dimensions; an absent one has a null address."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -44,21 +42,37 @@ class _Call(ctypes.Structure):
     )
 
 
-@functools.cache
+def problem() -> str | None:
+    """Why the op has no C++ on this machine; None if it has. The first call builds it."""
+    return _built()[1]
+
+
 def _library() -> ctypes.CDLL | None:
-    """The compiled `blocks.cpp`; None, and a warning, where it cannot be had."""
-    from mhf_compiler.compat import load_cpp
+    return _built()[0]
+
+
+@functools.cache
+def _built() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled `blocks.cpp`; or None and why, after a warning, where it cannot be had."""
+    from mhf_compiler import compat
 
     try:
-        library = load_cpp("\n".join(map(_read, _SOURCES)))
+        library = compat.load_cpp("\n".join(map(_read, _SOURCES)))
+        for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
+            function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
+            function.restype = ctypes.c_int64
     except Exception as error:
-        (why, *_) = str(error).splitlines() or [type(error).__name__]
-        logger.warning("No C++ for the op on the CPU, so it runs in PyTorch's operations: %s", why)
-        return None
-    for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
-        function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
-        function.restype = ctypes.c_int64
-    return library
+        (why, *_) = str(error).strip().splitlines() or [type(error).__name__]
+        for counted in ("failures", "failures.cpp"):
+            compat.counters["flashmhf"][counted] += 1
+        warnings.warn(
+            f"no C++ for multi_head_ffn on the CPU, so it runs in PyTorch's operations, which are "
+            f"slower (mhf-compiler doctor tries the compiler): {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, why
+    return library, None
 
 
 def _read(name: str) -> str:
@@ -66,7 +80,7 @@ def _read(name: str) -> str:
 
 
 def takes(q: Tensor, activation: str) -> bool:
-    """Whether a call is better made here: every thread gets whole vectors of tokens."""
+    """Whether this path is the faster one: every thread gets whole vectors of tokens."""
     batch, length, heads, _ = q.shape
     pieces = heads * -(-batch * length // _TOKENS)
     few = pieces < torch.get_num_threads()

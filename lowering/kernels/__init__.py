@@ -9,7 +9,7 @@
     splitting.py    tiles cut along the hidden units, and the sum of their parts
     plain/          the kernels for all cards, in Triton
     hopper/         those for Hopper, in Gluon: loads, products and activations overlap
-    tuning/         other tile sizes timed, for whoever asks for it
+    tuning/         other tile sizes, timed under max-autotune
 
 Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and
 down projections, R the router's weights; E sub-networks of F hidden units, heads of width D.

@@ -35,8 +35,8 @@ def forward(problem: Problem, out: Tensor) -> None:
 def normed_forward(problem: Problem, router: NormedRouter) -> None:
     """Overwrite the problem's q (B, L, H, d) with the output for its normalised tokens.
 
-    They are routed by `router`. A kernel of the card's family does it all, where it takes the
-    problem. Elsewhere q is overwritten twice.
+    They are routed by `router`. A kernel of the card's family does all of it, if it supports the
+    problem. Otherwise q is overwritten twice.
     """
     q = problem.q
 
@@ -108,7 +108,7 @@ def _run_forward(problem: Problem, out: Tensor) -> None:
 def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it.
 
-    The kernel of dQ comes last: dQ may lie where the other kernels read dOut.
+    The kernel of dQ runs last: dQ may share its memory with dOut, which the other kernels read.
     """
     tensors = (grad_out, gradients)
     if gradients.v is not None and not specialised_backward("dv", problem, *tensors):

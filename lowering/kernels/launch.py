@@ -45,7 +45,7 @@ def allows_approximation(dtype: torch.dtype) -> bool:
 
 
 def early_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
-    """What launches a kernel while the one before it still runs, if `wanted` and possible there.
+    """Options that launch a kernel while the one before it runs, if `wanted` and possible.
 
     Such a kernel (programmatic dependent launch) calls `gdc_wait` in all of its programs before it
     touches memory: it returns when the kernel before it has ended and its results can be seen, with

@@ -49,7 +49,7 @@ def load_router(R, strides, b, l0, h, e, L, BM: tl.constexpr, LAYOUT: tl.constex
 
 @triton.jit
 def store_router(R, value, strides, b, l0, h, e, L, when, BM: tl.constexpr):
-    """The counterpart of `load_router`, done only `when` told."""
+    """The counterpart of `load_router`, executed only `when` true."""
     l = l0 + tl.arange(0, BM)
     pointers = _router_pointers(R, strides, b, l, h, e)
     tl.store(pointers, value.to(R.dtype.element_ty), mask=(l < L) & when)

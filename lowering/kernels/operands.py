@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..tiles import Tile
 
 _WORTH_A_COPY = 1024  # tokens
-_SMALLEST_TRANSFER = 128  # bytes: tiles lie one behind the other in shared memory, so aligned
+_SMALLEST_TRANSFER = 128  # bytes: tiles follow each other in shared memory, so aligned
 
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of the base address and of every stride but the last
 
@@ -113,11 +113,11 @@ def router_operand(x: Tensor | None, axes: TokenAxes, tile: Tile) -> Operand:
 
 
 def tokens_innermost(x: Tensor, merged: bool) -> Tensor:
-    """R (B, L, H, E) with its tokens side by side and aligned, so that a descriptor can read them.
+    """R (B, L, H, E) with tokens contiguous and 16-byte aligned, so that a descriptor can read it.
 
-    Three backward kernels read R column by column; the copy, small beside q, pays for itself when
-    there are enough tokens. Fewer are left as they are. `merged` tells whether the other token
-    tensors let all sequences be one; if not, each sequence is aligned on its own.
+    Three backward kernels read R column by column. The copy is small compared with q and pays for
+    itself when there are enough tokens. Fewer are left as they are. `merged` tells whether the
+    other token tensors let all sequences be one; if not, each sequence is aligned on its own.
     """
     batch, length, heads, sub_networks = x.shape
     if batch * length < _WORTH_A_COPY or x.stride(1) == 1:
@@ -162,7 +162,7 @@ def _describe(
         return None
     for axis in range(len(shape) - 1):
         if shape[axis] == 1:
-            strides[axis] = DESCRIPTOR_ALIGNMENT  # never stepped over
+            strides[axis] = DESCRIPTOR_ALIGNMENT  # its stride is never used
         elif strides[axis] <= 0 or strides[axis] * size % DESCRIPTOR_ALIGNMENT:
             return None
     if shape[-1] == 1:

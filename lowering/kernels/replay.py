@@ -1,4 +1,4 @@
-"""Calls that are repeated: their launches are written down once, and then only given addresses.
+"""Repeated calls: their launches are recorded once, and then only get new addresses.
 
 Describing the tensors, choosing tiles and specialising the kernels takes the host several hundred
 microseconds a call, and depends on nothing but the constants and the tensors' shapes, strides,
@@ -36,11 +36,11 @@ class _Steps(NamedTuple):
 
 _MOST_REPEATS = 1024
 _repeats: dict[Hashable, _Steps] = {}
-_thread = threading.local()  # its launches: what has been written down since `repeat` began
+_thread = threading.local()  # its launches: those recorded since `repeat` began
 
 
 def record(compiled: Any, programs: int, arguments: list[Any]) -> None:
-    """Write a launch down, if it is part of a call that may be repeated."""
+    """Record a launch, if it is part of a call that may be repeated."""
     launches = getattr(_thread, "launches", None)
     if launches is not None:
         launches.append((compiled, programs, arguments))
@@ -50,7 +50,7 @@ def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], N
     """Call `run`, or repeat what it launched for `what` and tensors that look the same."""
     present = [x for x in tensors if x is not None]
     device = present[0].device
-    # One tensor in two places is not written down: other calls may have two there.
+    # A tensor in two places is not recorded: other calls may have two there.
     if device.type != "cuda" or len({id(x) for x in present}) < len(present):
         run()
         return
@@ -83,7 +83,7 @@ def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], N
 def recorded(run: Callable[[], object]) -> Callable[[], None]:
     """Call `run`, and return what launches the same on the same tensors, almost without the host.
 
-    For timing alone: it keeps the tensors, and what `run` did besides launching is not done again.
+    For timing alone: it keeps the tensors, and repeats nothing of `run` but the launches.
     """
     launches: list[tuple[Any, int, list[Any]]] = []
     _thread.launches = launches
@@ -100,7 +100,7 @@ def recorded(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def forget_repeats() -> None:
-    """Make the next calls choose their kernels anew."""
+    """Make the next calls choose their kernels again."""
     _repeats.clear()
 
 

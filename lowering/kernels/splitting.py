@@ -1,4 +1,4 @@
-"""Work that is cut along the hidden units: who computes which part, and the sum of the parts.
+"""Work that is cut along the hidden units: the parts of each program, and their sum.
 
 The sum over hidden units has no softmax in it, so several programs may each add a part of it for
 the same tile of tokens. Each writes its partial sum, in float32, to a workspace; a second kernel
@@ -38,11 +38,11 @@ class Split(NamedTuple):
     parts: int
 
     def pieces(self, tiles: int) -> int:
-        """How many there are; they are numbered tile by tile."""
+        """The number of parts; they are numbered tile by tile."""
         return self.whole + (tiles - self.whole) * self.parts
 
     def workspace(self, tiles: int, tokens: int, like: Tensor) -> Tensor | None:
-        """Room for the partial sums of tiles of `tokens` tokens; None where nothing is cut."""
+        """A buffer for the partial sums of tiles of `tokens` tokens; None where nothing is cut."""
         cut = self.pieces(tiles) - self.whole
         if cut == 0:
             return None
@@ -59,7 +59,7 @@ def split_last_round(tiles: int, iterations: int, programs: int) -> Split:
 def share_of_sum(parts: int, tokens: int, head_dim: int, length: int) -> tuple[int, int]:
     """The parts that a program of the second kernel loads at once, and of how many elements.
 
-    They are so many elements of a tile [tokens, head_dim] as lie side by side, whatever its width.
+    They are that many adjacent elements of a tile [tokens, head_dim], whatever its width.
     What a tile holds beyond the `length` of a sequence, which may be one token, is not read.
     """
     together = min(_MOST_TOGETHER, triton.next_power_of_2(parts))

@@ -1,4 +1,4 @@
-"""What all ops share: how they are registered, what they refuse, and what lies where in memory."""
+"""What all ops share: registration, unsupported transforms, and checks of memory."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,6 +20,7 @@ __all__ = [
     "refuse_forward_mode",
     "register",
     "registered",
+    "trial",
     "with_strides_of",
 ]
 
@@ -55,6 +56,27 @@ def register(
     torch.library.register_fake(qualified, on(None))
     registered[name] = schema
     return qualified
+
+
+def trial(device: torch.device, run: Callable[[], Any], *, training: bool = False) -> None:
+    """Run something once on a GPU, so that a kernel that cannot run shows here.
+
+    Autocast is off, since it would change dtypes that are given. On the CPU there is nothing to
+    try: PyTorch's operations replace what cannot be compiled.
+
+    Args:
+        device: where ``run`` launches kernels.
+        run: what to try.
+        training: whether gradients are recorded.
+
+    Raises:
+        Exception: whatever the compiler or the launch raised.
+    """
+    if device.type == "cpu":
+        return
+    with torch.set_grad_enabled(training), torch.autocast(device.type, enabled=False):
+        run()
+    torch.cuda.synchronize(device)
 
 
 def kernels(path: str) -> Callable[..., Any]:
@@ -100,7 +122,7 @@ def overwrite(
 
 
 def owns_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
-    """Whether each element of ``x`` has memory of its own, and none of ``others`` lies there."""
+    """Whether the elements of ``x`` do not overlap, and none of ``others`` shares its storage."""
     memory = x.untyped_storage().data_ptr()
     if any(y is not None and y.untyped_storage().data_ptr() == memory for y in others):
         return False
@@ -114,7 +136,7 @@ def owns_memory(x: Tensor, others: Sequence[Tensor | None]) -> bool:
 
 
 def refuse_forward_mode(x: Tensor, op: str, instead: str) -> None:
-    """Raise where a tangent of the op's result would be lost without a word."""
+    """Raise if a tangent of the op's result would be lost silently."""
     if differentiates_forward(x):
         raise NotImplementedError(f"{op} has no forward-mode derivative. For one use {instead}.")
 
@@ -140,7 +162,7 @@ def empty_like_in_order(
     for dim in reversed((0, 1, 2, 3) if order is None else tuple(order)):
         strides[dim] = step
         step = step * shape[dim]
-    # Not a permuted view: autograd lets nobody change a view made inside of a function in place.
+    # Not a permuted view: autograd forbids in-place changes of a view made inside of a function.
     return like.new_empty_strided(shape, strides, dtype=dtype)
 
 

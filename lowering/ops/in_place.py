@@ -2,13 +2,13 @@
 query's gradient in that of the result's gradient, and the router's part of the query's gradient
 added to the rest of it.
 
-Each saves a tensor of the query's size. Nothing calls these three by itself: a graph that has been
-differentiated and scheduled knows who reads what, and mhf_compiler/passes/overwrite.py puts them
-where they are right. Every kernel reads a tile of what it overwrites before it writes that tile,
-reads no other one, and is the last to read any. What cannot be proved is computed elsewhere and
+Each saves a tensor of the query's size. Models do not call these three:
+mhf_compiler/passes/overwrite.py inserts them into graphs after autograd, where all readers are
+known. Every kernel reads a tile of what it overwrites before it writes that tile, reads no other
+one, and is the last to read any. If tensors may overlap, the result is computed into new memory and
 copied.
 
-The gradients that nobody wants come back empty, as PyTorch makes an op that writes to an argument
+Gradients that are not needed come back empty, as PyTorch makes an op that writes to an argument
 functional only if it returns a fixed number of tensors.
 """
 

@@ -1,13 +1,13 @@
-"""A norm, a router and the network behind them, by one op over the queries' memory.
+"""A norm, a router and the network after them, by one op over the queries' memory.
 
 In inference `norm_and_route` (norm_router.py) overwrites the queries, and the op after it reads
 them again with the weights that it returned, and overwrites them once more. This op stands for both
 (problem.py has the formula, network.py the network's). Where a kernel computes it in one pass,
-queries are read and written once, and the router's weights never reach memory. Elsewhere it does
-the one after the other.
+queries are read and written once, and the router's weights never reach memory. Elsewhere it runs
+one after the other.
 
-Nothing calls it by itself: mhf_compiler/passes/norm_network.py puts it where a graph has both
-calls, nobody else reads what lies in between, and the machine may have such a kernel.
+Models do not call it: mhf_compiler/passes/norm_network.py inserts it where a graph has both calls,
+nothing else reads the values in between, and the machine may have such a kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from ..arguments import ArgumentError, check_arguments, check_device
 from ..device import capability, interpreted
 from ..problem import Formula, NormedRouter, Problem
 from ..tiles import TRIAL_TOKENS, Sizes, specialised
-from .common import kernels, overwrite, register
+from .common import kernels, overwrite, register, trial
 from .norm_router import check_normed_router, norm_and_route_on_cpu
 
 __all__ = ["Like", "may_pay", "trial_run"]
@@ -35,7 +35,7 @@ class Like(NamedTuple):
     strides: tuple[int, ...]
 
     def zeros(self, device: torch.device) -> Tensor:
-        """Dense, whatever this is a part of, and with its dimensions in the same order."""
+        """A dense tensor with its dimensions in the same order."""
         order = sorted(range(len(self.shape)), key=lambda dim: -self.strides[dim])
         dense = torch.zeros([self.shape[dim] for dim in order], dtype=self.dtype, device=device)
         return dense.permute([order.index(dim) for dim in range(len(order))])
@@ -74,21 +74,21 @@ def trial_run(
     Args:
         heads: of the queries.
         tensors: like the op's, from ``norm_weight`` on.
-        constants: what the op takes behind them.
+        constants: what the op takes after them.
         device: where.
 
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if device.type == "cpu":
-        return
-    given = [None if like is None else like.zeros(device) for like in tensors]
-    k = given[2]
-    assert k is not None
-    q = k.new_zeros(1, TRIAL_TOKENS, heads, k.shape[3])
-    with torch.no_grad():
+
+    def run() -> None:
+        given = [None if like is None else like.zeros(device) for like in tensors]
+        k = given[2]
+        assert k is not None
+        q = k.new_zeros(1, TRIAL_TOKENS, heads, k.shape[3])
         torch.ops.mhf_compiler.normed_multi_head_ffn_over_query(q, *given, *constants)
-    torch.cuda.synchronize(device)
+
+    trial(device, run)
 
 
 def _normed_forward(

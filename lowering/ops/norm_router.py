@@ -1,12 +1,12 @@
 """A per-head norm of queries and the weights of their router, by one op over the queries' memory.
 
-In inference the norm, the router's product and what makes weights of its logits each read or write
+In inference the norm, the router's product and the activation of its logits each read or write
 as much as the queries or a good part of it, and compute almost nothing. This op reads the queries
 once, writes the normalised ones in their place, and returns the weights in their final dtype
 (problem.py has the formula).
 
-Nothing calls it by itself: mhf_compiler/passes/norm_router.py puts it where a graph has all of this
-and nobody else reads what lies in between.
+Models do not call it: mhf_compiler/passes/norm_router.py inserts it where a graph has all of this
+and nothing else reads the values in between.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,10 @@ from torch import Tensor
 
 from ..arguments import ArgumentError
 from ..problem import ROUTINGS, Formula, NormedRouter
-from .common import empty_like_in_order, kernels, overwrite, register
-from .router import check_product, product_on_cpu
+from .common import empty_like_in_order, kernels, overwrite, register, trial
+from .router import WEIGHT_DTYPES, check_product, product_on_cpu
 
 __all__ = ["MOST_HEAD_DIM", "check_normed_router", "norm_and_route_on_cpu", "trial_run"]
-
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 MOST_HEAD_DIM = 128  # of a head; beyond it the kernel is no faster than the three that it replaces
 
@@ -37,26 +35,25 @@ def trial_run(
 ) -> None:
     """Compile and run the kernel once; nothing on the CPU.
 
-    The two weights are given by dtype and shape, and ``constants`` are what the op takes behind
+    The two weights are given by dtype and shape, and ``constants`` are what the op takes after
     them, up to ``r_dtype``.
 
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if device.type == "cpu":
-        return
 
     def zeros(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    with torch.no_grad():
+    def run() -> None:
         torch.ops.mhf_compiler.norm_and_route(
             zeros(q, (1, 1, heads, weight[1][1])),
             None if norm_weight is None else zeros(*norm_weight),
             zeros(*weight),
             *constants,
         )
-    torch.cuda.synchronize(device)
+
+    trial(device, run)
 
 
 def check_normed_router(q: Tensor, router: NormedRouter) -> None:
@@ -72,7 +69,7 @@ def check_normed_router(q: Tensor, router: NormedRouter) -> None:
                 f"norm_weight has shape {tuple(norm_weight.shape)}, must have shape (d) or (H, d), "
                 f"here {allowed[0]} or {allowed[1]}"
             )
-        if norm_weight.dtype not in _WEIGHTS:
+        if norm_weight.dtype not in WEIGHT_DTYPES:
             raise ArgumentError(
                 f"norm_weight is {norm_weight.dtype}, must be float32, bfloat16 or float16"
             )
@@ -84,7 +81,7 @@ def check_normed_router(q: Tensor, router: NormedRouter) -> None:
         raise ArgumentError(
             f"routing must be one of {', '.join(ROUTINGS)}, got {formula.routing!r}"
         )
-    if formula.r_dtype not in _WEIGHTS:
+    if formula.r_dtype not in WEIGHT_DTYPES:
         raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {formula.r_dtype}")
 
 

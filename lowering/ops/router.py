@@ -20,16 +20,26 @@ from .common import (
     no_second_derivative,
     refuse_forward_mode,
     register,
+    trial,
     with_strides_of,
 )
 
-__all__ = ["add_gradients_on_cpu", "check_product", "product_on_cpu", "router_product", "takes",
-           "trial_run"]  # fmt: skip
+__all__ = [
+    "NARROW_DTYPES",
+    "WEIGHT_DTYPES",
+    "add_gradients_on_cpu",
+    "check_product",
+    "product_on_cpu",
+    "router_product",
+    "takes",
+    "trial_run",
+]
 
 _PLAIN = "q.float() @ weight"
-_NARROW = (torch.bfloat16, torch.float16)
-_WEIGHTS = (torch.float32, *_NARROW)
-_MOST_SUB_NETWORKS = 32  # whose logits the kernels hold beside a head's width
+#: dtypes of the queries, and of weights and norms
+NARROW_DTYPES = (torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float32, *NARROW_DTYPES)
+_MOST_SUB_NETWORKS = 32  # whose logits the kernels hold together with a head's width
 _MOST_HEAD_DIM = 256
 _TOKENS = 4096  # that are widened at once on the CPU
 
@@ -61,7 +71,7 @@ def router_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = 
 
 def takes(q: torch.dtype, weight: torch.dtype, head_dim: int, sub_networks: int) -> bool:
     """Whether there is a product of such queries and weights."""
-    dtypes = q in _NARROW and weight in _WEIGHTS
+    dtypes = q in NARROW_DTYPES and weight in WEIGHT_DTYPES
     return dtypes and 0 < head_dim <= _MOST_HEAD_DIM and 0 < sub_networks <= _MOST_SUB_NETWORKS
 
 
@@ -73,18 +83,17 @@ def trial_run(
     Raises:
         Exception: whatever the compiler or the launch raised.
     """
-    if device.type == "cpu":
-        return
-    groups, head_dim, _ = shape
-    with torch.set_grad_enabled(training):
-        queries = torch.zeros(
-            1, 1, groups, head_dim, dtype=q, device=device, requires_grad=training
-        )
-        weights = torch.zeros(*shape, dtype=weight, device=device, requires_grad=training)
-        out = router_product(queries, weights)
+
+    def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device, requires_grad=training)
+
+    def run() -> None:
+        groups, head_dim, _ = shape
+        out = router_product(zeros(q, 1, 1, groups, head_dim), zeros(weight, *shape))
         if training:
             out.backward(torch.ones_like(out))
-    torch.cuda.synchronize(device)
+
+    trial(device, run, training=training)
 
 
 def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> None:
@@ -92,7 +101,7 @@ def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = N
     if q.dim() != 4 or weight.dim() != 3 or q.shape[3] != weight.shape[1]:
         raise ArgumentError(
             f"weight has shape {tuple(weight.shape)}, must have shape (G, d, E) "
-            f"beside a q of shape (B, L, H, d), which is {tuple(q.shape)}"
+            f"for a q of shape (B, L, H, d), which is {tuple(q.shape)}"
         )
     if weight.shape[0] == 0 or q.shape[2] % weight.shape[0]:
         raise ArgumentError(

@@ -43,10 +43,12 @@ class Times:
     seconds: dict[str, list[float]]
 
     def median(self, way: str) -> float:
+        """The median time of one way, in seconds."""
         return statistics.median(self.seconds[way])
 
     @property
     def speed_up(self) -> float:
+        """How many times faster the rewritten graph is."""
         return self.median("as written") / self.median("rewritten")
 
 

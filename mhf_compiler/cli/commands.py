@@ -208,10 +208,11 @@ def _one_site(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], number: int
 ) -> Subject:
     """The site, after a check that its numbers are right."""
+    from ..report.escape import visible
     from .bench import Subject, check_part, find_site
 
     report, part = find_site(model, number, *args, **kwargs)
-    click.echo(f"site {number}: {report.place}: {report.sizes}")
+    click.echo(visible(f"site {number}: {report.place}: {report.sizes}"))
     given = [entry.make() for entry in part.given]
     compared = check_part(part, given)
     wrong = [difference for difference in compared if not difference.agrees]

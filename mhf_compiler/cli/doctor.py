@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import platform
 import re
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +47,7 @@ class Environment:
     kernels: list[Kernels]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
         return asdict(self)
 
 
@@ -142,11 +147,34 @@ def _imports() -> str | None:
     return None
 
 
+_PROGRAM = """
+#include <cmath>
+extern "C" double root(double x) { return std::sqrt(x); }
+"""
+
+
 def _compiler() -> str | None:
+    """Build and call a small library, as Inductor does: a compiler that is found may be broken."""
     wanted = os.environ.get("CXX") or "g++"
-    if shutil.which(wanted) or shutil.which("clang++"):
-        return None
-    return f"no {wanted} on the PATH: Inductor's CPU code needs a C++ compiler"
+    if shutil.which(wanted) is None:
+        return f"no {wanted} on the PATH: Inductor's CPU code needs a C++ compiler"
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "root.cpp"), Path(folder, "root.so")
+        source.write_text(_PROGRAM)
+        command = [wanted, "-shared", "-fPIC", "-fopenmp", "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        if done.returncode:
+            (why, *_) = done.stderr.strip().splitlines() or [f"it exits with {done.returncode}"]
+            return f"{wanted} does not compile a small program: {why}"
+        root = ctypes.CDLL(str(library)).root
+        root.restype, root.argtypes = ctypes.c_double, [ctypes.c_double]
+        return None if root(4.0) == 2.0 else f"{wanted} compiles a small program wrongly"
+
+
+def _cpu_library() -> str | None:
+    from ..lowering.cpu import compiled
+
+    return compiled.problem()
 
 
 class _Heads(nn.Module):
@@ -185,7 +213,8 @@ _CHECKS: dict[str, Callable[[], str | None]] = {
     "triton is in the supported range": _triton,
     "the back end is registered": _entry_point,
     "recogniser and op can be imported": _imports,
-    "there is a C++ compiler": _compiler,
+    "there is a C++ compiler that works": _compiler,
+    "the op's C++ for the CPU can be built": _cpu_library,
     "a network is rewritten and right on the CPU": lambda: _compiles("cpu"),
     "a network is rewritten and right on the GPU, if there is one": _compiles_on_the_card,
 }

@@ -12,17 +12,19 @@ For a graph that was compiled for training, gradients are compared too.
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import fx
 
-from ..compat import size_hint, source_name
+from ..compat import example_of, size_hint, source_name
 from ..report import Argument, GraphReport, Report, SiteReport
 from ..report.describe import readable
+from ..report.escape import markdown_cell, python_comment, python_constant, visible_lines
+from ..report.page import page
 from .accuracy import tensors_of
 
 _INDEX = """# Graphs
@@ -112,11 +114,11 @@ def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> Path:
     """Write one graph, after its rewriting, into a new folder inside ``folder``; return that."""
     folder.mkdir(parents=True, exist_ok=True)
     place, training = _new_folder(folder), _is_trained(gm)
-    (place / "before.py").write_text(program(report.before, gm, training))
-    (place / "after.py").write_text(program(report.after, gm, training))
-    (place / "compare.py").write_text(_COMPARE.format(what=_compared(training)))
+    _write(place / "before.py", program(report.before, gm, training))
+    _write(place / "after.py", program(report.after, gm, training))
+    _write(place / "compare.py", _COMPARE.format(what=_compared(training)))
     for number, site in enumerate(report.rewritten):
-        (place / f"site_{number}.py").write_text(site_program(site, training))
+        _write(place / f"site_{number}.py", site_program(site, training))
     dump_report(report, place)
     _add_to_index(folder / "index.md", place.name, report)
     return place
@@ -125,9 +127,9 @@ def dump(report: GraphReport, gm: fx.GraphModule, folder: Path) -> Path:
 def dump_report(report: GraphReport, place: Path) -> None:
     """Write the report of one graph; again when more is known of it."""
     whole = Report([report])
-    (place / "report.txt").write_text(f"{whole}\n")
-    whole.to_json(place / "report.json")
-    whole.to_html(place / "report.html")
+    _write(place / "report.txt", f"{whole}\n")
+    _write(place / "report.json", f"{whole.to_json()}\n")
+    _write(place / "report.html", page(whole.graphs))
 
 
 def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
@@ -140,14 +142,14 @@ def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
             "from torch import device, fx, inf, nan  # noqa: F401  (names that a graph may use)\n",
             "import mhf_compiler.lowering  # noqa: F401  (defines the op)\n",
             _TENSOR,
-            "\n" + code.strip() + "\n\n",
+            "\n" + visible_lines(code.strip()) + "\n\n",
             "NAMES = [",
             *(f"    {_name(node)!r}," for node in inputs),
             "]\n\n",
             "def inputs():",
             "    return [",
             *(
-                f"        {_made(_example(node), training and _may_train(node))},"
+                f"        {_made(example_of(node), training and _may_train(node))},"
                 for node in inputs
             ),
             "    ]\n\n",
@@ -177,8 +179,8 @@ def site_program(site: SiteReport, training: bool = False) -> str:
     }
     inputs = {"q": "", "k": "", "u": "None", "v": "", "r": "None", **tensors}
     return _SITE.format(
-        place=_comment(f"{site.place}."),
-        formula=_comment(site.formula or ""),
+        place=python_comment(f"{site.place}."),
+        formula=python_comment(site.formula or ""),
         what=_compared(training),
         tensor=_TENSOR,
         arguments="\n".join(f"    {name!r}: {text}," for name, text in inputs.items()),
@@ -186,18 +188,16 @@ def site_program(site: SiteReport, training: bool = False) -> str:
     )
 
 
-def _comment(text: str) -> str:
-    """Text as lines of comment, whatever a model or a folder is called: none of it may run."""
-    lines = [
-        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in x) for x in text.splitlines()
-    ]
-    return "\n".join(f"# {line}" for line in lines)
+def _write(path: Path, text: str) -> None:
+    """Write a file in place of what is there, never through a symbolic link."""
+    with _opened(path, os.O_TRUNC) as file:
+        file.write(text)
 
 
-def _cell(text: str) -> str:
-    """Text as a cell of a table in Markdown, which shows it as it is."""
-    escaped = re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", text)
-    return "".join(c if c.isprintable() else " " for c in escaped)
+def _opened(path: Path, how: int) -> TextIO:
+    """Open a file for writing, or create it. A symbolic link in its place is an error."""
+    flags = os.O_WRONLY | os.O_CREAT | how | getattr(os, "O_NOFOLLOW", 0)
+    return os.fdopen(os.open(path, flags, 0o666), "w", encoding="utf-8")
 
 
 def _compared(training: bool) -> str:
@@ -206,7 +206,7 @@ def _compared(training: bool) -> str:
 
 def _is_trained(gm: fx.GraphModule) -> bool:
     """Whether the compiled graph has a backward pass."""
-    examples = (_example(node) for node in gm.graph.find_nodes(op="placeholder"))
+    examples = (example_of(node) for node in gm.graph.find_nodes(op="placeholder"))
     return torch.is_grad_enabled() and any(
         x.requires_grad for example in examples for x in tensors_of(example)
     )
@@ -230,17 +230,13 @@ def _new_folder(folder: Path) -> Path:
 
 
 def _add_to_index(path: Path, name: str, report: GraphReport) -> None:
-    if not path.exists():
-        path.write_text(_INDEX)
     sites = [*report.rewritten, *report.declined]
     of = ", ".join(dict.fromkeys(site.module or str(site.location) for site in sites)) or "nothing"
     counts = f"{report.operations} | {len(report.rewritten)} | {len(report.declined)}"
-    with path.open("a") as file:
-        file.write(f"| [{name}]({name}/report.html) | {counts} | {_cell(of)} |\n")
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
+    with _opened(path, os.O_APPEND) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            file.write(_INDEX)
+        file.write(f"| [{name}]({name}/report.html) | {counts} | {markdown_cell(of)} |\n")
 
 
 def _name(node: fx.Node) -> str:
@@ -255,8 +251,8 @@ def _made(value: Any, requires_grad: bool = False) -> str:
         stride = tuple(size_hint(step) for step in value.stride())
         return _tensor(shape, stride, value.dtype, value.device, requires_grad)
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return repr(size_hint(value))
-    return repr(value)
+        return python_constant(size_hint(value))
+    return python_constant(value)
 
 
 def _argument(argument: Argument, site: SiteReport, requires_grad: bool) -> str:

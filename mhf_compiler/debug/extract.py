@@ -15,12 +15,12 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ..compat import FakeTensorMode, make_fx, size_hint, symbolic_size
-from ..patterns import COPY, SCATTER, Site, Value
+from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size, unbacked_symbols
+from ..patterns import COPY, SCATTER, Site, Value, is_factory
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
-_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like", "new_")  # read only a shape
+_SAMPLE = 6  # for a size that depends on data
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,34 @@ def cut(gm: fx.GraphModule, site: Site) -> Part:
         gm: the graph in which the site was found, also after it was rewritten.
         site: the site.
     """
-    sizes, letters = _Sizes(gm), boundary(site)
-    inputs, computed = _between(site.output, letters)
-    given = tuple(_given(value, letters.get(value), sizes) for value in inputs)
+    spelling = Spelling(site, boundary(site), Sizes(gm))
+    with FakeTensorMode(), torch.no_grad():
+        made = make_fx(spelling)(*(entry.make() for entry in spelling.given))
+        return Part(made, spelling.given)
 
-    inside = frozenset(computed)
 
-    def run(*tensors: Tensor) -> Tensor:
-        known = dict(zip(inputs, tensors, strict=True))
-        for value in computed:
-            result = _compute(value, known, sizes, in_place=_is_last_reader(value, inside))
+class Spelling:
+    """A site as the model spells it, as a function of the tensors that it is computed from.
+
+    Attributes:
+        inputs: the values that it is a function of.
+        given: their specifications.
+    """
+
+    def __init__(self, site: Site, letters: dict[Value, str], sizes: Sizes) -> None:
+        """``letters`` are the values where the site begins, each with its letter in the formula."""
+        self._output, self._sizes = site.output, sizes
+        self.inputs, self._computed = _between(site.output, letters)
+        self.given = tuple(_given(value, letters.get(value), sizes) for value in self.inputs)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        inside = frozenset(self._computed)
+        known = dict(zip(self.inputs, tensors, strict=True))
+        for value in self._computed:
+            result = _compute(value, known, self._sizes, in_place=_is_last_reader(value, inside))
             # An in-place write casts to the dtype of its target.
             known[value] = result if result.dtype is value.dtype else result.to(value.dtype)
-        return known[site.output]
-
-    with FakeTensorMode(), torch.no_grad():
-        return Part(make_fx(run)(*(entry.make() for entry in given)), given)
+        return known[self._output]
 
 
 def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], list[Value]]:
@@ -100,7 +112,7 @@ def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], lis
             reached.add(value)
 
     def is_computed(value: Value) -> bool:
-        return value not in letters and (value in reached or _is_made(value))
+        return value not in letters and (value in reached or is_factory(value))
 
     found = _closure(output, is_computed)
     order = list(letters)
@@ -121,17 +133,9 @@ def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:
     return sorted(found, key=lambda value: value.step)
 
 
-def _is_made(value: Value) -> bool:
-    """Whether a factory creates the value."""
-    if isinstance(value.op, str):
-        return False
-    name = value.op._schema.name.removeprefix("aten::")
-    return not value.operands or name.startswith(_LIKE)
-
-
-def _given(value: Value, letter: str | None, sizes: _Sizes) -> Given:
+def _given(value: Value, letter: str | None, sizes: Sizes) -> Given:
     name = name_of(value)
-    example = value.origin.meta.get("example_value", value.origin.meta.get("val"))
+    example = example_of(value.origin)
     return Given(
         name=name if letter is None else f"{letter} ({name})",
         shape=sizes.known(value.shape),
@@ -149,7 +153,7 @@ def _is_last_reader(value: Value, computed: Set[Value]) -> bool:
     return all(reader is value or reader not in computed for reader in value.source.readers)
 
 
-def _compute(value: Value, known: dict[Value, Tensor], sizes: _Sizes, in_place: bool) -> Tensor:
+def _compute(value: Value, known: dict[Value, Tensor], sizes: Sizes, in_place: bool) -> Tensor:
     def concrete(tree: Any) -> Any:
         if isinstance(tree, Value):
             return known[tree]
@@ -174,22 +178,30 @@ def _compute(value: Value, known: dict[Value, Tensor], sizes: _Sizes, in_place: 
     return result if value.item is None else result[value.item]
 
 
-class _Sizes:
-    """The sizes of the example, for a graph's dynamic sizes."""
+class Sizes:
+    """Numbers for dynamic sizes: those of the example; a sample for what depends on data."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.hints: dict[sympy.Expr, int] = {}
         for node in gm.graph.find_nodes(op="placeholder"):
-            example = node.meta.get("example_value", node.meta.get("val"))
+            example = example_of(node)
             shapes = [x.shape for x in tensors_of(example)]
             for size in (example, *(size for shape in shapes for size in shape)):
                 if isinstance(size, torch.SymInt):
-                    self.hints[symbolic_size(size)] = size_hint(size)
+                    self._learn(size)
+
+    def _learn(self, size: torch.SymInt) -> None:
+        if not unbacked_symbols(size):
+            self.hints[symbolic_size(size)] = size_hint(size)
 
     def known(self, tree: Any) -> Any:
         """The same, with a number for each size."""
         if isinstance(tree, (list, tuple)):
             return type(tree)(map(self.known, tree))
         if isinstance(tree, (torch.SymInt, torch.SymFloat)):
-            return size_hint(tree)
-        return int(tree.subs(self.hints)) if isinstance(tree, sympy.Expr) else tree
+            return self._number(tree.node.expr) if unbacked_symbols(tree) else size_hint(tree)
+        return self._number(tree) if isinstance(tree, sympy.Expr) else tree
+
+    def _number(self, size: sympy.Expr) -> int:
+        known = size.subs(self.hints)
+        return int(known.subs(dict.fromkeys(known.free_symbols, _SAMPLE)))

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from ..compat import auto_functionalized, no_fake_mode, set_example
-from ..errors import warn_of_failure
+from ..errors import kernel_failed
 from ..patterns import locate
 from .memory import unit_view_of
 
@@ -27,17 +27,17 @@ def runs(what: str, node: fx.Node, trial_run: Callable[..., None], *arguments: A
     """
     error = _error_of(trial_run, *arguments)
     if error is not None:
-        warn_of_failure(what, locate(node), error)
+        kernel_failed(what, locate(node), error)
     return error is None
 
 
 @cache
-def _error_of(trial_run: Callable[..., None], *arguments: Any) -> str | None:
+def _error_of(trial_run: Callable[..., None], *arguments: Any) -> Exception | None:
     try:
         with no_fake_mode():
             trial_run(*arguments)
     except Exception as error:
-        return str(error)
+        return error.with_traceback(None)  # whose frames would hold tensors
     return None
 
 

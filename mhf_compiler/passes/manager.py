@@ -11,13 +11,13 @@ import torch
 from torch import fx
 
 from ..compat import counters, disables_added_passes, run_pass, with_pass
-from ..errors import MhfCompilerWarning
+from ..errors import MhfCompilerWarning, fault
 from .cache_key import package_hash
 from .layouts import fix_layouts
 from .memory import is_call_of
 from .norm_network import fuse_norm_network
 from .norm_router import fuse_norm_router
-from .outcome import Fusion
+from .outcome import Fusion, Obstacle
 from .overwrite import overwrite_dead_buffers
 
 #: In this order: queries that were normalised are dead after the op, too. Inductor disables a pass
@@ -63,7 +63,7 @@ def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.
     """Run passes over a graph, count what they did, and fix the layouts for our ops.
 
     The layouts are needed for correct results. So that step is none of the passes that can be
-    disabled, and if it fails the compilation fails.
+    disabled, and if it fails the back end compiles the original graph.
     """
     fusions: list[Fusion] = []
     notes: list[str] = []
@@ -90,19 +90,15 @@ def _run(name: str, strict: bool, graph: fx.Graph) -> list[Fusion] | None:
             owner, name, lambda _: found.extend(PASSES[name](graph)), after_autograd=True
         )
     except Exception as error:
-        if strict:
-            raise
         for node in reversed(graph.nodes):
             graph.erase_node(node)
         _copy(before, graph)
-        counters["flashmhf"]["failures"] += 1
-        warnings.warn(
-            f"not all memory is reused, since the pass {name} failed: "
-            f"{type(error).__name__}: {error}",
-            MhfCompilerWarning,
-            stacklevel=2,
-        )
+        what = f"not all memory is reused, since the pass {name} failed"
+        fault("pass", what, error, strict=strict)
         return None
+    failed = [fusion for fusion in found if fusion.obstacle is Obstacle.KERNEL_FAILED]
+    if strict and failed:
+        raise RuntimeError("; ".join(map(str, failed)))
     return found if ran else None
 
 

@@ -3,8 +3,9 @@
 The last pass over Inductor's graph. After the other two, a network may appear there as two calls
 that write to the same memory:
 
-    r, q = norm_and_route(query, ..)              from norm_router.py
-    out  = multi_head_ffn_over_query(q, .., r)    from overwrite.py
+    before   r, q = norm_and_route(query, ..)              from norm_router.py
+             out  = multi_head_ffn_over_query(q, .., r)    from overwrite.py
+    after    out  = normed_multi_head_ffn_over_query(query, ..)
 
 If nothing else reads q and r, and the machine has a kernel that does all of it, one call of
 ``normed_multi_head_ffn_over_query`` replaces the two: then the queries are read and written once,
@@ -34,7 +35,7 @@ _OP = "normed_multi_head_ffn_over_query"
 
 
 def fuse_norm_network(graph: fx.Graph) -> list[Fusion]:
-    """Let one op do what ``norm_and_route`` and the network after it do."""
+    """Replace ``norm_and_route`` and the network after it by one op."""
     outcomes = []
     for network in [node for node in graph.nodes if _calls(node, "multi_head_ffn_over_query")]:
         try:
@@ -82,7 +83,7 @@ def _router_of(network: fx.Node) -> fx.Node:
 
 
 def _arguments(router: fx.Node, network: fx.Node) -> dict[str, Any]:
-    """Those of the op."""
+    """The arguments of the op."""
     one, other = router.kwargs, network.kwargs
     return {
         "q": one["q"],
@@ -100,7 +101,7 @@ def _check_kernel(network: fx.Node, arguments: dict[str, Any]) -> None:
 
     q = arguments["q"].meta["val"]
     tensors = [arguments[name] and arguments[name].meta["val"] for name in _TENSORS]
-    # To ask would specialise what is dynamic.
+    # Comparing a dynamic size would specialise it.
     require(not has_symbols([q.shape[2], *tensors]), Obstacle.DYNAMIC_SIZES)
     likes = tuple(x if x is None else Like(x.dtype, *map(tuple, (x.shape, x.stride())))
                   for x in tensors)  # fmt: skip

@@ -14,6 +14,10 @@ few operations, and because it shows who reads what:
     r      = logits | sigmoid(logits) | sigmoid(logits) / (sum, clamped or with a number added),
              rounded or not
 
+             becomes
+
+    r, q   = norm_and_route(query, weight, .., routing="sigmoid")
+
 in any order of the factors. q and the logits may be followed by views that drop or add dimensions
 of size one, which the edit inserts for a single sequence. A norm that rounds at other places is
 declined: the op has to compute what the graph says. A call is inserted if all of this holds:
@@ -35,6 +39,7 @@ import torch
 from torch import fx
 
 from ..compat import has_symbols, named_arguments, statically_known_true
+from ..lowering.ops.router import NARROW_DTYPES, WEIGHT_DTYPES
 from .functional import (
     call_over,
     item_of,
@@ -47,8 +52,6 @@ from .memory import Memory, is_call_of, takes_the_same_memory, unit_view_of, vie
 from .outcome import Declined, Fusion, Obstacle, declined, fused, require
 
 _DEVICES = ("cuda",)  # on a CPU Inductor's own loops are as good
-_NARROW = (torch.bfloat16, torch.float16)
-_WEIGHTS = (torch.float32, *_NARROW)
 
 _aten = torch.ops.aten
 
@@ -99,10 +102,10 @@ _OP = "norm_and_route"
 
 
 def fuse_norm_router(graph: fx.Graph) -> list[Fusion]:
-    """Let one op normalise queries and compute the weights of their router."""
+    """Replace a norm of queries and their router by one op."""
     outcomes = []
     for product in [node for node in graph.nodes if is_call_of(node, "router_product")]:
-        memory = Memory(graph)  # anew: what one site makes, the next may read
+        memory = Memory(graph)  # again: what one site makes, the next may read
         try:
             site = _read(product, memory)
             _check_kernel(site)
@@ -125,7 +128,7 @@ def _read(product: fx.Node, memory: Memory) -> _Site:
     argument = named_arguments(product)["q"]
     example = _example(argument)
     require(example.device.type in _DEVICES, Obstacle.DEVICE)
-    require(example.dtype in _NARROW, Obstacle.DTYPE)
+    require(example.dtype in NARROW_DTYPES, Obstacle.DTYPE)
     require(statically_known_true(example.shape[3] <= MOST_HEAD_DIM), Obstacle.WIDE_HEADS)
     views = views_down_to(argument)
     q = unit_view_of(views[0]) if views else argument
@@ -209,7 +212,7 @@ def _scaled(node: fx.Node) -> tuple[fx.Node, float, list[fx.Node]] | None:
     """Of ``wide * rsqrt(mean(wide * wide) + eps)``: wide, eps, and the nodes within."""
     for wide, scale in _factors(node):
         narrow = _cast_from(wide, torch.float32)
-        if narrow is None or _example(narrow).dtype not in _NARROW:
+        if narrow is None or _example(narrow).dtype not in NARROW_DTYPES:
             continue
         shifted = _argument(scale, _aten.rsqrt.default)
         mean = _argument(shifted, _aten.add.Scalar, _aten.add.Tensor)
@@ -229,7 +232,7 @@ def _is_square(node: fx.Node, of: fx.Node) -> bool:
 def _is_weight(node: fx.Node, q: fx.Node, seen: torch.Tensor) -> bool:
     """Whether a factor of q has the shape (d) or (H, d)."""
     weight, shape = _example(node), _example(q).shape
-    if weight.dim() not in (1, 2) or weight.dim() > len(shape) or weight.dtype not in _WEIGHTS:
+    if weight.dim() not in (1, 2) or weight.dim() > len(shape) or weight.dtype not in WEIGHT_DTYPES:
         return False
     return all(
         statically_known_true(weight.shape[i] == other[i])
@@ -242,7 +245,7 @@ def _is_weight(node: fx.Node, q: fx.Node, seen: torch.Tensor) -> bool:
 
 
 def _routings_of(product: fx.Node) -> Iterator[_Routing]:
-    """The ever longer chains that begin at the logits and that nothing else reads."""
+    """Chains of increasing length that begin at the logits and that nothing else reads."""
     yield _Routing(product)
     readers = _readers(product)
     if len(readers) != 1:
@@ -267,12 +270,12 @@ def _activations(last: _Routing) -> Iterator[_Routing]:
             last = normalised
             yield last
     rounded = _only_reader(last.result)
-    if rounded is not None and _cast_from(rounded, *_NARROW) is not None:
+    if rounded is not None and _cast_from(rounded, *NARROW_DTYPES) is not None:
         yield last._replace(result=rounded, inside=(*last.inside, last.result))
 
 
 def _normalised(last: _Routing) -> _Routing | None:
-    """Of sigmoids that only their sum and what divides them by it read: the quotient."""
+    """The quotient of sigmoids by their sum, if nothing else reads the sigmoids."""
     activated = last.result
     if len(activated.users) != 2:
         return None
@@ -381,7 +384,7 @@ def _check_kernel(site: _Site) -> None:
 
     q, weight = (_example(named_arguments(site.product)[name]) for name in ("q", "weight"))
     norm_weight = None if site.norm.weight is None else _example(site.norm.weight)
-    # To ask would specialise what is dynamic.
+    # Comparing a dynamic size would specialise it.
     dynamic = any(has_symbols(x.shape) for x in (weight, norm_weight) if x is not None)
     require(not dynamic, Obstacle.DYNAMIC_SIZES)
     ran = runs(

@@ -40,6 +40,7 @@ class Obstacle(Enum):
 
     @property
     def sentence(self) -> str:
+        """The obstacle in words."""
         return self.value
 
 

@@ -18,6 +18,7 @@ from .values import (
     Operation,
     RegionNode,
     SiteReport,
+    UnreadGraph,
     Work,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "RegionNode",
     "Report",
     "SiteReport",
+    "UnreadGraph",
     "Work",
 ]

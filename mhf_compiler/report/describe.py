@@ -29,7 +29,7 @@ from ..patterns import (
     is_product_call,
     locate,
 )
-from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, Work
+from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, UnreadGraph, Work
 
 if TYPE_CHECKING:
     from ..lowering.cost import Estimate
@@ -106,7 +106,14 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
     )
 
 
+def unread_graph(reason: Reason) -> UnreadGraph:
+    """A graph that was not analysed, with the line of the operation that is to blame."""
+    where = None if reason.node is None else locate(reason.node)
+    return UnreadGraph(replace(reason, node=None), where)
+
+
 def operation(node: fx.Node) -> Operation:
+    """A node as a report shows it: its call, source line and innermost module."""
     stack = _modules(node)
     return Operation(node.name, _call(node), locate(node), stack[-1][0] if stack else None)
 

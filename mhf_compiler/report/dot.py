@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .escape import dot_string
 from .groups import Group, grouped
 from .values import (
     Argument,
@@ -128,7 +129,7 @@ def dot_source(pictures: Sequence[Frame]) -> str:
     ]
     for number, frame in enumerate(pictures):
         lines += [f"  subgraph cluster_{number} {{"]
-        lines += [f'    label={_quoted(frame.title)} color="#808080"']
+        lines += [f'    label={dot_string(frame.title)} color="#808080"']
         lines += [f"    {line}" for line in _statements(frame.nodes, f"s{number}_")]
         lines.append("  }")
         if number > 0:
@@ -139,9 +140,11 @@ def dot_source(pictures: Sequence[Frame]) -> str:
 def _below(number: int, above: Sequence[RegionNode], below: Sequence[RegionNode]) -> Iterator[str]:
     """Invisible edges that put one frame under the other: from sinks above to sources below."""
     read = {source for node in above for source in node.inputs}
-    ends = [_quoted(f"s{number - 1}_{node.name}") for node in above if node.name not in read]
+    ends = [dot_string(f"s{number - 1}_{node.name}") for node in above if node.name not in read]
     inside = {node.name for node in below}
-    begins = [_quoted(f"s{number}_{node.name}") for node in below if inside.isdisjoint(node.inputs)]
+    begins = [
+        dot_string(f"s{number}_{node.name}") for node in below if inside.isdisjoint(node.inputs)
+    ]
     yield f"  {{{' '.join(ends)}}} -> {{{' '.join(begins)}}} [style=invis]"
 
 
@@ -150,11 +153,11 @@ def _statements(nodes: Sequence[RegionNode], prefix: str) -> Iterator[str]:
     for node in nodes:
         colour = COLOURS.get((node.role or "").rstrip("0123456789"), _OTHER)
         mark = f" {_MARK}" if node.role == "offends" else ""
-        name, text = _quoted(prefix + node.name), _short(_labelled(node))
-        yield f'{name} [label={_quoted(text)} fillcolor="{colour}" ordering=in{mark}]'
+        name, text = dot_string(prefix + node.name), _short(_labelled(node))
+        yield f'{name} [label={dot_string(text)} fillcolor="{colour}" ordering=in{mark}]'
         for source in node.inputs:
             if source in inside:
-                yield f"{_quoted(prefix + source)} -> {name}"
+                yield f"{dot_string(prefix + source)} -> {name}"
 
 
 def _labelled(node: RegionNode) -> str:
@@ -164,8 +167,3 @@ def _labelled(node: RegionNode) -> str:
 
 def _short(text: str, most: int = 64) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'

@@ -1,6 +1,7 @@
-"""What a compilation tells about its graphs: counters, log lines, trace artifacts.
+"""What a compilation reports about its graphs: counters, log lines, trace artifacts.
 
-counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason
+counters["flashmhf"]            graphs, sites rewritten and declined, each kind of reason,
+                                and graphs that were not analysed
                                 (the passes after autograd are counted where they run)
 TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all details
 TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..compat import counters, trace_artifact
+from ..errors import only_reporting
 from ..passes.outcome import Fusion
+from .escape import visible, visible_lines
 from .report import Report, plain
 from .text import details, line_for, line_for_fusion
 from .values import GraphReport
@@ -26,10 +29,11 @@ log = logging.getLogger("mhf_compiler")
 def announce(report: GraphReport) -> None:
     """Count, log and trace what happened to one graph."""
     _count(report)
-    _log(report)
-    trace_artifact("flashmhf_before", "string", lambda: report.before)
-    trace_artifact("flashmhf_after", "string", lambda: report.after)
-    trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
+    with only_reporting("the log of a graph"):
+        _log(report)
+        trace_artifact("flashmhf_before", "string", lambda: visible_lines(report.before))
+        trace_artifact("flashmhf_after", "string", lambda: visible_lines(report.after))
+        trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
 
 
 def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
@@ -37,7 +41,7 @@ def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
     for fusion in fusions:
         log.info("%s", line_for_fusion(fusion))
     for note in notes:
-        log.info("%s", note)
+        log.info("%s", visible(note))
     trace_artifact(
         "flashmhf_fusions",
         "json",
@@ -72,6 +76,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 def _count(report: GraphReport) -> None:
     tally = counters["flashmhf"]
     tally["graphs"] += 1
+    for unread in report.unread:
+        tally["unread"] += 1
+        tally[f"unread.{unread.reason.kind.name}"] += 1
     tally["sites_rewritten"] += len(report.rewritten)
     tally["sites_declined"] += len(report.declined)
     for site in report.declined:
@@ -82,18 +89,22 @@ def _count(report: GraphReport) -> None:
 def _log(report: GraphReport) -> None:
     if not log.isEnabledFor(logging.INFO):
         return
+    for unread in report.unread:
+        log.info("%s", unread)
     for site in [*report.rewritten, *report.declined]:
         log.info("%s", line_for(site))
         log.debug("%s", details(site))
     for note in report.notes:
-        log.info("%s", note)
-    if not report.rewritten and not report.declined and not report.notes:
+        log.info("%s", visible(note))
+    if not (report.rewritten or report.declined or report.notes or report.unread):
         log.info("nothing to rewrite among %d operations", report.operations)
         for product in report.products:
-            log.debug("looked at %s: %s", product.location or "unknown source", product.call)
+            place = visible(product.location or "unknown source")
+            log.debug("looked at %s: %s", place, visible(product.call))
     if report.graph_break is not None:
         where = report.graph_break.location or "unknown source"
-        log.info("graph break at %s: %s", where, report.graph_break.reason.splitlines()[0])
+        (first, *_) = report.graph_break.reason.splitlines() or [""]
+        log.info("graph break at %s: %s", visible(where), visible(first))
     if report.rewritten:
-        log.debug("before:\n%s", report.before)
-        log.debug("after:\n%s", report.after)
+        log.debug("before:\n%s", visible_lines(report.before))
+        log.debug("after:\n%s", visible_lines(report.after))

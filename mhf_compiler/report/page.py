@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from .dot import COLOURS, DrawingError, Frame, dot_source, frames, render
+from .escape import visible, visible_lines
 from .groups import Group, grouped
 from .text import cells, fusion_lines, headline, printed, rows, why_nothing
-from .values import GraphReport, all_declined, all_notes, all_rewritten
+from .values import GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
 
@@ -27,17 +28,19 @@ _FOLDER = Path(__file__).parent
 def page(graphs: Sequence[GraphReport]) -> str:
     """The whole page."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    nothing = not rewritten and not declined and not notes
+    unread = all_unread(graphs)
+    nothing = not (rewritten or declined or notes or unread)
     made = _template().page(
         headline=headline(graphs),
         style=_trusted((_FOLDER / "page.css").read_text() + _colours_of_code()),
         script=_trusted((_FOLDER / "page.js").read_text()),
         tables=_tables(graphs),
+        unread=list(dict.fromkeys(map(str, unread))),
         rewritten=[_site(group) for group in grouped(rewritten)],
         declined=[_site(group) for group in grouped(declined)],
         nothing=why_nothing(graphs) if nothing else "",
         fusions=fusion_lines(graphs) if rewritten else [],
-        notes=notes,
+        notes=[visible(note) for note in notes],
         graphs=[
             {
                 "report": graph,
@@ -51,7 +54,7 @@ def page(graphs: Sequence[GraphReport]) -> str:
 
 
 def notebook(graphs: Sequence[GraphReport]) -> str:
-    """The overview, as the output of a notebook's cell; the rest unfolds."""
+    """The overview, as the output of a notebook's cell, which expands to the full report."""
     return str(_template().notebook(headline(graphs), _tables(graphs), printed(graphs)))
 
 
@@ -68,6 +71,7 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"visible": visible, "visible_lines": visible_lines}
     return environment.get_template("page.html").module
 
 
@@ -89,7 +93,14 @@ def _tables(graphs: Sequence[GraphReport]) -> list[Table]:
         tables.append(("Rewritten", header, listed))
     if declined:
         listed = [
-            [str(group.first.location or "unknown"), group.where, str(group.first.reason)]
+            [
+                visible(text)
+                for text in (
+                    group.first.location or "unknown",
+                    group.where,
+                    group.first.reason,
+                )
+            ]
             for group in grouped(declined)
         ]
         tables.append(("Declined", ["source", "module", "why"], listed))
@@ -105,9 +116,9 @@ def _site(group: Group) -> dict[str, Any]:
         shown = "The offending operation and those around it" if offends else "What was matched"
     return {
         "title": f"Site {group.numbered}: " if site.reason is None else "",
-        "place": str(site.location or "unknown source"),
-        "module": group.where,
-        "code": site.location.code if site.location else "",
+        "place": visible(site.location or "unknown source"),
+        "module": visible(group.where),
+        "code": visible(site.location.code) if site.location else "",
         "rows": [
             (name, COLOURS.get(name.rstrip("0123456789")), text) for name, text in rows(group)
         ],
@@ -124,14 +135,15 @@ def _picture(frame: Frame) -> dict[str, Any]:
         drawn = render(dot_source([Frame(title, frame.nodes)]), "svg").decode()
     except DrawingError:
         listed = (f"{node.role or '':>7}  {' '.join(node.call.split())}" for node in frame.nodes)
-        return {"title": title, "calls": "\n".join(listed)}
+        return {"title": title, "calls": "\n".join(map(visible, listed))}
     drawn = re.sub(r' id="[^"]*"', "", drawn[drawn.index("<svg") :])  # unique in one picture only
-    named = f'<svg role="img" aria-label="{escape(frame.title)}"'
+    named = f'<svg role="img" aria-label="{escape(visible(frame.title))}"'
     return {"svg": _trusted(drawn.replace("<svg", named, 1))}
 
 
 def difference(before: str, after: str) -> str:
     """Two codes as one, as HTML, with removed and added lines marked."""
+    before, after = visible_lines(before), visible_lines(after)
     old, new = before.splitlines(), after.splitlines()
     old_shown, new_shown = _coloured(before, len(old)), _coloured(after, len(new))
     lines: list[str] = []

@@ -1,6 +1,6 @@
 """``Report``: all graphs of one call of a model, and the ways to show them.
 
-It stands on top of the renderers, which take the graphs alone: ``text.py``, ``page.py`` (HTML) and
+It uses the renderers, which take the graphs alone: ``text.py``, ``page.py`` (HTML) and
 ``dot.py`` (pictures).
 """
 
@@ -19,7 +19,15 @@ from ..patterns import Reason
 from .dot import draw
 from .page import notebook, page
 from .text import headline, printed
-from .values import GraphBreak, GraphReport, SiteReport, all_declined, all_rewritten
+from .values import (
+    GraphBreak,
+    GraphReport,
+    SiteReport,
+    UnreadGraph,
+    all_declined,
+    all_rewritten,
+    all_unread,
+)
 
 SCHEMA = 1  # version of to_dict: raised when a key disappears or changes its meaning
 
@@ -43,6 +51,11 @@ class Report:
     def declined(self) -> list[SiteReport]:
         """The near-misses of all graphs, each with its reason."""
         return all_declined(self.graphs)
+
+    @property
+    def unread(self) -> list[UnreadGraph]:
+        """What was not analysed, each with its reason."""
+        return all_unread(self.graphs)
 
     @property
     def graph_breaks(self) -> list[GraphBreak]:

@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from ..passes.outcome import Fusion
+from .escape import visible, visible_lines
 from .groups import Group, grouped
 from .values import (
     GraphReport,
     Operation,
     SiteReport,
+    UnreadGraph,
     Work,
     all_declined,
     all_notes,
     all_rewritten,
+    all_unread,
 )
 
 _WIDTH = 100
@@ -30,6 +33,10 @@ def printed(graphs: Graphs) -> str:
     """All that is known of the graphs."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
     parts = [headline(graphs)]
+    unread = Counter(all_unread(graphs))
+    if unread:
+        listed = "\n".join(_unread(one, count) for one, count in unread.items())
+        parts.append(f"Not analysed\n{listed}")
     if rewritten:
         groups = grouped(rewritten)
         parts.append("Rewritten\n" + _table(groups))
@@ -37,14 +44,14 @@ def printed(graphs: Graphs) -> str:
     if declined:
         paragraphs = "\n\n".join(_details(group) for group in grouped(declined))
         parts.append(f"Declined\n{paragraphs}")
-    if not rewritten and not declined and not notes:
+    if not (rewritten or declined or notes or unread):
         parts.append(why_nothing(graphs))
     if rewritten:
         parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
     breaks = list(_graph_breaks(graphs))
     if breaks:
         parts.append("Graph breaks\n" + "\n".join(breaks))
-    return "\n\n".join([*parts, *notes])
+    return visible_lines("\n\n".join([*parts, *map(visible, notes)]))
 
 
 def headline(graphs: Graphs) -> str:
@@ -86,15 +93,15 @@ def fusion_lines(graphs: Graphs) -> list[str]:
 
 def line_for_fusion(fusion: Fusion) -> str:
     """A fusion in one line."""
-    return f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}"
+    return visible(f"{'fused' if fusion.obstacle is None else 'not fused'}: {fusion}")
 
 
 def line_for(site: SiteReport) -> str:
     """A site in one line, for logs."""
     where = f"{site.location or 'unknown source'}{f' in {site.module}' if site.module else ''}"
     if site.reason is None:
-        return f"rewritten: {where}: {site.sizes}"
-    return f"declined: {where}: {site.reason.kind.name}: {site.reason}"
+        return visible(f"rewritten: {where}: {site.sizes}")
+    return visible(f"declined: {where}: {site.reason.kind.name}: {site.reason}")
 
 
 def details(site: SiteReport) -> str:
@@ -108,9 +115,9 @@ def details(site: SiteReport) -> str:
 def _details(group: Group) -> str:
     site = group.first
     where = site.location
-    lines = [f"  {where or 'unknown source'}"]
+    lines = [f"  {visible(where or 'unknown source')}"]
     if where is not None and where.code:
-        lines.append(f"      {where.code}")
+        lines.append(f"      {visible(where.code)}")
     listed = rows(group)
     wide = max((len(name) for name, _ in listed), default=0)
     for name, text in listed:
@@ -128,7 +135,7 @@ def rows(group: Group) -> list[tuple[str, str]]:
     if group.where:
         named = f"{group.where} ({site.module_class})" if site.module_class else group.where
         found = [("module", named), *found]
-    return found
+    return [(name, visible(text)) for name, text in found]
 
 
 def _why(site: SiteReport) -> list[tuple[str, str]]:
@@ -155,7 +162,7 @@ def _rows(site: SiteReport) -> list[tuple[str, str]]:
 
 def _operation(operation: Operation) -> str:
     where = f"{operation.location}: " if operation.location is not None else ""
-    return f"{where}{operation.call}"
+    return visible(f"{where}{operation.call}")
 
 
 def _work(work: Work) -> str:
@@ -181,12 +188,18 @@ def scaled(number: float, unit: str) -> str:
     return f"{number:.3g} P{unit}"
 
 
+def _unread(unread: UnreadGraph, count: int) -> str:
+    where = f"{unread.location or 'unknown source'}{f' ({count} times)' if count > 1 else ''}"
+    why, remedy = str(unread.reason), unread.reason.kind.remedy
+    return f"  {where}\n    why         {why}\n    what to do  {remedy}"
+
+
 def _graph_breaks(graphs: Graphs) -> Iterator[str]:
     for position, graph in enumerate(graphs):
         if graph.graph_break is not None:
             where = graph.graph_break.location or "unknown source"
             reason = graph.graph_break.reason.splitlines()
-            yield f"  after graph {position}, at {where}: {reason[0]}"
+            yield f"  after graph {position}, at {visible(where)}: {reason[0]}"
             yield from (f"      {line.strip()}" for line in reason[1:])
 
 
@@ -215,7 +228,7 @@ def _hidden_units(site: SiteReport) -> str:
 def cells(groups: Sequence[Group]) -> list[list[str]]:
     """The rewritten sites as the rows of a table, header first."""
     header = [*_COLUMNS]
-    return [header, *([str(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
+    return [header, *([visible(cell(group)) for cell in _COLUMNS.values()] for group in groups)]
 
 
 def _table(groups: Sequence[Group]) -> str:

@@ -7,6 +7,7 @@
         Operation        the operation that decided a near-miss
         RegionNode       one operation of a picture
         Work             arithmetic, bytes and estimated times
+      UnreadGraph        why it was not analysed
       GraphBreak         why Dynamo ended the graph
 
 No value refers to a graph, so a report can be kept, compared and written to a file.
@@ -181,6 +182,23 @@ class SiteReport:
         return f"{self.location or 'unknown source'}: {self.sizes}"
 
 
+@dataclass(frozen=True)
+class UnreadGraph:
+    """A graph, or a graph inside of another, that was not analysed.
+
+    Attributes:
+        reason: why not.
+        location: the source line that is to blame, where one is.
+    """
+
+    reason: Reason
+    location: Location | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.location is None else f" at {self.location}"
+        return f"a graph was not analysed{where}: {self.reason.kind.name}: {self.reason}"
+
+
 @dataclass
 class GraphReport:
     """What happened to one graph.
@@ -192,6 +210,7 @@ class GraphReport:
         looked_at: number of possible down projections: matrix products of activated values.
         rewritten: the MH-FFNs that were replaced.
         declined: the near-misses, each with its reason.
+        unread: why it, or graphs inside of it, were not analysed; empty if all were.
         notes: further remarks, one sentence each.
         products: all its matrix products, if none belongs to a site or a near-miss.
         graph_break: why it ended before the end of the model, if it did.
@@ -205,6 +224,7 @@ class GraphReport:
     looked_at: int = 0
     rewritten: list[SiteReport] = field(default_factory=list)
     declined: list[SiteReport] = field(default_factory=list)
+    unread: list[UnreadGraph] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     products: list[Operation] = field(default_factory=list)
     graph_break: GraphBreak | None = None
@@ -219,6 +239,11 @@ def all_rewritten(graphs: Iterable[GraphReport]) -> list[SiteReport]:
 def all_declined(graphs: Iterable[GraphReport]) -> list[SiteReport]:
     """The near-misses of all graphs, each with its reason."""
     return [site for graph in graphs for site in graph.declined]
+
+
+def all_unread(graphs: Iterable[GraphReport]) -> list[UnreadGraph]:
+    """What was not analysed of any of the graphs."""
+    return [unread for graph in graphs for unread in graph.unread]
 
 
 def all_notes(graphs: Iterable[GraphReport]) -> list[str]:

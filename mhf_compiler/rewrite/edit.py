@@ -8,23 +8,60 @@ what is then dead is removed. The given graph stays untouched; the caller takes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from ..compat import copy_dynamo_metadata
+from ..compat import BUCKET, copy_dynamo_metadata
 from ..patterns import CanonicalCopy, RouterProduct, Site, Value
 from .emit import EditError, Editor
 
 
-def rewrite(
-    graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: CanonicalCopy
-) -> fx.Graph:
-    """A copy of ``graph`` with its op in place of every site.
+@dataclass(frozen=True)
+class Edit:
+    """An edited graph, and how it belongs to the given one.
+
+    Attributes:
+        graph: the edited copy.
+        nodes: each node of the given graph, with its copy; some of these are removed.
+        inserted: each new node that computes a site, with that site.
+        redirected: for a node of the given graph and one of its arguments, the new node that it
+            reads instead.
+    """
+
+    graph: fx.Graph
+    nodes: dict[fx.Node, fx.Node]
+    inserted: dict[fx.Node, Site | RouterProduct] = field(default_factory=dict)
+    redirected: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+
+
+def rewrite(graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: CanonicalCopy) -> Edit:
+    """Copy ``graph`` and put its op in place of every site.
 
     Raises:
         EditError: an argument of a site cannot be expressed; nothing was changed.
     """
+    edit = _copied_graph(graph)
+    results: dict[Value, fx.Node] = {}
+    for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
+        editor = Editor(edit.graph, edit.nodes, copy, site, results)
+        try:
+            output = editor.insert()
+            made = {site.output: output, **{p: editor.piece(output, p) for p in site.pieces}}
+        except EditError as error:
+            error.site = site
+            raise
+        results |= made
+        edit.inserted.update(dict.fromkeys(editor.inserted, site))
+        for value, result in made.items():
+            _redirect_readers(edit, value, result, copy, after=editor.position)
+    _remove_dead(edit.graph, edit.nodes, copy, sites)
+    edit.graph.lint()
+    return edit
+
+
+def _copied_graph(graph: fx.Graph) -> Edit:
     edited = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     output = edited.graph_copy(graph, nodes)
@@ -33,29 +70,11 @@ def rewrite(
     nodes[old_output].meta = dict(old_output.meta)
     for old, new in nodes.items():
         copy_dynamo_metadata(old, new)
-    results: dict[Value, fx.Node] = {}
-    for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
-        editor = Editor(edited, nodes, copy, site, results)
-        try:
-            output = editor.insert()
-            made = {site.output: output, **{p: editor.piece(output, p) for p in site.pieces}}
-        except EditError as error:
-            error.site = site
-            raise
-        results |= made
-        for value, result in made.items():
-            _redirect_readers(value, result, nodes, copy, after=editor.position)
-    _remove_dead(edited, nodes, copy, sites)
-    edited.lint()
-    return edited
+    return Edit(edited, nodes)
 
 
 def _redirect_readers(
-    value: Value,
-    result: fx.Node,
-    nodes: dict[fx.Node, fx.Node],
-    copy: CanonicalCopy,
-    after: int,
+    edit: Edit, value: Value, result: fx.Node, copy: CanonicalCopy, after: int
 ) -> None:
     """Let every node after a position that reads the value read the result instead.
 
@@ -75,13 +94,15 @@ def _redirect_readers(
             place = places[memory]
         else:
             place = places[memory] = _copied(result) if places else result
-        nodes[reader].replace_input_with(nodes[argument], place)
+            edit.inserted[place] = edit.inserted[result]
+        edit.nodes[reader].replace_input_with(edit.nodes[argument], place)
+        edit.redirected[reader, argument] = place
 
 
 def _copied(node: fx.Node) -> fx.Node:
     with node.graph.inserting_after(node):
         copied = node.graph.call_function(torch.clone, (node,))
-    for key in ("stack_trace", "nn_module_stack"):
+    for key in ("stack_trace", "nn_module_stack", BUCKET):
         if key in node.meta:
             copied.meta[key] = node.meta[key]
     return copied

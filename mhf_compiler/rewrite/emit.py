@@ -15,12 +15,13 @@ import sympy
 import torch
 from torch import fx
 
-from ..compat import unwrap_for_grad
+from ..compat import BUCKET, unwrap_for_grad
 from ..patterns import (
     RESHAPES,
     STACK,
     Axis,
     CanonicalCopy,
+    Kind,
     RouterProduct,
     Site,
     Size,
@@ -36,9 +37,22 @@ _ALIGNED_TOKENS = 8  # 16 bytes of 16-bit numbers
 
 
 class EditError(Exception):
-    """A site cannot be written into the graph; the message says what is in the way."""
+    """A site cannot be written into the graph; the message says what is in the way.
 
-    site: Site | RouterProduct | None = None
+    Attributes:
+        kind: the reason that the site is declined for.
+        site: which one it is.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        kind: Kind = Kind.UNSUPPORTED_LAYOUT,
+        site: Site | RouterProduct | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.site = site
 
 
 class Editor:
@@ -57,6 +71,7 @@ class Editor:
         self.position = copy.positions[site.output_node]
         self.last = nodes[site.output_node]
         self.made: dict[Value, fx.Node] = {}
+        self.inserted: list[fx.Node] = []
 
     def insert(self) -> fx.Node:
         """The op's result, with the shape and the strides of the value that it replaces."""
@@ -117,9 +132,10 @@ class Editor:
         with self.graph.inserting_after(self.last):
             kind = "call_method" if isinstance(target, str) else "call_function"
             self.last = self.graph.create_node(kind, target, args, kwargs)
-        for key in ("stack_trace", "nn_module_stack"):
+        for key in ("stack_trace", "nn_module_stack", BUCKET):
             if key in self.site.output_node.meta:
                 self.last.meta[key] = self.site.output_node.meta[key]
+        self.inserted.append(self.last)
         return self.last
 
     # Arguments.
@@ -162,7 +178,7 @@ class Editor:
 
     def _recompute(self, value: Value) -> fx.Node:
         if value.op == STACK:
-            return self.call(torch.stack, [self.value(v) for v in value.args])
+            return self.stacked(value)
         for view in value.readers:  # of a linear layer, only a view of its product is held
             alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
             holder = self.copy.holder_at(view, self.position) if alike else None
@@ -174,6 +190,10 @@ class Editor:
         args, kwargs = self._plain(value.args), self._plain(value.kwargs)
         node = self.call(value.op, *args, **kwargs)
         return node if value.item is None else self.call(operator.getitem, node, value.item)
+
+    def stacked(self, value: Value) -> fx.Node:
+        """Tensors of the graph in one, such as the weights of several modules."""
+        return self.call(torch.stack, [self.value(part) for part in value.args])
 
     def _plain(self, tree: Any) -> Any:
         if isinstance(tree, Value):
@@ -214,20 +234,25 @@ class Editor:
         axes = [axis for axis, _ in terms]
         if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
             return node, axes
-        steps: list[Size] = [step for _, step in terms]
-        whole = steps[-1] == 1  # nothing is skipped inside the innermost axis
-        offset = form.offset
-        part = _part(axes, steps, offset, size)
+        offset, part = form.offset, _part(axes, [step for _, step in terms], form.offset, size)
         if part is not None:
             start, size = part
             offset -= start
             node = self.call("narrow", node, dim, start, size)
-        sizes: list[Size] = []
-        for outer, inner in itertools.pairwise([size, *steps, *([] if whole else [1])]):
-            digit = quotient(outer, inner)
-            if digit is None:
-                return self._strided(node, dim, terms, offset, size), axes
-            sizes.append(digit)
+        sizes = _sizes_of_digits(size, [step for _, step in terms])
+        if sizes is None:
+            return self._strided(node, dim, terms, offset, size), axes
+        return self._split(node, dim, terms, offset, sizes), axes
+
+    def _split(
+        self,
+        node: fx.Node,
+        dim: int,
+        terms: list[tuple[Axis, Size]],
+        offset: Size,
+        sizes: list[Size],
+    ) -> fx.Node:
+        """A dimension as several, one for each digit, narrowed to the part that is read."""
         if len(sizes) > 1:
             known = [s if isinstance(s, int) else None for s in sizes]
             node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
@@ -240,9 +265,9 @@ class Editor:
             if at != 0 or axis.size != sizes[position]:
                 where = (dim + position, self.size(at), self.size(axis.size))
                 node = self.call("narrow", node, *where)
-        if not whole:
+        if len(sizes) > len(terms):  # something is skipped inside the innermost axis
             node = self.call("select", node, dim + len(terms), self.size(offset))
-        return node, axes
+        return node
 
     def _strided(
         self, node: fx.Node, dim: int, terms: list[Any], offset: Size, size: Size
@@ -361,6 +386,18 @@ class Editor:
 def _descending(step: Size) -> tuple[int, int]:
     """Sort key: a symbolic step is a product with the inner sizes, so it comes first."""
     return (1, -step) if isinstance(step, int) else (0, -len(sympy.Mul.make_args(step)))
+
+
+def _sizes_of_digits(size: Size, steps: list[Size]) -> list[Size] | None:
+    """The sizes of the parts into which steps divide a dimension; None where they do not."""
+    inner = [] if steps[-1] == 1 else [1]
+    sizes: list[Size] = []
+    for outer, step in itertools.pairwise([size, *steps, *inner]):
+        digit = quotient(outer, step)
+        if digit is None:
+            return None
+        sizes.append(digit)
+    return sizes
 
 
 def _aligned_by_tokens(site: RouterProduct) -> bool:

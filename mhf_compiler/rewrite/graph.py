@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..compat import has_symbols, run_pass, tracing_shape_env
+from ..errors import NotAnalysedError, fault, only_reporting, warn_once
 from ..options import Options
 from ..patterns import (
     CanonicalCopy,
@@ -22,16 +23,26 @@ from ..patterns import (
     Reason,
     RouterProduct,
     Site,
+    Unreadable,
     find_router_products,
     find_sites,
     inner_graphs,
+    is_product_call,
 )
-from ..report.describe import graph_break, matrix_products, near_miss_report, site_report
+from ..report.describe import (
+    graph_break,
+    matrix_products,
+    near_miss_report,
+    site_report,
+    unread_graph,
+)
 from ..report.logs import announce
 from ..report.values import GraphReport, SiteReport
+from . import guard
 from .edit import rewrite
 from .emit import EditError
 from .judge import Decision, decide, product_runs
+from .verify import VerificationError, disagreement
 
 PASS = "flashmhf"  # its name among Inductor's passes, to disable it by
 
@@ -41,42 +52,111 @@ Keep = Callable[[fx.GraphModule, Site], None]
 def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None) -> GraphReport:
     """Put the op in place of every site of ``gm``, in place, and report what was done.
 
-    The graph of ``gm`` is replaced only if the whole edit has succeeded. Then ``keep`` is called
-    for each of ``report.rewritten``, in that order, with the site and the graph that contains it.
+    Whatever fails leaves all graphs as they were: it is counted, told once and reported. Then
+    ``keep`` is called for each of ``report.rewritten``, in that order, with the site and the graph
+    that contains it.
+
+    Raises:
+        NotAnalysedError: under ``strict``, a graph could not be analysed.
+        Exception: under ``strict``, whatever has failed.
     """
     before = gm.print_readable(print_output=False)
     report = GraphReport(before=before, after=before, operations=len(gm.graph.nodes))
-    report.graph_break = graph_break(gm)
     if options.rewrite == "never":
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
-    elif not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, keep)):
-        report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
-    if report.rewritten:
-        report.after = gm.print_readable(print_output=False)
-    announce(report)
+    else:
+        _rewrite_all(gm, options, report, keep)
+    with only_reporting("the report of a graph"):
+        report.graph_break = graph_break(gm)
+        announce(report)
     return report
 
 
-def _rewrite_module(
+def _rewrite_all(
     gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None
+) -> None:
+    """Rewrite a graph and those inside of it, or none of them."""
+    originals = Originals(gm)
+    kept: list[tuple[fx.GraphModule, Site]] = []
+    try:
+        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept)):
+            report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
+        if report.rewritten:
+            report.after = gm.print_readable(print_output=False)
+    except Exception as error:
+        originals.restore()
+        report.rewritten.clear()
+        report.declined.clear()
+        what = f"{type(error).__name__}: {error}"
+        report.unread = [unread_graph(Reason(Unreadable.COMPILER_FAULT, what))]
+        message = "rewriting failed, the graph is compiled as it is"
+        fault("rewrite", message, error, strict=options.strict)
+        return
+    for unread in report.unread:
+        if options.strict:
+            raise NotAnalysedError(str(unread))
+        warn_once(str(unread))
+    if keep is not None:
+        for module, site in kept:
+            keep(module, site)
+
+
+class Originals:
+    """The graphs of a module and of those inside of it, as they were."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        self.graphs = [(module, module.graph) for module in modules]
+
+    @property
+    def were_replaced(self) -> bool:
+        return any(module.graph is not graph for module, graph in self.graphs)
+
+    def restore(self) -> None:
+        for module, graph in self.graphs:
+            if module.graph is not graph:
+                module.graph = graph
+
+
+def _rewrite_module(
+    gm: fx.GraphModule,
+    options: Options,
+    report: GraphReport,
+    kept: list[tuple[fx.GraphModule, Site]],
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if modes is None:
-            report.notes.append(
-                "an inner graph was not looked at: it is called under torch.inference_mode, under "
-                "several modes of autocast or gradients, or under modes that are not known"
-            )
+            if sum(map(is_product_call, inner.graph.nodes)) > 1:
+                report.unread.append(unread_graph(Reason(Unreadable.SEVERAL_MODES)))
         else:
             with modes.entered():
-                _rewrite_module(inner, options, report, keep)
+                _rewrite_module(inner, options, report, kept)
     findings = find_sites(gm, _shape_env(gm))
     decisions = [decide(site, options) for site in findings.sites]
-    decisions = _write(gm, decisions, findings)
+    if options.verify:
+        decisions = [_verified(decision, gm, findings, options) for decision in decisions]
+    decisions = _write(gm, decisions, findings, options.strict)
     _describe(gm, findings, decisions, report)
-    if keep is not None:
-        for decision in decisions:
-            if decision.reason is None:
-                keep(gm, decision.site)
+    kept += [(gm, decision.site) for decision in decisions if decision.reason is None]
+
+
+def _verified(
+    decision: Decision, gm: fx.GraphModule, findings: Findings, options: Options
+) -> Decision:
+    """Decline a site that does not compute what its original spelling computes."""
+    if decision.reason is not None:
+        return decision
+    site = decision.site
+    assert findings.copy is not None
+    try:
+        wrong = disagreement(gm, site, findings.copy)
+    except EditError:  # as _write finds out
+        return decision
+    if wrong is None:
+        return decision
+    message = f"a site at {site.location} is not rewritten"
+    fault("verify", message, VerificationError(wrong), strict=options.strict)
+    return replace(decision, reason=Reason(Kind.NOT_VERIFIED, wrong, site.output_node))
 
 
 def _describe(
@@ -84,8 +164,8 @@ def _describe(
 ) -> None:
     """Add what was found and decided to the report."""
     report.looked_at += findings.looked_at
-    if findings.untraceable is not None:
-        report.notes.append(f"a graph could not be analysed: {findings.untraceable}")
+    if findings.unreadable is not None:
+        report.unread.append(unread_graph(findings.unreadable))
     if not findings.sites and not findings.near_misses:
         report.products += matrix_products(gm)
     report.declined += [near_miss_report(miss) for miss in findings.near_misses]
@@ -112,7 +192,9 @@ def _shape_env(gm: fx.GraphModule) -> Any | None:
 # The edit.
 
 
-def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings) -> list[Decision]:
+def _write(
+    gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings, strict: bool
+) -> list[Decision]:
     """Edit the graph; decline a site that cannot be expressed, and try the rest again."""
     accepted = [decision for decision in decisions if decision.reason is None]
     if not accepted:
@@ -124,17 +206,17 @@ def _write(gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings
     # The products before the sites' routers that need no float32 copy of the queries.
     found = find_router_products([decision.site for decision in accepted], copy)
     products = {
-        decision.site: tuple(filter(product_runs, before))
+        decision.site: tuple(product for product in before if product_runs(product, strict))
         for decision, before in zip(accepted, found, strict=True)
     }
     try:
-        gm.graph, products = _with_products(gm.graph, products, copy)
+        gm.graph, products = _with_products(gm.graph, products, copy, _shape_env(gm))
     except EditError as error:
         if error.site not in products:
             raise
-        reason = Reason(Kind.UNSUPPORTED_LAYOUT, str(error), error.site.output_node)
+        reason = Reason(error.kind, str(error), error.site.output_node)
         declined = [replace(d, reason=reason) if d.site is error.site else d for d in decisions]
-        return _write(gm, declined, findings)
+        return _write(gm, declined, findings, strict)
     gm.recompile()
     return [replace(d, products=products.get(d.site, ())) for d in decisions]
 
@@ -143,7 +225,7 @@ _Products = dict[Site, tuple[RouterProduct, ...]]  # of the sites that are rewri
 
 
 def _with_products(
-    graph: fx.Graph, products: _Products, copy: CanonicalCopy
+    graph: fx.Graph, products: _Products, copy: CanonicalCopy, shape_env: Any | None
 ) -> tuple[fx.Graph, _Products]:
     """The edited graph, and what was written into it.
 
@@ -152,7 +234,9 @@ def _with_products(
     # Sites may share a router.
     shared = {product.output: product for before in products.values() for product in before}
     try:
-        return rewrite(graph, [*shared.values(), *products], copy), products
+        edit = rewrite(graph, [*shared.values(), *products], copy)
+        guard.check(edit, copy, shape_env)
+        return edit.graph, products
     except EditError as error:
         if not isinstance(error.site, RouterProduct):
             raise
@@ -161,4 +245,4 @@ def _with_products(
             site: tuple(product for product in before if product.output is not lost)
             for site, before in products.items()
         }
-        return _with_products(graph, rest, copy)
+        return _with_products(graph, rest, copy, shape_env)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..compat import cache_folder, no_fake_mode
-from ..errors import warn_of_failure
+from ..errors import kernel_failed
 from ..options import Options, inductor_config, tunes
 from ..patterns import STACK, Kind, Reason, RouterProduct, Site, Value, locate
 from ..report.logs import progress
@@ -67,14 +67,18 @@ def _objection(
                     tune(workload, cache_folder(), say)
             trial_run(workload)
     except Exception as error:
-        warn_of_failure("the MH-FFN", site.location, error)
+        kernel_failed("the MH-FFN", site.location, error, strict=options.strict)
         first, *_ = str(error).splitlines() or [type(error).__name__]
         return Reason(Kind.KERNEL_FAILED, first, site.output_node)
     return None
 
 
-def product_runs(product: RouterProduct) -> bool:
-    """Whether there is a kernel for a router's product, and it runs on this machine."""
+def product_runs(product: RouterProduct, strict: bool) -> bool:
+    """Whether there is a kernel for a router's product, and it runs on this machine.
+
+    Raises:
+        Exception: under ``strict``, what the kernel raised in its trial run.
+    """
     from ..lowering.ops.router import takes, trial_run
 
     query, weight = product.query.value, product.weight.value
@@ -86,7 +90,8 @@ def product_runs(product: RouterProduct) -> bool:
             training = product.output.requires_grad_mode
             trial_run(query.dtype, weight.dtype, shape, query.device, training)
     except Exception as error:
-        warn_of_failure("the product before a router", locate(product.output_node), error)
+        where = locate(product.output_node)
+        kernel_failed("the product before a router", where, error, strict=strict)
         return False
     return True
 

@@ -40,7 +40,7 @@ def assert_compiled_right(case: Case) -> None:
 
 
 def _run(case: Case, model: nn.Module) -> dict[str, Tensor]:
-    """One step over the inputs of ``case``, in the model's dtype: everything it leaves behind."""
+    """One step in the model's dtype: outputs, gradients and what the inputs hold after it."""
     dtype = next((p.dtype for p in model.parameters()), case.dtype)
     inputs = [x.to(dtype).requires_grad_(case.gradients) for x in case.inputs()]
     torch.manual_seed(2)

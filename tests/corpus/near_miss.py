@@ -395,7 +395,7 @@ class WideConvolution(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-# The activation and what stands beside it.
+# The activation and what it is combined with.
 
 
 class Activation(PerHead):

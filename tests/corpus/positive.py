@@ -459,7 +459,7 @@ class ListOfHeads(nn.Module):
 @mhf("compared", arguments={"compare": True})
 @mhf("stacked", arguments={"merge": "stack"})
 class HeadsReadElsewhere(ListOfHeads):
-    """The outputs of heads are results, too, beside what they are merged into."""
+    """The outputs of heads are results, in addition to what they are merged into."""
 
     def __init__(self, merge: str = "cat", kept: int = H, compare: bool = False) -> None:
         super().__init__(merge)
@@ -1025,7 +1025,7 @@ class ResidualInsideVmap(PerHead):
 @mhf("batches of rows", shapes=[(B, H * L, d)])
 @mhf("fewer rows than batches", shapes=[(7, H * B, d)])
 class DispatchedTokens(PerHead):
-    """What was dispatched to each head lies row by row behind it: those are tokens, not heads."""
+    """What was dispatched to each head lies row by row after it: those are tokens, not heads."""
 
     def forward(self, x: Tensor) -> Tensor:
         q = x.unflatten(-2, (H, -1))
@@ -1397,7 +1397,7 @@ class AddedToLaterTokens(PerHead):
 
 @mhf(sub_networks=E, count=2)
 class Tower(SubNetworks):
-    """Layers whose routers read, behind a norm, what the layer before has returned."""
+    """Layers whose routers read, after a norm, what the layer before has returned."""
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(2):
@@ -1483,7 +1483,7 @@ class RouterByBroadcastProduct(SubNetworks):
 @mhf("chunk", arguments={"how": "chunk"})
 @mhf("stack", arguments={"how": "stack"})
 class MergedProjections(PerHead):
-    """Gate and up are put beside each other and taken apart by the activation."""
+    """Gate and up are concatenated and taken apart by the activation."""
 
     def __init__(self, how: str = "glu") -> None:
         super().__init__()

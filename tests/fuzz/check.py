@@ -28,7 +28,9 @@ from mhf_compiler.rewrite.graph import rewrite_graph
 
 from .programs import Program
 
-_OPTIONS = parse_options(None, {"rewrite": "always", "strict": True, "fallback": "eager"})
+_OPTIONS = parse_options(
+    None, {"rewrite": "always", "strict": True, "verify": True, "fallback": "eager"}
+)
 #: what results may be off by relative to the largest, by the lowest precision they go through
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 

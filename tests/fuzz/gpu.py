@@ -276,7 +276,7 @@ class Finding:
 
 
 def check(seed: int, device: str, lock: Path) -> Finding:
-    """Compile and run a program, beside others and then alone."""
+    """Compile and run a program, together with others and then alone."""
     sizes, use = draw(seed)
     torch._dynamo.reset()
     counters.clear()

@@ -36,7 +36,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Directed:
-    """Statements that are inserted behind an assignment to a variable in ``role``."""
+    """Statements that are inserted after an assignment to a variable in ``role``."""
 
     name: str
     role: str
@@ -276,7 +276,7 @@ def directed(program: Program, rng: Random) -> Mutant | None:
 def _names(
     variable: Assignment, program: Program, lines: list[str], at: int
 ) -> dict[str, str | int]:
-    """What a statement's placeholders stand for behind line ``at``."""
+    """What a statement's placeholders stand for after line ``at``."""
     queries = [a.name for a in program.assignments if a.role in ("query", "input")]
     before = "\n".join(lines[: at + 1])
     in_scope = [q for q in queries if re.search(rf"^\s*{q} = ", before, re.MULTILINE)]

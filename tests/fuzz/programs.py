@@ -1,7 +1,7 @@
 """The generator: a seed becomes the source of a module that is an MH-FFN, spelled somehow.
 
 ``generate`` draws sizes, layout, storage of the weights, loops, contractions, activation, router
-and merge, and writes a module that can be read, printed and pasted. Beside the source stands what
+and merge, and writes a module that can be read, printed and pasted. The source comes with what
 it means: the tensors of the op in their canonical layout and the expected site, so that the
 module can be compared with ``lowering/reference.py``.
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -17,6 +18,7 @@ from mhf_compiler import compat
 from mhf_compiler.lowering import multi_head_ffn, multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
 from mhf_compiler.lowering.cpu import blocked, compiled
+from mhf_compiler.lowering.summary import _cpu_path
 
 SCALES = {"k_scale": 0.7, "u_scale": 1.3, "out_scale": 0.4}
 
@@ -128,7 +130,7 @@ def test_zero_tokens(empty: dict[str, int]):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_gradient_at_a_time(name: str):
-    """Each gradient is right when it is the only one asked for."""
+    """Each gradient is right when no other is computed."""
     for absent in ((), ("u", "u_bias")):
         if name in absent:
             continue
@@ -291,7 +293,7 @@ def test_activations_are_as_exact_as_pytorchs(activation: str):
 
 
 def test_an_infinite_weight_that_no_token_feels():
-    """A ReLU's unit that is off for every token stays off, also beside the last token."""
+    """A ReLU's unit that is off for every token stays off, also after the last token."""
     q = torch.full((1, 3, 1, 2), -1.0)
     k = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]]).view(1, 1, 2, 2)
     v = torch.ones(1, 1, 2, 2, requires_grad=True)
@@ -322,13 +324,13 @@ def test_memory_does_not_grow_with_tokens_times_units(tmp_path, training: bool):
 @pytest.mark.parametrize("path", ["compiled"], indirect=True)
 def test_narrower_vectors():
     """Half as wide, and half as many registers: other tiles, and other panels of tokens."""
-    compiled._library.cache_clear()
+    compiled._built.cache_clear()
     try:
         with inductor_config.patch({"cpp.simdlen": 256}):
             for shape in ("prime", "more than a block", "whole vectors"):
                 assert_same(leaves(make(SHAPES[shape])), **SCALES)
     finally:
-        compiled._library.cache_clear()
+        compiled._built.cache_clear()
 
 
 # Which of the two is taken.
@@ -337,10 +339,10 @@ def test_narrower_vectors():
 @pytest.fixture
 def choice(monkeypatch, threads) -> None:
     monkeypatch.undo()
-    compiled._library.cache_clear()
+    compiled._built.cache_clear()
     threads(2)
     yield
-    compiled._library.cache_clear()
+    compiled._built.cache_clear()
 
 
 @pytest.mark.usefixtures("choice")
@@ -359,14 +361,19 @@ class TestChoice:
     def test_every_activation_has(self):
         assert all(compiled.takes(torch.empty(1, 64, 4, 8), name) for name in ACTIVATIONS)
 
-    def test_no_compiler(self, monkeypatch, caplog):
-        """The result is the same, with one warning."""
+    def test_no_compiler(self, monkeypatch):
+        """The result is the same, with one warning; the report says so, too."""
 
         def fail(source: str):
             raise RuntimeError("no compiler")
 
         monkeypatch.setattr(compat, "load_cpp", fail)
+        compat.counters.clear()
         tensors = leaves(make(SHAPE._replace(L=40)))
-        assert_same(tensors, **SCALES)
-        assert_same(tensors, **SCALES)
-        assert [record.getMessage().endswith("no compiler") for record in caplog.records] == [True]
+        with pytest.warns(RuntimeWarning, match="slower.*: no compiler$"):
+            assert_same(tensors, **SCALES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            assert_same(tensors, **SCALES)
+        assert compat.counters["flashmhf"]["failures.cpp"] == 1
+        assert _cpu_path().endswith("for want of C++: no compiler")

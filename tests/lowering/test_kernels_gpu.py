@@ -260,7 +260,7 @@ def test_no_hidden_activations_in_memory(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_allocated_once() -> None:
-    """Nothing of the size of the query beside its gradient, not even for a moment."""
+    """Nothing of the size of the query except its gradient, not even for a moment."""
     tensors = make(SHAPE._replace(B=1, L=65536, H=4, d=128, E=2, f=64))
     q, k, u, v, r = (x.requires_grad_() for name in NAMES[:5] if (x := tensors[name]) is not None)
     leaves = [q, k, u, v, r]

@@ -264,9 +264,24 @@ def test_every_source_that_times_depend_on_is_hashed(monkeypatch: pytest.MonkeyP
     assert {*(lowering / "kernels").rglob("*.py"), lowering / "tiles.py"} <= set(read)
 
 
+ROWS_OF_NO_KERNEL = [
+    [64, 64, 4, -1],
+    [64, 64, 4, 9],
+    [64, 64, 3, 3],
+    [64, 1 << 40, 4, 3],
+    [8, 64, 4, 3],
+    [True, 64, 4, 3],
+]
+
+
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"row": 3}', '{"row": [1, 2]}', '{"row": [64, 64, 4, -1]}', '{"about": {}}'],
+    [
+        *("", "{", "[]", '{"row": 3}', '{"row": [1, 2]}', '{"about": {}}'),
+        *(f'{{"row": {row}}}' for row in ROWS_OF_NO_KERNEL),
+        "[" * 100_000,
+    ],
+    ids=lambda text: text[:30],
 )
 def test_a_broken_file_is_timed_again(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -290,6 +305,18 @@ def test_a_folder_that_cannot_be_written_is_no_error(
     found = tiles(key)
     assert Card(key, {found[1]: 0.5}).tune(tmp_path / "file") == candidates(key)[found[1]]
     assert "not kept on disk" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> Any:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(Path, "exists", refused)
+    assert not store.recall(a_key(), tmp_path / "folder")
+    assert "not yours" in caplog.text
 
 
 def test_the_first_of_two_processes_decides_for_both(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from mhf_compiler.compat import counters
+from mhf_compiler.errors import forget_warnings
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
+    forget_warnings()
     counters.clear()
     torch.manual_seed(0)
     yield

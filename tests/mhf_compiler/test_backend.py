@@ -1,11 +1,12 @@
 """The back end: what it counts, what it does when something fails, and what it leaves alone."""
 
 import copy
+import importlib
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,20 @@ from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import mhf_compiler.compat
 import mhf_compiler.lowering.cost
 import mhf_compiler.lowering.workload
+import mhf_compiler.patterns.canonical
 import mhf_compiler.rewrite.graph
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering.cost import Estimate
+from mhf_compiler.options import parse_options
+from mhf_compiler.patterns import Unreadable
 from mhf_compiler.rewrite.emit import EditError
+from mhf_compiler.rewrite.graph import rewrite_graph
 
 ALWAYS = {"rewrite": "always", "fallback": "eager"}
 
@@ -157,6 +163,166 @@ def test_strict_lets_a_failure_through(part: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Exception, match="a bug in the compiler"):
         run(Heads(), strict=True)
     assert tallied()["failures"] == 1
+
+
+STAGES = [  # every place where the back end calls what is ours, except for the passes
+    # What only tells is at the end.
+    "rewrite.graph.inner_graphs",
+    "rewrite.graph.find_sites",
+    "rewrite.graph.decide",
+    "rewrite.graph.find_router_products",
+    "rewrite.graph.rewrite",
+    "rewrite.guard.check",
+    "rewrite.graph._describe",
+    "compilation.with_post_grad_passes",
+    "compat.tell_inductor_of",
+    "passes.manager.fix_layouts",
+    "compilation.announce_fusions",
+    "rewrite.graph.graph_break",
+    "rewrite.graph.announce",
+    "debug.dump.dump",
+]
+_ONLY_REPORTING = STAGES[-4:]
+_IN_INDUCTOR = STAGES[-6:-3]
+
+
+@pytest.fixture(params=STAGES)
+def broken_stage(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Any]]:
+    """A part of the back end that raises, and the options with which it is called."""
+    module, _, name = request.param.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(f"mhf_compiler.{module}"), name, _broken)
+    fallback = "inductor" if request.param in _IN_INDUCTOR else "aot_eager"
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield {"fallback": fallback}
+
+
+def test_no_failure_reaches_the_user(broken_stage: dict[str, Any], tmp_path: Path):
+    model = nn.Sequential(Heads(), Unpaired(), Heads())
+    with pytest.warns(MhfCompilerWarning, match="RuntimeError: a bug in the compiler") as caught:
+        run(model, dump_dir=tmp_path, **broken_stage)
+    assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
+    causes = [name for name in counters["flashmhf"] if name.startswith("failures.")]
+    assert tallied()["failures"] == len(causes) == 1  # Inductor puts errors into one of its own
+
+
+def test_every_failure_is_raised_under_strict(
+    request: pytest.FixtureRequest, broken_stage: dict[str, Any], tmp_path: Path
+):
+    """Except for one that changes nothing of what is compiled."""
+    if request.node.callspec.params["broken_stage"] in _ONLY_REPORTING:
+        raises: Any = pytest.warns(MhfCompilerWarning, match="the compiled model is not affected")
+    else:
+        raises = pytest.raises(Exception, match="a bug in the compiler")
+    with raises:
+        run(Heads(), dump_dir=tmp_path, strict=True, **broken_stage)
+
+
+class Checkpointed(nn.Module):
+    """A network in a graph of its own, and one around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Heads(), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+
+def test_graphs_inside_are_restored_too(monkeypatch: pytest.MonkeyPatch):
+    """The inner graph is rewritten before the outer one, where the fault is."""
+    whole, calls = mhf_compiler.rewrite.graph.rewrite, []
+
+    def rewrite(*given: Any) -> Any:
+        calls.append(given)
+        return whole(*given) if len(calls) == 1 else _broken()
+
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, "rewrite", rewrite)
+    reports: list[Any] = []
+
+    def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        before = gm.print_readable(print_output=False)
+        reports.append(rewrite_graph(gm, parse_options(None, ALWAYS)))
+        assert gm.print_readable(print_output=False) == before
+        return gm.forward
+
+    with pytest.warns(MhfCompilerWarning):
+        torch.compile(Checkpointed(), backend=collect)(tokens())
+    assert len(calls) == 2
+    (report,) = reports
+    assert report.rewritten == []
+    assert [one.reason.kind for one in report.unread] == [Unreadable.COMPILER_FAULT]
+
+
+def test_one_cause_is_told_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mhf_compiler.rewrite.graph, "find_sites", _broken)
+    with pytest.warns(MhfCompilerWarning) as caught:
+        run(Breaking())
+    assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
+    assert tallied()["failures"] == 2
+
+
+# Graphs that are not analysed.
+
+
+class SwitchedOff(Heads):
+    """Takes the gradient off a tensor in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * 2) + x.exp().detach_()
+
+
+def test_a_program_that_is_not_analysed():
+    """It is no failure: it is counted by its reason, told once, and listed first."""
+    with pytest.warns(MhfCompilerWarning, match="SWITCHED_GRADIENT") as caught:
+        run(SwitchedOff())
+    assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
+    assert tallied()["failures"] == 0
+    assert counters["flashmhf"]["unread"] == counters["flashmhf"]["unread.SWITCHED_GRADIENT"] == 1
+    with pytest.warns(MhfCompilerWarning):
+        report = mhf_compiler.explain(SwitchedOff(), options=ALWAYS)(tokens())
+    with pytest.raises(Exception, match="SWITCHED_GRADIENT"):
+        run(SwitchedOff(), strict=True)
+    (unread,) = report.unread
+    assert unread.location is not None
+    assert "detach_()" in unread.location.code
+    assert str(report).splitlines()[2] == "Not analysed"
+    assert report.to_dict()["graphs"][0]["unread"][0]["reason"]["kind"] == "SWITCHED_GRADIENT"
+    with (
+        pytest.warns(MhfCompilerWarning),
+        pytest.raises(AssertionError, match="1 graphs were not analysed"),
+    ):
+        mhf_compiler.assert_rewritten(SwitchedOff(), (tokens(),))
+
+
+READING = [
+    ("tracer._Tracer", "_begin"),
+    ("tracer._Tracer", "_end"),
+    ("recorder.Recorder", "record"),
+    ("memory.Memory", "read"),
+    ("memory.Memory", "finish"),
+]
+
+
+@pytest.mark.parametrize(("where", "method"), READING)
+def test_a_fault_while_a_graph_is_read_is_no_property_of_the_program(
+    where: str, method: str, monkeypatch: pytest.MonkeyPatch
+):
+    module, _, name = where.partition(".")
+    reader = getattr(importlib.import_module(f"mhf_compiler.patterns.{module}"), name)
+    monkeypatch.setattr(reader, method, _broken)
+    with pytest.warns(MhfCompilerWarning, match="a bug in the compiler"):
+        run(Heads())
+    assert tallied()["failures"] == 1
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="a bug in the compiler"):
+        run(Heads(), strict=True)
+    with (
+        pytest.warns(MhfCompilerWarning),
+        pytest.raises(AssertionError, match="the compiler itself failed"),
+    ):
+        mhf_compiler.assert_rewritten(Heads(), (tokens(),), sites=0)
 
 
 def test_strict_is_content_with_near_misses():

@@ -2,7 +2,7 @@
 
 Update them with ``EXPECTTEST_ACCEPT=1 pytest tests/mhf_compiler/test_golden.py`` and read the
 difference. Shown is the graph as it goes on to the fallback, without what says nothing: the source
-comments, the releases of variables, and the bookkeeping that vmap leaves behind.
+comments, the releases of variables, and the bookkeeping of vmap.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Heads(nn.Module):
 
     def forward(self, x):
         out = (x @ self.up).relu() @ self.down  # the network
-        return out.sin()  # behind it
+        return out.sin()  # after it
 
 
 class Wrong(Heads):
@@ -171,7 +171,7 @@ def test_what_inductor_cannot_compile_is_told_with_the_users_line(
         with fresh_cache():
             error = error_of(tmp_path, "Heads", backend)
         assert "this is not lowered" in error
-        assert f'script.py", line {line_of("behind it")}, in forward' in error, backend
+        assert f'script.py", line {line_of("after it")}, in forward' in error, backend
 
 
 # TORCH_COMPILE_DEBUG.

@@ -1,4 +1,4 @@
-"""Who is made to wait for tuning: whoever asked for it, for sites that are rewritten, once."""
+"""Tuning happens under max-autotune alone, for sites that are rewritten, once."""
 
 import io
 import logging

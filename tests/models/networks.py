@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and one or more networks, each behind a norm and beside a residual."""
+    """Attention and one or more networks, each after a norm and with a residual."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()

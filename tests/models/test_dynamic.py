@@ -128,7 +128,7 @@ def test_no_sizes_dynamic():
     assert assert_no_more_graphs(model, 1, LONGER, dynamic=False) == len(LONGER)
 
 
-# With Inductor behind.
+# Through Inductor.
 
 
 def test_inductor_compiles_no_more_graphs():

@@ -65,7 +65,7 @@ def twice(m: Network, x: Tensor, out: Tensor) -> Tensor:
     return out.cos()
 
 
-def changed_behind(m: Network, x: Tensor, out: Tensor) -> Tensor:
+def changed_after(m: Network, x: Tensor, out: Tensor) -> Tensor:
     out.copy_(m(x))
     out.mul_(2)
     return out
@@ -114,7 +114,7 @@ def each_head_apart(m: Network, x: Tensor, out: Tensor) -> Tensor:
     return torch.cat(heads, -1)
 
 
-def a_head_behind(m: Network, x: Tensor, out: Tensor) -> Tensor:
+def a_head_after(m: Network, x: Tensor, out: Tensor) -> Tensor:
     heads = [m.head(x, h) for h in range(H)]
     merged = torch.cat(heads, -1)
     out[..., :d].copy_(heads[1])
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Run, int]] = {
     "into a part": (into_a_part, 1),
     "of another dtype": (of_another_dtype, 1),
     "twice": (twice, 2),
-    "changed behind": (changed_behind, 1),
+    "changed after": (changed_after, 1),
     "over the input": (over_the_input, 1),
     "added to the input": (added_to_the_input, 1),
     "added to it": (added_to_it, 1),
@@ -153,7 +153,7 @@ CASES: dict[str, tuple[Run, int]] = {
     "head by head": (head_by_head, 0),
     "summed there": (summed_there, E),  # each sub-network by itself
     "each head apart": (each_head_apart, 0),
-    "a head behind": (a_head_behind, 1),
+    "a head after": (a_head_after, 1),
     "hidden units": (hidden_units, 0),
     "the router": (the_router, 1),
 }

@@ -1,6 +1,6 @@
-"""What can be seen of a model beside the numbers that it returns.
+"""What can be seen of a model apart from the numbers that it returns.
 
-Which results share memory, and with what: whoever changes one changes the others. What is written
+Which results share memory, and with what: to change one is to change the others. What is written
 where: inputs that are views of each other, statistics that a norm keeps, tensors that an operation
 writes without returning them.
 """
@@ -264,7 +264,7 @@ VIEWS: list[Run] = [
 
 
 def observe(call: Run, m: Kept, x: Tensor, y: Tensor) -> list[Tensor]:
-    """What is returned and left behind, and again after each result was changed in turn."""
+    """What is returned and what inputs hold, and again after each result was changed in turn."""
     for buffer in m.buffers():
         buffer.zero_()
     with torch.no_grad():

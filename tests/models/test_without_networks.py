@@ -68,7 +68,7 @@ class Convolutions(nn.Module):
 
 
 class Residual(nn.Module):
-    """Parts one after the other, each beside a residual."""
+    """Parts one after the other, each with a residual."""
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()

@@ -27,8 +27,9 @@ from mhf_compiler.patterns.axes import (
     split,
     through_reshape,
 )
-from mhf_compiler.patterns.canonical import INPUT, Value, trace
-from mhf_compiler.patterns.views import behind_views
+from mhf_compiler.patterns.canonical import INPUT, Value
+from mhf_compiler.patterns.tracer import trace
+from mhf_compiler.patterns.views import through_views
 
 View = Callable[[Tensor], Tensor]
 
@@ -64,7 +65,7 @@ def read_through(function: View, base: Tensor) -> Tensor:
     """What ``function`` shows of ``base``, by the index map alone."""
     value = canonical(function, base)
     axes = tuple(Axis(size) for size in value.shape)
-    source, index = behind_views(value, tuple(axis_form(axis) for axis in axes))
+    source, index = through_views(value, tuple(axis_form(axis) for axis in axes))
     assert source.op == INPUT, f"the walk ended at {source}"
     found = [base[at] for at in elements(axes, index)]
     return torch.stack(found).reshape(value.shape) if found else base.new_empty(value.shape)
@@ -158,7 +159,7 @@ def test_chains_of_views_read_what_torch_reads(
     base = numbered(*shape)
     value = canonical(function, base)
     axes = tuple(Axis(size) for size in value.shape)
-    source, index = behind_views(value, tuple(axis_form(axis) for axis in axes))
+    source, index = through_views(value, tuple(axis_form(axis) for axis in axes))
     tensor = _shown_by(value, base)[source]
     found = [int(tensor[at]) for at in elements(axes, index)]
     assert found == function(base).flatten().tolist()
@@ -210,20 +211,20 @@ ENDS = {
 def test_the_walk_ends_at_what_is_no_affine_map(function: View):
     value = canonical(function, numbered(2, 6, 12))
     index = tuple(axis_form(Axis(size)) for size in value.shape)
-    assert behind_views(value, index)[0].op != INPUT
+    assert through_views(value, index)[0].op != INPUT
 
 
 def test_casts_are_no_views():
     value = canonical(lambda x: x.half(), numbered(2, 3).float())
     index = tuple(axis_form(Axis(size)) for size in value.shape)
-    assert behind_views(value, index)[0] is value
+    assert through_views(value, index)[0] is value
 
 
 def test_detach_is_no_view():
     """Gradients are part of the meaning."""
     value = canonical(lambda x: x.detach(), numbered(2, 3).float())
     index = tuple(axis_form(Axis(size)) for size in value.shape)
-    assert behind_views(value, index)[0] is value
+    assert through_views(value, index)[0] is value
 
 
 # Reshapes.

@@ -122,6 +122,12 @@ def per_head(m: Ffn, q: Tensor, finish: Callable[[Tensor, Tensor], Tensor]) -> T
     return torch.stack(outs, 2)
 
 
+def wider_residual_in_vmap(m: Ffn, q: Tensor) -> Tensor:
+    """The same for all heads, and of more digits than the network's output."""
+    z = q[:, :, 0]
+    return torch.vmap(lambda up, down: z.double() + F.relu(z @ up) @ down)(m.gate, m.down)
+
+
 def output_under_autocast(m: Ffn, q: Tensor) -> Tensor:
     """The down projection is a sum of products, which autocast leaves in float32."""
     hidden = m.hidden(q)
@@ -269,6 +275,11 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: per_head(m, q, lambda y, part: (y + part.double()).float()),
         {},
     ),
+    "the grammar: a residual of another dtype, for all heads": (
+        Kind.UNKNOWN_OPERATION,
+        wider_residual_in_vmap,
+        {},
+    ),
     "the grammar: dropout": (Kind.DROPOUT_INSIDE, dropped_out, {}),
 }
 
@@ -289,6 +300,66 @@ def test_each_check_says_no(
     assert miss.reason.kind is kind
     assert miss.location is not None
     assert miss.location.file == __file__
+
+
+def heads_apart(m: Ffn, q: Tensor) -> list[Tensor]:
+    parts = [q[:, :, h] for h in range(H)]
+    return [
+        (F.silu(part @ m.gate[h]) * (part @ m.up[h])) @ m.down[h] for h, part in enumerate(parts)
+    ]
+
+
+def views_of_a_heads_output_returned(m: Ffn, q: Tensor) -> tuple[Tensor, ...]:
+    first, *others = heads_apart(m, q)
+    return torch.stack([first, *others], 2), first[..., 4:], first[..., :4]
+
+
+def test_views_of_one_heads_output_that_are_returned_stay_views_of_one_memory():
+    report = explain(views_of_a_heads_output_returned)
+    assert report.rewritten == []
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert miss.reason.kind is Kind.MUTATION
+    assert "other views of its memory" in miss.reason.detail
+
+
+def weighted_by_integers(m: Ffn, q: Tensor) -> Tensor:
+    return project(m.hidden(q), m.down) * (q[..., :1] > 0).long()
+
+
+def dropped_by_token(m: Ffn, q: Tensor) -> Tensor:
+    """Random weights, of tokens and heads, that are made inside one operation."""
+    y = project(m.hidden(q), m.down)
+    return F.dropout1d(y.flatten(0, 1), 1e-7, training=True).view(y.shape)
+
+
+def read_through_an_older_view(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    y = q.new_zeros(q.shape)
+    older = y.flatten(2)
+    y += project(m.hidden(q), m.down)
+    return y.sin(), older.cos()
+
+
+def copied_under_an_older_view(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q)
+    older = out[..., :4]
+    out.copy_(project(m.hidden(q), m.down))
+    return out, older * 1
+
+
+BELOW: dict[str, Callable[[Ffn, Tensor], Any]] = {
+    "check_router: integers": weighted_by_integers,
+    "check_memory: random numbers": dropped_by_token,
+    "check_memory: an older view": read_through_an_older_view,
+    "check_memory: an older view of a copy": copied_under_an_older_view,
+}
+
+
+@pytest.mark.parametrize("compute", BELOW.values(), ids=BELOW)
+def test_what_cannot_be_part_of_the_site_is_left_after_it(compute: Callable[[Ffn, Tensor], Any]):
+    """The network below is rewritten, and ``explain`` has compared the results."""
+    (site,) = explain(compute).rewritten
+    assert not site.routed
 
 
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {

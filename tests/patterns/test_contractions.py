@@ -13,13 +13,14 @@ from torch import Tensor, fx
 
 from mhf_compiler.compat import FakeTensorMode
 from mhf_compiler.patterns.axes import Axis, axis_form
-from mhf_compiler.patterns.canonical import INPUT, Value, trace
+from mhf_compiler.patterns.canonical import INPUT, Value
 from mhf_compiler.patterns.contractions import Contraction, Operand, as_contraction
-from mhf_compiler.patterns.views import behind_views
+from mhf_compiler.patterns.tracer import trace
+from mhf_compiler.patterns.views import through_views
 
 
 def canonical(function: Callable[..., Any], *examples: Tensor) -> Value:
-    """The value that a function returns, behind views."""
+    """The value that a function returns, through views."""
     graph, mode = fx.Graph(), FakeTensorMode()
     tracer = fx.proxy.GraphAppendingTracer(graph)
     inputs = [graph.placeholder(f"input_{number}") for number in range(len(examples))]
@@ -33,7 +34,7 @@ def canonical(function: Callable[..., Any], *examples: Tensor) -> Value:
 def read(value: Value) -> tuple[tuple[Axis, ...], Contraction | None]:
     """The axes of a value, and the contraction that it is."""
     axes = tuple(Axis(size) for size in value.shape)
-    return axes, as_contraction(*behind_views(value, tuple(axis_form(axis) for axis in axes)))
+    return axes, as_contraction(*through_views(value, tuple(axis_form(axis) for axis in axes)))
 
 
 def evaluated(function: Callable[..., Any], *inputs: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def evaluated(function: Callable[..., Any], *inputs: Tensor) -> Tensor:
     tensors = dict(zip(_inputs_of(contraction), inputs, strict=False))
 
     def at(operand: Operand, setting: dict[Axis, int]) -> float:
-        source, index = behind_views(operand.value, operand.index)
+        source, index = through_views(operand.value, operand.index)
         where = (
             form.offset + sum(setting[axis] * step for axis, step in form.resolved().terms)
             for form in index
@@ -81,7 +82,7 @@ def _inputs_of(contraction: Contraction) -> list[Value]:
     """The graph's inputs, in order."""
     operands = [contraction.left, contraction.right]
     operands += [] if contraction.bias is None else [contraction.bias]
-    found = {behind_views(operand.value, operand.index)[0] for operand in operands}
+    found = {through_views(operand.value, operand.index)[0] for operand in operands}
     assert all(value.op == INPUT for value in found)
     return sorted(found, key=lambda value: value.step)
 

@@ -76,7 +76,7 @@ def test_heads_merged_into_the_features_are_heads():
 
 
 def test_heads_in_a_routers_features_are_heads():
-    """The router's product gives the weights of all heads and sub-networks beside each other."""
+    """The router's product gives the weights of all heads and sub-networks in one dimension."""
     E = 3
     route, gate, down = torch.randn(d, G * S * E), torch.randn(G, E, d, f), torch.randn(G, E, f, d)
 

@@ -249,13 +249,13 @@ def test_other_products_stay(route: Router):
 
 
 def test_the_product_of_an_earlier_layer_is_not_looked_for():
-    """What is behind another product is not this router's."""
+    """What is above another product is not this router's."""
 
-    def behind(m: nn.Module, q: Tensor) -> Tensor:
+    def above_another(m: nn.Module, q: Tensor) -> Tensor:
         early = torch.einsum("blhd,hde->blhe", q.float(), m.per_head)
         return early @ torch.eye(E)
 
-    assert products(behind) == []
+    assert products(above_another) == []
 
 
 def test_queries_that_are_overwritten_later_stay():
@@ -291,7 +291,7 @@ def viewed(m: nn.Module, q: Tensor) -> Tensor:
 
 
 def aliased(m: nn.Module, q: Tensor) -> Tensor:
-    """What is contiguous is not copied by contiguous(); laid out otherwise, it would be."""
+    """What is contiguous is not copied by contiguous(); in another layout it would be."""
     logits = m.shared(q.float()) * 2.0
     logits.contiguous().add_(1)
     return logits.sigmoid()

@@ -1,7 +1,7 @@
 """Two spellings of one module give the same site: the same elements of the same parameters.
 
 A site is described without the graph it was found in: for each argument of the op the name of the
-parameter behind it, and for each dimension of the argument how far apart its elements lie there.
+parameter that it views, and for each dimension of the argument its stride in that parameter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backward kernels for Hopper's matrix units, written in Gluon.
 
-The same three kernels as in `plain/backward.py`, by the same formulas, with what plain Triton
-leaves to the compiler said outright: a warp that only moves tiles, two warpgroups that only
+The same three kernels as in `plain/backward.py`, by the same formulas, with explicit control of
+what plain Triton leaves to the compiler: a warp that only moves tiles, two warpgroups that only
 compute, and which operands of a product lie in registers.
 
     hopper_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
@@ -126,7 +126,7 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constexpr):
-    """Ask for a tile from row `first` on; `bar` learns when it is there."""
+    """Start the copy of a tile from row `first` on; `bar` is signalled when it has arrived."""
     if COLUMNS:
         tma.async_copy_global_to_shared(descriptor, [outer, inner, 0, first], bar, buffer)
     else:
@@ -135,7 +135,7 @@ def _load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constex
 
 @gluon.jit
 def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.constexpr):
-    """Round `value` [rows, BD] and store it through `buffer`; waits until it has left."""
+    """Round `value` [rows, BD] and store it through `buffer`; waits until the copy is done."""
     _matrix(buffer, COLUMNS).store(value.to(descriptor.dtype))
     fence_async_shared()
     if COLUMNS:
@@ -227,7 +227,7 @@ def _dq_consumer(
     consumer: gl.constexpr, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
     C: gl.constexpr,
 ):  # fmt: skip
-    """64 tokens against all hidden units: dQ stays in registers, dR leaves once a sub-network."""
+    """64 tokens against all hidden units: dQ in registers, dR stored once per sub-network."""
     q_s, do_s, k_s, u_s, v_s = tiles
     tokens_here, k_here, u_here, v_here, used = barriers
     BF: gl.constexpr = C.BS
@@ -323,7 +323,7 @@ def _first_tile(whole, parts, C: gl.constexpr):
 
 @gluon.jit
 def _steps(whole, parts, B, L, C: gl.constexpr):
-    """The tiles of tokens that a program walks: from, to."""
+    """The range of token tiles that a program loops over: from, to."""
     steps = C.HEADS_PER_GROUP * B * gl.cdiv(L, C.BS)
     shared = gl.program_id(0) - whole
     part = shared % parts
@@ -595,8 +595,8 @@ def _dk_du_consumer(
         y, slope = activate_with_slope(m, ACTIVATION, True)
         dn = gl.convert_layout((da * y).to(DTYPE), LEFT_WIDE)
         dm = da * slope
-        # U's product takes the registers that m and da have left: asked for before, it would spill.
-        # The product for dU keeps the matrix units at work while dm waits for it.
+        # U's product takes the registers that m and da have left: issued earlier, it would spill.
+        # The product for dU keeps the matrix units busy while dm waits for it.
         n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         du = warpgroup_mma(dn, q, du, is_async=True)
         n = warpgroup_mma_wait(1, [n])
@@ -756,7 +756,7 @@ def _sum_over_tokens(
     arguments: dict[str, Any],
     gradients: dict[str, tuple[Tensor, float]],
 ) -> None:
-    """Launch a kernel of weights' gradients, and add what it leaves in parts."""
+    """Launch a kernel of weights' gradients, and add its partial sums."""
     groups, sub_networks, hidden, head_dim = problem.k.shape
     owners = triton.cdiv(sub_networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
     steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)

@@ -19,7 +19,7 @@ The kernel is persistent, one program to a multiprocessor, so that the producer 
 tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
 the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
 
-R is asked for before the products of the tile that it weights, since some of its loads miss the
+R is loaded before the products of the tile that it weights, since some of its loads miss the
 cache. Where the op is to normalise and route the queries as well, each consumer does so with its
 own and finds R in shared memory (routing.py).
 
@@ -94,7 +94,7 @@ def run_normed_forward(
 
 
 class _Plan(NamedTuple):
-    """A problem's operands, once all of them have turned out to suit the kernel."""
+    """A problem's operands, all of which suit the kernel."""
 
     axes: TokenAxes
     operands: dict[str, Operand]
@@ -124,7 +124,7 @@ def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | Non
                 descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
             descriptor = _with_layout(descriptor)
         operands[name] = Operand(descriptor, None, None)
-    # Through pointers whatever its strides: a value serves several tiles of hidden units.
+    # Through pointers, for any strides: a value serves several tiles of hidden units.
     block = dataclasses.replace(block, descriptors=False)
     operands["R"] = router_operand(problem.r, axes, block)._replace(layout=None)
     operands["K_bias"] = bias_operand(problem.k_bias)
@@ -357,7 +357,7 @@ def _pieces(work):
 
 @gluon.jit
 def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
-    """One warp: keeps the ring full, and loads the next tile's Q as soon as its place is free."""
+    """The producer, one warp: keeps the ring full, and loads the next Q once its buffer is free."""
     q_tiles, _, ku_ring, v_ring, _ = memory
     q_full, q_empty, ku_full, v_full, empty = barriers
     F_TILES: gl.constexpr = C.F_TILES
@@ -383,7 +383,7 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
                 q_tile = q_tiles.index(c * (BD // 64) + j)
                 tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
-        if C.ROUTING is not None:  # a turn of its own, in which nobody waits for V
+        if C.ROUTING is not None:  # a slot of its own, in which no warp waits for V
             mbarrier.wait(empty.index(slot), lap)
             load_router(W, h, ku_ring, ku_full.index(slot), slot, C)
             mbarrier.arrive(v_full.index(slot), count=1)
@@ -421,7 +421,7 @@ def _load(W, g, e, f0, c0, full, tile, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _query(tile, C: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):
-    """A block of Q, halved if told so: [64, WIDTH], in registers or where it is."""
+    """A block of Q, halved if requested: [64, WIDTH], in registers or in shared memory."""
     tile = tile.reshape([64, 64])
     if WIDTH < 64:
         tile = tile.slice(0, WIDTH, dim=1)
@@ -462,7 +462,7 @@ def _queries(tiles, first: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.constexpr):
-    """Issue Q's product with a slot's K and U tiles, side by side: [64, PAIR * BF]."""
+    """Issue Q's product with a slot's K and U tiles as one instruction: [64, PAIR * BF]."""
     BLOCKS: gl.constexpr = C.BLOCKS
     ROWS: gl.constexpr = C.PAIR * C.BF
     if C.K_LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
@@ -505,7 +505,7 @@ def _router_weights(i, router, F_TILES: gl.constexpr, CONSUMER: gl.constexpr,
                     LAYOUT: gl.constexpr):  # fmt: skip
     """R of a consumer's tokens for hidden tile i, ones where there is none: [64].
 
-    To be called before the products of the tile, so that it is there when they are.
+    Call it before the products of the tile, so that the loads overlap with them.
     """
     R_row, step, inside, r_tiles = router
     e = i // F_TILES
@@ -560,7 +560,7 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
 
 @gluon.jit
 def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, C: gl.constexpr):
-    """Four warps: 64 tokens of each of the program's tiles."""
+    """A consumer of four warps: 64 tokens of each of the program's tiles."""
     R, _, _, V_bias, Out, Part, N = operands
     R_strides, _, _, V_bias_strides, N_strides = strides
     q_tiles, out_tiles, ku_ring, v_ring, r_tiles = memory
@@ -668,7 +668,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                 acc += weight.expand_dims(1) * bias
         if piece < WHOLE:
             out_tile = out_tiles.index(CONSUMER)
-            tma.store_wait(0)  # the last tile has left its place
+            tma.store_wait(0)  # the last tile has been stored
             out_tile.reshape([64, BD]).store((acc * C.OUT_SCALE).to(dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)

@@ -1,9 +1,9 @@
 """The norm of the queries and the weights of their router, inside of Hopper's forward kernel.
 
-Apart (plain/norm_router.py), they read all queries, write them, and write the router's weights, for
-the forward kernel to read it all again. But a consumer of that kernel has the queries of its 64
-tokens at hand in any case. Here it normalises them first, multiplies them by the router's weights,
-and keeps what it makes of the logits in shared memory:
+As kernels of their own (plain/norm_router.py), they read all queries, write them, and write the
+router's weights, for the forward kernel to read it all again. But a consumer of that kernel has the
+queries of its 64 tokens at hand in any case. Here it normalises them first, multiplies them by the
+router's weights, and keeps what it makes of the logits in shared memory:
 
     producer   Q   W       KU V  KU V ..   W in a slot of the ring, in place of a K and U tile
     consumer   q = norm Q  | q W | r       then as without a router, with r from shared memory
@@ -72,7 +72,7 @@ def routing_operands(router: NormedRouter | None) -> dict[str, Operand]:
 
 @gluon.jit
 def router_tiles(C: gl.constexpr):
-    """Room for R of all consumers, the tokens side by side: [CONSUMERS * 32, 64]."""
+    """Shared memory for R of all consumers, tokens contiguous: [CONSUMERS * 32, 64]."""
     BY_TOKENS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     return gl.allocate_shared_memory(C.ROUTING.dtype, [C.CONSUMERS * _ROWS, 64], BY_TOKENS)
 
@@ -95,7 +95,7 @@ def load_router(W, h, ku_ring, full, slot, C: gl.constexpr):
 @gluon.jit
 def normed_queries(tiles, first: gl.constexpr, N, N_strides, h, C: gl.constexpr,
                    OPERAND: gl.constexpr):  # fmt: skip
-    """A consumer's Q, normalised and then halved if told so, block by block of columns."""
+    """A consumer's Q, normalised and, if requested, halved, block by block of columns."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     LAYOUT: gl.constexpr = OPERAND if C.Q_IN_REGISTERS else ROWS
     BLOCKS: gl.constexpr = C.BLOCKS
@@ -117,7 +117,7 @@ def normed_queries(tiles, first: gl.constexpr, N, N_strides, h, C: gl.constexpr,
 @gluon.jit
 def _normed(tile, scale, N, N_strides, h, c0, C: gl.constexpr, WIDTH: gl.constexpr,
             LAYOUT: gl.constexpr):  # fmt: skip
-    """Columns c0.. of Q: [64, WIDTH], in registers or where it was."""
+    """Columns c0.. of Q: [64, WIDTH], in registers or in shared memory."""
     tile = tile.reshape([64, 64])
     if WIDTH < 64:
         tile = tile.slice(0, WIDTH, dim=1)
@@ -194,7 +194,7 @@ def _halves(x):
 
 @gluon.jit
 def route(logits, r_tiles, CONSUMER: gl.constexpr, C: gl.constexpr):
-    """Make weights of a consumer's logits, and put them to its place among the tiles."""
+    """Activate a consumer's logits, and store the weights in its part of shared memory."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _ROWS, 16])
     r = gl.convert_layout(logits, LAYOUT)
     if C.ROUTING.formula.routing != "none":

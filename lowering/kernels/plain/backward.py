@@ -13,7 +13,7 @@ and dU, of a hidden tile. One kernel for all three weights would save two produc
 three accumulators leave no registers to overlap them. Every gradient has one owner, which adds in a
 fixed order: no atomics, the same bits each time.
 
-What is padded vanishes by itself: dOut is zero beyond L and V beyond F, so da is zero in both.
+Padding needs no mask: dOut is zero beyond L and V beyond F, so da is zero in both.
 """
 
 import triton

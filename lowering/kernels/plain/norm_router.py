@@ -1,11 +1,11 @@
 """A norm of each head's queries, and a router's weights for them, in one pass over the queries.
 
-Apart, the norm reads and writes the queries, the router's product reads them again, and what makes
-weights of its logits reads and writes those. Here a program reads 64 tokens of one head, and
-keeps them in their 16 bits while their squares are summed; then it normalises them, writes them
-where they lay, multiplies them (router.py), and writes the weights alone. What it computes
-takes less time than this memory does, if the router's weights are read and cut into their parts
-once: so a program goes on to further tokens of its head, and loads the next while it computes.
+As kernels of their own, the norm reads and writes the queries, the router's product reads them
+again, and the activation reads and writes the logits. Here a program reads 64 tokens of one head,
+and keeps them in their 16 bits while their squares are summed; then it normalises them, writes them
+where they lay, multiplies them (router.py), and writes the weights alone. What it computes takes
+less time than this memory does, if the router's weights are read and cut into their parts once: so
+a program goes on to further tokens of its head, and loads the next while it computes.
 
 A program reads a tile of tokens before it writes the first of them, and no other program's.
 """
@@ -31,7 +31,7 @@ from .router import (
 )
 
 _TOKENS = 64  # of a tile
-_PROGRAMS = 4  # on each multiprocessor: as many as have room for their registers
+_PROGRAMS = 4  # on each multiprocessor: as many as the registers allow
 
 
 def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
@@ -44,7 +44,7 @@ def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
 
 
 def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
-    """The same, with the launch described anew."""
+    """The same, with the launch described again."""
     norm_weight, weight, formula = router
     axes = token_axes(q, r)
     constants = product_constants(q, weight)

@@ -3,7 +3,7 @@
 Matrix units multiply float32 only after cutting it to TF32. Here every float32 operand is instead
 written as a sum of bfloat16 numbers, whose products are exact and are added in float32: 16 bits of
 query need one such number (bfloat16) or two (float16), a float32 weight three. That is as exact as
-float32 and still nothing beside reading the queries, which is all the time these kernels take.
+float32, and still costs nothing: reading the queries is all the time that these kernels take.
 
 With G = dLogits, dQ = G W^T is rounded to the queries' dtype, so the leading parts of G and W are
 enough for it. One kernel computes dQ and dW, to read the queries once: each program walks a share
@@ -142,7 +142,7 @@ def cut_router(weight: Tensor) -> Tensor:
     """The parts of a router's weights (G, d, E), for kernels that load them by descriptors.
 
     Returns bfloat16 (G, parts * 32, d), the width rounded up to multiples of 8: each part's
-    sub-networks, and zeros in place of those that are not there.
+    sub-networks, and zeros in place of missing ones.
     """
     groups, head_dim, sub_networks = weight.shape
     parts, padded = parts_of(weight.dtype), 8 * triton.cdiv(head_dim, 8)
@@ -168,7 +168,7 @@ def _leading(x):
 
 @triton.jit
 def _rest(x, part):
-    """What a part leaves of each number. Exact."""
+    """The remainder of each number after a part. Exact."""
     return x.to(tl.float32) - part.to(tl.float32)
 
 
@@ -249,8 +249,8 @@ def router_backward_kernel(
 ):  # fmt: skip
     """Some columns of dQ for a share of one head's tokens, and that share's sum of dW.
 
-    dQ is added to what is there if told so, and their sum is rounded once. Part holds the sums, of
-    which each program writes its columns: [H, PARTS, D, E].
+    If requested, dQ is added to the old contents, and their sum is rounded once. Part holds the
+    sums, of which each program writes its columns: [H, PARTS, D, E].
     """
     token_tiles = tl.cdiv(L, BM)
     BLOCKS: tl.constexpr = (D + BD - 1) // BD

@@ -1,4 +1,4 @@
-"""Tiles timed on the card, for those who ask for it: rows near the shipped one, and other cards'.
+"""Tiles timed on the card, under max-autotune: rows near the shipped one, and other cards'.
 
 A row is taken when it is faster than the shipped one by more than noise, twice, and when its
 results are the shipped one's but for the order of addition. One that does not compile, does not fit
@@ -34,7 +34,6 @@ _BACKWARD: dict[Kernel, tuple[Callable[..., None], tuple[str, ...]]] = {  # and 
 }
 _GAIN = 0.97  # of the shipped row's time; what takes longer may be noise
 _DIFFERENCE = 0.01  # of results that are equal but for the order of addition, at most
-_MOST_STAGES = 5
 _WARM_UP, _TIME = 5, 50  # milliseconds for one tile
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def tune(
         trial: makes tensors for these keys, and returns the kernels that plain Triton has to run
             on them. Called when there is something to time.
         folder: where results are kept, if anywhere.
-        say: is told what is being timed.
+        say: receives a line about what is being timed.
         clock: times a run.
     """
     left = [key for key in keys if not store.recall(key, folder)]
@@ -98,16 +97,10 @@ def candidates(key: TuningKey) -> dict[Tile, Row]:
     ]
     tiles: dict[Tile, Row] = {}
     for row in rows:
-        if not _sensible(row):
+        if not store.is_sensible(row):
             continue
         tiles.setdefault(portable(key.kernel, key.sizes, row), row)
     return tiles
-
-
-def _sensible(row: Row) -> bool:
-    tokens, hidden, warps, stages = row
-    sizes = all(16 <= size <= 256 for size in (tokens, hidden))
-    return sizes and warps in (4, 8) and 2 <= stages <= _MOST_STAGES
 
 
 def _fastest_row(

@@ -1,7 +1,7 @@
 """What tuning found: rows that stand in for those of tiles.py, in memory and in a folder of files.
 
 Launches look in memory alone. The folder is read only on behalf of a model that is compiled for
-tuned kernels, so what any other run computes does not depend on what lies on a disk. A key for
+tuned kernels, so what any other run computes does not depend on files. A key for
 which the shipped row is the fastest is kept too, as None: it need not be timed again.
 
 There is one file for each key, so that processes that tune at once need no lock: the first to write
@@ -24,6 +24,8 @@ from ... import tiles
 from ...problem import Problem
 from ...tiles import MANY_TOKENS, Kernel, Row, Sizes
 from ..replay import forget_repeats
+
+_MOST_STAGES = 5
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +72,8 @@ def row_of(key: TuningKey) -> Row | None:
 
 def recall(key: TuningKey, folder: Path | None) -> bool:
     """Whether the key was tuned before; from now on, launches use what was found."""
-    if key not in _rows and folder is not None and (path := _path(key, folder)).exists():
-        found = _read(path)
+    if key not in _rows and folder is not None:
+        found = _read(_path(key, folder))
         if found is not None:
             _use(key, found[0])
     return key in _rows
@@ -110,15 +112,25 @@ def _kernels_hash() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
 
 
+def is_sensible(row: Row) -> bool:
+    """Whether tuning would try a row: nothing else is written to a file, or taken from one."""
+    tokens, hidden, warps, stages = row
+    sizes = all(16 <= size <= 256 for size in (tokens, hidden))
+    return sizes and warps in (4, 8) and 2 <= stages <= _MOST_STAGES
+
+
 def _read(path: Path) -> tuple[Row | None] | None:
-    """The row in a file, which may be None; or None where nothing can be made of the file."""
+    """``(row,)``, where row is None if the shipped one won; None if the file is unreadable."""
     try:
         row = json.loads(path.read_text())["row"]
         if row is None:
             return (None,)
-        tokens, hidden, warps, stages = (size for size in row if type(size) is int and size > 0)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("what tuning found is not readable in %s: %s", path, error)
+        tokens, hidden, warps, stages = (size for size in row if type(size) is int)
+        if not is_sensible((tokens, hidden, warps, stages)):
+            raise ValueError(f"{row} is no row that tuning would try")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if not isinstance(error, FileNotFoundError):
+            log.warning("what tuning found is not readable in %s: %s", path, error)
         return None
     return ((tokens, hidden, warps, stages),)
 
@@ -136,7 +148,7 @@ def _write(path: Path, key: TuningKey, row: Row | None) -> Row | None:
         found = _read(path)
         if found is not None:
             return found[0]
-        whole.replace(path)  # nobody can read it
+        whole.replace(path)  # it is unreadable
     finally:
         whole.unlink(missing_ok=True)
     return row

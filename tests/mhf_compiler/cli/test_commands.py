@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -240,6 +241,32 @@ def test_doctor_finds_nothing_here():
     done = call("doctor")
     assert done.exit_code == 0, done.stdout
     assert "broken" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        (None, "no .* on the PATH"),
+        ("echo 'fatal error: cc1plus' >&2; exit 1", "does not compile a small program: fatal"),
+        ("exit 3", "it exits with 3"),
+        ("exit 0", "OSError"),
+    ],
+    ids=["none", "broken", "silent", "writes nothing"],
+)
+def test_doctor_runs_the_compiler(
+    script: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiler = tmp_path / "c++"
+    if script is not None:
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    name = "there is a C++ compiler that works"
+    monkeypatch.setattr(
+        mhf_compiler.cli.doctor, "_CHECKS", {name: mhf_compiler.cli.doctor._CHECKS[name]}
+    )
+    (check,) = mhf_compiler.cli.doctor.check_up()
+    assert re.search(found, str(check.problem))
 
 
 def test_doctor_says_what_is_broken(monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mhf_compiler
-from mhf_compiler import GraphReport, Location
+from mhf_compiler import GraphReport, Location, MhfCompilerWarning
+from mhf_compiler.compat import counters
 from mhf_compiler.debug import dump
 
 OPTIONS = {"rewrite": "always", "fallback": "eager", "strict": True}
@@ -240,3 +241,35 @@ def test_names_are_never_code(name: str, folder: Path, tmp_path: Path):
     row = (tmp_path / "index.md").read_text().splitlines()[-1]
     assert len(re.findall(r"(?<!\\)\|", row)) == 6
     assert not re.search(r"(?<!\\)[<`\[](?!graph_0)", row)
+
+
+def test_symbolic_links_are_not_followed(tmp_path: Path):
+    """In a folder that others may write to, links may lead to files of the user's."""
+    precious, folder = tmp_path / "precious", tmp_path / "dump"
+    precious.write_text("mine")
+    folder.mkdir()
+    (folder / "index.md").symlink_to(precious)
+    (folder / "graph_0").symlink_to(tmp_path)
+    with pytest.warns(MhfCompilerWarning, match="the compiled model is not affected"):
+        compiled(POSITIVE["Bmm"].build(), folder, *POSITIVE["Bmm"].inputs())
+    assert precious.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"precious", "dump"}
+    report = folder / "graph_1" / "report.txt"
+    report.unlink()
+    report.symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic link"):
+        dump.dump_report(GraphReport("", ""), folder / "graph_1")
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_folder_that_cannot_be_written_changes_nothing(strict: bool, tmp_path: Path):
+    (tmp_path / "file").touch()
+    model, args = POSITIVE["Bmm"].build(), POSITIVE["Bmm"].inputs()
+    options = OPTIONS | {"dump_dir": tmp_path / "file", "strict": strict}
+    counters.clear()
+    with pytest.warns(MhfCompilerWarning, match="the compiled model is not affected"):
+        found = torch.compile(model, backend="flashmhf", options=options)(*args)
+    torch.testing.assert_close(found, model(*args))
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+    assert counters["flashmhf"]["failures.report"] == 1

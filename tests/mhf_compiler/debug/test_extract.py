@@ -75,7 +75,7 @@ def test_arguments_are_called_by_their_letters_and_the_models_names():
 
 
 class Around(nn.Module):
-    """Whatever else a model does stays outside: before, beside and behind the site."""
+    """Whatever else a model does stays outside: before, parallel to and after the site."""
 
     def __init__(self) -> None:
         super().__init__()

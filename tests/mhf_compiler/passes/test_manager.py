@@ -113,8 +113,8 @@ def test_a_report_that_cannot_be_completed_is_a_warning(monkeypatch: pytest.Monk
     def fail(*arguments: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("mhf_compiler.report.logs.announce_fusions", fail)
-    with pytest.warns(MhfCompilerWarning, match="could not be completed: OSError: disk full"):
+    monkeypatch.setattr("mhf_compiler.compilation.announce_fusions", fail)
+    with pytest.warns(MhfCompilerWarning, match="model is not affected: OSError: disk full"):
         counts = infer(strict=False)
     assert counts[OVER_QUERY] == counts["failures"] == 1
 
@@ -179,7 +179,7 @@ def test_passes_take_part_in_a_bisection(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_layouts_are_fixed_whatever_is_disabled(monkeypatch: pytest.MonkeyPatch):
-    """Results may be wrong without; if that fails, so does the compilation."""
+    """Results may be wrong without; if that fails, the original graph is compiled."""
     fixed: list[torch.fx.Graph] = []
     monkeypatch.setattr(manager, "fix_layouts", fixed.append)
     with inductor.patch(disabled_passes=",".join(PASSES)):
@@ -191,8 +191,11 @@ def test_layouts_are_fixed_whatever_is_disabled(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(manager, "fix_layouts", fail)
     torch.compiler.reset()
-    with pytest.raises(Exception, match="no layouts"):
+    with pytest.warns(MhfCompilerWarning, match="no layouts"):
         infer(strict=False)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="no layouts"):
+        infer()
 
 
 def test_to_disable_all_passes_that_are_added_is_warned_of():
@@ -277,8 +280,8 @@ def test_every_source_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.Mon
     root = Path(__file__).parents[3]
     expected = {
         path
-        for room in ("mhf_compiler", "patterns", "lowering")
-        for path in (root / room).rglob("*")
+        for folder in ("mhf_compiler", "patterns", "lowering")
+        for path in (root / folder).rglob("*")
         if path.suffix in (".py", ".cpp", ".h")
     }
     assert set(cache_key.sources()) == expected

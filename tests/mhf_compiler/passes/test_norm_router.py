@@ -44,7 +44,7 @@ class Network(MultiHeadFFN):
         self.bfloat16()
         self.in_float32 = nn.Parameter(torch.rand(d))
 
-    def behind(self, q: Tensor, route: Callable[[Tensor], Tensor] = torch.sigmoid) -> Tensor:
+    def rest(self, q: Tensor, route: Callable[[Tensor], Tensor] = torch.sigmoid) -> Tensor:
         return self.project(self.network(q, route(self.logits(q))))
 
 
@@ -100,9 +100,9 @@ NORMS: dict[str, Callable[[Network, Tensor], Tensor]] = {
     "module": lambda m, x: m.norm(x),
     "function": lambda m, x: F.rms_norm(x, (d,), m.scale, 1e-5),
     "without a weight": lambda m, x: F.rms_norm(x, (d,)),
-    "rounded behind the weight": lambda m, x: (scaled(x) * m.scale).bfloat16(),
+    "rounded after the weight": lambda m, x: (scaled(x) * m.scale).bfloat16(),
     "rounded before the weight": lambda m, x: m.scale * scaled(x).bfloat16(),
-    "rounded before it and behind": lambda m, x: (scaled(x).type_as(x) * m.in_float32).type_as(x),
+    "rounded before it and after": lambda m, x: (scaled(x).type_as(x) * m.in_float32).type_as(x),
     "a weight in float32": lambda m, x: (m.in_float32 * scaled(x)).bfloat16(),
     "a weight for each head": lambda m, x: (scaled(x) * m.by_heads).bfloat16(),
     "squares as products": lambda m, x: squares(x).bfloat16(),
@@ -112,14 +112,14 @@ NORMS: dict[str, Callable[[Network, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_norms_that_are_taken(norm: Callable[[Network, Tensor], Tensor]):
-    counts = infer(lambda m, x: m.behind(norm(m, m.queries(x)))).counts
+    counts = infer(lambda m, x: m.rest(norm(m, m.queries(x)))).counts
     assert counts[CALL] == counts[OVER_QUERY] == 1
     assert counts[f"{CALL}_declined"] == 0
 
 
 def test_nothing_is_copied():
-    """The queries are made once, and two ops write over them; beside them is what comes behind."""
-    code = infer(lambda m, x: m.behind(m.norm(m.queries(x)))).code
+    """The queries are made once, and two ops write over them. The other buffer is the output."""
+    code = infer(lambda m, x: m.rest(m.norm(m.queries(x)))).code
     assert code.count(" = empty_strided_cpu(") == 2
     assert "copy_" not in code
     query = [line.split(".default(")[1].split(", arg")[0] for line in code.splitlines()
@@ -145,7 +145,7 @@ ROUTINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "clamp and eps": (divided(lambda s: s.clamp_min(1.0) + 1), "'normalised', 1.0, 1.0"),
     # Inductor rounds once what is rounded twice in a row.
     "rounded twice": (lambda x: x.sigmoid().half(), "'sigmoid', 0.0, 0.0, torch.bfloat16"),
-    # What the op does not compute is left to Inductor, behind what it computes.
+    # What the op does not compute is left to Inductor, after what it computes.
     "none": (lambda x: x, "'none', 0.0, 0.0, torch.bfloat16"),
     "softmax": (lambda x: x.softmax(-1), "'none', 0.0, 0.0, torch.float32"),
     "another activation": (torch.tanh, "'none', 0.0, 0.0, torch.float32"),
@@ -162,7 +162,7 @@ ROUTINGS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 
 @pytest.mark.parametrize(("route", "constants"), ROUTINGS.values(), ids=ROUTINGS)
 def test_routings(route: Callable[[Tensor], Tensor], constants: str):
-    counts, code = infer(lambda m, x: m.behind(m.norm(m.queries(x)), route))
+    counts, code = infer(lambda m, x: m.rest(m.norm(m.queries(x)), route))
     assert counts[CALL] == counts[OVER_QUERY] == 1
     assert constants in code
 
@@ -190,12 +190,12 @@ def test_what_somebody_else_reads_is_a_result(other: Callable[..., Any], routing
 
 
 def with_query(m: Network, query: Tensor, *others: Tensor) -> Any:
-    out = m.behind(m.norm(query))
+    out = m.rest(m.norm(query))
     return (out, *others) if others else out
 
 
 def with_queries(m: Network, q: Tensor, *others: Tensor) -> Any:
-    out = m.behind(q)
+    out = m.rest(q)
     return (out, *others) if others else out
 
 
@@ -207,59 +207,59 @@ def parts(m: Network, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def behind_a_read(m: Network, x: Tensor) -> Tensor:
-    """The query is read before the norm, but what is made of it late, behind the op."""
+    """The query is read before the norm, but what is made of it late, after the op."""
     query = m.queries(x)
     late = query.sin()
-    return m.behind(m.norm(query)) + late.flatten(2)
+    return m.rest(m.norm(query)) + late.flatten(2)
 
 
 KEPT: dict[str, Run] = {
     # Others read q.
     "q is returned": lambda m, x: with_queries(m, q := m.norm(m.queries(x)), q),
     "a view of q is returned": lambda m, x: with_queries(m, q := m.norm(m.queries(x)), q[:, 1:]),
-    "residual of q": lambda m, x: m.behind(q := m.norm(m.queries(x))) + q.flatten(2),
-    "a mean of q": lambda m, x: m.behind(q := m.norm(m.queries(x))) * q.mean(),
+    "residual of q": lambda m, x: m.rest(q := m.norm(m.queries(x))) + q.flatten(2),
+    "a mean of q": lambda m, x: m.rest(q := m.norm(m.queries(x))) * q.mean(),
     # Others read the query.
     "the query is returned": lambda m, x: with_query(m, q := m.queries(x), q),
     "a view of the query is returned": lambda m, x: with_query(m, q := m.queries(x), q[1]),
-    "residual of the query": lambda m, x: m.behind(m.norm(q := m.queries(x))) + q.flatten(2),
+    "residual of the query": lambda m, x: m.rest(m.norm(q := m.queries(x))) + q.flatten(2),
     "the query is read before": behind_a_read,
     # Others read what lies between.
     "the query in float32": lambda m, x: with_queries(m, (p := parts(m, x))[2], p[0]),
     "the scale": lambda m, x: with_queries(m, (p := parts(m, x))[2], p[1]),
     # Its memory is not the norm's alone.
-    "an input": lambda m, x: m.behind(m.norm(x.view(B, L, H, d))),
-    "a parameter": lambda m, x: m.behind(m.norm(m.query)),
-    "a part": lambda m, x: m.behind(m.norm(m.wide(x).chunk(2, -1)[0].unflatten(-1, (H, d)))),
-    "expanded": lambda m, x: m.behind(m.norm(m.inputs(x)[..., None, :d].expand(B, L, H, d))),
+    "an input": lambda m, x: m.rest(m.norm(x.view(B, L, H, d))),
+    "a parameter": lambda m, x: m.rest(m.norm(m.query)),
+    "a part": lambda m, x: m.rest(m.norm(m.wide(x).chunk(2, -1)[0].unflatten(-1, (H, d)))),
+    "expanded": lambda m, x: m.rest(m.norm(m.inputs(x)[..., None, :d].expand(B, L, H, d))),
     # It is another norm.
-    "none": lambda m, x: m.behind(m.queries(x)),
-    "with a mean": lambda m, x: m.behind(F.layer_norm(m.queries(x), (d,))),
-    "over all heads": lambda m, x: m.behind(F.rms_norm(m.queries(x), (H, d))),
-    "in bfloat16": lambda m, x: m.behind(
+    "none": lambda m, x: m.rest(m.queries(x)),
+    "with a mean": lambda m, x: m.rest(F.layer_norm(m.queries(x), (d,))),
+    "over all heads": lambda m, x: m.rest(F.rms_norm(m.queries(x), (H, d))),
+    "in bfloat16": lambda m, x: m.rest(
         (q := m.queries(x)) * torch.rsqrt((q * q).mean(-1, keepdim=True) + 1e-6)
     ),
-    "by division": lambda m, x: m.behind(
+    "by division": lambda m, x: m.rest(
         ((w := m.queries(x).float()) / (w.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).bfloat16()
     ),
-    "the weight times the scale": lambda m, x: m.behind(
+    "the weight times the scale": lambda m, x: m.rest(
         (parts(m, x)[0] * (parts(m, x)[1] * m.scale)).bfloat16()
     ),
-    "cubes": lambda m, x: m.behind(
+    "cubes": lambda m, x: m.rest(
         ((w := m.queries(x).float()) * (w.pow(3).mean(-1, True) + 9).rsqrt()).bfloat16()
     ),
-    "of something else": lambda m, x: m.behind(
+    "of something else": lambda m, x: m.rest(
         (m.queries(x).float() * parts(m, x.flip(1))[1]).bfloat16()
     ),
-    "a tensor added": lambda m, x: m.behind(
+    "a tensor added": lambda m, x: m.rest(
         (
             (w := m.queries(x).float()) * (w.pow(2).mean(-1, True) + m.in_float32[:1]).rsqrt()
         ).bfloat16()
     ),
-    "a weight for each token": lambda m, x: m.behind((scaled(m.queries(x)) * m.query).bfloat16()),
-    "a number as weight": lambda m, x: m.behind((scaled(m.queries(x)) * 2).bfloat16()),
-    "a scalar as weight": lambda m, x: m.behind((scaled(m.queries(x)) * m.scale[0]).bfloat16()),
-    "two weights": lambda m, x: m.behind((scaled(m.queries(x)) * m.scale * m.scale).bfloat16()),
+    "a weight for each token": lambda m, x: m.rest((scaled(m.queries(x)) * m.query).bfloat16()),
+    "a number as weight": lambda m, x: m.rest((scaled(m.queries(x)) * 2).bfloat16()),
+    "a scalar as weight": lambda m, x: m.rest((scaled(m.queries(x)) * m.scale[0]).bfloat16()),
+    "two weights": lambda m, x: m.rest((scaled(m.queries(x)) * m.scale * m.scale).bfloat16()),
     # It is another router.
     "two routers": lambda m, x: m.project(
         m.network(
@@ -303,7 +303,7 @@ def test_the_norm_stays(name: str, run: Run):
 
 
 def test_wide_heads_keep_their_norm(monkeypatch: pytest.MonkeyPatch):
-    run: Run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
+    run: Run = lambda m, x: m.rest(m.norm(m.queries(x)))  # noqa: E731
     monkeypatch.setattr(norm_router_op, "MOST_HEAD_DIM", d)
     assert infer(run).counts[CALL] == 1
     monkeypatch.setattr(norm_router_op, "MOST_HEAD_DIM", d - 1)
@@ -439,13 +439,13 @@ def test_dynamic_shapes():
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes(mode: str):
-    assert infer(lambda m, x: m.behind(m.norm(m.queries(x))), mode=mode).counts[CALL] == 1
+    assert infer(lambda m, x: m.rest(m.norm(m.queries(x))), mode=mode).counts[CALL] == 1
 
 
 def test_training_keeps_the_norm():
     module = Network()
     model = torch.compile(
-        lambda m, x: m.behind(m.norm(m.queries(x))),
+        lambda m, x: m.rest(m.norm(m.queries(x))),
         backend="flashmhf",
         options={"rewrite": "always", "strict": True},
     )
@@ -463,7 +463,7 @@ def test_gradients_that_nobody_computes_do_not_matter():
     module = Network().requires_grad_(False)
     options = {"rewrite": "always", "strict": True}
     model = torch.compile(
-        lambda m, x: m.behind(m.norm(m.queries(x))), backend="flashmhf", options=options
+        lambda m, x: m.rest(m.norm(m.queries(x))), backend="flashmhf", options=options
     )
     with fresh_cache():
         model(module, torch.randn(B, L, H * d).bfloat16())
@@ -474,14 +474,14 @@ def test_gradients_that_nobody_computes_do_not_matter():
 
 def test_a_cpu_keeps_the_norm(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    counts = infer(lambda m, x: m.behind(m.norm(m.queries(x)))).counts
+    counts = infer(lambda m, x: m.rest(m.norm(m.queries(x)))).counts
     assert counts[f"{CALL}_declined.DEVICE"] == 1
     assert counts[CALL] == 0
 
 
 def test_what_was_compiled_is_found_again():
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
-    run = lambda m, x: m.behind(m.norm(m.queries(x)))  # noqa: E731
+    run = lambda m, x: m.rest(m.norm(m.queries(x)))  # noqa: E731
     with fresh_cache(), torch.no_grad():
         for _ in range(2):
             torch.compiler.reset()
@@ -502,10 +502,10 @@ def test_a_kernel_that_fails_is_tried_once_and_the_norm_stays(monkeypatch: pytes
     monkeypatch.setattr(norm_router_op, "trial_run", fail)
 
     def two_layers(m: Network, x: Tensor) -> Tensor:
-        return m.behind(m.norm(m.queries(m.behind(m.norm(m.queries(x))))))
+        return m.rest(m.norm(m.queries(m.rest(m.norm(m.queries(x))))))
 
-    with pytest.warns(match=r"the norm before a router at .*test_norm_router.*no such instruction"):
-        counts = infer(two_layers).counts
+    with pytest.warns(match=r"the norm before a router at .*networks.py.*no such instruction"):
+        counts = infer(two_layers, strict=False).counts
     assert counts[CALL] == 0
     assert counts[f"{CALL}_declined.KERNEL_FAILED"] == 2
     assert len(tried) == 1
@@ -514,7 +514,7 @@ def test_a_kernel_that_fails_is_tried_once_and_the_norm_stays(monkeypatch: pytes
 def test_what_is_tried_is_what_the_graph_has(monkeypatch: pytest.MonkeyPatch):
     tried: list[Any] = []
     monkeypatch.setattr(norm_router_op, "trial_run", lambda *arguments: tried.append(arguments))
-    infer(lambda m, x: m.behind((scaled(m.queries(x)) * m.by_heads).bfloat16(), normalised))
+    infer(lambda m, x: m.rest((scaled(m.queries(x)) * m.by_heads).bfloat16(), normalised))
     (arguments,) = tried
     assert arguments == (
         torch.bfloat16,

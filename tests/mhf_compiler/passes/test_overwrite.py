@@ -192,7 +192,7 @@ def test_the_query_stays(run: Run, obstacle: str):
 
 
 def test_no_copy_is_made_of_a_query_that_inductor_computes():
-    """One buffer for it and the result, one for what comes behind; none to give it strides."""
+    """One buffer for it and the result, one for what follows; none to give it strides."""
     code = infer(REUSED["of a view of a sine"][0]).code
     assert code.count(" = empty_strided_cpu(") == 2
 
@@ -240,7 +240,7 @@ def train(run: Run, **options: Any) -> Program:
 
 
 def before(module: Network, x: Tensor) -> Tensor:
-    """What reads the result's gradient beside the network reads it later: it came before."""
+    """What else reads the result's gradient reads it later: it came before."""
     side = module.wide(x)[..., : H * d].unflatten(-1, (H, d))
     return module.project(module.network(module.queries(x)) + side)
 
@@ -251,7 +251,7 @@ def late(module: Network, x: Tensor) -> Tensor:
     return module.project(out + x.unflatten(-1, (H, d)).sin())
 
 
-def behind(module: Network, x: Tensor) -> Tensor:
+def read_after(module: Network, x: Tensor) -> Tensor:
     """The result has two readers; the sum of their gradients is nobody else's."""
     out = module.network(module.queries(x)).flatten(2)
     return module.outputs(out) + out.sin()
@@ -261,7 +261,7 @@ TRAINED: dict[str, tuple[Run, int]] = {
     "between two projections": (ffn, 1),
     "of two layers": (lambda m, x: ffn(m, x + ffn(m, x)), 2),
     "of a sine": (lambda m, x: m.project(m.network(m.queries(x).sin())), 1),
-    "two readers": (behind, 1),
+    "two readers": (read_after, 1),
     "with a router": (routed, 1),
 }
 

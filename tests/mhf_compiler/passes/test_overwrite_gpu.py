@@ -60,7 +60,7 @@ def peaks(
 
 
 def test_inference_takes_two_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queries, whose memory the result takes, and the output beside them."""
+    """The queries, whose memory the result takes, and the output."""
     torch.manual_seed(0)
     module, x = FFN(), torch.randn(B, L, H * d, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():

@@ -154,7 +154,7 @@ def test_the_pass_takes_part_in_a_bisection(
 
     bisector = compiler_bisector.CompilerBisector
     if not hasattr(bisector, "reset_counters"):
-        pytest.skip("this PyTorch cannot begin a bisection anew in one process")
+        pytest.skip("this PyTorch cannot start a bisection twice in one process")
     values = {
         "TORCH_BISECT_BACKEND": "inductor",
         "TORCH_BISECT_SUBSYSTEM": "pre_grad_passes",

@@ -164,7 +164,7 @@ def test_after_it_the_op_reads_the_arguments(report: Report):
 
 
 def test_scales_and_the_residual_are_shown_where_they_are():
-    """The residual is added behind the op, which is called with the scales."""
+    """The residual is added after the op, which is called with the scales."""
     arguments = tuple(Argument(role, role.lower(), (2, 3), "float32") for role in ("Q", "K", "X"))
     site = SiteReport(activation="gelu", arguments=arguments, scales=(0.5, 1.0, 2.0))
     (after,) = frames(Group(site, (None,)))

@@ -182,7 +182,7 @@ def test_half_precision_does_not_pay_on_a_cpu_that_has_products_for_it():
 
 
 def points(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The op at each point of a grid, and behind it the original in every spelling."""
+    """The op at each point of a grid, followed by the original in every spelling."""
     starts = [i for i, row in enumerate(rows) if row["contender"] == "op"]
     for start, end in pairwise([*starts, len(rows)]):
         yield rows[start:end]

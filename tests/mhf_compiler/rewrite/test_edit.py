@@ -63,7 +63,7 @@ def edited(gm: fx.GraphModule) -> fx.Graph:
     findings = find_sites(gm)
     assert findings.sites
     assert findings.copy is not None
-    return rewrite(gm.graph, findings.sites, findings.copy)
+    return rewrite(gm.graph, findings.sites, findings.copy).graph
 
 
 def edit(model: nn.Module, x: Tensor | None = None) -> fx.Graph:
@@ -130,7 +130,7 @@ def test_what_computed_the_site_is_gone():
 
 
 class OthersAround(PerHead):
-    """Operations before, beside and after the network."""
+    """Operations before, parallel to and after the network."""
 
     def forward(self, x: Tensor) -> Any:
         before = x.sin()
@@ -255,7 +255,7 @@ class Packed(PerHead):
 
 
 class Interleaved(Packed):
-    """Gate and up projection by turns."""
+    """Gate and up projection interleaved."""
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.packed[..., ::2], self.packed[..., 1::2], self.down
@@ -413,7 +413,7 @@ def test_all_readers_read_the_op():
 
 
 class HeadsKept(ListOfHeads):
-    """Heads that are kept one by one, beside what they are merged into."""
+    """Heads that are kept one by one, in addition to what they are merged into."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()

@@ -1,0 +1,192 @@
+"""One graph of Dynamo's on its way through the back end: rewritten, compiled, told of.
+
+``backend.py`` imports this when the first graph arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import fx
+
+from . import compat
+from .buckets import Part, rewrite_whole
+from .errors import NotAnalysedError, fault, only_reporting
+from .options import Options, inductor_config, parse_options
+from .passes.manager import with_post_grad_passes
+from .passes.outcome import Fusion
+from .report.logs import announce_fusions
+from .report.values import GraphReport
+from .rewrite.graph import Originals, rewrite_graph
+
+
+def parsed_options(mode: str | None, options: Options | Mapping[str, Any] | None) -> Options:
+    """The options of ``torch.compile``, checked."""
+    return parse_options(mode, options)
+
+
+def compile_graph_of_dynamo(
+    gm: fx.GraphModule, example_inputs: list[Any], options: Options
+) -> Callable[..., Any]:
+    """Rewrite and compile a graph, or one part of a graph that DDP's buckets have cut."""
+    if compat.is_part_of_buckets(gm):
+        whole = _whole_graph(gm, options)
+        if whole is not None:
+            return whole.compile_next(gm, example_inputs)
+    compilation = Compilation(options)
+    compilation.rewrite(gm)
+    return compilation.compile(gm, example_inputs)
+
+
+class Compilation:
+    """What is done to one graph, and said of it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.config = inductor_config(options)
+        self.counted = compat.counters["flashmhf"].copy()
+        self.report: GraphReport | None = None
+        self.folder: Path | None = None
+        self.originals: Originals | None = None
+
+    def rewrite(self, gm: fx.GraphModule) -> None:
+        """Put the ops into a graph and prepare Inductor for them; all of it, or nothing."""
+        self.originals = Originals(gm)
+        try:
+            self.report = rewrite_graph(gm, self.options)
+            self._prepare(gm)
+        except NotAnalysedError:
+            self.originals.restore()
+            raise
+        except Exception as error:
+            self.originals.restore()
+            self.failed(error)
+        else:
+            self.dump(gm)
+
+    def failed(self, error: Exception) -> None:
+        """Nothing of what was found is rewritten; raises under ``strict``."""
+        compat.counters["flashmhf"] = self.counted.copy()
+        self.report = None
+        self.config = inductor_config(self.options)
+        message = "rewriting failed, the graph is compiled as it is"
+        fault("rewrite", message, error, strict=self.options.strict)
+
+    def prepare(self, gm: fx.GraphModule, report: GraphReport) -> None:
+        """Prepare Inductor for a graph that is rewritten."""
+        self.report = report
+        self._prepare(gm)
+
+    def _prepare(self, gm: fx.GraphModule) -> None:
+        strict = self.options.strict
+        self.config = with_post_grad_passes(gm, self.config, strict=strict, tell=self.tell)
+        if self.options.fallback == "inductor":
+            # The user may have called the op, too.
+            from .lowering.ops import ALL, MUTATING
+
+            compat.tell_inductor_of(ALL, MUTATING)
+
+    def dump(self, gm: fx.GraphModule) -> None:
+        """Write the graph and its report to the folder that the user has named."""
+        if self.options.dump_dir is None or self.report is None:
+            return
+        with only_reporting(f"the graph in {self.options.dump_dir}"):
+            from .debug.dump import dump
+
+            self.folder = dump(self.report, gm, self.options.dump_dir)
+
+    def tell(self, fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
+        """Log what the passes after autograd did, and add it to the report of the graph."""
+        with only_reporting("what was fused"):
+            announce_fusions(fusions, notes)
+            if self.report is None:
+                return
+            self.report.fusions = [*(self.report.fusions or ()), *fusions]
+            self.report.notes += notes
+            if self.folder is not None:
+                from .debug.dump import dump_report
+
+                dump_report(self.report, self.folder)
+
+    def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile a graph with the fallback; if only its rewritten form fails, as it was."""
+        fallback = self.options.fallback
+        try:
+            return compat.compile_graph(fallback, gm, example_inputs, self.config)
+        except Exception as error:
+            # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
+            # symbolic float to be a constant, it says so by an exception.
+            compat.counters["flashmhf"] = self.counted
+            replaced = self.originals is not None and self.originals.were_replaced
+            if self.options.strict or not replaced:
+                raise
+            assert self.originals is not None
+            self.originals.restore()
+            config = inductor_config(self.options)
+            compiled = compat.compile_graph(fallback, gm, example_inputs, config)
+            fault("compile", "the rewritten graph does not compile, so the original is used", error)
+            return compiled
+
+
+class _WholeGraph:
+    """A graph that DDP's buckets have cut: rewritten as a whole, compiled in parts."""
+
+    def __init__(self, cut: compat.BucketCut, options: Options) -> None:
+        self.key = cut.buckets[0]
+        self.number = 0
+        self.parts: list[Part] | None = None
+        self.compilation = Compilation(options)
+        try:
+            gm, report, self.parts = rewrite_whole(cut, options)
+            self.compilation.prepare(gm, report)
+        except NotAnalysedError:
+            raise
+        except Exception as error:
+            self.parts = None
+            self.compilation.failed(error)
+        else:
+            self.compilation.dump(gm)
+
+    def compile_next(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile the next of Dynamo's parts."""
+        if self.parts is None:
+            return self.compilation.compile(gm, example_inputs)
+        part = self.parts[self.number]
+        self.number += 1
+        part.check(gm)
+        inputs = part.example_inputs(example_inputs)
+        if part.module is None:
+            return part.place(None)
+        return part.place(self.compilation.compile(part.module, inputs))
+
+
+_TOLD = "flashmhf_cut"
+
+_whole_graphs: WeakKeyDictionary[Any, _WholeGraph] = WeakKeyDictionary()
+
+
+def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
+    """The graph whose next part is being compiled; None, with a warning, if it cannot be seen."""
+    try:
+        cut = compat.bucket_cut()
+        if cut is None:
+            raise LookupError("Dynamo's DDPOptimizer is not what compiles it")
+    except Exception as error:
+        if gm.meta.setdefault(_TOLD, None) is not None:  # all parts share it
+            return None
+        gm.meta[_TOLD] = True
+        fault(
+            "buckets",
+            "DistributedDataParallel's buckets cut the graph, and the networks that they cut are "
+            "not seen: set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
+            error,
+            strict=options.strict,
+        )
+        return None
+    whole = _whole_graphs.get(cut.owner)
+    if whole is None or whole.key is not cut.buckets[0]:  # traced anew, and cut again
+        whole = _whole_graphs[cut.owner] = _WholeGraph(cut, options)
+    return whole

@@ -1,0 +1,144 @@
+"""Option ``verify``: a site is compared with the original spelling before it is accepted.
+
+The region of the site is cut out, and so is what the editor would write in its place. Both are
+functions of the tensors that the op's arguments are read from. They run on the device of the site,
+on random numbers and on numbers that are extreme, and may differ by rounding alone, in results and
+in gradients (debug/accuracy.py). This is the check of everything but the edit around the site,
+which the guard checks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ..compat import no_fake_mode
+from ..debug.accuracy import compare
+from ..debug.extract import Given, Sizes, Spelling
+from ..patterns import STACK, CanonicalCopy, Site, Value
+from .emit import Editor
+
+_LARGE, _TINY = 1e4, 1e-6  # factors of the random numbers
+
+
+class VerificationError(RuntimeError):
+    """Under ``strict``: a site does not compute what the original spelling computes."""
+
+
+def disagreement(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None:
+    """In what a site differs from its original spelling; None if in nothing but rounding.
+
+    It runs both several times in the dtype of the model and once in float64, and needs that memory.
+
+    Args:
+        gm: the graph in which the site was found. Dynamic sizes are those of its example; sizes
+            that depend on data are small samples.
+        site: the site.
+        copy: what the graph computes.
+    """
+    sizes = Sizes(gm)
+    original = Spelling(site, dict.fromkeys(_arguments(site), ""), sizes)
+    replacement = _replacement(site, copy, original.inputs, sizes)
+    training = site.output.requires_grad_mode
+    devices = [site.device] if site.device.type == "cuda" else []
+    with (
+        no_fake_mode(),
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(training),
+        torch.autocast(site.device.type, enabled=False),
+    ):
+        for name, inputs in _samples(original.given, training):
+            finite = all(bool(x.isfinite().all()) for x in inputs)
+            for difference in compare(original, replacement, inputs, overflows=not finite):
+                if not difference.agrees:
+                    return f"with {name}, {difference}"
+    return None
+
+
+def _arguments(site: Site) -> list[Value]:
+    """The tensors of the graph that the op's arguments are read from."""
+    return [value for view in site.views().values() for value in _unstacked(view.value)]
+
+
+def _unstacked(value: Value) -> Iterator[Value]:
+    if value.op == STACK:
+        for part in value.args:
+            yield from _unstacked(part)
+    else:
+        yield value
+
+
+# What would be written.
+
+
+def _replacement(
+    site: Site, copy: CanonicalCopy, inputs: Sequence[Value], sizes: Sizes
+) -> Callable[..., Tensor]:
+    graph = fx.Graph()
+    given = {value: graph.placeholder(f"x{number}") for number, value in enumerate(inputs)}
+    graph.output(_Alone(graph, copy, site, given, sizes).insert())
+    graph.lint()
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+class _Alone(Editor):
+    """Writes a site into a graph of its own, where nothing but its arguments is given."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        copy: CanonicalCopy,
+        site: Site,
+        given: dict[Value, fx.Node],
+        sizes: Sizes,
+    ) -> None:
+        super().__init__(graph, {site.output_node: [*given.values()][-1]}, copy, site, given)
+        self.sizes = sizes
+
+    def value(self, value: Value) -> fx.Node:
+        return self.stacked(value) if value.op == STACK else self.results[value]
+
+    def _symbol(self, symbol: sympy.Symbol) -> int:  # type: ignore[override]
+        known: int = self.sizes.known(symbol)
+        return known
+
+    def size(self, size: object) -> object:
+        return self.sizes.known(size)
+
+
+# What it is tried on.
+
+
+def _samples(given: Sequence[Given], training: bool) -> Iterator[tuple[str, list[Tensor]]]:
+    """Inputs, and what they are called."""
+
+    def filled(fill: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        made = []
+        for entry in given:
+            tensor = entry.make().detach()
+            if tensor.is_floating_point():
+                tensor = fill(tensor).requires_grad_(training)
+            made.append(tensor)
+        return made
+
+    torch.manual_seed(0)
+    yield "random numbers", filled(lambda x: x)
+    yield "zeros", filled(lambda x: x.zero_())
+    yield "large numbers", filled(lambda x: x.mul_(_LARGE))
+    yield "tiny numbers", filled(lambda x: x.mul_(_TINY))
+    for name, number in (("an infinity", math.inf), ("a NaN", math.nan)):
+        inputs = [x.detach() for x in filled(lambda x: x)]  # of gradients, there is no rule
+        inputs[0] = _with_one(inputs[0], number)
+        yield f"{name} among the queries", inputs
+
+
+def _with_one(tensor: Tensor, number: float) -> Tensor:
+    """The same with a number at its first place."""
+    if tensor.numel() and 0 not in tensor.stride():
+        tensor[(0,) * tensor.dim()] = number
+    return tensor

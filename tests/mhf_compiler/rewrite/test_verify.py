@@ -1,0 +1,126 @@
+"""Option ``verify``: a site that computes something else is declined, or raises under strict."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import mhf_compiler
+from mhf_compiler import MhfCompilerWarning
+from mhf_compiler.compat import counters
+from mhf_compiler.patterns import Kind
+from mhf_compiler.rewrite.emit import Editor
+
+H, d, f = 4, 8, 5
+VERIFY = {"rewrite": "always", "verify": True}
+
+
+class Heads(nn.Module):
+    """One SwiGLU for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Parameter(torch.randn(H, d, f) / 4) for _ in range(2))
+        self.down = nn.Parameter(torch.randn(H, f, d) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d)).transpose(1, 2)
+        return ((F.silu(q @ self.gate) * (q @ self.up)) @ self.down).transpose(1, 2).flatten(2)
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 6, H * d)
+
+
+def _half_the_gradient(e: Editor, out: fx.Node) -> fx.Node:
+    half = e.call(torch.mul, out, 0.5)
+    return e.call(torch.add, half, e.call("detach", half))
+
+
+WRONG = {
+    "values": (lambda e, out: e.call(torch.mul, out, 1.01), "random numbers, output 0"),
+    "gradients": (_half_the_gradient, "gradient of"),
+    "large numbers": (
+        lambda e, out: e.call(torch.clamp, out, -1e6, 1e6),
+        "large numbers, output 0",
+    ),
+    "NaN": (lambda e, out: e.call(torch.nan_to_num, out), "among the queries, output 0"),
+}
+
+
+@pytest.fixture(params=WRONG)
+def wrong(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An editor that writes something wrong, and what is said of it."""
+    breaks, message = WRONG[request.param]
+    network = Editor.network
+    monkeypatch.setattr(Editor, "network", lambda e, *given: breaks(e, network(e, *given)))
+    return message
+
+
+def test_what_computes_something_else_is_declined(wrong: str):
+    model, x = Heads(), tokens()
+    compiled = torch.compile(model, backend="flashmhf", options=VERIFY | {"fallback": "eager"})
+    with pytest.warns(MhfCompilerWarning, match=f"VerificationError: with .*{wrong}"):
+        torch.testing.assert_close(compiled(x), model(x))
+    tally = counters["flashmhf"]
+    assert (tally["sites_rewritten"], tally["declined.NOT_VERIFIED"], tally["failures"]) == (
+        0,
+        1,
+        1,
+    )
+
+
+def test_strict_raises(wrong: str):
+    compiled = torch.compile(Heads(), backend="flashmhf", options=VERIFY | {"strict": True})
+    with pytest.raises(Exception, match=f"with .*{wrong}"):
+        compiled(tokens())
+
+
+def test_assert_rewritten_with_verify(wrong: str):
+    mhf_compiler.assert_rewritten(Heads(), (tokens(),), sites=1)
+    with (
+        pytest.warns(MhfCompilerWarning),
+        pytest.raises(AssertionError, match=Kind.NOT_VERIFIED.sentence),
+    ):
+        mhf_compiler.assert_rewritten(Heads(), (tokens(),), verify=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_right_rewrites_pass(dtype: torch.dtype, mode: Any):
+    with mode():
+        mhf_compiler.assert_rewritten(
+            Heads().to(dtype), (tokens().to(dtype),), sites=1, verify=True, options={"strict": True}
+        )
+
+
+def test_random_numbers_of_the_model_stay():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    model, x = Heads(), tokens()
+    torch.manual_seed(3)
+    mhf_compiler.explain(model, options=VERIFY)
+    torch.compile(model, backend="flashmhf", options=VERIFY | {"fallback": "eager"})(x)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_dynamic_sizes():
+    model = torch.compile(Heads(), backend="flashmhf", dynamic=True, options=VERIFY)
+    model(tokens())
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+
+
+def test_sizes_that_depend_on_data():
+    """A sample of such sizes is chosen."""
+    heads = Heads()
+
+    def masked(x: Tensor, keep: Tensor) -> Tensor:
+        return heads(x[keep][None])
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        options = VERIFY | {"strict": True, "fallback": "eager"}
+        model = torch.compile(masked, backend="flashmhf", options=options)
+        model(tokens(), torch.rand(2, 6) > 0.5)
+    assert counters["flashmhf"]["sites_rewritten"] == 1

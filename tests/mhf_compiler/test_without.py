@@ -1,0 +1,171 @@
+"""A PyTorch that lacks a private name which `compat.py` uses: the model runs all the same.
+
+Each name is misspelled in turn, in a copy of that file, and a model is compiled in a process that
+gets the copy. These processes are forked from one that has imported PyTorch, to save its time.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mhf_compiler.compat
+
+COMPAT = Path(mhf_compiler.compat.__file__)
+#: what the fallback itself is called by; these are documented
+DOCUMENTED = {"torch._inductor.compile", "torch._dynamo.lookup_backend"}
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[str, ast.alias | ast.Attribute]]:
+    """Every private name, as it is written, with the node that can be misspelled."""
+    inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            yield from ((f"{node.module}:{alias.name}", alias) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and id(node) not in inner:
+            name = ast.unparse(node)
+            if name.startswith("torch.") and "._" in name and name not in DOCUMENTED:
+                yield name, node
+
+
+def sources() -> dict[str, str]:
+    """The file without each name, wherever it is used."""
+    found: dict[str, str] = {}
+    for missing in dict(private_names(ast.parse(COMPAT.read_text()))):
+        tree = ast.parse(COMPAT.read_text())
+        for name, node in list(private_names(tree)):
+            if name != missing:
+                continue
+            if isinstance(node, ast.alias):
+                node.asname = node.asname or node.name
+                node.name += "_is_gone"
+            else:
+                node.attr += "_is_gone"
+        found[missing] = ast.unparse(tree)
+    return found
+
+
+RUN = """
+import importlib.abc, importlib.util, json, os, sys, traceback, warnings
+import torch, torch._dynamo, torch._inductor.compile_fx
+from torch import nn
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
+
+    def forward(self, x):
+        return (x @ self.up).relu() @ self.down
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    def __init__(self, source):
+        self.source = source
+
+    def find_spec(self, name, path, target=None):
+        if name == "mhf_compiler.compat":
+            return importlib.util.spec_from_loader(name, self)
+
+    def get_filename(self, name):
+        return "compat.py"
+
+    def get_data(self, path):
+        return self.source.encode()
+
+def attempt(source, fallback, strict):
+    sys.meta_path.insert(0, Finder(source))
+    model, x = Heads(), torch.randn(4, 6, 8)
+    options = {"fallback": fallback, "rewrite": "always", "strict": strict}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if fallback == "eager":  # a graph that the parent has traced
+                from mhf_compiler import flashmhf
+
+                gm, inputs = traced[0]
+                (found,) = flashmhf(gm, inputs, options=options)(*inputs)
+                torch.testing.assert_close(found, expected)
+            else:
+                out = torch.compile(model, backend="flashmhf", options=options)(x)
+                out.sum().backward()
+                torch.testing.assert_close(out, model(x))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return [str(w.message) for w in caught if w.category.__name__ == "MhfCompilerWarning"]
+
+def trace(gm, inputs):
+    traced.append((gm, [*plain_inputs(gm)]))
+    return gm.forward
+
+def plain_inputs(gm):
+    named = {str(p.shape): p for p in plain.parameters()} | {str(x.shape): x}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        yield named[str(node.meta["example_value"].shape)]
+
+traced, plain, x = [], Heads(), torch.randn(4, 6, 8)
+expected = torch.compile(plain, backend=trace)(x)
+if "inductor" in sys.argv:
+    torch.compiler.reset()
+    torch.compile(plain, backend="inductor")(x).sum().backward()
+torch.compiler.reset()
+for line in sys.stdin:
+    name, *arguments = json.loads(line)
+    sys.stdout.flush()
+    if os.fork() == 0:
+        try:
+            told = attempt(*arguments)
+        except BaseException:
+            told = traceback.format_exc()
+        print(json.dumps([name, told]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def attempts(sources: dict[str, str], fallback: str, strict: bool = False) -> dict[str, Any]:
+    """For each name: the warnings, or what was raised."""
+    lines = [json.dumps([name, source, fallback, strict]) for name, source in sources.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, fallback],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    """Names that only Inductor's part of the way needs are tried with Inductor."""
+    every = sources()
+    inductors = {
+        name: text for name, text in every.items() if "inductor" in name or "repro" in name
+    }
+    others = {name: text for name, text in every.items() if name not in inductors}
+    return attempts(others, "eager") | attempts(inductors, "inductor")
+
+
+def test_a_model_runs_without_any_one_of_them(told: dict[str, Any]):
+    assert len(told) > 30
+    assert {name: what for name, what in told.items() if isinstance(what, str)} == {}
+
+
+def test_there_is_one_warning_which_names_what_is_missing(told: dict[str, Any]):
+    """None where this model does not come by."""
+    for warned in told.values():
+        assert len(warned) <= 1
+        assert all("_is_gone" in text for text in warned)
+    assert sum(map(len, told.values())) > 20
+
+
+def test_strict_raises():
+    names = "torch._guards:TracingContext", "torch._C._functorch.get_dynamic_layer_stack_depth"
+    every = sources()
+    raised = attempts({name: every[name] for name in names}, "eager", strict=True)
+    assert all(isinstance(error, str) and "_is_gone" in error for error in raised.values())

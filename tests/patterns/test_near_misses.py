@@ -1,0 +1,216 @@
+"""Near-misses of which something is rewritten, or that a corpus case cannot hold: what is said."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from corpus.cases import TOKENS, E, PerHead, SubNetworks, split_heads
+from torch import Tensor, nn
+
+import mhf_compiler
+from mhf_compiler.patterns import Kind
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def assert_said(model: nn.Module, kind: Kind, code: str, detail: str, rewritten: int) -> None:
+    """One reason, with the line of the source that has this code."""
+    report = mhf_compiler.explain(model, options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert len(report.rewritten) == rewritten
+    said = [site for site in report.declined if site.reason is not None]
+    assert {site.reason.kind for site in said if site.reason} == {kind}
+    assert any(site.reason is not None and detail in site.reason.detail for site in said)
+    where = Path(__file__)
+    lines = {site.location.line: site.location.code for site in said if site.location}
+    assert all(site.location and site.location.file == str(where) for site in said)
+    assert any(code in line for line in lines.values())
+    assert all(lines[n] in where.read_text().splitlines()[n - 1] for n in lines)
+
+
+# Sub-networks that are rewritten one by one.
+
+
+class InALoop(SubNetworks):
+    """Adds up sub-networks in a loop."""
+
+    def __init__(self, add: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.add = add
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        route = torch.sigmoid(torch.einsum("bhld,hed->bhle", q, self.route))
+        out = torch.zeros_like(q)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            out = self.add(out, hidden @ self.down[:, e], route[..., e, None], e)
+        return out
+
+
+def with_its_own_factor(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
+    return torch.addcmul(out, sub, r, value=(0.5, 1.0, 2.0)[e])
+
+
+def divided(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
+    return out + sub / (1 + r)
+
+
+def selected(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
+    return out + torch.where(r > 0.5, sub * r, 0.0)
+
+
+def masked(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
+    return out + (sub * r).masked_fill(r < 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("add", "code", "detail"),
+    [
+        (with_its_own_factor, "torch.addcmul(out, sub", "mul"),
+        (divided, "out + sub / (1 + r)", "div"),
+        (selected, "torch.where(r > 0.5", "where"),
+        (masked, ".masked_fill(r <", "masked_fill"),
+    ],
+)
+def test_what_keeps_sub_networks_apart(
+    add: Callable[[Tensor, Tensor, Tensor, int], Tensor], code: str, detail: str
+):
+    assert_said(InALoop(add), Kind.SUMMED_APART, code, detail, rewritten=E)
+
+
+class ShrinkingSum(SubNetworks):
+    """What was summed before counts half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).flatten(0, 1).transpose(0, 1)
+        out = torch.zeros_like(q)
+        for e in range(E):
+            hidden = F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])
+            out = torch.baddbmm(out, hidden, self.down[:, e], beta=0.5)
+        return out
+
+
+def test_a_sum_that_shrinks():
+    assert_said(ShrinkingSum(), Kind.SUMMED_APART, "beta=0.5)", "baddbmm", rewritten=E)
+
+
+def _weighted(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
+    return out + sub * r
+
+
+class TwoLayers(nn.Module):
+    """One after the other, on one residual stream: no sum of sub-networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = PerHeadNetwork(), PerHeadNetwork()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+class PerHeadNetwork(PerHead):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def network(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(-3, -2)
+        out = (F.silu(q @ self.gate) * (q @ self.up)) @ self.down
+        return out.transpose(-3, -2).flatten(-2)
+
+
+@pytest.mark.parametrize(
+    ("model", "sites"), [(lambda: InALoop(_weighted), 1), (TwoLayers, 2)], ids=["loop", "layers"]
+)
+def test_nothing_is_said_where_nothing_is_missed(model: Callable[[], nn.Module], sites: int):
+    report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert len(report.rewritten) == sites
+    assert report.declined == []
+
+
+# Operations between the projections.
+
+
+@torch.library.custom_op("near_miss::silu_and_mul", mutates_args=())
+def silu_and_mul(packed: Tensor) -> Tensor:
+    gate, up = packed.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@silu_and_mul.register_fake
+def _(packed: Tensor) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+class OpaqueActivation(PerHead):
+    def forward(self, x: Tensor) -> Tensor:
+        packed = torch.einsum("blhi,hio->blho", split_heads(x), torch.cat([self.gate, self.up], -1))
+        return torch.einsum("blhf,hfd->blhd", silu_and_mul(packed), self.down)
+
+
+class SummedUp(PerHead):
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        hidden = F.silu(q @ self.gate) * (q @ self.up)
+        return hidden.cumsum(-2) @ self.down
+
+
+def test_an_activation_of_somebody_elses():
+    with torch.no_grad():
+        assert_said(
+            OpaqueActivation(),
+            Kind.UNKNOWN_OPERATION,
+            "silu_and_mul(packed), self.down",
+            "near_miss.silu_and_mul",
+            rewritten=0,
+        )
+
+
+def test_hidden_units_that_are_summed_up_over_tokens():
+    assert_said(SummedUp(), Kind.UNKNOWN_OPERATION, ".cumsum(-2) @", "cumsum", rewritten=0)
+
+
+# In place, and in transforms.
+
+
+class AddsInPlace(PerHeadNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sin()
+        x += self.network(x)
+        return x
+
+
+def test_a_residual_that_is_added_in_place():
+    """Eager's backward pass refuses the same."""
+    assert_said(AddsInPlace(), Kind.MUTATION, "x += self.", "is overwritten", rewritten=0)
+    with torch.no_grad():
+        report = mhf_compiler.explain(AddsInPlace(), options={"rewrite": "always"})
+        assert len(report(torch.randn(TOKENS)).rewritten) == 1
+
+
+class BySample(PerHeadNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.network)(x)
+
+
+class GradientsBySample(PerHeadNetwork):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(torch.func.grad(lambda one: self.network(one).square().sum()))(x)
+
+
+def test_vmap_over_the_batch_is_rewritten():
+    report = mhf_compiler.explain(BySample(), options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert len(report.rewritten) == 1
+
+
+def test_gradients_of_each_sample():
+    code = "out = (F.silu(q @ self.gate) * (q @ self.up)) @ self.down"
+    assert_said(GradientsBySample(), Kind.FUNCTION_TRANSFORM, code, "", rewritten=0)
