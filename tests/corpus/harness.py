@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from mhf_compiler import GraphReport, Options, Report, compilation
+from mhf_compiler.rewrite.graph import rewrite_graph
 
 from .cases import Case
 
@@ -17,8 +21,11 @@ OPTIONS = {"rewrite": "always", "fallback": "aot_eager", "strict": True}
 _WIDER = {torch.complex64: torch.complex128}
 
 
-def assert_compiled_right(case: Case) -> None:
+def assert_compiled_right(case: Case, **options: Any) -> Report:
     """The compiled model gives the model's results, gradients and buffers, up to rounding.
+
+    Returns what the back end reports of it, so that it is compiled once for both. ``options`` are
+    added to those above.
 
     The reference is the model in float64. The bound is four times what the model itself is off by,
     but at least four units in the last place of the lowest precision that it computes in.
@@ -27,8 +34,15 @@ def assert_compiled_right(case: Case) -> None:
     wider = case.dtype if case.random else _WIDER.get(case.dtype, torch.float64)
     exact = _run(case, copy.deepcopy(model).to(wider))
     plain = _run(case, copy.deepcopy(model))
-    compiled = torch.compile(copy.deepcopy(model), backend="flashmhf", options=OPTIONS)
-    found = _run(case, compiled)
+    compiled = torch.compile(copy.deepcopy(model), backend="flashmhf", options=OPTIONS | options)
+    report = Report()
+
+    def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
+        report.graphs.append(rewrite_graph(gm, options))
+        return report.graphs[-1]
+
+    with mock.patch.object(compilation, "rewrite_graph", rewrite):
+        found = _run(case, compiled)
     assert list(found) == list(plain)
     for name, reference in exact.items():
         assert found[name].shape == plain[name].shape, name
@@ -37,6 +51,7 @@ def assert_compiled_right(case: Case) -> None:
         rounding = torch.finfo(case.precision or case.dtype).eps * largest
         allowed = 4 * max(_distance(plain[name], reference), rounding)
         assert _distance(found[name], reference) <= allowed, name
+    return report
 
 
 def _run(case: Case, model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -90,8 +90,14 @@ def assert_same(model: Callable[..., Tensor], around: Place, training: bool = Tr
             torch.testing.assert_close(found, plain, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize(("outer", "inner"), [*itertools.product(AUTOCAST, AUTOCAST)])
-@pytest.mark.parametrize("inside", ["checkpoint", "cond", "call"])
+def places(modes: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """All modes around all others: in a checkpoint, and in a branch and a plain call by turns."""
+    for (i, outer), (j, inner) in itertools.product(enumerate(modes), repeat=2):
+        yield "checkpoint", outer, inner
+        yield ("cond", "call")[(i + j) % 2], outer, inner
+
+
+@pytest.mark.parametrize(("inside", "outer", "inner"), places(AUTOCAST))
 def test_autocast(inside: str, outer: str, inner: str):
     """Around the call of the compiled model, and around the inner graph."""
 
@@ -125,8 +131,7 @@ def assert_rounds_like(model: Callable[..., Tensor], around: Place) -> None:
         torch.testing.assert_close(found, plain, rtol=0, atol=4e-2 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize(("outer", "inner"), [*itertools.product(GRAD, GRAD)])
-@pytest.mark.parametrize("inside", ["checkpoint", "cond", "call"])
+@pytest.mark.parametrize(("inside", "outer", "inner"), places(GRAD))
 def test_grad_modes(inside: str, outer: str, inner: str):
     """A clamp is a relu exactly where no gradients are recorded."""
 

@@ -26,7 +26,6 @@ from models.networks import WIDTH, ffn
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = 61
-layers = pytest.mark.parametrize("layers", [1, 2, 3])
 
 
 def language_model(layers: int, name: str = "loop", **config: Any) -> Any:
@@ -60,9 +59,11 @@ def logits_of(model: Any) -> Any:
     return lambda tokens: model(tokens, use_cache=False).logits
 
 
-@layers
-@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("name", ["loop", "packed"])
+# Every pair of a spelling with training or inference; numbers of layers as they come.
+@pytest.mark.parametrize(
+    ("layers", "training", "name"),
+    [(1, True, "loop"), (2, False, "loop"), (3, True, "packed"), (1, False, "packed")],
+)
 def test_forward_and_training_step(layers: int, training: bool, name: str):
     model = language_model(layers, name).train(training)
     assert_same_steps(
@@ -145,8 +146,7 @@ def test_each_layer_compiled_by_itself():
 # generate().
 
 
-@layers
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize(("layers", "cache"), [(3, "dynamic"), (2, "static"), (1, "none")])
 def test_generate_with_a_compiled_forward(layers: int, cache: str):
     model, tokens = language_model(layers).eval(), prompt()
     how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}

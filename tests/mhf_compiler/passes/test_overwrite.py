@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.inductor import NO_CPP
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -186,7 +187,7 @@ KEPT: dict[str, tuple[Run, str]] = {
 
 @pytest.mark.parametrize(("run", "obstacle"), KEPT.values(), ids=KEPT)
 def test_the_query_stays(run: Run, obstacle: str):
-    counts = infer(run).counts
+    counts = infer(run, **NO_CPP).counts
     assert counts[OVER_QUERY] == 0
     assert counts[f"{OVER_QUERY}_declined.{obstacle}"] == counts[f"{OVER_QUERY}_declined"] == 1
 
@@ -291,7 +292,7 @@ UNTRAINED: dict[str, tuple[Run, str | None]] = {
 
 @pytest.mark.parametrize(("run", "obstacle"), UNTRAINED.values(), ids=UNTRAINED)
 def test_the_gradient_of_the_result_stays(run: Run, obstacle: str | None):
-    counts = train(run).counts
+    counts = train(run, **NO_CPP).counts
     assert counts[OVER_GRADIENT] == 0
     assert counts[f"{OVER_GRADIENT}_declined"] == (obstacle is not None)
     assert obstacle is None or counts[f"{OVER_GRADIENT}_declined.{obstacle}"] == 1
@@ -340,7 +341,7 @@ def test_a_routers_part_of_the_gradient_is_added_in_place(run: Run, calls: int):
 
 @pytest.mark.parametrize("run", APART.values(), ids=APART)
 def test_parts_that_are_not_added_stay_apart(run: Run):
-    assert train(run).counts[ONTO] == 0
+    assert train(run, **NO_CPP).counts[ONTO] == 0
 
 
 @pytest.mark.parametrize("other", [torch.sin, lambda q: q * q.sum(-1, keepdim=True)])
