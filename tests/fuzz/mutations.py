@@ -233,13 +233,14 @@ def mutants(program: Program, rng: Random) -> Iterator[Mutant]:
 
 def under_modes(program: Program, rng: Random) -> Mutant:
     """Autocast and grad modes around the compiled code, and around a checkpoint inside of it."""
-    around, inside = (rng.choice(["", "autocast", "no autocast", "no_grad"]) for _ in range(2))
-    if rng.random() < 0.3:
-        inside = "enable_grad"
-    modes = (around, inside, rng.random() < 0.7)
+    around, inside = (
+        rng.choice(["", "autocast", "no autocast", "no_grad", "enable_grad", "inference_mode"])
+        for _ in range(2)
+    )
+    modes = (around, inside, rng.choice(["", "checkpoint", "checkpoint", "cond"]))
     if "autocast" in (around, inside):  # which leaves float64 as it is
         program = replace(program, dtype=torch.float32, precision=torch.bfloat16)
-    called = "in a checkpoint" if modes[2] else "called"
+    called = modes[2] or "call"
     return Mutant(f"under {around!r}, {called} under {inside!r}", replace(program, modes=modes))
 
 
