@@ -1272,7 +1272,7 @@ class _Generator:
             self.init.append("self.after = nn.Linear(H * d, H * d)")
         if self.symbol in ("output", "gate"):
             self.init.append("self.scale = 0.7")
-            self.scales[self.symbol == "output" and 2 or 0] *= 0.7
+            self.scales[2 if self.symbol == "output" else 0] *= 0.7
         if self.symbol == "output":
             out = w.let("out", out.then(" * self.scale"), "output")
         self._return(AFTER[kind].format(out=out.text))
