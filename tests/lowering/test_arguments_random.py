@@ -225,7 +225,7 @@ def another_size(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
 
 
 def heads_that_are_no_multiple(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
-    B, L, _, d = call["q"].shape
+    B, L = call["q"].shape[:2]
     groups = draw(st.integers(2, 4))
     heads = draw(st.integers(1, 9).filter(lambda n: n % groups))
     for name in NAMES:
@@ -268,7 +268,7 @@ def an_eight_bit_dtype(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
     for name in NAMES:
         if call[name] is not None:
             call[name] = call[name].to(dtype)
-    return ("q",)
+    return ("q has dtype", "r has dtype")
 
 
 def a_router_in_eight_bits(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
