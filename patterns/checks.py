@@ -38,7 +38,7 @@ from .rolling import STACK, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
 from .terms import Term
-from .views import LIKES, MERGES, broadcast, is_view, through_view, through_views
+from .views import LIKES, MERGES, broadcast, is_view, through_view
 
 #: operations that autograd saves nothing of
 _UNSAVED = MERGES | {
@@ -105,8 +105,6 @@ def one_query(term: Term) -> Term:
         raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
     mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
-    if _same_before_casts(query, gate.query):
-        query = gate.query
     if not same_tensor(query.value, gate.query.value):
         sources = {_uncast(query.value), _uncast(gate.query.value)}
         kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
@@ -115,25 +113,9 @@ def one_query(term: Term) -> Term:
         packed = up.weight.value is gate.weight.value
         kind = Kind.UNPAIRED_BRANCHES if packed else Kind.DIFFERENT_QUERIES
         raise Declined(kind, "they read other parts of one tensor", up.value.origin)
-    renamed_up = term.mapped(
+    return term.mapped(
         lambda role, operand: renamed(operand, mapping) if role in ("up", "up_query") else operand
     )
-    return renamed_up.mapped(lambda role, operand: query if role == "up_query" else operand)
-
-
-def _same_before_casts(mine: Operand, theirs: Operand) -> bool:
-    """Whether two casts to one dtype read the same numbers: a view cast is a cast viewed.
-
-    Autocast casts what `matmul` is given, and only the reshaped operands of `tensordot`.
-    """
-    values = {mine.value, theirs.value}
-    if not all(map(is_cast, values)) or mine.value.dtype != theirs.value.dtype:
-        return False
-    (first, one), (second, other) = (
-        through_views(operand.value.source, operand.index, values) for operand in (mine, theirs)
-    )
-    modes = {value.requires_grad_mode for value in values}
-    return same_tensor(first, second) and same_index(one, other) and len(modes) == 1
 
 
 def _uncast(value: Value) -> Value:

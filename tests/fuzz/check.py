@@ -47,8 +47,13 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 #: its text, and the reasons that it may be declined for. Such a program counts as no miss.
 BY_DESIGN = (
     ("modes", "> inference_mode", (Kind.INFERENCE_REGION,)),
+    # Autocast leaves biases, and products spelled by a multiplication, in float32.
+    ("modes", "autocast", (Kind.MIXED_PRECISION, Kind.AUTOCAST_BOUNDARY)),
     ("biases", "in other dtypes", (Kind.MIXED_PRECISION,)),
-    ("symbol", "gate", (Kind.UNSUPPORTED_PROBLEM,)),
+    ("router dtype", "float64", (Kind.MIXED_PRECISION,)),
+    # An attribute inside the network that is no fixed number, and a symbolic width.
+    ("symbol", "gate", (Kind.UNSUPPORTED_PROBLEM, Kind.UNKNOWN_OPERATION)),
+    ("kind", "symbols", (Kind.UNSUPPORTED_PROBLEM,)),
 )
 
 Results = dict[str, Tensor]

@@ -725,6 +725,7 @@ class _Generator:
             w._taken.add("r")
             if self.kind == "dtypes" and self.more.random() < 0.7:
                 self.kept["r"] = self.more.choice([torch.float32, torch.float64])
+                self.features["router dtype"] = str(self.kept["r"])
                 self.mixed = True
             return Named("r", tuple(dims))
         heads = self.heads

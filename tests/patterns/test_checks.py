@@ -74,20 +74,6 @@ def up_in_another_precision(m: Ffn, q: Tensor) -> Tensor:
     return project(F.silu(project(q, m.gate)) * up, m.down)
 
 
-def cast_before_and_after_a_view(m: Ffn, q: Tensor, kept: str = "") -> Tensor:
-    """Gate and up read one query in float64, cast before it is reshaped and after."""
-    gate, up, down = (w.double() for w in (m.gate, m.up, m.down))
-    flat = q.flatten(0, 1)
-    if kept == "other tokens":
-        flat = flat.roll(1, 0)
-    with torch.set_grad_enabled(kept != "no gradients"):
-        late = flat.to(torch.bfloat16 if kept == "other dtype" else torch.float64).double()
-    early = q.double().flatten(0, 1)
-    hidden = F.silu(torch.einsum("thi,hio->tho", early, gate))
-    hidden = hidden * torch.einsum("thi,hio->tho", late, up)
-    return torch.einsum("tho,hoi->thi", hidden, down).unflatten(0, (B, L)).float()
-
-
 def hidden_units_returned(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     hidden = m.hidden(q)
     return project(hidden, m.down), hidden
@@ -182,21 +168,6 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         {"heads": 1},
     ),
     "check_dtypes": (Kind.MIXED_PRECISION, up_in_another_precision, {}),
-    "one_query, cast to another dtype": (
-        Kind.MIXED_PRECISION,
-        lambda m, q: cast_before_and_after_a_view(m, q, "other dtype"),
-        {},
-    ),
-    "one_query, cast of other tokens": (
-        Kind.DIFFERENT_QUERIES,
-        lambda m, q: cast_before_and_after_a_view(m, q, "other tokens"),
-        {},
-    ),
-    "one_query, cast without gradients": (
-        Kind.MIXED_PRECISION,
-        lambda m, q: cast_before_and_after_a_view(m, q, "no gradients"),
-        {},
-    ),
     "check_gradients": (Kind.GRADIENTS_CUT, half_without_gradients, {}),
     "check_no_escape": (Kind.ESCAPING_INTERMEDIATE, hidden_units_returned, {}),
     "check_no_escape, read elsewhere": (Kind.ESCAPING_INTERMEDIATE, hidden_units_summed, {}),
@@ -300,7 +271,6 @@ def test_what_cannot_be_part_of_the_site_is_left_after_it(compute: Callable[[Ffn
 
 
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
-    "a cast before a view and one after it": cast_before_and_after_a_view,
     "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
     "a part of the output": lambda m, q: project(m.hidden(q), m.down)[:, 1:],
     "a residual of each head": lambda m, q: per_head(m, q, lambda y, part: y + part),
