@@ -30,6 +30,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
+_ROUTER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM_CUDA = 256
 
 
@@ -55,18 +56,27 @@ def check_arguments(
         if not isinstance(tensor, Tensor) and (tensor is not None or name in ("q", "k", "v")):
             optional = "" if name in ("q", "k", "v") else " or None"
             raise ArgumentError(f"{name} must be a tensor{optional}, got {type(tensor).__name__}")
+        if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested):
+            kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+            raise ArgumentError(f"{name} must be a dense tensor (torch.strided), got {kind}")
     if problem.u_bias is not None and problem.u is None:
         raise ArgumentError("u_bias is given but u is None: an un-gated network has no up bias")
     _check_shapes(tensors)
     _check_dtypes_and_devices(problem.q, tensors)
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1, cutoff=0.0)
         raise ArgumentError(
             f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}; "
             f"the nearest is {near[0]!r}"
         )
-    if out_order is not None and sorted(out_order) != [0, 1, 2, 3]:
-        raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
+    for name in ("k_scale", "u_scale", "out_scale"):
+        scale = getattr(problem, name)
+        if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+            raise ArgumentError(f"{name} must be a number, got {type(scale).__name__}")
+    if out_order is not None and not _is_permutation(out_order):
+        raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order!r}")
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise ArgumentError(f"out_dtype must be a torch.dtype or None, got {out_dtype!r}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ArgumentError(f"out_dtype must be a floating dtype or None, got {_name(out_dtype)}")
 
@@ -128,6 +138,14 @@ def check_backward_arguments(grad_out: Tensor, problem: Problem, needs: Sequence
             raise ArgumentError(f"needs asks for the gradient of {name}, which is None")
 
 
+def _is_permutation(order: Sequence[int]) -> bool:
+    """Whether it is a sequence of the integers 0 to 3, in some order."""
+    if not isinstance(order, (list, tuple)):
+        return False
+    whole = all(isinstance(at, int) and not isinstance(at, bool) for at in order)
+    return whole and sorted(order) == [0, 1, 2, 3]
+
+
 def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
     known: dict[str, tuple[int, str]] = {}  # axis -> (its size, the tensor that gave it)
     for name, tensor in tensors.items():
@@ -171,6 +189,11 @@ def _check_dtypes_and_devices(q: Tensor, tensors: dict[str, Tensor | None]) -> N
         if tensor.device != q.device:
             raise ArgumentError(f"{name} is on device {tensor.device}, must be on {q.device} as q")
         dtype = _effective_dtype(tensor, device)
+        # Of a wrong dtype of all tensors, q is to blame: see check_device.
+        known = expected in _ROUTER_DTYPES
+        if name == "r" and known and tensor.dtype not in _ROUTER_DTYPES:
+            allowed = ", ".join(map(_name, _ROUTER_DTYPES))
+            raise ArgumentError(f"r has dtype {_name(tensor.dtype)}, supported are {allowed}")
         if name != "r" and dtype != expected:
             raise ArgumentError(
                 f"{name} has dtype {_name(dtype)}, must have dtype {_name(expected)} as q"

@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._sympy.functions import FloorDiv, Max
 
 __all__ = [
     "BUCKET",
@@ -90,11 +91,29 @@ auto_functionalized = torch.ops.higher_order.auto_functionalized
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
-    """A number as an int, or as the sympy expression of a symbolic one."""
+    """A number as an int, or as the sympy expression of a symbolic one.
+
+    Quotients that leave no remainder are divided, and positive integers are at least 1: of equal
+    batch and length, which have one symbol under ``dynamic=True``, a reshape makes ``s**2 // s``
+    and a stride ``Max(1, s**2 // s)``.
+    """
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    if expression.has(FloorDiv, Max):
+        expression = expression.replace(FloorDiv, _divided).replace(Max, _largest)
     return int(expression) if expression.is_Integer else expression
+
+
+def _divided(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
+    numerator, denominator = sympy.fraction(sympy.cancel(dividend / divisor))
+    return numerator if denominator == 1 else FloorDiv(dividend, divisor)
+
+
+def _largest(*numbers: sympy.Expr) -> sympy.Expr:
+    others = [number for number in numbers if number != 1]
+    one = len(others) == 1 < len(numbers) and others[0].is_integer and others[0].is_positive
+    return others[0] if one else Max(*numbers)
 
 
 def example_of(node: torch.fx.Node) -> Any | None:

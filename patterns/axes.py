@@ -214,7 +214,8 @@ def stride_order(stride: Size) -> tuple[bool, int, int]:
     if isinstance(stride, int):
         return (False, 0, stride)
     coefficient, symbols = stride.as_coeff_Mul()
-    return (True, len(sympy.Mul.make_args(symbols)), int(coefficient))
+    powers = (factor.as_base_exp()[1] for factor in sympy.Mul.make_args(symbols))
+    return (True, sum(int(power) if power.is_Integer else 1 for power in powers), int(coefficient))
 
 
 def contiguous_strides(shape: Sequence[Size]) -> list[Size]:

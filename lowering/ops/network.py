@@ -75,8 +75,8 @@ def multi_head_ffn(
         u (Tensor, optional): up projection, shape (G, E, f, d). With ``None`` the network is not
             gated: the factor of ``u`` is 1.
         v (Tensor): down projection, shape (G, E, f, d).
-        r (Tensor, optional): weight of every sub-network, shape (B, L, H, E), of any floating
-            dtype. Default: 1.
+        r (Tensor, optional): weight of every sub-network, shape (B, L, H, E): float32,
+            float64, bfloat16 or float16, whatever the others are. Default: 1.
 
     Keyword Args:
         k_bias (Tensor, optional): shape (G, E, f).

@@ -22,7 +22,7 @@ from random import Random
 
 import torch
 
-from .programs import Program
+from .programs import VALUES, Program
 from .spelling import Assignment
 
 
@@ -187,6 +187,65 @@ DIRECTED = (
         "router",
         "{v} = {v}.transpose({h}, {e}).reshape({v}.shape)",
     ),
+    Directed("the router is rounded", "router", "{v} = {v}.bfloat16().to({v}.dtype)"),
+    Directed("the router is summed up", "router", "{v} = {v}.cumsum({e})"),
+    # Numbers that only extreme inputs tell apart.
+    Directed("the gate is limited", "gate", "{v} = {v}.clamp(-1e3, 1e3)"),
+    Directed("what is no number becomes zero", "hidden", "{v} = {v}.nan_to_num(0.0)"),
+    Directed("an infinity becomes finite", "gate", "{v} = {v}.nan_to_num(posinf=1e3)"),
+    Directed("the output is without infinities", "y", "{v} = torch.nan_to_num({v})"),
+    Directed("zero times the query is added", "y", "{v} = {v} + 0.0 * {q}.sum()"),
+    Directed("tiny hidden units are zero", "hidden", "{v} = F.hardshrink({v}, 1e-9)"),
+    # Symbols.
+    Directed("the gate is divided by the length", "gate", "{v} = {v} / {v}.shape[{t}]"),
+    Directed("the output is divided by the length", "y", "{v} = {v} / {v}.shape[{t}]"),
+    Directed("an attribute scales the gate", "gate", "self.factor = 0.9; {v} = {v} * self.factor"),
+    Directed(
+        "a counter scales the hidden units",
+        "hidden",
+        "self.calls = getattr(self, 'calls', 0) + 1; {v} = {v} * self.calls",
+    ),
+    # Writes to the input.
+    Directed(
+        "the input is overwritten between",
+        "gate",
+        "with torch.no_grad(): x.mul_(0.5)",
+    ),
+    Directed("the input is overwritten in part", "hidden", "with torch.no_grad(): x[..., 0] = 1.0"),
+    Directed(
+        "the input is overwritten before it is read",
+        "query",
+        "with torch.no_grad(): x.add_(1.0)",
+    ),
+    Directed(
+        "the input is overwritten by the output",
+        "output",
+        "with torch.no_grad(): x.copy_({v}.reshape(x.shape))",
+    ),
+    # Results that share memory.
+    Directed("the output and a view of it are returned", "output", "", returned="{v}[..., :1]"),
+    Directed("the output is returned flat, too", "output", "", returned="{v}.flatten()"),
+    Directed("the output of a part is returned", "y", "", returned="{v}"),
+    Directed(
+        "a view of the output is overwritten",
+        "output",
+        "{v} = {v} * 1.0; {v}.unsqueeze(0)[..., :1].mul_(2.0)",
+    ),
+    # Of one token, what moves as the token does is no bias.
+    Directed("the gate gets a bias of the token", "gate", "{v} = {v} + {q}.sum()"),
+    Directed("the up projection gets a bias of the token", "up", "{v} = {v} + x.flatten()[0]"),
+    Directed("the output gets a bias of the token", "y", "{v} = {v} + x.flatten()[:1].sin()"),
+    # Axes of one size.
+    Directed("gate: heads and units exchanged", "gate", "{v} = {v}.transpose({h}, {f})"),
+    Directed("gate: sub-networks and units exchanged", "gate", "{v} = {v}.transpose({e}, {f})"),
+    Directed("gate: heads and sub-networks exchanged", "gate", "{v} = {v}.transpose({h}, {e})"),
+    Directed("gate: tokens and heads exchanged", "gate", "{v} = {v}.transpose({t}, {h})"),
+    Directed("hidden: tokens and units exchanged", "hidden", "{v} = {v}.transpose({t}, {f})"),
+    Directed("router: tokens and networks exchanged", "router", "{v} = {v}.transpose({t}, {e})"),
+    Directed("router: heads and networks exchanged", "router", "{v} = {v}.transpose({h}, {e})"),
+    Directed("query: heads and width exchanged", "query", "{v} = {v}.transpose({h}, {d})"),
+    Directed("query: tokens and heads exchanged", "query", "{v} = {v}.transpose({t}, {h})"),
+    Directed("output: heads and width exchanged", "y", "{v} = {v}.transpose({h}, {o})"),
     # The output.
     Directed("the output gets a factor a feature", "y", "{v} = {v} * torch.arange(1, d + 1)"),
     Directed("a residual inside of the heads", "y", "{v} = {v} + {q}.mean()"),
@@ -219,7 +278,12 @@ def mutants(program: Program, rng: Random) -> Iterator[Mutant]:
         if kind < 0.15:
             yield under_modes(program, rng)
             continue
-        mutant = directed(program, rng) if kind < 0.5 else blind(program, rng)
+        if kind < 0.2:
+            yield in_other_dtypes(program, rng)
+            continue
+        mutant = directed(program, rng) if kind < 0.55 else blind(program, rng)
+        if mutant is not None and rng.random() < 0.15:
+            mutant = on_other_numbers(mutant, rng)
         if mutant is not None and rng.random() < 0.2:
             second = blind(mutant.program, rng)
             if second is not None:
@@ -233,14 +297,39 @@ def mutants(program: Program, rng: Random) -> Iterator[Mutant]:
 
 def under_modes(program: Program, rng: Random) -> Mutant:
     """Autocast and grad modes around the compiled code, and around a checkpoint inside of it."""
-    around, inside = (rng.choice(["", "autocast", "no autocast", "no_grad"]) for _ in range(2))
-    if rng.random() < 0.3:
-        inside = "enable_grad"
-    modes = (around, inside, rng.random() < 0.7)
+    around, inside = (
+        rng.choice(["", "autocast", "no autocast", "no_grad", "enable_grad", "inference_mode"])
+        for _ in range(2)
+    )
+    modes = (around, inside, rng.choice(["", "checkpoint", "checkpoint", "cond"]))
     if "autocast" in (around, inside):  # which leaves float64 as it is
         program = replace(program, dtype=torch.float32, precision=torch.bfloat16)
-    called = "in a checkpoint" if modes[2] else "called"
+    called = modes[2] or "call"
     return Mutant(f"under {around!r}, {called} under {inside!r}", replace(program, modes=modes))
+
+
+# The same program in other dtypes, or on other numbers.
+
+
+def in_other_dtypes(program: Program, rng: Random) -> Mutant:
+    """One tensor in another dtype than the others. Most products of two dtypes do not run."""
+    program = replace(program, dtype=rng.choice([torch.float32, torch.bfloat16, torch.float16]))
+    stored = re.findall(r"self\.(\w+) = nn\.Parameter|register_buffer\(\"(\w+)\"", program.source)
+    names = [a or b for a, b in stored] + [name for name in program.inputs if name != "x"]
+    biases = [name for name in names if "bias" in name or name == "r"]
+    name = rng.choice(biases or names or ["x"])
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    precision = max(
+        (program.dtype, dtype, program.precision), key=lambda dtype: torch.finfo(dtype).eps
+    )
+    kept = {**program.kept, name: dtype}
+    return Mutant(f"{name} in {dtype}", replace(program, kept=kept, precision=precision))
+
+
+def on_other_numbers(mutant: Mutant, rng: Random) -> Mutant:
+    """A mutant on extreme numbers, which may tell it apart where random ones do not."""
+    values = rng.choice(VALUES)
+    return Mutant(f"{mutant.name}, on {values}", replace(mutant.program, values=values))
 
 
 # Directed mutations.
@@ -303,9 +392,18 @@ def blind(program: Program, rng: Random) -> Mutant | None:
         return None
     source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
     mutated = program.with_source(source)
-    if ".float()" in source and program.precision is torch.float64:
-        mutated = replace(mutated, precision=torch.float32)  # a rounding may be left out
+    for spelled, dtype in _ROUNDINGS.items():  # which may be left out
+        if spelled in source and torch.finfo(mutated.precision).eps < torch.finfo(dtype).eps:
+            mutated = replace(mutated, precision=dtype)
     return Mutant(name, mutated)
+
+
+_ROUNDINGS = {
+    ".float()": torch.float32,
+    "torch.float32": torch.float32,
+    "torch.float16": torch.float16,
+    "torch.bfloat16": torch.bfloat16,
+}
 
 
 def _another_number(forward: ast.FunctionDef, rng: Random) -> bool:
@@ -437,6 +535,11 @@ _WRAPPERS = (
     "{}[..., :1].expand({}.shape)",
     "{}.contiguous()",
     "{}.sort(-1).values",
+    "{}.mT",
+    "{}.transpose(0, 1)",
+    "{}.transpose(0, -1)",
+    "{}.nan_to_num()",
+    "{}.double().to(x.dtype)",
 )
 
 
@@ -562,6 +665,68 @@ def _reversed_list(forward: ast.FunctionDef, rng: Random) -> bool:
     call = rng.choice(calls)
     order = rng.choice(["{}[::-1]", "{0}[1:] + {0}[:1]", "{0}[:1] * len({0})", "{0}[:-1]"])
     call.args[0] = ast.parse(order.format(ast.unparse(call.args[0])), mode="eval").body
+    return True
+
+
+def _another_order(forward: ast.FunctionDef, rng: Random) -> bool:
+    """A view has two of its sizes exchanged, such as tokens and heads."""
+    shapes = [
+        node
+        for call in ast.walk(forward)
+        if isinstance(call, ast.Call)
+        for node in [call, *call.args]
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("view", "reshape", "unflatten")
+    ]
+    lists = [node.args if isinstance(node, ast.Call) else node.elts for node in shapes
+             if isinstance(node, (ast.Call, ast.Tuple))]  # fmt: skip
+    lists = [sizes for sizes in lists if len(sizes) > 1 and not isinstance(sizes[1], ast.Tuple)]
+    if not lists:
+        return False
+    sizes = rng.choice(lists)
+    a, b = rng.sample(range(len(sizes)), 2)
+    sizes[a], sizes[b] = sizes[b], sizes[a]
+    return True
+
+
+def _another_factor(forward: ast.FunctionDef, rng: Random) -> bool:
+    """A fused sum has another factor, or reads itself after it was overwritten."""
+    names = {"addmm": "beta", "baddbmm": "beta", "addcmul": "value"}
+    calls = [
+        (node, names[node.func.attr.removesuffix("_")])
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr.removesuffix("_") in names
+    ]
+    if not calls:
+        return False
+    call, name = rng.choice(calls)
+    name = rng.choice([name, "alpha"]) if name == "beta" else name
+    call.keywords = [keyword for keyword in call.keywords if keyword.arg != name]
+    factor = ast.Constant(rng.choice([0, 0.5, 2, -1, 1e-3]))
+    call.keywords.append(ast.keyword(name, factor))
+    return True
+
+
+def _summed_in_another_dtype(forward: ast.FunctionDef, rng: Random) -> bool:
+    """A sum is computed in another dtype, and stays in it or not."""
+    calls = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if node.func.attr == "sum" and not any(k.arg == "dtype" for k in node.keywords)
+    ]
+    if not calls:
+        return False
+    call = rng.choice(calls)
+    dtype = rng.choice(["float32", "float64", "bfloat16", "float16"])
+    call.keywords.append(ast.keyword("dtype", ast.parse(f"torch.{dtype}", mode="eval").body))
+    if rng.random() < 0.6:
+        back = ast.parse("x.to(x.dtype)", mode="eval").body
+        assert isinstance(back, ast.Call)
+        assert isinstance(back.func, ast.Attribute)
+        _Replace(call, back).visit(forward)
+        back.func.value = call
     return True
 
 
@@ -691,6 +856,9 @@ _BLIND: dict[str, Callable[[ast.FunctionDef, Random], bool]] = {
     "another weight": _another_weight,
     "another size": _another_size,
     "another operator": _another_operator,
+    "another order of sizes": _another_order,
+    "another factor of a fused sum": _another_factor,
+    "summed in another dtype": _summed_in_another_dtype,
     "another function": _another_function,
     "other letters": _other_letters,
     "a tensor goes through something else": _wrapped,

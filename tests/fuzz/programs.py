@@ -5,6 +5,9 @@ and merge, and writes a module that can be read, printed and pasted. The source 
 it means: the tensors of the op in their canonical layout and the expected site, so that the
 module can be compared with ``lowering/reference.py``.
 
+Half of the programs have one of ``KINDS`` in addition, such as modes, extreme numbers or writes to
+an input. It is drawn by random numbers of its own.
+
 Canonical layouts, with g heads that have weights of their own: gate, up and down are
 ``(g, e, f, d)``, their biases ``(g, e, f)``, ``(g, e, f)`` and ``(g, e, d)``, and route is
 ``(h, d, e)``. The module receives them in ``__init__`` and stores them in its own way.
@@ -66,6 +69,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 #: in every such program a hidden unit starts from a gate of zero, at the kink of a relu
 _UNTRAINED = 4
 ROUNDED = ("0.7978845608 ", "0.79788456 ")
+_HALF = (torch.bfloat16, torch.float16)
 
 #: How router weights come from logits; the last dimension are the sub-networks.
 ROUTERS: dict[str, str] = {
@@ -94,6 +98,37 @@ AFTER = {
     "layer norm": "F.layer_norm({out}, {out}.shape[-1:], eps=1.0)",
     "activation": "torch.tanh({out})",
     "linear": "self.after({out})",
+}
+
+#: What half of the programs have in addition to a spelling, one each.
+KINDS = (
+    "modes",  # autocast and grad modes around the call and inside, checkpoint, torch.cond
+    "dtypes",  # biases, routers and sums in other dtypes than the network
+    "values",  # zeros, large and tiny numbers, an infinity or a NaN in the input
+    "symbols",  # sizes and an attribute that are symbols, under dynamic=True
+    "writes",  # the input is overwritten after it is read
+    "returned",  # the result is returned twice, or as a view
+    "fused sums",  # addcmul, addmm and baddbmm, with their factors
+    "dispatched",  # the tokens of each head one after another, (heads * tokens, d)
+    "one size",  # heads, sub-networks, tokens, hidden units and width are the same number
+    "one token",  # with biases, which then move as the tokens do
+)
+VALUES = ("zeros", "zero weights", "large", "large weights", "tiny", "an infinity", "a NaN")
+_LARGE, _TINY = 1e4, 1e-6
+#: what the input becomes, after the result is computed, and what is then returned
+WRITES = {
+    "scaled": ("x.mul_(0.5)", "result"),
+    "replaced": ("x.copy_({0})", "x"),
+    "added": ("x.add_({0})", "result"),
+    "in part": ("x[..., 0] = 1.0", "result"),
+}
+RETURNED = {
+    "twice": "{0}, {0}",
+    "and a part": "{0}, {0}[..., 0]",
+    "and flat": "{0}, {0}.reshape(-1)",
+    "and transposed": "{0}, {0}.transpose(0, -1)",
+    "and a copy": "{0}, {0}.clone()",
+    "after its view": "{0}, {0}.unsqueeze(0), {0}.detach()",
 }
 
 _HEADER = '''\
@@ -165,9 +200,13 @@ class Program:
     precision: torch.dtype = torch.float64  # the lowest one that it computes in
     dynamic: tuple[str, ...] = ()  # axes of x that are marked as dynamic
     training: bool = True
-    #: what the compiled code is called under, what the module is called under inside of it, and
-    #: whether by a checkpoint: names of ``check.MODES``
-    modes: tuple[str, str, bool] = ("", "", False)
+    #: what the compiled code is called under and what the module is called under inside of it,
+    #: names of ``check.MODES``; and how it is called, "", "checkpoint" or "cond"
+    modes: tuple[str, str, str] = ("", "", "")
+    values: str = ""  # one of ``VALUES``, or "" for random numbers
+    #: the dtypes of parameters, buffers and inputs that do not take that of the program
+    kept: dict[str, torch.dtype] = field(default_factory=dict)
+    all_dynamic: bool = False  # whether it is compiled with dynamic=True
     features: dict[str, str] = field(default_factory=dict)  # what was drawn
     assignments: tuple[Assignment, ...] = ()
 
@@ -195,7 +234,8 @@ class Program:
         }
         if self.seed % _UNTRAINED == 0:
             weights["gate"].select(self.tensors["gate"].index("f"), 0).zero_()
-        return weights
+        factor = {"zero weights": 0.0, "large weights": _LARGE}.get(self.values, 1.0)
+        return {name: weight * factor for name, weight in weights.items()}
 
     def arguments(self) -> dict[str, Tensor]:
         """The arguments of ``forward``, in the program's dtype."""
@@ -209,8 +249,22 @@ class Program:
                 known = self.tensors[name.removesuffix("_weight")]
                 source = tuple(a if a in "".join(dims) else "" for a in known)
                 x = rearranged(canonical, source, dims)
-            arguments[name] = x.to(self.dtype)
+            elif name == "x":
+                x = self._extreme(x)
+            arguments[name] = x.to(self.dtype_of(name))
         return arguments
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of an argument, a parameter or a buffer."""
+        kept = self.kept.get(name, self.dtype)
+        return torch.promote_types(kept, self.dtype) if self.dtype == torch.float64 else kept
+
+    def _extreme(self, x: Tensor) -> Tensor:
+        x = x * {"zeros": 0.0, "large": _LARGE, "tiny": _TINY}.get(self.values, 1.0)
+        number = {"an infinity": math.inf, "a NaN": math.nan}.get(self.values)
+        if number is not None:
+            x.view(-1)[0] = number
+        return x
 
     def namespace(self) -> dict[str, Any]:
         """The module's names. Its source is known to tracebacks and reports."""
@@ -224,7 +278,10 @@ class Program:
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
         model: nn.Module = self.namespace()["Model"](**self.weights())
-        return model.to(self.dtype).train(self.training)
+        model.to(self.dtype)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.data = tensor.data.to(self.dtype_of(name))
+        return model.train(self.training)
 
     def runnable(self) -> str:
         """The source as a script that shows what becomes of it."""
@@ -253,7 +310,7 @@ class Program:
         x = arguments["x"]
         names = {"F": F, "torch": torch, "self": model, "x": x, "E": self.sizes["e"]}
         before, after = self.templates
-        tokens = "".join(a for a in self.inputs["x"] if a in TOKENS)
+        tokens = "".join(a for a in "".join(self.inputs["x"]) if a in TOKENS)
         heads = "gs" if "g" in "".join(self.inputs["x"]) else "h"
         q = eval(before.format(x="x"), names)
         q = rearranged(q, self.inputs["x"], (*tokens, *heads, "d"), self.sizes)
@@ -330,18 +387,26 @@ class Weight:
     module: bool = False  # the list holds Linear modules
 
 
-def generate(seed: int) -> Program:
-    """The program of this seed."""
-    return _Generator(seed).program()
+def generate(seed: int, kind: str | None = None) -> Program:
+    """The program of this seed; of one of ``KINDS``, or of none (""), instead of a drawn one."""
+    return _Generator(seed, kind).program()
 
 
 class _Generator:
-    """Draws a program. Everything random comes from ``self.rng``."""
+    """Draws a program. All that is random comes from ``self.rng``, and for its kind ``self.more``.
 
-    def __init__(self, seed: int) -> None:
+    A kind that a program cannot have, such as sums by ``addmm`` without a loop, is left out.
+    """
+
+    def __init__(self, seed: int, kind: str | None = None) -> None:
         self.seed = seed
         self.rng = Random(seed)
-        self.features: dict[str, str] = {}
+        self.more = Random(f"kind of {seed}")
+        drawn = self.more.choice(KINDS) if self.more.random() < 0.5 else ""
+        self.kind = drawn if kind is None else kind
+        self.features: dict[str, str] = {"kind": self.kind} if self.kind else {}
+        self.kept: dict[str, torch.dtype] = {}
+        self.raw: set[str] = set()  # biases that are added in a wider dtype
         self.sizes = self._sizes()
         self.numeric = torch.float64
         self.precision = torch.float64
@@ -352,14 +417,18 @@ class _Generator:
         self.gated = self.chance(0.65)
         self.activation = self.draw("activation", *ACTIVATIONS)
         self.layout = self._layout()
-        self.tokens = "".join(a for a in self.layout if a in TOKENS and a)
-        self.dynamic = tuple(self.tokens) if self.chance(0.2) else ()
+        self.tokens = "".join(a for a in "".join(self.layout) if a in TOKENS)
+        apart = all(a in self.layout for a in self.tokens)
+        self.dynamic = tuple(self.tokens) if self.chance(0.2) and apart else ()
         if self.dynamic and len(self.tokens) == 2 and self.chance(0.4):
             self.dynamic = (self.rng.choice(self.tokens),)
         self.loops = self._loops()
         self.biases = self._biases()
         self.router = self._router_kind()
         self.scales = [self._scale(), self._scale() if self.gated else 1.0, 1.0]
+        self.modes = self._modes()
+        self.values = self._values()
+        self.symbol = self._symbol()
         self.writer = Writer(
             self.rng,
             self.sizes,
@@ -370,6 +439,7 @@ class _Generator:
         self.inputs: dict[str, Dims] = {"x": self.layout}
         self.needs_linear = False
         self.mixed = False  # whether the router is in a higher precision than the rest
+        self.scaled: set[str] = set()  # projections whose product has its scale already
 
     # Draws.
 
@@ -388,10 +458,17 @@ class _Generator:
         width = self.rng.choice([3, 4, 5, 6, heads if heads > 1 else 3])
         hidden = self.rng.choice([2, 4, 5, 6, 7, width])
         batch, length = self.rng.choice([2, 3]), self.rng.choice([2, 3, 5])
+        tokens = self.rng.choice([3, 5, 6])
+        if self.kind == "one size":
+            length = tokens = sub_networks = width = hidden = self.more.choice([2, 2, 3, 4])
+            heads = self.more.choice([length, length, length, 1])
+            groups, batch = self.more.choice([1, heads]), self.more.choice([1, length])
+        elif self.kind == "one token":
+            batch = length = tokens = 1
         return {
             "b": batch,
             "l": length,
-            "t": self.rng.choice([3, 5, 6]),
+            "t": tokens,
             "h": heads,
             "g": groups,
             "s": heads // groups,
@@ -405,6 +482,11 @@ class _Generator:
 
     def _dtypes(self) -> None:
         kind = self.draw("dtype", *["float64"] * 7, "float32", "float32", "bfloat16")
+        if self.kind == "dtypes":
+            kind = self.more.choice(["bfloat16", "bfloat16", "float16", "float32"])
+        elif self.kind == "modes" and kind == "float64":  # which autocast leaves as it is
+            kind = "float32"
+        self.features["dtype"] = kind
         self.numeric = self.precision = getattr(torch, kind)
 
     def _sharing(self) -> str:
@@ -442,6 +524,8 @@ class _Generator:
                 ("t", "d" + h),
             ]
         layout = self.rng.choice(options)
+        if self.kind == "dispatched" and self.own:
+            layout = self.more.choice([(h + "t", "d"), (h + "t", "d"), ("b", h + "l", "d")])
         self.features["layout"] = " ".join(layout)
         return layout
 
@@ -458,10 +542,35 @@ class _Generator:
         return loops
 
     def _biases(self) -> set[str]:
+        names = ["gate_bias", "down_bias"] + (["up_bias"] if self.gated else [])
+        if self.kind in ("one token", "dtypes") and self.more.random() < 0.8:
+            return {name for name in names if self.more.random() < 0.8}
         if self.chance(0.65):
             return set()
-        names = ["gate_bias", "down_bias"] + (["up_bias"] if self.gated else [])
         return {name for name in names if self.chance(0.7)}
+
+    def _modes(self) -> tuple[str, str, str]:
+        if self.kind != "modes":
+            return ("", "", "")
+        grad = ["", "", "no_grad", "enable_grad"]
+        around = self.more.choice([*grad, "autocast", "autocast", "inference_mode"])
+        inside = self.more.choice([*grad, "autocast", "autocast", "no autocast", "inference_mode"])
+        called = self.more.choice(["", "checkpoint", "cond"])
+        self.features["modes"] = f"{around or 'none'} > {called or 'call'} > {inside or 'none'}"
+        return (around, inside, called)
+
+    def _values(self) -> str:
+        if self.kind != "values":
+            return ""
+        self.features["values"] = self.more.choice(VALUES)
+        return self.features["values"]
+
+    def _symbol(self) -> str:
+        """Where an attribute, which is a symbol under dynamic=True, scales the network."""
+        if self.kind != "symbols":
+            return ""
+        self.features["symbol"] = self.more.choice(["output", "output", "gate", "none"])
+        return self.features["symbol"]
 
     def _router_kind(self) -> str:
         optional = self.sizes["h"] > 1  # one head and no router is an ordinary network
@@ -506,7 +615,11 @@ class _Generator:
             dtype=self.numeric,
             precision=self.precision,
             dynamic=self.dynamic,
-            training=self.chance(0.8),
+            training=self.chance(0.8) and self.kind != "writes",
+            modes=self.modes,
+            values=self.values,
+            kept=self.kept,
+            all_dynamic=self.kind == "symbols",
             features=self.features | {"contractions": ", ".join(sorted(w.spellings))},
             assignments=tuple(w.assignments),
         )
@@ -559,7 +672,12 @@ class _Generator:
     def _input(self) -> Named:
         w = self.writer
         names = [SIZES[a] for a in self.tokens]
-        sizes = [f"x.shape[{self.layout.index(a)}]" for a in self.tokens]
+        dims = {a: (at, letters) for at, letters in enumerate(self.layout) for a in letters}
+        sizes = []
+        for axis in self.tokens:
+            at, letters = dims[axis]
+            rest = size(letters.replace(axis, ""))
+            sizes.append(f"x.shape[{at}]" + (f" // ({rest})" if rest != "1" else ""))
         w.add(f"{', '.join(names)} = {', '.join(sizes)}")
         w._taken |= {*names, "x", "h", "e", "H", "E", "G", "S", "d", "f"}
         options = ["nothing", "nothing", "scale", "activation"]
@@ -605,6 +723,10 @@ class _Generator:
                 self.rng.shuffle(dims)
             self.inputs["r"] = tuple(dims)
             w._taken.add("r")
+            if self.kind == "dtypes" and self.more.random() < 0.7:
+                self.kept["r"] = self.more.choice([torch.float32, torch.float64])
+                self.features["router dtype"] = str(self.kept["r"])
+                self.mixed = True
             return Named("r", tuple(dims))
         heads = self.heads
         stored = (heads, "e") if kind == "static" else (heads, "d", "e")
@@ -614,7 +736,7 @@ class _Generator:
         if kind == "static":
             logits = w.rearrange(route, (*heads, "e"))
         else:
-            lower = self.numeric in (torch.float32, torch.bfloat16) and self.chance(0.5)
+            lower = self.numeric is not torch.float64 and self.chance(0.5)
             a, b = (q.then(".float()"), route.then(".float()")) if lower else (q, route)
             summed = heads + "d" if kind == "per token" else "d"
             plain = ["einsum", "einsum", "multiply", "matmul"]
@@ -642,6 +764,8 @@ class _Generator:
             self.packed = self.draw("packed", "apart", "halves", "interleaved")
             self.first = self.draw("first half", "gate", "gate", "up")
             self.scales[:2] = [1.0, 1.0]
+        if self.symbol == "gate" and (self.packed or "gate_bias" in self.biases):
+            self.symbol = self.features["symbol"] = "output"
         kind = self.draw("storage", "parameter", "parameter", "parameter", "buffer", "input")
         if self.loops and self.chance(0.4):
             kind = self.features["storage"] = "list"
@@ -688,6 +812,11 @@ class _Generator:
         if listed:
             return self._store_list(attribute, value, source, listed, dims)
         text = self._rearranged_text(value, source, dims)
+        if self.kind == "dtypes" and "bias" in name and self.more.random() < 0.7:
+            self.kept[attribute] = self.more.choice([torch.float32, torch.float64])
+            if self.more.random() < 0.3 and not self.packed:
+                self.raw.add(name)
+                self.features["biases"] = "in other dtypes"
         if kind == "buffer":
             self.init.append(f'self.register_buffer("{attribute}", {text}.clone())')
         elif kind == "input" and name in ("gate", "up", "down") and not self.packed:
@@ -788,6 +917,8 @@ class _Generator:
                 value = w.select(value, axis, index)
             elif axis == "h" and "g" in value.letters:
                 value = w.select(value, "g", "(h // S)")
+        if stored.text.removeprefix("self.") in self.kept and name not in self.raw:
+            value = value.then(".to(x.dtype)")
         if self.features["sharing"] == "repeated" and "g" in value.letters:
             value = self._repeated(value)
         if self.chance(0.15) and "bias" not in name:
@@ -875,6 +1006,11 @@ class _Generator:
         w = self.writer
         how = self.draw("sum", "in place", "out of place", "list", "stack", "first")
         dims = self._result_axes(q)
+        if self.kind == "fused sums":
+            if not rest and "down_bias" not in self.biases and self.more.random() < 0.5:
+                return self._added_products(q, r, at)
+            if r is not None and not self.mixed:
+                how = self.features["sum"] = self.more.choice(["addcmul_", "addcmul"])
         if self.chance(0.2):
             self.rng.shuffle(dims)
         name = w.name({"list": "parts", "stack": "parts"}.get(how, "total"))
@@ -882,21 +1018,26 @@ class _Generator:
             w.add(f"{name} = []")
         elif how != "first":
             zeros = self._buffer(dims)
-            if self.numeric is torch.bfloat16 and self.chance(0.5):
+            if self.numeric in _HALF and self.chance(0.5) and "addcmul" not in how:
                 zeros = zeros.replace("x.new_zeros(", "torch.zeros(").replace(
                     "dtype=x.dtype", "dtype=torch.float32"
                 )
             w.add(f"{name} = {zeros}")
         with w.block("for e in range(E):"):
             routed = None if r is None else w.select(r, "e", "e")
-            y = self._over(rest, q, routed, {**at, "e": "e"})
+            inner = None if "addcmul" in how else routed
+            y = self._over(rest, q, inner, {**at, "e": "e"})
             y = w.rearrange(y, dims)
-            statement = {
-                "in place": f"{name} += {y.text}",
-                "out of place": f"{name} = {name} + {y.text}",
-                "first": f"{name} = {y.text} if e == 0 else {name} + {y.text}",
-            }.get(how, f"{name}.append({y.text})")
-            w.add(statement)
+            if "addcmul" in how:
+                assert routed is not None
+                w.add(self._addcmul(how, name, y, w.align(routed, dims)))
+            else:
+                statement = {
+                    "in place": f"{name} += {y.text}",
+                    "out of place": f"{name} = {name} + {y.text}",
+                    "first": f"{name} = {y.text} if e == 0 else {name} + {y.text}",
+                }.get(how, f"{name}.append({y.text})")
+                w.add(statement)
         if how == "list":
             return w.let("out", Named(f"sum({name})", tuple(dims)), "output")
         if how == "stack":
@@ -905,10 +1046,56 @@ class _Generator:
             return w.let("out", Named(text, tuple(dims)), "output")
         return Named(name, tuple(dims))
 
+    def _addcmul(self, how: str, total: str, y: Named, r: Named) -> str:
+        """A weighted output is added to the sum, at times with a factor."""
+        factor = ""
+        if self.more.random() < 0.3:
+            self.scales[2] *= 0.5
+            factor = ", value=0.5"
+        factors = [y.text, r.text]
+        self.more.shuffle(factors)
+        call = f"{total}.{how}({', '.join(factors)}{factor})"
+        return call if how.endswith("_") else f"{total} = {call}"
+
+    def _added_products(self, q: Named, r: Named | None, at: dict[str, str]) -> Named:
+        """The last products add themselves to the sum: ``addmm``, ``baddbmm``."""
+        w = self.writer
+        inner = {**at, "e": "e"}
+        shared = "".join(a for a in self._weight_axes("down") if a not in inner and a not in "fo")
+        if shared == "g" and self.features["sharing"] == "repeated":
+            shared = "" if "h" in at else "h"
+        tokens = "".join(a for a in q.letters if a not in shared + "d")
+        dims = (shared, tokens, "o") if shared else (tokens, "o")
+        call = "baddbmm" if shared else "addmm"
+        self.features["sum"] = call
+        factors = ""
+        if self.more.random() < 0.4:
+            self.scales[2] *= 0.5
+            factors = self.more.choice([", alpha=0.5", ", beta=1, alpha=0.5"])
+        in_place = self.more.random() < 0.5
+        total = w.name("total")
+        w.add(f"{total} = {self._buffer(dims)}")
+        with w.block("for e in range(E):"):
+            hidden = self._hidden_of(q, inner)
+            if r is not None:
+                hidden = w.let("hidden", w.times(hidden, w.select(r, "e", "e")))
+                if self.mixed:
+                    hidden = w.let("hidden", hidden.then(".to(x.dtype)"))
+            left = w.rearrange(hidden, (*dims[:-1], "f"))
+            right = w.rearrange(self._weight("down", inner), (*dims[:-2], "f", "o"))
+            if in_place:
+                w.add(f"{total}.{call}_({left.text}, {right.text}{factors})")
+            else:
+                w.add(f"{total} = torch.{call}({total}, {left.text}, {right.text}{factors})")
+        return w.let("out", w.singles(Named(total, dims)), "output")
+
     # The network itself.
 
     def _network(self, q: Named, r: Named | None, at: dict[str, str]) -> Named:
         """act(gate) * up, down, weighted: what is left when the loops are gone."""
+        return self._down(self._hidden_of(q, at), r, at)
+
+    def _hidden_of(self, q: Named, at: dict[str, str]) -> Named:
         w = self.writer
         q = w.singles(q)
         if self.packed:
@@ -916,11 +1103,13 @@ class _Generator:
         else:
             gate = w.let("gate", self._projection("gate", q, at))
             gate = self._rescaled(gate, 0, "gate", at)
+            if self.symbol == "gate":
+                gate = w.let("gate", gate.then(" * self.scale"))
             up = None
             if self.gated:
                 up = w.let("up", self._projection("up", q, at))
                 up = self._rescaled(up, 1, "up", at)
-        return self._down(self._hidden(gate, up), r, at)
+        return self._hidden(gate, up)
 
     def _projection(self, name: str, q: Named, at: dict[str, str]) -> Named:
         """A projection with its bias, but for one that is added after a scale."""
@@ -933,12 +1122,19 @@ class _Generator:
             q = w.rearrange(q, (*rest, summed))
             index = self._list_index(stored.listed) if stored.listed else "0"
             return Named(f"{stored.text}[{index}]({q.text})", (*rest, stored.dims[0]))
+        if bias and later and self.kind == "fused sums" and not self.packed:
+            self.scaled.add(name)
+            scale = self.scales[("gate", "up").index(name)]
+            added = self._weight(f"{name}_bias", at)
+            return w.contract(q, self._weight(name, at), summed, added, "bmm", scale)
         added = self._weight(f"{name}_bias", at) if bias and not later else None
+        if f"{name}_bias" in self.raw and added is not None:
+            return w.plus(w.contract(q, self._weight(name, at), summed), added)
         return w.contract(q, self._weight(name, at), summed, added)
 
     def _rescaled(self, value: Named, which: int, name: str, at: dict[str, str]) -> Named:
         w, scale = self.writer, self.scales[which]
-        if scale == 1.0:
+        if scale == 1.0 or name in self.scaled:
             return value
         text = w.pick(f"{value.atom} * {scale}", f"{scale} * {value.atom}")
         if scale in (0.5, 0.25) and self.chance(0.3):
@@ -974,11 +1170,15 @@ class _Generator:
                 self.numeric = torch.float32
         hidden = Named(spelling.format(x=gate.text), gate.dims)
         if up is None:
-            return w.let("hidden", hidden)
+            return w.let("hidden", self._narrowed(hidden))
         hidden = w.let("act", hidden) if self.chance(0.4) else hidden
         if up.dims != gate.dims:
             up = w.rearrange(up, gate.dims)
-        return w.let("hidden", w.times(hidden, up))
+        return w.let("hidden", self._narrowed(w.times(hidden, up)))
+
+    def _narrowed(self, hidden: Named) -> Named:
+        """In the network's dtype again, after biases in another one."""
+        return hidden.then(".to(x.dtype)") if self.raw & {"gate_bias", "up_bias"} else hidden
 
     def _down(self, hidden: Named, r: Named | None, at: dict[str, str]) -> Named:
         w = self.writer
@@ -1029,6 +1229,9 @@ class _Generator:
         text = w.pick(
             f"{y.atom}.sum({dim})", f"{y.atom}.sum(dim={dim})", f"torch.sum({y.text}, {dim})"
         )
+        if self.kind == "dtypes" and self.more.random() < 0.6:
+            wider = self.more.choice(["float32", "float64"])
+            text = f"{y.atom}.sum({dim}, dtype=torch.{wider})"
         return w.let("y", Named(text, rest))
 
     def _final(self, y: Named) -> Named:
@@ -1054,7 +1257,7 @@ class _Generator:
             options = [(*self.tokens, "o" + heads), (heads + "o", *self.tokens)]
             options += [(self.tokens, heads + "o"), (heads, self.tokens + "o")]
         target = self.rng.choice(options)
-        if self.numeric is torch.bfloat16:
+        if self.numeric in _HALF or self.kind == "dtypes":
             out = out.then(".to(x.dtype)")
         out = w.let("out", w.rearrange(out, target), "output")
         self.outputs = target
@@ -1068,4 +1271,26 @@ class _Generator:
         kind = self.draw("after", *after)
         if kind == "linear":
             self.init.append("self.after = nn.Linear(H * d, H * d)")
-        w.add(f"return {AFTER[kind].format(out=out.text)}")
+        if self.symbol in ("output", "gate"):
+            self.init.append("self.scale = 0.7")
+            self.scales[2 if self.symbol == "output" else 0] *= 0.7
+        if self.symbol == "output":
+            out = w.let("out", out.then(" * self.scale"), "output")
+        self._return(AFTER[kind].format(out=out.text))
+
+    def _return(self, text: str) -> None:
+        """The result is returned, at times twice, or after it was written to the input."""
+        w = self.writer
+        if self.kind == "returned":
+            self.features["returned"] = how = self.more.choice([*RETURNED])
+            w.add(f"result = {text}")
+            text = RETURNED[how].format("result")
+        elif self.kind == "writes":
+            same = tuple(letters.replace("o", "d") for letters in self.outputs) == self.layout
+            fitting = [how for how in WRITES if same or "{0}" not in WRITES[how][0]]
+            self.features["writes"] = how = self.more.choice(fitting)
+            write, text_after = WRITES[how]
+            w.add(f"result = {text}")
+            w.add(write.format("result"))
+            text = text_after
+        w.add(f"return {text}")

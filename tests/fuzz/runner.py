@@ -24,7 +24,7 @@ from .programs import generate
 
 RECALL = 0.98  # of the programs, at least
 _TRIES = 8  # mutants that do not run, before a seed is given up
-_NO_RESULT = (Verdict.INVALID, Verdict.UNCAPTURED, Verdict.ORDINARY)
+_NO_RESULT = (Verdict.INVALID, Verdict.UNCAPTURED, Verdict.ORDINARY, Verdict.BY_DESIGN)
 _BROKEN = (Verdict.WRONG, Verdict.CRASHED, Verdict.MISWRITTEN, Verdict.INVALID)
 
 
@@ -53,7 +53,7 @@ class Finding:
         verdict = self.outcome.verdict
         if self.mutation:
             return verdict in (Verdict.WRONG, Verdict.CRASHED, Verdict.UNSEEN)
-        return verdict not in (Verdict.FOUND, Verdict.UNCAPTURED, Verdict.ORDINARY)
+        return verdict is Verdict.INVALID or verdict not in (Verdict.FOUND, *_NO_RESULT)
 
 
 def check_seed(seed: int, count: int) -> list[Finding]:

@@ -339,9 +339,18 @@ class Writer:
     # Contractions.
 
     def contract(
-        self, a: Named, w: Named, summed: str, bias: Named | None = None, kind: str = ""
+        self,
+        a: Named,
+        w: Named,
+        summed: str,
+        bias: Named | None = None,
+        kind: str = "",
+        alpha: float = 1.0,
     ) -> Named:
-        """The sum over ``summed`` of ``a * w``, plus ``bias``: one axis a dimension."""
+        """``alpha`` times the sum over ``summed`` of ``a * w``, plus ``bias``.
+
+        The result has one axis a dimension.
+        """
         shared = "".join(x for x in w.letters if x in a.letters and x not in summed)
         kinds = ["einsum", "einsum", "matmul", "matmul", "bmm", "multiply"]
         kinds += ["vmap"] if shared else ["linear", "linear", "tensordot"]
@@ -368,8 +377,13 @@ class Writer:
             takes = bias is not None and set(bias.letters) <= set(shared + outer)
             takes = takes and len(set(shared + outer) - set(bias.letters if bias else "")) == 0
             result = spell[kind](a, w, summed, shared, bias if takes else None)
+            if takes and kind == "bmm" and alpha != 1.0:
+                result = Named(f"{result.text.removesuffix(')')}, alpha={alpha})", result.dims)
+                alpha = 1.0
             bias = None if takes else bias
         result = self.singles(result)
+        if alpha != 1.0:
+            result = result.then(f" * {alpha}")
         return result if bias is None else self.plus(result, bias)
 
     def _order(self, a: Named, w: Named, summed: str) -> str:

@@ -123,6 +123,13 @@ def test_all_sizes_dynamic(layers: int):
     assert assert_no_more_graphs(model, 2 * layers, BOTH, dynamic=True) == 1
 
 
+@pytest.mark.parametrize("name", ["loop", "einsum", "bmm"])
+def test_batch_and_length_of_one_symbol(name: str):
+    """Equal sizes have one symbol, so that a reshape makes sizes such as s**2 // s."""
+    model = Tower(1, [name]).double()
+    assert assert_no_more_graphs(model, 1, [(3, 3), (5, 5)], dynamic=True) == 1
+
+
 def test_no_sizes_dynamic():
     model = Tower(1, ["einsum"]).double()
     assert assert_no_more_graphs(model, 1, LONGER, dynamic=False) == len(LONGER)

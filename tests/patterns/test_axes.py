@@ -25,6 +25,7 @@ from mhf_compiler.patterns.axes import (
     plus,
     quotient,
     split,
+    stride_order,
     through_reshape,
 )
 from mhf_compiler.patterns.canonical import INPUT, Value
@@ -308,3 +309,9 @@ def test_a_reshape_that_holds_for_some_values_only_is_not_read():
 
 def test_nothing_is_read_of_no_elements():
     assert through_reshape((axis_form(Axis(0)), axis_form(Axis(6))), (0, 6), (0, 2, 3)) is None
+
+
+def test_a_power_counts_as_that_many_factors():
+    """Equal batch and length have one symbol: the stride of a head is its square."""
+    s = sympy.Symbol("s", positive=True, integer=True)
+    assert sorted([3 * s**2, 3, 3 * s, 1], key=stride_order) == [1, 3, 3 * s, 3 * s**2]
