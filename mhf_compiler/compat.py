@@ -31,6 +31,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.functions import FloorDiv, Max
 
 __all__ = [
@@ -77,6 +78,7 @@ __all__ = [
     "tell_inductor_of",
     "trace_artifact",
     "tracing_shape_env",
+    "tree_leaves",
     "unbacked_symbols",
     "unwrap_for_grad",
     "with_pass",

@@ -152,7 +152,8 @@ def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
                 plain = is_view(reader) or reader.op in _PLAIN_SUMS
                 found[reader] = then = done if plain or done is not None else reader
                 todo.append((reader, then))
-    return {value: done for value, done in found.items() if len(value.operands) > 1}
+    sums = _PLAIN_SUMS | MATRIX_PRODUCTS  # some products add
+    return {v: done for v, done in found.items() if len(v.operands) > 1 and v.op in sums}
 
 
 def _as_loops(

@@ -146,7 +146,8 @@ def test_a_spelling_every_file_that_knows_one_is_named():
     know = [
         file
         for file in FILES
-        if "baddbmm" in (ROOT / file).read_text() and not file.startswith("lowering/")
+        if "baddbmm" in (ROOT / file).read_text()
+        and not file.startswith(("lowering/", "docs/reliability.md"))
     ]
     assert len(know) > 5
     assert unnamed(know, "A spelling that is not found") == []

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from ..compat import (
     FakeTensor,
@@ -27,6 +26,7 @@ from ..compat import (
     no_new_guards,
     statically_known_true,
     symbolic_size,
+    tree_leaves,
 )
 from ..patterns import CanonicalCopy, Kind, Modes, RouterProduct, Site, Size, Value
 from .edit import Edit

@@ -85,6 +85,13 @@ def test_what_keeps_sub_networks_apart(
     assert_said(InALoop(add), Kind.SUMMED_APART, code, detail, rewritten=E)
 
 
+def test_networks_that_are_multiplied_are_not_of_one_sum():
+    model = InALoop(lambda out, sub, r, e: sub if e == 0 else out * sub)
+    report = mhf_compiler.explain(model, options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert len(report.rewritten) == E
+    assert report.declined == []
+
+
 class ShrinkingSum(SubNetworks):
     """What was summed before counts half."""
 
