@@ -349,8 +349,8 @@ def _off_reference(program: Program) -> str:
 def _site_difference(program: Program, report: Report) -> str:
     """How the sites differ from the expected one; "" where they do not.
 
-    Sub-networks without a router are also one network with more hidden units, and heads that all
-    share one network are also tokens.
+    Sub-networks without a router are also one network with more hidden units, and heads that share
+    a network are also tokens.
     """
     branches = 2 if program.modes[2] == "cond" else 1
     if len(report.rewritten) != branches:
@@ -360,7 +360,7 @@ def _site_difference(program: Program, report: Report) -> str:
     if not expected["routed"]:
         for fields in (found, expected):
             fields["hidden"] *= fields.pop("sub_networks")
-    if expected["groups"] == found["heads"] == found["groups"] == 1:
-        expected["heads"] = 1
+    if expected["groups"] == found["heads"] == found["groups"]:
+        expected["heads"] = found["heads"]
     differing = {n: (found[n], expected[n]) for n in expected if found[n] != expected[n]}
     return ", ".join(f"{n} is {got}, not {want}" for n, (got, want) in differing.items())
