@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import mhf_compiler.compat
+from mhf_compiler import options, without
 
 COMPAT = Path(mhf_compiler.compat.__file__)
 #: what the fallback itself is called by; these are documented
@@ -178,3 +179,7 @@ def test_strict_raises(attempts: dict[bool, Told]):
     for raised in attempts[True].values():
         assert isinstance(raised, str)
         assert "_is_gone" in raised
+
+
+def test_every_option_of_ours_is_kept_from_inductor():
+    assert set(without._OURS) == set(options._OURS)
