@@ -21,5 +21,4 @@ EQUIVALENT = {
     f"{_CHECKS}_holds: a.max >= b.max  ->  True": _RANGE,
     f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
     "((a.eps <= b.eps) and (a.max >= b.max))": "likewise, but for float8_e5m2fnuz",
-    f"{_CHECKS}_holds: a.tiny <= b.tiny  ->  True": "likewise, but for float8_e5m2fnuz",
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 import mhf_compiler
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
+from mhf_compiler.patterns.checks import _holds
 
 Program = Callable[..., Tensor]
 Expected = Kind | int
@@ -447,3 +448,22 @@ def test_a_result_in_float8_is_cast_after_the_op():
     found = torch.compile(program, backend="flashmhf", options=OPTIONS)(*arguments)
     assert counters["flashmhf"]["sites_rewritten"] == 1
     assert found.dtype is torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "holds"),
+    [
+        (f32, torch.float16, True),
+        (torch.float16, torch.float8_e4m3fn, True),
+        (bf16, torch.float16, False),  # digits
+        (torch.float16, bf16, False),  # range
+        (torch.float16, torch.float8_e5m2fnuz, False),  # small numbers
+        (torch.int64, torch.float16, False),
+        (f32, torch.int8, False),
+        (f32, torch.float4_e2m1fn_x2, False),  # nothing is known of it
+    ],
+)
+def test_a_wider_dtype_holds_every_number_of_a_narrower_one(
+    wide: torch.dtype, narrow: torch.dtype, holds: bool
+):
+    assert _holds(wide, narrow) is holds
