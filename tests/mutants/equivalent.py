@@ -19,6 +19,4 @@ EQUIVALENT = {
     f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
     "((a.eps <= b.eps) and (a.tiny <= b.tiny))": _RANGE,
     f"{_CHECKS}_holds: a.max >= b.max  ->  True": _RANGE,
-    f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
-    "((a.eps <= b.eps) and (a.max >= b.max))": "likewise, but for float8_e5m2fnuz",
 }
