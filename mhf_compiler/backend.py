@@ -48,7 +48,7 @@ def flashmhf(
 
 
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs, and warns of all anew."""
+    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs, and repeats its warnings."""
     from .errors import forget_warnings
 
     forget_warnings()

@@ -187,6 +187,6 @@ def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
         )
         return None
     whole = _whole_graphs.get(cut.owner)
-    if whole is None or whole.key is not cut.buckets[0]:  # traced anew, and cut again
+    if whole is None or whole.key is not cut.buckets[0]:  # traced and cut again
         whole = _whole_graphs[cut.owner] = _WholeGraph(cut, options)
     return whole

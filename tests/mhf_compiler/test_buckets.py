@@ -329,7 +329,7 @@ torch.manual_seed(0)
 model, xs = Tower(), torch.randn(2, 3, 5, 128)
 ddp = DistributedDataParallel(model, bucket_cap_mb=1)
 compiled = torch.compile(ddp, backend="flashmhf", options=ALWAYS)
-for _ in range(2):  # DDP arranges its buckets anew after the first
+for _ in range(2):  # DDP arranges its buckets again after the first
     found = step(compiled, ddp, xs[rank])[1:]
 plain = Tower()
 plain.load_state_dict(model.state_dict())
