@@ -94,6 +94,7 @@ def _rewrite_all(
         return
     for unread in report.unread:
         if options.strict:
+            originals.restore()
             raise NotAnalysedError(str(unread))
         warn_once(str(unread))
     if keep is not None:

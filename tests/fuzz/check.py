@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from mhf_compiler import Report
+from mhf_compiler import NotAnalysedError, Report
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Kind
 from mhf_compiler.rewrite.graph import rewrite_graph
@@ -177,7 +177,10 @@ def _exact(program: Program, model: nn.Module) -> Results | None:
 
 def _compiled(program: Program, model: nn.Module, report: Report) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        report.graphs.append(rewrite_graph(gm, _OPTIONS))
+        try:
+            report.graphs.append(rewrite_graph(gm, _OPTIONS))
+        except NotAnalysedError:  # a property of the program
+            report.graphs.append(rewrite_graph(gm, replace(_OPTIONS, strict=False)))
         return gm.forward
 
     torch.compiler.reset()
