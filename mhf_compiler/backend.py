@@ -37,9 +37,10 @@ def flashmhf(
         OptionError: an unknown option, or a value it does not take.
     """
     try:
-        from .compilation import compile_graph_of_dynamo, parsed_options
+        from .compilation import compile_graph_of_dynamo
+        from .options import parse_options
 
-        parsed = parsed_options(mode, options)
+        parsed = parse_options(mode, options)
     except (ImportError, AttributeError) as error:
         from .without import compile_without
 

@@ -18,7 +18,6 @@ is always a tensor of its own.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +26,7 @@ from torch import fx
 from torch.fx.passes.split_module import split_module
 
 from .compat import BUCKET, BucketCut, copy_dynamo_metadata, counters, is_tracing
-from .errors import MhfCompilerWarning
+from .errors import warn_once
 from .options import Options
 from .patterns import Kind, Reason
 from .report.logs import announce
@@ -153,7 +152,7 @@ def rewrite_whole(
         report.declined += [replace(site, reason=reason) for site in report.rewritten]
         report.rewritten, report.after = [], report.before
         announce(report)
-        warnings.warn(f"{reason}: {reason.kind.remedy}", MhfCompilerWarning, stacklevel=2)
+        warn_once(str(reason), reason.kind.remedy)
         return _copied(cut.gm), report, None
 
 

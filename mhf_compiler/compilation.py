@@ -1,11 +1,11 @@
-"""One graph of Dynamo's on its way through the back end: rewritten, compiled, told of.
+"""One graph of Dynamo's on its way through the back end: rewritten, compiled, reported.
 
 ``backend.py`` imports this when the first graph arrives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,19 +13,14 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from . import compat
-from .buckets import Part, rewrite_whole
+from .buckets import CutError, Part, rewrite_whole
 from .errors import NotAnalysedError, fault, only_reporting
-from .options import Options, inductor_config, parse_options
+from .options import Options, inductor_config
 from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
 from .report.logs import announce_fusions
 from .report.values import GraphReport
 from .rewrite.graph import Originals, rewrite_graph
-
-
-def parsed_options(mode: str | None, options: Options | Mapping[str, Any] | None) -> Options:
-    """The options of ``torch.compile``, checked."""
-    return parse_options(mode, options)
 
 
 def compile_graph_of_dynamo(
@@ -151,19 +146,30 @@ class _WholeGraph:
             self.compilation.dump(gm)
 
     def compile_next(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        """Compile the next of Dynamo's parts."""
+        """Compile the next of Dynamo's parts.
+
+        Raises:
+            CutError: it is not the part that was expected, and earlier ones are compiled already.
+        """
         if self.parts is None:
             return self.compilation.compile(gm, example_inputs)
         part = self.parts[self.number]
+        try:
+            part.check(gm)
+        except CutError as error:
+            if self.number:
+                raise
+            self.parts = None
+            self.compilation.failed(error)
+            return self.compilation.compile(gm, example_inputs)
         self.number += 1
-        part.check(gm)
         inputs = part.example_inputs(example_inputs)
         if part.module is None:
             return part.place(None)
         return part.place(self.compilation.compile(part.module, inputs))
 
 
-_TOLD = "flashmhf_cut"
+_COUNTED = "flashmhf_cut"
 
 _whole_graphs: WeakKeyDictionary[Any, _WholeGraph] = WeakKeyDictionary()
 
@@ -175,9 +181,9 @@ def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
         if cut is None:
             raise LookupError("Dynamo's DDPOptimizer is not what compiles it")
     except Exception as error:
-        if gm.meta.setdefault(_TOLD, None) is not None:  # all parts share it
+        if gm.meta.get(_COUNTED):  # all parts share it
             return None
-        gm.meta[_TOLD] = True
+        gm.meta[_COUNTED] = True
         fault(
             "buckets",
             "DistributedDataParallel's buckets cut the graph, and the networks that they cut are "

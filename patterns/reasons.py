@@ -12,7 +12,21 @@ from enum import Enum
 from torch import fx
 
 
-class Kind(Enum):
+class Explained(Enum):
+    """Reasons, each with the pair (what is the matter, what to change)."""
+
+    @property
+    def sentence(self) -> str:
+        """The reason in words."""
+        return str(self.value[0])
+
+    @property
+    def remedy(self) -> str:
+        """What the author of the model can do about it."""
+        return str(self.value[1])
+
+
+class Kind(Explained):
     """Every reason there is: (what is the matter, what to change)."""
 
     PLAIN_FFN = (
@@ -151,18 +165,8 @@ class Kind(Enum):
         "report it with the message; the original spelling is used",
     )
 
-    @property
-    def sentence(self) -> str:
-        """The reason in words."""
-        return str(self.value[0])
 
-    @property
-    def remedy(self) -> str:
-        """What the author of the model can do about it."""
-        return str(self.value[1])
-
-
-class Unreadable(Enum):
+class Unreadable(Explained):
     """Every reason why a whole graph is not analysed: (what is the matter, what to change)."""
 
     REPLACED_TENSOR = (
@@ -194,14 +198,6 @@ class Unreadable(Enum):
         "the compiler itself failed",
         'report it with the message; options={"strict": True} raises the error',
     )
-
-    @property
-    def sentence(self) -> str:
-        return str(self.value[0])
-
-    @property
-    def remedy(self) -> str:
-        return str(self.value[1])
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from ..compat import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
+    example_of,
     no_new_guards,
     statically_known_true,
+    storage_identity,
     symbolic_size,
     tree_leaves,
 )
@@ -156,7 +158,7 @@ class _Guard:
             self.blamed[node] = site
             shared = memory in run.memories
             new = memories[run.memories.index(memory)] if shared else (nodes[0], memory)
-            self.memory[_storage(made)] = new
+            self.memory[storage_identity(made)] = new
 
     def _run_for(self, site: Site | RouterProduct, node: fx.Node) -> None:
         try:
@@ -179,20 +181,20 @@ class _Guard:
             if not isinstance(look, _Look):
                 return self._seen(node)
             self.given[node] = made = look.make()
-            self.memory[_storage(made)] = self._memory_of(node)
+            self.memory[storage_identity(made)] = self._memory_of(node)
         return self.found[node] if node in self.found else self.given[node]
 
     def _seen(self, node: fx.Node) -> Any:
-        return self.found[node] if node in self.found else _example(self.old_of[node])
+        return self.found[node] if node in self.found else example_of(self.old_of[node])
 
     def _memory_of(self, node: fx.Node) -> Hashable:
         """A name for the memory of a node of the edited graph; None where it is not known."""
         if node not in self.found:
-            return _memory(_example(self.old_of[node]))
+            return _memory(example_of(self.old_of[node]))
         found = self.found[node]
         if not isinstance(found, FakeTensor):
             return None
-        return self.memory.get(_storage(found), ("new", _storage(found)))
+        return self.memory.get(storage_identity(found), ("new", storage_identity(found)))
 
     def _modes(self, node: fx.Node, value: Value) -> Modes:
         """The modes at a node of the given graph, which computes a value."""
@@ -236,7 +238,7 @@ class _Guard:
 
     def _compare(self, reader: fx.Node, argument: fx.Node, found: Any) -> bool:
         """Whether strides differ from those that the reader saw before; nothing else may."""
-        before = _example(argument)
+        before = example_of(argument)
         if not isinstance(before, FakeTensor) or not isinstance(found, torch.Tensor):
             return False
         moved = before._version != 0  # its example is what it became at last
@@ -256,8 +258,8 @@ class _Guard:
         """Whether a node returns memory of an argument, or one of several tensors."""
         if not isinstance(self.found[place], torch.Tensor):
             return True
-        memory = _memory(_example(argument))
-        return memory is not None and memory in map(_memory, tree_leaves(_example(old)))
+        memory = _memory(example_of(argument))
+        return memory is not None and memory in map(_memory, tree_leaves(example_of(old)))
 
     # Outputs.
 
@@ -267,7 +269,7 @@ class _Guard:
         now_of: dict[Hashable, Hashable] = {}
         was_of: dict[Hashable, Hashable] = {}
         for argument in [*inputs, *output.all_input_nodes]:
-            was = _memory(_example(argument))
+            was = _memory(example_of(argument))
             place = argument if argument in inputs else self._place(output, argument)
             now = was if argument in inputs else self._memory_of(place)
             if was is None or now is None:
@@ -281,10 +283,6 @@ class _Guard:
 def _shows_strides(node: fx.Node) -> bool:
     """Whether strides can be seen in a node itself: an output, or what is not looked into."""
     return node.op == "output" or isinstance(node.target, HigherOrderOperator)
-
-
-def _example(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _look(seen: Any) -> Any:
@@ -314,11 +312,7 @@ def _spelling(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[Hashable, ..
 
 def _memory(example: Any) -> int | None:
     """A number for the memory of an example, where it is known."""
-    return _storage(example) if isinstance(example, FakeTensor) else None
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return storage_identity(example) if isinstance(example, FakeTensor) else None
 
 
 def _equal(sizes: Iterable[Any], others: Iterable[Any]) -> bool:

@@ -197,7 +197,7 @@ def another_number_of_dimensions(draw: st.DrawFn, call: Call) -> tuple[str, ...]
     return (name,)
 
 
-#: axis of each tensor -> what else has it
+#: the axes of each tensor, as the documentation of the op names them
 AXES = {
     "q": "BLHd",
     "k": "GEfd",

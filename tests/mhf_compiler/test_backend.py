@@ -391,7 +391,7 @@ def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
 def test_a_kernel_that_cannot_run_leaves_its_site_in_the_original_spelling(
     monkeypatch: pytest.MonkeyPatch, compiled_graphs: list[str]
 ):
-    """Also under strict: the fault is not in the rewriting."""
+    """Under strict it is an error, as every fault of ours."""
     model = Heads()
     graphs = dynamo_graphs(model)
 
@@ -405,9 +405,13 @@ def test_a_kernel_that_cannot_run_leaves_its_site_in_the_original_spelling(
         if "(hidden @ self.down)" in text
     )
     with pytest.warns(MhfCompilerWarning, match=f"{__file__}:{line} failed.*out of resources"):
-        run(model, strict=True)
+        run(model)
     assert compiled_graphs == graphs
     assert tallied() == {"graphs": 1, "sites_rewritten": 0, "sites_declined": 1, "failures": 1}
+    assert counters["flashmhf"]["failures.kernel"] == 1
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="out of resources"):
+        run(model, strict=True)
 
 
 def test_the_kernel_of_each_site_is_tried_by_itself(monkeypatch: pytest.MonkeyPatch):

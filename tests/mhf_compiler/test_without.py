@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.networks import HEADS
 
 import mhf_compiler.compat
 from mhf_compiler import options, without
@@ -51,19 +52,12 @@ def sources() -> dict[str, str]:
     return found
 
 
-RUN = """
+IMPORTS = """
 import importlib.abc, importlib.util, json, os, sys, traceback, warnings
 import torch, torch._dynamo, torch._inductor.compile_fx
 from torch import nn
-
-class Heads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = (nn.Parameter(torch.randn(4, *s)) for s in ((8, 5), (5, 8)))
-
-    def forward(self, x):
-        return (x @ self.up).relu() @ self.down
-
+"""
+ATTEMPTS = """
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
     def __init__(self, source):
         self.source = source
@@ -125,6 +119,7 @@ for line in sys.stdin:
         os._exit(0)
     os.wait()
 """
+RUN = IMPORTS + HEADS + ATTEMPTS
 
 
 #: what can be raised at once, and what only on the way
