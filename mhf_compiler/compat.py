@@ -55,6 +55,7 @@ __all__ = [
     "has_symbols",
     "inductor_modes",
     "inductor_options",
+    "is_minifying",
     "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
     "is_tracing",
@@ -265,6 +266,13 @@ def bucket_cut() -> BucketCut | None:
     buckets = [bucket.nodes for bucket in optimizer.buckets]
     gm = buckets[0][0].graph.owning_module
     return None if gm is None else BucketCut(optimizer, gm, buckets)
+
+
+def is_minifying() -> bool:
+    """Whether PyTorch writes programs that reproduce what does not compile."""
+    import torch._dynamo.config as config
+
+    return config.repro_after is not None
 
 
 def run_pass(

@@ -108,22 +108,32 @@ class Compilation:
 
     def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile a graph with the fallback; if only its rewritten form fails, as it was."""
-        fallback = self.options.fallback
         try:
-            return compat.compile_graph(fallback, gm, example_inputs, self.config)
+            return compat.compile_graph(self.options.fallback, gm, example_inputs, self.config)
         except Exception as error:
             # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
             # symbolic float to be a constant, it says so by an exception.
             compat.counters["flashmhf"] = self.counted
-            replaced = self.originals is not None and self.originals.were_replaced
-            if self.options.strict or not replaced:
+            if self.options.strict or compat.is_minifying():
                 raise
-            assert self.originals is not None
-            self.originals.restore()
-            config = inductor_config(self.options)
-            compiled = compat.compile_graph(fallback, gm, example_inputs, config)
+            compiled = self._compile_original(gm, example_inputs)
+            if compiled is None:
+                raise
             fault("compile", "the rewritten graph does not compile, so the original is used", error)
             return compiled
+
+    def _compile_original(
+        self, gm: fx.GraphModule, example_inputs: list[Any]
+    ) -> Callable[..., Any] | None:
+        """Compile the graph as it was; None if it was not changed, or does not compile either."""
+        if self.originals is None or not self.originals.were_replaced:
+            return None
+        self.originals.restore()
+        config = inductor_config(self.options)
+        try:
+            return compat.compile_graph(self.options.fallback, gm, example_inputs, config)
+        except Exception:  # the first failure is what the user has to see
+            return None
 
 
 class _WholeGraph:
