@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..compat import has_symbols, run_pass, tracing_shape_env
 from ..errors import NotAnalysedError, fault, only_reporting, warn_once
@@ -65,11 +66,17 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
     if options.rewrite == "never":
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
     else:
-        _rewrite_all(gm, options, report, keep)
+        # What is saved here is no tensor of the user's, whose hooks may be set.
+        with saved_tensors_hooks(_as_it_is, _as_it_is):
+            _rewrite_all(gm, options, report, keep)
     with only_reporting("the report of a graph"):
         report.graph_break = graph_break(gm)
         announce(report)
     return report
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _rewrite_all(

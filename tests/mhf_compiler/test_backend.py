@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support import networks
 from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -401,10 +402,12 @@ def test_a_kernel_that_cannot_run_leaves_its_site_in_the_original_spelling(
     monkeypatch.setattr(mhf_compiler.lowering.workload, "trial_run", trial_run)
     line = next(
         n
-        for n, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        for n, text in enumerate(Path(networks.__file__).read_text().splitlines(), 1)
         if "(hidden @ self.down)" in text
     )
-    with pytest.warns(MhfCompilerWarning, match=f"{__file__}:{line} failed.*out of resources"):
+    with pytest.warns(
+        MhfCompilerWarning, match=f"{networks.__file__}:{line} failed.*out of resources"
+    ):
         run(model)
     assert compiled_graphs == graphs
     assert tallied() == {"graphs": 1, "sites_rewritten": 0, "sites_declined": 1, "failures": 1}

@@ -69,10 +69,12 @@ def arguments(training: bool) -> list[Tensor]:
     return [x.requires_grad_(training) for x in tensors]
 
 
-def assert_same(model: Callable[..., Tensor], around: Place, training: bool = True) -> None:
+def assert_same(
+    model: Callable[..., Tensor], around: Place, training: bool = True, strict: bool = True
+) -> None:
     """Values, dtypes and gradients of the compiled model are those of the model."""
     seen = []
-    for call in (model, flashmhf(model)):
+    for call in (model, flashmhf(model, options={"strict": strict})):
         given = arguments(training)
         with around():
             result = call(*given)
@@ -97,7 +99,7 @@ def places(modes: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         yield ("cond", "call")[(i + j) % 2], outer, inner
 
 
-@pytest.mark.parametrize(("inside", "outer", "inner"), places(AUTOCAST))
+@pytest.mark.parametrize(("inside", "outer", "inner"), list(places(AUTOCAST)))
 def test_autocast(inside: str, outer: str, inner: str):
     """Around the call of the compiled model, and around the inner graph."""
 
@@ -131,7 +133,7 @@ def assert_rounds_like(model: Callable[..., Tensor], around: Place) -> None:
         torch.testing.assert_close(found, plain, rtol=0, atol=4e-2 * float(plain.abs().max()))
 
 
-@pytest.mark.parametrize(("inside", "outer", "inner"), places(GRAD))
+@pytest.mark.parametrize(("inside", "outer", "inner"), list(places(GRAD)))
 def test_grad_modes(inside: str, outer: str, inner: str):
     """A clamp is a relu exactly where no gradients are recorded."""
 
@@ -154,7 +156,7 @@ def test_inference_mode_inside(inside: str):
             y = INSIDE[inside](clamped, *args)
         return y.clone()
 
-    assert_same(model, nullcontext, training=False)
+    assert_same(model, nullcontext, training=False, strict=False)
     assert tally().sites == 0
 
 

@@ -368,7 +368,8 @@ def test_gradients_that_are_cut_in_place():
 
     module, x, y = Kept(), torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
     found = []
-    for call in (run, flashmhf(run)):
+    # Under strict it is an error that this graph is not analysed.
+    for call in (run, flashmhf(run, options={"strict": False})):
         query = x.clone().requires_grad_()
         leaves = [query, *module.parameters()]
         out = call(module, query, y)
