@@ -20,7 +20,7 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, counters
 from torch._guards import TracingContext
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -65,6 +65,7 @@ __all__ = [
     "named_arguments",
     "no_fake_mode",
     "no_new_guards",
+    "no_saved_tensor_hooks",
     "realize_to_strides",
     "reason_of_graph_break",
     "reset_cuda_graphs",
@@ -89,6 +90,8 @@ __all__ = [
 BUCKET = "flashmhf_bucket"
 
 no_fake_mode = unset_fake_temporarily
+# To set other hooks, or none, would be an error next to a transform of torch.func.
+no_saved_tensor_hooks = _disable_saved_tensors_hooks_during_tracing
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
 

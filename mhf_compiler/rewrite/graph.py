@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx
-from torch.autograd.graph import saved_tensors_hooks
+from torch import fx
 
-from ..compat import has_symbols, run_pass, tracing_shape_env
+from ..compat import has_symbols, no_saved_tensor_hooks, run_pass, tracing_shape_env
 from ..errors import NotAnalysedError, fault, only_reporting, warn_once
 from ..options import Options
 from ..patterns import (
@@ -67,16 +66,12 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
     else:
         # What is saved here is no tensor of the user's, whose hooks may be set.
-        with saved_tensors_hooks(_as_it_is, _as_it_is):
+        with no_saved_tensor_hooks():
             _rewrite_all(gm, options, report, keep)
     with only_reporting("the report of a graph"):
         report.graph_break = graph_break(gm)
         announce(report)
     return report
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _rewrite_all(
