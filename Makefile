@@ -25,8 +25,8 @@ QUICK := tests/test_architecture.py tests/lowering/test_splitting.py tests/lower
   tests/lowering/test_replay.py tests/lowering/test_tuning.py tests/patterns/test_axes.py \
   tests/patterns/test_meaning.py \
   tests/patterns/test_numbers.py tests/patterns/test_contractions.py tests/patterns/test_rolling.py \
-  tests/patterns/test_buffers.py tests/mhf_compiler/test_options.py tests/mhf_compiler/rewrite/test_cost.py \
-  tests/mhf_compiler/report/test_report.py
+  tests/patterns/test_buffers.py tests/mhf_compiler/test_options.py \
+  tests/mhf_compiler/substitution/test_cost.py tests/mhf_compiler/report/test_report.py
 
 # Random programs: how many, and the first one's seed. FUZZ_ARGS="--write FOLDER" keeps failures.
 N ?= 500

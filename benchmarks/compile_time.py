@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import mhf_compiler.backend
 import mhf_compiler.compat
-import mhf_compiler.rewrite.graph
+import mhf_compiler.substitution.graph
 from mhf_compiler.compat import counters
 
 from .harness import Benchmark, Row, Settings
@@ -85,7 +85,7 @@ def compile_once(model: str, backend: str, phase: str, device: str) -> dict[str,
     fallback: list[Seconds] = []
     begin, start = time.perf_counter(), Seconds.now()
     with (
-        timed(mhf_compiler.rewrite.graph, "rewrite_graph", rewriting),
+        timed(mhf_compiler.substitution.graph, "rewrite_graph", rewriting),
         timed(mhf_compiler.compat, "compile_graph", fallback),
     ):
         loss = first_call(network, x, backend, phase, device)
@@ -144,7 +144,7 @@ def recognise_once(layers: int, device: str) -> dict[str, float]:
     def rewrite_only(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         gc.collect()
         start = Seconds.now()
-        reports.append(mhf_compiler.rewrite.graph.rewrite_graph(gm, options))
+        reports.append(mhf_compiler.substitution.graph.rewrite_graph(gm, options))
         seconds.append(Seconds.now().since(start).own)
         return gm.forward
 

@@ -31,7 +31,7 @@ from .options import Options
 from .patterns import Kind, Reason
 from .report.logs import announce
 from .report.values import GraphReport
-from .rewrite.graph import Keep, rewrite_graph
+from .substitution.graph import Keep, rewrite_graph
 
 _NAME = "flashmhf_name"  # in a node's ``meta``: its name in the graph that was split
 

@@ -20,7 +20,7 @@ from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
 from .report.logs import announce_fusions
 from .report.values import GraphReport
-from .rewrite.graph import Originals, rewrite_graph
+from .substitution.graph import Originals, rewrite_graph
 
 
 def compile_graph_of_dynamo(

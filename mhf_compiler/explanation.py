@@ -13,7 +13,7 @@ from .compat import BucketCut, bucket_cut, is_part_of_buckets
 from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
-from .rewrite.graph import Keep, rewrite_graph
+from .substitution.graph import Keep, rewrite_graph
 
 
 def explain(

@@ -106,7 +106,7 @@ def test_nobody_imports_what_it_must_not(module: str):
                 "from .. import compat, {other}",
                 "def later():\n    from .. import {other}",
                 "import importlib\nimportlib.import_module('mhf_compiler.{other}')",
-                "from mhf_compiler.rewrite.edit import rewrite",
+                "from mhf_compiler.substitution.edit import rewrite",
                 "from .. import options",
                 "from ..report import Report",
                 "import mhf_compiler",
@@ -201,7 +201,7 @@ def test_a_circle_of_imports_is_found():
         assert page in circle(graph | {values: loads(values, code)})
     compat = "mhf_compiler.compat"
     assert compat in circle(
-        graph | {compat: loads(compat, "from .rewrite.graph import rewrite_graph")}
+        graph | {compat: loads(compat, "from .substitution.graph import rewrite_graph")}
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mhf_compiler import GraphReport, Options, Report, compilation
-from mhf_compiler.rewrite.graph import rewrite_graph
+from mhf_compiler.substitution.graph import rewrite_graph
 
 from .cases import Case
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from mhf_compiler import NotAnalysedError, Report
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Kind
-from mhf_compiler.rewrite.graph import rewrite_graph
+from mhf_compiler.substitution.graph import rewrite_graph
 
 from .programs import Program
 

@@ -24,14 +24,14 @@ import mhf_compiler.compat
 import mhf_compiler.lowering.cost
 import mhf_compiler.lowering.workload
 import mhf_compiler.patterns.canonical
-import mhf_compiler.rewrite.graph
+import mhf_compiler.substitution.graph
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Unreadable
-from mhf_compiler.rewrite.emit import EditError
-from mhf_compiler.rewrite.graph import rewrite_graph
+from mhf_compiler.substitution.emit import EditError
+from mhf_compiler.substitution.graph import rewrite_graph
 
 ALWAYS = {"rewrite": "always", "fallback": "eager"}
 
@@ -150,7 +150,7 @@ def _broken(*args: Any, **kwargs: Any) -> Any:
 def test_a_failure_leaves_the_graph_as_it_is_with_one_warning(
     part: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, part, _broken)
     with pytest.warns(MhfCompilerWarning, match="RuntimeError: a bug in the compiler") as caught:
         run(Heads())
     assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
@@ -160,7 +160,7 @@ def test_a_failure_leaves_the_graph_as_it_is_with_one_warning(
 
 @pytest.mark.parametrize("part", ["find_sites", "rewrite"])
 def test_strict_lets_a_failure_through(part: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, part, _broken)
     with pytest.raises(Exception, match="a bug in the compiler"):
         run(Heads(), strict=True)
     assert tallied()["failures"] == 1
@@ -168,19 +168,19 @@ def test_strict_lets_a_failure_through(part: str, monkeypatch: pytest.MonkeyPatc
 
 STAGES = [  # every place where the back end calls what is ours, except for the passes
     # What only tells is at the end.
-    "rewrite.graph.inner_graphs",
-    "rewrite.graph.find_sites",
-    "rewrite.graph.decide",
-    "rewrite.graph.find_router_products",
-    "rewrite.graph.rewrite",
-    "rewrite.guard.check",
-    "rewrite.graph._describe",
+    "substitution.graph.inner_graphs",
+    "substitution.graph.find_sites",
+    "substitution.graph.decide",
+    "substitution.graph.find_router_products",
+    "substitution.graph.rewrite",
+    "substitution.guard.check",
+    "substitution.graph._describe",
     "compilation.with_post_grad_passes",
     "compat.tell_inductor_of",
     "passes.manager.fix_layouts",
     "compilation.announce_fusions",
-    "rewrite.graph.graph_break",
-    "rewrite.graph.announce",
+    "substitution.graph.graph_break",
+    "substitution.graph.announce",
     "debug.dump.dump",
 ]
 _ONLY_REPORTING = STAGES[-4:]
@@ -233,13 +233,13 @@ class Checkpointed(nn.Module):
 
 def test_graphs_inside_are_restored_too(monkeypatch: pytest.MonkeyPatch):
     """The inner graph is rewritten before the outer one, where the fault is."""
-    whole, calls = mhf_compiler.rewrite.graph.rewrite, []
+    whole, calls = mhf_compiler.substitution.graph.rewrite, []
 
     def rewrite(*given: Any) -> Any:
         calls.append(given)
         return whole(*given) if len(calls) == 1 else _broken()
 
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, "rewrite", rewrite)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, "rewrite", rewrite)
     reports: list[Any] = []
 
     def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
@@ -257,7 +257,7 @@ def test_graphs_inside_are_restored_too(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_one_cause_is_told_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, "find_sites", _broken)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, "find_sites", _broken)
     with pytest.warns(MhfCompilerWarning) as caught:
         run(Breaking())
     assert len([w for w in caught if w.category is MhfCompilerWarning]) == 1
@@ -366,7 +366,7 @@ def test_the_graph_is_untouched_after_a_failure(
 ):
     model = nn.Sequential(Heads(), Heads())
     graphs = dynamo_graphs(model)
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, part, _broken)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, part, _broken)
     with pytest.warns(MhfCompilerWarning):
         run(model)
     assert compiled_graphs == graphs
@@ -375,7 +375,7 @@ def test_the_graph_is_untouched_after_a_failure(
 def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    whole = mhf_compiler.rewrite.graph.rewrite
+    whole = mhf_compiler.substitution.graph.rewrite
 
     def rewrite(graph: torch.fx.Graph, sites: Any, copy: Any) -> torch.fx.Graph:
         if len(sites) == 3:
@@ -384,7 +384,7 @@ def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
             raise error
         return whole(graph, sites, copy)
 
-    monkeypatch.setattr(mhf_compiler.rewrite.graph, "rewrite", rewrite)
+    monkeypatch.setattr(mhf_compiler.substitution.graph, "rewrite", rewrite)
     run(nn.Sequential(Heads(), Heads(), Heads()), strict=True)
     assert tallied() == {"graphs": 1, "sites_rewritten": 2, "sites_declined": 1, "failures": 0}
 

@@ -28,7 +28,7 @@ RECORD_INTERPRETED = RECORD.with_stem("reach_interpreted")
 #: what reads graphs is tested by these, and the gradients of the CPU
 TESTS = (
     "tests/patterns",
-    "tests/mhf_compiler/rewrite",
+    "tests/mhf_compiler/substitution",
     "tests/fuzz/test_fuzz.py",
     *(f"tests/models/test_{name}.py" for name in ("unknowns", "modes", "side_effects", "contexts")),
     *(f"tests/models/test_{name}.py" for name in ("out_arguments", "checkpointing", "dynamic")),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from mhf_compiler.options import parse_options
-from mhf_compiler.rewrite.graph import rewrite_graph
+from mhf_compiler.substitution.graph import rewrite_graph
 
 PARTS, L, H, d, f = 3, 4, 2, 3, 2
 OPTIONS = parse_options(None, {"rewrite": "always", "strict": True, "fallback": "eager"})

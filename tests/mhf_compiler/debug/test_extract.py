@@ -12,7 +12,7 @@ from mhf_compiler.cli.bench import check_part
 from mhf_compiler.debug.extract import Part, cut
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Site
-from mhf_compiler.rewrite.graph import rewrite_graph
+from mhf_compiler.substitution.graph import rewrite_graph
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 

@@ -23,7 +23,7 @@ from mhf_compiler.errors import MhfCompilerWarning
 from mhf_compiler.passes import cache_key, manager
 from mhf_compiler.passes.manager import PASSES, run_passes, with_post_grad_passes
 from mhf_compiler.passes.outcome import Fusion, Obstacle
-from mhf_compiler.rewrite.graph import PASS
+from mhf_compiler.substitution.graph import PASS
 
 H, d, f = 4, 8, 16
 OVER_QUERY = "multi_head_ffn_over_query"

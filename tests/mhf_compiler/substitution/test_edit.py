@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import mhf_compiler.lowering  # noqa: F401  (defines the op)
 from mhf_compiler.patterns import find_sites
-from mhf_compiler.rewrite.edit import rewrite
+from mhf_compiler.substitution.edit import rewrite
 
 OP = torch.ops.mhf_compiler.multi_head_ffn.default
 VIEWS = {"view", "unflatten", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "select"}

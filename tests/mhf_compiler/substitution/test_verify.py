@@ -11,7 +11,7 @@ import mhf_compiler
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
-from mhf_compiler.rewrite.emit import Editor
+from mhf_compiler.substitution.emit import Editor
 
 H, d, f = 4, 8, 5
 VERIFY = {"rewrite": "always", "verify": True}

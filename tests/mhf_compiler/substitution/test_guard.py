@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import mhf_compiler
-import mhf_compiler.rewrite.edit
+import mhf_compiler.substitution.edit
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
-from mhf_compiler.rewrite.emit import Editor
+from mhf_compiler.substitution.emit import Editor
 
 H, d, f = 4, 8, 5
 TOKENS = (2, 6, H * d)
@@ -164,7 +164,7 @@ def test_results_share_memory_with_each_other_as_before(monkeypatch: pytest.Monk
     model, x = ReturnedTwice(), torch.randn(TOKENS)
     explain = mhf_compiler.explain(model, options={"rewrite": "always"})
     assert len(explain(x).rewritten) == 1
-    edit = mhf_compiler.rewrite.edit._redirect_readers
+    edit = mhf_compiler.substitution.edit._redirect_readers
 
     def copies(edited: Any, value: Any, result: fx.Node, copy: Any, after: int) -> None:
         """Each reader reads a copy of its own."""
@@ -176,7 +176,7 @@ def test_results_share_memory_with_each_other_as_before(monkeypatch: pytest.Monk
             edited.nodes[reader].replace_input_with(place, new)
             edited.redirected[reader, argument] = new
 
-    monkeypatch.setattr(mhf_compiler.rewrite.edit, "_redirect_readers", copies)
+    monkeypatch.setattr(mhf_compiler.substitution.edit, "_redirect_readers", copies)
     report = explain(x)
     (declined,) = report.declined
     assert declined.reason is not None

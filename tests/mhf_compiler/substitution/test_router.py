@@ -151,7 +151,7 @@ def test_the_queries_are_computed_once():
     code = """
 import torch
 from torch._inductor.utils import run_and_get_code
-from tests.mhf_compiler.rewrite.test_router import FlashMHF, H, d
+from tests.mhf_compiler.substitution.test_router import FlashMHF, H, d
 model = torch.compile(FlashMHF(), backend="flashmhf", options={"rewrite": "always"})
 with torch.no_grad():
     _, (code,) = run_and_get_code(model, torch.randn(2, 16, H * d).bfloat16())
