@@ -3,6 +3,7 @@
     torch.compile(model, backend="flashmhf")     every MH-FFN of the model as one fused op
     mhf_compiler.explain(model)(*args)           what is rewritten, and why the rest is not
     mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
+    mhf_compiler.rewrite(exported_program)       an exported program with the op in it
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
 
 The package has three parts: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
@@ -22,6 +23,7 @@ from .lowering import ops as _ops  # noqa: F401  (defines torch.ops.mhf_compiler
 if TYPE_CHECKING:
     from .errors import MhfCompilerWarning, NotAnalysedError
     from .explanation import explain
+    from .exported import rewrite
     from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
     from .options import OptionError, Options
     from .passes.outcome import Fusion, Obstacle
@@ -54,6 +56,7 @@ __all__ = [
     "flashmhf",
     "multi_head_ffn",
     "multi_head_ffn_reference",
+    "rewrite",
 ]
 
 _HOMES = {  # name -> module, and its name there if that is another
@@ -75,6 +78,7 @@ _HOMES = {  # name -> module, and its name there if that is another
     "explain": "explanation",
     "multi_head_ffn": "lowering",
     "multi_head_ffn_reference": "lowering",
+    "rewrite": "exported",
 }
 
 

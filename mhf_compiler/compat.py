@@ -10,7 +10,7 @@ import ctypes
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from torch.utils._sympy.functions import FloorDiv, Max
 __all__ = [
     "BUCKET",
     "BucketCut",
+    "ExportedInput",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -50,8 +51,10 @@ __all__ = [
     "counters",
     "disables_added_passes",
     "example_of",
+    "exported_input",
     "functorch_depth",
     "grad_levels",
+    "has_examples_of_dynamo",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
@@ -71,6 +74,8 @@ __all__ = [
     "reset_cuda_graphs",
     "run_pass",
     "set_example",
+    "set_exported_input",
+    "shape_env_of",
     "size_hint",
     "source_name",
     "statically_known_true",
@@ -79,7 +84,6 @@ __all__ = [
     "symbolic_size",
     "tell_inductor_of",
     "trace_artifact",
-    "tracing_shape_env",
     "tree_leaves",
     "unbacked_symbols",
     "unwrap_for_grad",
@@ -130,14 +134,32 @@ def example_of(node: torch.fx.Node) -> Any | None:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
+def has_examples_of_dynamo(node: torch.fx.Node) -> bool:
+    """Whether a node's example shows gradients and shared memory, too, as Dynamo's do.
+
+    Those of exported programs are detached, and in memory of their own once they were loaded.
+    """
+    return "example_value" in node.meta
+
+
 def has_symbols(example: Any) -> bool:
     """Whether a node's example is symbolic, or has a symbolic size or stride."""
+    return any(True for _ in _symbols(example))
+
+
+def shape_env_of(example: Any) -> Any | None:
+    """The shape environment of a node's example; None if nothing in it is symbolic."""
+    return next((symbol.node.shape_env for symbol in _symbols(example)), None)
+
+
+def _symbols(example: Any) -> Iterator[torch.SymInt | torch.SymFloat | torch.SymBool]:
     if isinstance(example, torch.Tensor):
-        numbers = (*example.shape, *example.stride(), example.storage_offset())
-        return any(isinstance(number, torch.SymInt) for number in numbers)
-    if isinstance(example, (list, tuple)):
-        return any(has_symbols(part) for part in example)
-    return isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        yield from _symbols((*example.shape, *example.stride(), example.storage_offset()))
+    elif isinstance(example, (list, tuple)):
+        for part in example:
+            yield from _symbols(part)
+    elif isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        yield example
 
 
 def unbacked_symbols(example: Any) -> set[sympy.Symbol]:
@@ -154,13 +176,6 @@ def size_hint(size: Any) -> Any:
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size.node.hint
     return size
-
-
-def tracing_shape_env() -> Any | None:
-    """The shape environment of the current compilation, if there is one."""
-    context = TracingContext.try_get()
-    mode = None if context is None else context.fake_mode
-    return None if mode is None else mode.shape_env
 
 
 def is_tracing() -> bool:
@@ -215,8 +230,44 @@ def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:
             setattr(new, name, value)
 
 
+@dataclass(frozen=True)
+class ExportedInput:
+    """What an exported program says of an input, which Dynamo's examples show.
+
+    Attributes:
+        name: what the model calls it.
+        memory: equal for inputs that may share memory.
+        is_parameter: whether it is a parameter of the model.
+    """
+
+    name: str
+    memory: Hashable
+    is_parameter: bool
+
+
+_EXPORTED_INPUT = "flashmhf_exported_input"
+
+
+def exported_input(node: torch.fx.Node) -> ExportedInput | None:
+    """What is known of a node that is an input of an exported program; None for other nodes."""
+    return node.meta.get(_EXPORTED_INPUT)
+
+
+def set_exported_input(node: torch.fx.Node, known: ExportedInput | None) -> None:
+    """Attach to an input what is known of it; None takes it away again."""
+    node.meta.pop(_EXPORTED_INPUT, None)
+    if known is not None:
+        node.meta[_EXPORTED_INPUT] = known
+
+
 def source_name(node: torch.fx.Node) -> str | None:
-    """Where Dynamo found an input, such as ``L['self']._parameters['gate']``."""
+    """Where Dynamo found an input, such as ``L['self']._parameters['gate']``.
+
+    Of an exported program's, the name alone.
+    """
+    exported = exported_input(node)
+    if exported is not None:
+        return exported.name
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         source = getattr(node.meta.get("grapharg"), "source", None)

@@ -122,6 +122,8 @@ class Storage:
     writers: list[fx.Node] = field(default_factory=list)  # the Dynamo nodes that wrote
     #: all that are known to lie in the same memory, this one among them, or none
     same: list[Storage] = field(default_factory=list)
+    #: all that may lie in the same memory, this one among them, or none
+    may_be: tuple[Storage, ...] = ()
     nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
 
     @property

@@ -12,13 +12,14 @@ applied to the new value, and a part that is read again is what was written ther
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from mhf_compiler.compat import FakeTensor, storage_identity
+from mhf_compiler.compat import FakeTensor
 
 from .canonical import (
     OPAQUE,
@@ -66,7 +67,7 @@ class Memory:
         self._just_written: list[Storage] = []  # by the node that runs
         self._writers: dict[Value, fx.Node] = {}
         self._writes: list[tuple[fx.Node, Storage, Value]] = []
-        self._shared: dict[int, list[Storage]] = {}  # by what Dynamo says they share
+        self._shared: dict[Hashable, list[Storage]] = {}  # by the name of what they share
 
     # Tensors.
 
@@ -151,7 +152,7 @@ class Memory:
             value = alias.found_in = self._scatter(storage.current, value, chain)
         self._set(storage, value)
         alias.version = storage.version
-        for other in storage.same:
+        for other in dict.fromkeys((*storage.same, *storage.may_be)):
             if other is not storage:  # it turned out to be the same memory
                 self._set(other, self.opaque(like_of(other.current), other.current, value))
 
@@ -204,12 +205,12 @@ class Memory:
 
     # Between nodes.
 
-    def end_node(self, result: Any, example: Any) -> None:
+    def end_node(self, result: Any, shared: Hashable | None) -> None:
         """The node has run.
 
         Args:
             result: what it returned.
-            example: what Dynamo keeps as an example of that, if anything.
+            shared: a name for the memory of that, if something is known of it.
         """
         for storage in self._just_written:
             for holder in storage.nodes:
@@ -220,18 +221,27 @@ class Memory:
             is_part = not all(step.op in _WHOLE for step in alias.chain)
             strides = sizes_of(result)[1]
             self._copy.add_result(self.node, self.read(result), alias.storage, strides, is_part)
-            self._share(alias.storage, example)
+            if shared is not None:
+                self._share(alias.storage, shared)
 
-    def _share(self, storage: Storage, example: Any) -> None:
-        """Find the storages that are one by what Dynamo knows of the tensors in them.
+    def _share(self, storage: Storage, shared: Hashable) -> None:
+        """Find the storages that are one by what is known from outside of the tensors in them.
 
         Inputs may be views of each other, and so may the results of higher-order operations.
         """
-        if isinstance(example, torch.Tensor):
-            same = self._shared.setdefault(storage_identity(example), [])
-            if storage not in same:
-                same.append(storage)
-                storage.same = same
+        same = self._shared.setdefault(shared, [])
+        if storage not in same:
+            same.append(storage)
+            storage.same = same
+
+    def may_share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Let a write to any of these tensors change all others: nothing is known of them."""
+        together: dict[Storage, None] = {}
+        for tensor in tensors:
+            storage = self.alias(tensor).storage
+            together |= dict.fromkeys((storage, *storage.may_be))
+        for storage in together:
+            storage.may_be = tuple(together)
 
     def finish(self) -> None:
         """The last node is done: write down what outlives the graph in memory."""

@@ -16,6 +16,7 @@ from torch import fx
 
 from mhf_compiler.compat import HigherOrderOperator, functorch_depth, leave_functorch_levels
 
+from .reasons import Unreadable
 from .repeats import autocast_dtype
 
 #: functions by which Dynamo's graphs switch modes
@@ -28,6 +29,8 @@ _SWITCHES = frozenset(
         "_set_grad_enabled",
     }
 )
+#: functions that enter and leave a level of ``vmap``
+_LEVELS = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 _DEVICES = ("cpu", "cuda")
 
 
@@ -108,15 +111,17 @@ def switches_modes(node: fx.Node) -> bool:
     return node.op == "call_function" and _name(node) in _SWITCHES
 
 
-def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | None]]:
+def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | Unreadable]]:
     """The graphs that higher-order operations of this graph call, in the order of the calls.
 
-    Each comes with the modes of its calls. They are None if there are several or they are unknown,
-    or if a call is in a region of ``torch.inference_mode`` that this graph enters.
+    Each comes with the modes of its calls, or with the reason why it cannot be read: there are
+    several modes or they are unknown, a call is in a region of ``torch.inference_mode`` that this
+    graph enters, or inside of ``vmap``, where the graph shows less dimensions than there are.
     """
     outside = torch.is_inference_mode_enabled()
-    found: dict[fx.GraphModule, Modes | None] = {}
+    found: dict[fx.GraphModule, Modes | Unreadable] = {}
     env: dict[fx.Node, Any] = {}
+    levels = 0
     with Switches() as switches:
         for node in gm.graph.nodes:
             if switches_modes(node):
@@ -124,10 +129,15 @@ def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | None]
                 env[node] = switches.run(node, args)
             elif isinstance(node.target, HigherOrderOperator):
                 for place, child in _children(gm, node):
-                    modes = _modes_inside(node, place)
-                    known = child not in found or found[child] == modes
-                    known &= modes is None or modes.inference == outside
-                    found[child] = modes if known else None
+                    modes: Modes | Unreadable | None = _modes_inside(node, place)
+                    if levels:
+                        modes = Unreadable.INSIDE_VMAP
+                    elif not isinstance(modes, Modes) or modes.inference != outside:
+                        modes = Unreadable.SEVERAL_MODES
+                    if found.setdefault(child, modes) != modes:
+                        found[child] = Unreadable.SEVERAL_MODES
+            else:
+                levels += _LEVELS.get(_name(node), 0)
     return list(found.items())
 
 

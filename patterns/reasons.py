@@ -194,6 +194,11 @@ class Unreadable(Explained):
         "gradients, or under modes that are not known",
         "call it under one mode, or compile it by itself",
     )
+    INSIDE_VMAP = (
+        "an inner graph, such as a checkpoint or a region of autocast, is called inside of "
+        "torch.vmap",
+        "call torch.vmap inside of it",
+    )
     COMPILER_FAULT = (
         "the compiler itself failed",
         'report it with the message; options={"strict": True} raises the error',

@@ -21,10 +21,13 @@ from mhf_compiler.compat import (
     HigherOrderOperator,
     OpOverload,
     example_of,
+    exported_input,
     functorch_depth,
     grad_levels,
+    has_examples_of_dynamo,
     is_traceable_wrapper_subclass,
     no_new_guards,
+    storage_identity,
     unbacked_symbols,
 )
 
@@ -133,7 +136,8 @@ class _Tracer(fx.Interpreter):
             copy.levels[node] = grad_levels()
         if not self._has_effects(node) and (tensors_in(result) or _asks_for_sizes(node)):
             copy.pure.add(node)
-        self._memory.end_node(result, node.meta.get("example_value"))
+        shared = _shared_memory(node) if isinstance(result, FakeTensor) else None
+        self._memory.end_node(result, shared)
 
     def _has_effects(self, node: fx.Node) -> bool:
         marks = getattr(node.target, "__name__", None) in _MARKS
@@ -144,7 +148,7 @@ class _Tracer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Run one node, or find out in another way what it returns."""
         if n.op == "placeholder":
-            return self._input(_known_result(n))
+            return self._placeholder(n)
         if n.op == "get_attr":
             return self._attribute(str(n.target))
         if getattr(n.target, "__name__", n.target) in _UNSEEN:
@@ -155,7 +159,7 @@ class _Tracer(fx.Interpreter):
         if switches_modes(n):
             return self.switches.run(n, args)
         if isinstance(n.target, HigherOrderOperator):
-            return self._opaque_call(_known_result(n), (args, kwargs))
+            return self._opaque_call(n, (args, kwargs))
         return self._call(n, args, kwargs)
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -190,6 +194,15 @@ class _Tracer(fx.Interpreter):
             self._recorder.record(call)
         return result
 
+    def _placeholder(self, node: fx.Node) -> Any:
+        fake = self._input(_known_result(node))
+        known = exported_input(node)
+        if known is not None and isinstance(fake, torch.Tensor):
+            value = self._memory.alias(fake).storage.current
+            value.is_parameter = known.is_parameter
+            value.requires_grad = fake.is_floating_point()  # it may be, when the program runs
+        return fake
+
     def _attribute(self, target: str) -> Any:
         if target not in self._attributes:
             self._attributes[target] = self._input(self.fetch_attr(target))
@@ -217,13 +230,15 @@ class _Tracer(fx.Interpreter):
         self._memory.allocate(fake, self._values.unknown(op, fake, operands))
         return fake
 
-    def _opaque_call(self, example: Any, arguments: Any) -> Any:
+    def _opaque_call(self, node: fx.Node, arguments: Any) -> Any:
         """A higher-order operation: its results are opaque, and it may overwrite its arguments."""
         values = self._overwrite(arguments)
         self._copy.escaping.update(values)
-        results = map_tensors(lambda x: self._new(x, OPAQUE), example)
+        results = map_tensors(lambda x: self._new(x, OPAQUE), _known_result(node))
         for tensor in tensors_in(results):
             self._copy.made_from[self._memory.read(tensor)] = values
+        if not has_examples_of_dynamo(node):
+            self._memory.may_share(tensors_in((arguments, results)))
         return results
 
     def _unknown_call(self, node: fx.Node, arguments: Any) -> Any:
@@ -252,6 +267,15 @@ class _Tracer(fx.Interpreter):
         for tensor in given:
             self._memory.write_unknown(tensor)
         return values
+
+
+def _shared_memory(node: fx.Node) -> Hashable | None:
+    """A name for the memory of a node's result that all results have which may share it."""
+    known = exported_input(node)
+    if known is not None:
+        return known.memory
+    example = node.meta.get("example_value")
+    return storage_identity(example) if isinstance(example, torch.Tensor) else None
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:

@@ -82,7 +82,7 @@ def keep_as_it_is(name: str, gm: torch.fx.GraphModule, *others: Any) -> Any:
     return gm.forward
 
 
-@pytest.mark.parametrize("name", ["quick-start", "numerics"])
+@pytest.mark.parametrize("name", ["quick-start", "numerics", "deployment"])
 def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its blocks as one module, as a reader would put them together, and the tests among them."""
     monkeypatch.setattr(compat, "compile_graph", keep_as_it_is)

@@ -13,7 +13,13 @@ from typing import Any
 
 from torch import fx
 
-from ..compat import has_symbols, no_saved_tensor_hooks, run_pass, tracing_shape_env
+from ..compat import (
+    example_of,
+    has_examples_of_dynamo,
+    no_saved_tensor_hooks,
+    run_pass,
+    shape_env_of,
+)
 from ..errors import NotAnalysedError, fault, only_reporting, warn_once
 from ..options import Options
 from ..patterns import (
@@ -39,6 +45,7 @@ from ..report.describe import (
 from ..report.logs import announce
 from ..report.values import GraphReport, SiteReport
 from . import guard
+from .aten import spell_in_aten
 from .edit import rewrite
 from .emit import EditError
 from .judge import Decision, decide, product_runs
@@ -49,12 +56,19 @@ PASS = "flashmhf"  # its name among Inductor's passes, to disable it by
 Keep = Callable[[fx.GraphModule, Site], None]
 
 
-def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None) -> GraphReport:
+def rewrite_graph(
+    gm: fx.GraphModule, options: Options, keep: Keep | None = None, *, training: bool = True
+) -> GraphReport:
     """Put the op in place of every site of ``gm``, in place, and report what was done.
 
-    Whatever fails leaves all graphs as they were: it is counted, told once and reported. Then
-    ``keep`` is called for each of ``report.rewritten``, in that order, with the site and the graph
-    that contains it.
+    Whatever fails leaves all graphs as they were: it is counted, told once and reported.
+
+    Args:
+        gm: a graph of Dynamo's, or a copy of an exported program's.
+        options: the back end's.
+        keep: is called for each of ``report.rewritten``, in that order, with the site and the graph
+            that contains it.
+        training: whether to expect a backward pass where gradients are recorded.
 
     Raises:
         NotAnalysedError: under ``strict``, a graph could not be analysed.
@@ -67,7 +81,7 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
     else:
         # What is saved here is no tensor of the user's, whose hooks may be set.
         with no_saved_tensor_hooks():
-            _rewrite_all(gm, options, report, keep)
+            _rewrite_all(gm, options, report, keep, training)
     with only_reporting("the report of a graph"):
         report.graph_break = graph_break(gm)
         announce(report)
@@ -75,13 +89,13 @@ def rewrite_graph(gm: fx.GraphModule, options: Options, keep: Keep | None = None
 
 
 def _rewrite_all(
-    gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None
+    gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None, training: bool
 ) -> None:
     """Rewrite a graph and those inside of it, or none of them."""
     originals = Originals(gm)
     kept: list[tuple[fx.GraphModule, Site]] = []
     try:
-        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept)):
+        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, training)):
             report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
         if report.rewritten:
             report.after = gm.print_readable(print_output=False)
@@ -126,16 +140,17 @@ def _rewrite_module(
     options: Options,
     report: GraphReport,
     kept: list[tuple[fx.GraphModule, Site]],
+    training: bool,
 ) -> None:
     for inner, modes in inner_graphs(gm):
-        if modes is None:
+        if isinstance(modes, Unreadable):
             if sum(map(is_product_call, inner.graph.nodes)) > 1:
-                report.unread.append(unread_graph(Reason(Unreadable.SEVERAL_MODES)))
+                report.unread.append(unread_graph(Reason(modes)))
         else:
             with modes.entered():
-                _rewrite_module(inner, options, report, kept)
+                _rewrite_module(inner, options, report, kept, training)
     findings = find_sites(gm, _shape_env(gm))
-    decisions = [decide(site, options) for site in findings.sites]
+    decisions = [decide(site, options, training) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
     decisions = _write(gm, decisions, findings, options.strict)
@@ -184,12 +199,12 @@ def _site_report(decision: Decision) -> SiteReport:
 
 
 def _shape_env(gm: fx.GraphModule) -> Any | None:
-    """The current shape environment, if a size in this graph is symbolic.
+    """The shape environment of the symbolic sizes in this graph; None if there are none.
 
     Fake tensors with an environment cost a third more, and most graphs need none.
     """
-    symbolic = any(has_symbols(node.meta.get("example_value")) for node in gm.graph.nodes)
-    return tracing_shape_env() if symbolic else None
+    found = (shape_env_of(example_of(node)) for node in gm.graph.nodes)
+    return next((env for env in found if env is not None), None)
 
 
 # The edit.
@@ -238,6 +253,8 @@ def _with_products(
     shared = {product.output: product for before in products.values() for product in before}
     try:
         edit = rewrite(graph, [*shared.values(), *products], copy)
+        if not any(map(has_examples_of_dynamo, graph.nodes)):
+            spell_in_aten(edit, copy, shape_env)
         guard.check(edit, copy, shape_env)
         return edit.graph, products
     except EditError as error:

@@ -24,6 +24,7 @@ from ..compat import (
     FakeTensorMode,
     HigherOrderOperator,
     example_of,
+    has_examples_of_dynamo,
     no_new_guards,
     statically_known_true,
     storage_identity,
@@ -40,7 +41,7 @@ def check(edit: Edit, copy: CanonicalCopy, shape_env: Any | None = None) -> None
 
     Args:
         edit: the edit. Nodes of the given graph carry fake tensors as ``example_value`` or ``val``;
-            what has none is not compared.
+            what has none is not compared, and of ``val`` not whether a gradient is recorded.
         copy: what the given graph computes.
         shape_env: the shape environment of its symbolic sizes, if it has any.
 
@@ -245,7 +246,8 @@ class _Guard:
         seen = self.copy.reads[reader].get(argument)
         if moved and (seen is None or len(seen.shape) != before.dim()):
             return False
-        for name in ("dtype", "device", "requires_grad"):
+        recorded = ("requires_grad",) if has_examples_of_dynamo(argument) else ()
+        for name in ("dtype", "device", *recorded):
             was, now = getattr(before, name), getattr(found, name)
             if was != now and not (moved and name == "requires_grad"):
                 raise _Change(f"{name} of {argument} was {was}, would be {now}")

@@ -38,11 +38,14 @@ class Decision:
     products: tuple[RouterProduct, ...] = ()
 
 
-def decide(site: Site, options: Options) -> Decision:
-    """Ask the op, the cost model and the machine, in this order."""
+def decide(site: Site, options: Options, training: bool = True) -> Decision:
+    """Ask the op, the cost model and the machine, in this order.
+
+    ``training`` says whether to expect a backward pass where gradients are recorded.
+    """
     from ..lowering.cost import estimate
 
-    workload = workload_of(site, options)
+    workload = workload_of(site, options, training)
     estimated = estimate(workload)
     return Decision(site, workload, estimated, _objection(site, workload, estimated, options))
 
@@ -96,7 +99,7 @@ def product_runs(product: RouterProduct, strict: bool) -> bool:
     return True
 
 
-def workload_of(site: Site, options: Options) -> Workload:
+def workload_of(site: Site, options: Options, training: bool) -> Workload:
     """The sizes of a site, for ``lowering``, which knows no graphs."""
     from ..lowering.tiles import MANY_TOKENS, Sizes
     from ..lowering.workload import Workload
@@ -124,7 +127,7 @@ def workload_of(site: Site, options: Options) -> Workload:
         activation=site.activation,
         out_dtype=site.out_dtype,
         device=site.device,
-        training=site.output.requires_grad_mode,
+        training=training and site.output.requires_grad_mode,
         dynamic=dynamic,
         pieces=(
             _pieces(site.gate.value),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from mhf_compiler.compat import FakeTensorMode, tracing_shape_env
+from mhf_compiler.compat import FakeTensorMode, example_of, shape_env_of
 from mhf_compiler.patterns.canonical import (
     COPY,
     INPUT,
@@ -311,7 +311,8 @@ def dynamo_graph(function: Callable[..., Any], *inputs: Tensor, **how: Any) -> A
     found: list[Any] = []
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        env = tracing_shape_env()
+        envs = [shape_env_of(example_of(node)) for node in gm.graph.nodes]
+        env = next(filter(None, envs), None)
         before = [] if env is None else list(env.guards)
         found.append((gm, trace(gm, env)))
         assert env is None or list(env.guards) == before
