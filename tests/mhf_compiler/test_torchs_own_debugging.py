@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.inductor import no_caches
 from torch._inductor import lowering
-from torch._inductor.utils import fresh_cache
 
 BACKENDS = ["inductor", "flashmhf"]
 
@@ -67,8 +67,7 @@ def execute(
     script: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     folder = script.parent
-    # Nothing is taken from another run, nor left for one.
-    settings = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), **(environment or {})}
+    settings = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", **(environment or {})}
     return subprocess.run(
         [sys.executable, str(script), *arguments],
         cwd=folder,
@@ -168,7 +167,7 @@ def test_what_inductor_cannot_compile_is_told_with_the_users_line(
 
     monkeypatch.setitem(lowering.lowerings, torch.ops.aten.sin.default, unlowered)
     for backend in BACKENDS:
-        with fresh_cache():
+        with no_caches():
             error = error_of(tmp_path, "Heads", backend)
         assert "this is not lowered" in error
         assert f'script.py", line {line_of("after it")}, in forward' in error, backend

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 WIDTH = H * d
 BATCH, LENGTH = 2, 5
+LAYERS = 2  # where their number is not the point, see test_towers.py
 
 
 class LoopFFN(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -21,9 +20,8 @@ from torch.utils.checkpoint import (
 
 import mhf_compiler
 from models.harness import OPTIONS, Tally, assert_same_steps, flashmhf, tally
-from models.networks import Tower, tokens
+from models.networks import LAYERS, Tower, tokens
 
-layers = pytest.mark.parametrize("layers", [1, 2, 3])
 NAMES = ("loop", "packed")
 
 
@@ -38,16 +36,14 @@ class Checkpointed(Tower):
         return checkpoint(block, x, **self.how)
 
 
-@layers
-def test_the_function(layers: int):
-    assert_same_steps(Checkpointed(layers, NAMES).double(), tokens())
-    assert tally() == Tally(sites=2 * layers)
+def test_the_function():
+    assert_same_steps(Checkpointed(LAYERS, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
-@layers
-def test_the_function_in_inference(layers: int):
-    assert_same_steps(Checkpointed(layers, NAMES).double().eval(), tokens())
-    assert tally() == Tally(sites=2 * layers)
+def test_the_function_in_inference():
+    assert_same_steps(Checkpointed(LAYERS, NAMES).double().eval(), tokens())
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 def test_without_keeping_the_random_state():
@@ -64,27 +60,24 @@ class CheckpointedNetworks(Tower):
         return checkpoint(lambda y: block(y) * 0.5, x, use_reentrant=False)
 
 
-@layers
-def test_some_of_the_layers(layers: int):
-    assert_same_steps(CheckpointedNetworks(layers, NAMES).double(), tokens())
-    assert tally() == Tally(sites=2 * layers)
+def test_some_of_the_layers():
+    assert_same_steps(CheckpointedNetworks(LAYERS, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
-@layers
-def test_the_module_wrapper(layers: int):
-    model = Tower(layers, NAMES).double()
+def test_the_module_wrapper():
+    model = Tower(LAYERS, NAMES).double()
     for position, block in enumerate(model.blocks):
         model.blocks[position] = checkpoint_wrapper(
             block, checkpoint_impl=CheckpointImpl.NO_REENTRANT
         )
     assert_same_steps(model, tokens())
-    assert tally() == Tally(sites=2 * layers)
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
-@layers
-def test_the_wrapper_applied_to_networks(layers: int):
+def test_the_wrapper_applied_to_networks():
     """As training frameworks do it: wrapped wherever a module suits a function."""
-    model = Tower(layers, NAMES).double()
+    model = Tower(LAYERS, NAMES).double()
     networks = {id(part) for block in model.blocks for part in block.parts[1:]}
     apply_activation_checkpointing(
         model,
@@ -92,7 +85,7 @@ def test_the_wrapper_applied_to_networks(layers: int):
         check_fn=lambda module: id(module) in networks,
     )
     assert_same_steps(model, tokens())
-    assert tally() == Tally(sites=2 * layers)
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 def _keep_results_of_the_op(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -114,10 +107,9 @@ class Nested(Checkpointed):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-@layers
-def test_one_checkpoint_inside_another(layers: int):
-    assert_same_steps(Nested(layers, NAMES).double(), tokens())
-    assert tally() == Tally(sites=2 * layers)
+def test_one_checkpoint_inside_another():
+    assert_same_steps(Nested(LAYERS, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 def test_the_backward_pass_computes_the_op_again():

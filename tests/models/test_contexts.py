@@ -25,9 +25,8 @@ from models.harness import (
     step,
     tally,
 )
-from models.networks import BATCH, LENGTH, WIDTH, LoopFFN, Tower, tokens
+from models.networks import BATCH, LAYERS, LENGTH, WIDTH, LoopFFN, Tower, tokens
 
-layers = pytest.mark.parametrize("layers", [1, 2, 3])
 NAMES = ("loop", "packed")
 
 
@@ -49,11 +48,10 @@ class Printing(Tower):
         return block(x) if x.sum().item() < float("inf") else x
 
 
-@layers
 @pytest.mark.parametrize("model", [Breaking, Printing])
-def test_graph_breaks_between_layers(model: type[Tower], layers: int):
+def test_graph_breaks_between_layers(model: type[Tower]):
     """How Dynamo cuts the model is its own affair; what it cuts is rewritten everywhere."""
-    tower = model(layers, NAMES).double()
+    tower = model(LAYERS, NAMES).double()
     assert_same_steps(tower, tokens())
     assert tally() == Tally(sites=tally().sites)
     report = mhf_compiler.explain(tower, options=OPTIONS)(tokens())
@@ -96,11 +94,10 @@ def test_a_graph_break_inside_a_network_leaves_it_alone():
     assert tally().sites == 0
 
 
-@layers
-def test_the_whole_model_as_one_graph(layers: int):
+def test_the_whole_model_as_one_graph():
     compiler: Any = lambda model: flashmhf(model, fullgraph=True)  # noqa: E731
-    assert_same_steps(Tower(layers, NAMES).double(), tokens(), compiler=compiler)
-    assert tally() == Tally(sites=2 * layers)
+    assert_same_steps(Tower(LAYERS, NAMES).double(), tokens(), compiler=compiler)
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 # Parts of a model.
@@ -133,17 +130,16 @@ def test_a_method_compiled():
 # Functional calls and transforms.
 
 
-@layers
-def test_functional_call(layers: int):
+def test_functional_call():
     """Parameters come in as arguments; gradients by ``torch.func.grad`` of the whole."""
-    model, x = Tower(layers, NAMES).double(), tokens()
+    model, x = Tower(LAYERS, NAMES).double(), tokens()
     state = {name: p.detach() for name, p in model.named_parameters()}
 
     def objective(state: dict[str, Tensor], x: Tensor) -> Tensor:
         return loss([functional_call(model, state, (x,))])
 
     torch.testing.assert_close(flashmhf(objective)(state, x), objective(state, x))
-    assert tally() == Tally(sites=2 * layers)
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 class Head(nn.Module):
@@ -157,10 +153,9 @@ class Head(nn.Module):
         return self.down(nn.functional.silu(self.gate(q)) * self.up(q))
 
 
-@layers
-def test_an_ensemble_of_heads(layers: int):
+def test_an_ensemble_of_heads():
     """``stack_module_state`` outside, ``vmap`` of ``functional_call`` inside the compiled code."""
-    heads = [[Head().double() for _ in range(H)] for _ in range(layers)]
+    heads = [[Head().double() for _ in range(H)] for _ in range(LAYERS)]
     stacks = [stack_module_state(models)[0] for models in heads]  # type: ignore[arg-type]
     template = copy.deepcopy(heads[0][0]).to("meta")
 
@@ -182,7 +177,7 @@ def test_an_ensemble_of_heads(layers: int):
     x = tokens()
     found, expected = flashmhf(model)(stacks, x), loop(x)
     torch.testing.assert_close(found, expected)
-    assert tally() == Tally(sites=layers)
+    assert tally() == Tally(sites=LAYERS)
     weights = [p for stack in stacks for p in stack.values()]
     gradients = torch.autograd.grad(loss([found]), weights)
     loss([expected]).backward()

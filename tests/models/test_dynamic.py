@@ -93,9 +93,8 @@ def test_every_size(sizes: Sequence[tuple[int, int]]):
     assert_no_more_graphs(Tower(1, ["packed", "bmm"]).double(), 2, sizes)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_every_depth(layers: int):
-    assert_no_more_graphs(Tower(layers, ["einsum"]).double(), layers, LONGER)
+def test_several_layers():
+    assert_no_more_graphs(Tower(3, ["einsum"]).double(), 3, LONGER)
 
 
 @pytest.mark.parametrize("mode", ["eval", "checkpointed"])
@@ -117,10 +116,9 @@ def test_marked_sizes_need_one_graph(mark: tuple[int, ...]):
     assert assert_no_more_graphs(model, len(names), sizes, mark=mark) == 1
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_all_sizes_dynamic(layers: int):
-    model = Tower(layers, ["packed", "bmm"]).double()
-    assert assert_no_more_graphs(model, 2 * layers, BOTH, dynamic=True) == 1
+def test_all_sizes_dynamic():
+    model = Tower(2, ["packed", "bmm"]).double()
+    assert assert_no_more_graphs(model, 4, BOTH, dynamic=True) == 1
 
 
 @pytest.mark.parametrize("name", ["loop", "einsum", "bmm"])

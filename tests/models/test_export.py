@@ -11,9 +11,8 @@ from torch.export import Dim, ExportedProgram, export
 
 import mhf_compiler
 from models.harness import OPTIONS, Tally, assert_close, flashmhf, replaced, step, tally
-from models.networks import FFNS, LENGTH, Tower, tokens
+from models.networks import FFNS, LAYERS, LENGTH, Tower, tokens
 
-layers = pytest.mark.parametrize("layers", [1, 2, 3])
 strict = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 NAMES = ("loop", "packed")
 
@@ -29,12 +28,11 @@ def _named_alike(seen: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted(seen.items()))
 
 
-@layers
 @strict
-def test_an_exported_program(layers: int, strict: bool):
-    model, x = Tower(layers, NAMES).double().eval(), tokens()
+def test_an_exported_program(strict: bool):
+    model, x = Tower(LAYERS, NAMES).double().eval(), tokens()
     assert_same(export(model, (x,), strict=strict), model, x)
-    assert tally() == Tally(sites=2 * layers)
+    assert tally() == Tally(sites=2 * LAYERS)
 
 
 @strict
@@ -47,12 +45,11 @@ def test_every_spelling(name: str, strict: bool):
     assert tally() == Tally(sites=1)
 
 
-@layers
-def test_core_aten_operations(layers: int):
+def test_core_aten_operations():
     """After ``run_decompositions`` there are no linears, einsums or in-place updates."""
-    model, x = Tower(layers, NAMES).double().eval(), tokens()
+    model, x = Tower(LAYERS, NAMES).double().eval(), tokens()
     assert_same(export(model, (x,)).run_decompositions(), model, x)
-    assert replaced() == 2 * layers
+    assert replaced() == 2 * LAYERS
 
 
 @pytest.mark.parametrize("name", FFNS)

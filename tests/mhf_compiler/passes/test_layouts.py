@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._inductor.config as inductor
+from support.inductor import no_caches
 from torch import Tensor, nn
 from torch._inductor import metrics
-from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mhf_compiler.passes.layouts import fix_layouts
@@ -101,7 +101,7 @@ def test_ragged_tensors_keep_their_values(
 
     want = values(run, model)
     options = {"rewrite": "always", "strict": True}
-    with fresh_cache():
+    with no_caches():
         got = values(torch.compile(run, backend="flashmhf", options=options), model)
     for one, other in zip(got, want, strict=True):
         assert (one is None) == (other is None)
@@ -116,7 +116,7 @@ def test_inductor_pads_tensors_of_these_sizes() -> None:
         return x.sum(-1).softmax(1)
 
     metrics.reset()
-    with fresh_cache():
+    with no_caches():
         torch.compile(of_intermediate_sums)(torch.randn(B, L, H, d))
     assert metrics.num_comprehensive_padding
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config as inductor
-from support.inductor import NO_CPP
+from support.inductor import NO_CPP, no_caches
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
@@ -48,7 +48,7 @@ def infer(module: nn.Module | None = None, **options: Any) -> Counter[str]:
     """Compile in inference, compare with eager, and count."""
     module, x = module or Network(), torch.randn(2, 6, H * d)
     options = {"rewrite": "always", "strict": True} | NO_CPP | options
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         found = torch.compile(module, backend="flashmhf", options=options)(x)
         torch.testing.assert_close(found, module(x))
     return Counter(counters["flashmhf"])
@@ -58,7 +58,7 @@ def train(**options: Any) -> Counter[str]:
     """Compile a training step and count."""
     module, x = Network(), torch.randn(2, 6, H * d)
     options = {"rewrite": "always", "strict": True} | NO_CPP | options
-    with fresh_cache():
+    with no_caches():
         torch.compile(module, backend="flashmhf", options=options)(x).square().sum().backward()
     found = [p.grad.clone() for p in module.parameters()]
     module.zero_grad()

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.inductor import NO_CPP
+from support.inductor import NO_CPP, no_caches
 from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from mhf_compiler.compat import counters
 from mhf_compiler.lowering.ops import norm_network as norm_network_op
@@ -73,7 +73,7 @@ def infer(
     before = x.clone()
     options = {"rewrite": "always", "strict": True} | options
     model = torch.compile(run, backend="flashmhf", options=options, fullgraph=True)
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         expected = run(module, x)
         found, codes = run_and_get_code(model, module, x)
         again = model(module, x)
@@ -285,7 +285,7 @@ def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
     module = Network()
     options = {"rewrite": "always", "strict": True}
     model = torch.compile(module, backend="flashmhf", options=options, dynamic=True)
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         codes = []
         for sizes in ((3, 7), (5, 4)):
             x = torch.randn(*sizes, H * d).bfloat16()
@@ -317,7 +317,7 @@ def test_dynamic_strides_stay_dynamic(
     model = torch.compile(run, backend="flashmhf", options={"rewrite": "always", "strict": True})
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         for size in (3, 4, 6):
             packed = (torch.randn(H, E, f, d, size) / 4).bfloat16()
             torch._dynamo.mark_dynamic(packed, 4)
@@ -340,7 +340,7 @@ def test_a_pass_that_fails_leaves_what_the_others_did(monkeypatch: pytest.Monkey
 def test_training_keeps_all_of_it_apart():
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
     model = torch.compile(module, backend="flashmhf", options={"rewrite": "always"})
-    with fresh_cache():
+    with no_caches():
         model(x).sum().backward()
     assert counters["flashmhf"][f"{PARTS[1]}_declined"] == 1  # the passes ran
     assert counters["flashmhf"][FUSED] == counters["flashmhf"][f"{FUSED}_declined"] == 0

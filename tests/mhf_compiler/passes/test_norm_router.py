@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inductor import NO_CPP
+from support.inductor import NO_CPP, no_caches
 from support.networks import MultiHeadFFN, batched, loop
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
@@ -71,7 +71,7 @@ def infer(
     before = x.clone(), [p.clone() for p in module.parameters()]
     options = {"rewrite": "always", "strict": True} | options
     model = torch.compile(run, backend="flashmhf", options=options, fullgraph=True)
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         expected = run(module, x)
         found, codes = run_and_get_code(model, module, x)
         again = model(module, x)
@@ -396,7 +396,7 @@ def test_a_norm_of_queries_of_another_rank(
     module, x = Plain(heads), torch.randn(shape).bfloat16()
     run = lambda x: module(queries(module, x))  # noqa: E731
     options = {"rewrite": "always", "strict": True}
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         found = torch.compile(run, backend="flashmhf", options=options)(x)
         right = run(x)
     assert (found - right).norm() <= 2e-2 * right.norm()
@@ -408,7 +408,7 @@ def test_another_rank_does_not_fix_the_length():
     module, x = Plain(6), torch.randn(2, 24, 96).bfloat16()
     torch._dynamo.mark_dynamic(x, 1)
     run = lambda x: module(module.norm(module.inputs(x).view(2, 1, -1, 6, 16)).squeeze(1))  # noqa: E731
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         torch.compile(run, backend="flashmhf", options={"rewrite": "always"}, fullgraph=True)(x)
 
 
@@ -424,7 +424,7 @@ def test_a_routers_weights_as_another_norms_weight():
         return one.network(q, r[None, :, None]), two(other)
 
     options = {"rewrite": "always", "strict": True}
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         results = torch.compile(run, backend="flashmhf", options=options)(x, y)
         for found, right in zip(results, run(x, y), strict=True):
             assert (found - right).norm() <= 2e-2 * right.norm()
@@ -434,7 +434,7 @@ def test_dynamic_shapes():
     module = MultiHeadFFN(H, d, E, f, batched).bfloat16()
     options = {"rewrite": "always", "strict": True}
     model = torch.compile(module, backend="flashmhf", options=options, dynamic=True)
-    with torch.no_grad(), fresh_cache():
+    with torch.no_grad(), no_caches():
         for sizes in ((3, 7), (5, 4), (1, 9), (2, 1)):
             x = torch.randn(*sizes, H * d).bfloat16()
             found = model(x)
@@ -456,7 +456,7 @@ def test_training_keeps_the_norm():
         options={"rewrite": "always", "strict": True},
     )
     x = torch.randn(B, L, H * d).bfloat16()
-    with fresh_cache():
+    with no_caches():
         model(module, x).sum().backward()
     counts = Counter(counters["flashmhf"])
     assert counts[f"{OVER_QUERY}_declined"] == 1  # the passes ran
@@ -471,7 +471,7 @@ def test_gradients_that_nobody_computes_do_not_matter():
     model = torch.compile(
         lambda m, x: m.rest(m.norm(m.queries(x))), backend="flashmhf", options=options
     )
-    with fresh_cache():
+    with no_caches():
         model(module, torch.randn(B, L, H * d).bfloat16())
     counts = Counter(counters["flashmhf"])
     assert counts[OVER_QUERY] == 1

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.inductor import NO_CPP
+from support.inductor import NO_CPP, no_caches
 from torch import Tensor, nn
-from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch._inductor.utils import run_and_get_code
 
 from mhf_compiler.compat import counters
 
@@ -61,7 +61,7 @@ class Program(NamedTuple):
 
 def compile_and_run(run: Callable[[], Any]) -> tuple[Any, Program]:
     """What a compiled call returns, and the programs of every graph in it."""
-    with fresh_cache():
+    with no_caches():
         result, codes = run_and_get_code(run)
     assert codes
     return result, Program(Counter(counters["flashmhf"]), "\n".join(codes))
