@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram, export
 
 import mhf_compiler
 from models.harness import OPTIONS, Tally, assert_close, flashmhf, replaced, step, tally
-from models.networks import FFNS, LAYERS, LENGTH, Tower, tokens
+from models.networks import FFNS, LENGTH, Tower, tokens
 
 strict = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 NAMES = ("loop", "packed")
@@ -29,35 +29,24 @@ def _named_alike(seen: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @strict
-def test_an_exported_program(strict: bool):
-    model, x = Tower(LAYERS, NAMES).double().eval(), tokens()
+def test_every_spelling(strict: bool):
+    names = spellings(strict)
+    model, x = Tower(1, names).double().eval(), tokens()
     assert_same(export(model, (x,), strict=strict), model, x)
-    assert tally() == Tally(sites=2 * LAYERS)
+    assert tally() == Tally(sites=len(names))
 
 
-@strict
-@pytest.mark.parametrize("name", FFNS)
-def test_every_spelling(name: str, strict: bool):
-    if name == "vmap" and not strict:
-        pytest.skip("PyTorch exports vmap in strict mode only")
-    model, x = Tower(1, [name]).double().eval(), tokens()
-    assert_same(export(model, (x,), strict=strict), model, x)
-    assert tally() == Tally(sites=1)
-
-
-def test_core_aten_operations():
+def test_every_spelling_in_core_aten():
     """After ``run_decompositions`` there are no linears, einsums or in-place updates."""
-    model, x = Tower(LAYERS, NAMES).double().eval(), tokens()
-    assert_same(export(model, (x,)).run_decompositions(), model, x)
-    assert replaced() == 2 * LAYERS
+    names = spellings(strict=True)
+    model, x = Tower(1, names).double().eval(), tokens()
+    assert_same(export(model, (x,), strict=True).run_decompositions(), model, x)
+    assert replaced() == len(names)
 
 
-@pytest.mark.parametrize("name", FFNS)
-def test_every_spelling_in_core_aten(name: str):
-    model, x = Tower(1, [name]).double().eval(), tokens()
-    program = export(model, (x,), strict=name == "vmap")
-    assert_same(program.run_decompositions(), model, x)
-    assert replaced() == 1
+def spellings(strict: bool) -> list[str]:
+    """PyTorch exports ``vmap`` in strict mode only."""
+    return [name for name in FFNS if strict or name != "vmap"]
 
 
 @strict
