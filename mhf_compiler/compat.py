@@ -67,6 +67,7 @@ __all__ = [
     "no_new_guards",
     "realize_to_strides",
     "reason_of_graph_break",
+    "register_shardings",
     "reset_cuda_graphs",
     "run_pass",
     "set_example",
@@ -464,6 +465,51 @@ def _overwrite_without_a_copy(ops: Sequence[Any]) -> None:
 
     for op in ops:
         make_fallback(op.default, layout_constraint=in_memory, warn=False)
+
+
+def register_shardings(op: OpOverload, shardings: Callable[..., Iterator[Any]]) -> None:
+    """Tell DTensor on which shards an op computes. ``torch.distributed.tensor`` must be importable.
+
+    ``torch.distributed.tensor.experimental.register_sharding`` would do, but for what it remembers
+    results by: with its key, calls with different flags or absent tensors would be the same.
+
+    Args:
+        op: what takes DTensors by position, and returns one or a list of them.
+        shardings: is given the arguments, in which tensors have a ``shape``, and the shape of the
+            mesh. It yields possible placements: of each tensor that is given, and of each result.
+            There is one for each dimension of the mesh: an int is a dimension of the tensor along
+            which it is cut, None is a whole tensor, "sum" a part of a sum. If no costs are known,
+            the first is taken.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor._op_schema import OpSpec, OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import generate_redistribute_costs
+
+    def placement(where: int | str | None) -> Any:
+        if isinstance(where, int):
+            return Shard(where)
+        return Replicate() if where is None else Partial(where)
+
+    def strategy(schema: Any) -> Any:
+        mesh = schema.get_mesh_from_args()
+        given = schema.args_strategy
+        arguments = [x.tensor_meta if isinstance(x, OpStrategy) else x for x in schema.args_schema]
+        found = []
+        for inputs, outputs in shardings(arguments, tuple(mesh.shape)):
+            results = [DTensorSpec(mesh, tuple(map(placement, places))) for places in outputs]
+            specs = [
+                DTensorSpec(mesh, tuple(map(placement, places)), tensor_meta=x.tensor_meta)
+                for places, x in zip(inputs, given, strict=True)
+            ]
+            costs = [generate_redistribute_costs(*pair) for pair in zip(given, specs, strict=True)]
+            found.append(OpSpec(tuple(results) if is_list else results[0], specs, costs))
+        return OpStrategy(found)
+
+    is_list = isinstance(op._schema.returns[0].type, torch.ListType)
+    # Every argument from here on belongs to the key under which the result is remembered.
+    key = RuntimeSchemaInfo(static_argnum=0)
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(op, strategy, key)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:
