@@ -173,7 +173,7 @@ def check_what_dtensor_remembers(mesh: DeviceMesh) -> None:
     for absent in ("k_bias", "u_bias"):
         rest = {name: x for name, x in tensors.items() if name != absent}
         compare(network, rest, mesh, places)
-    for needed in ("k", "v"):
+    for needed in ("k", "r"):
         leaves = {
             name: distributed(x, mesh, places[name]).detach().requires_grad_(name == needed)
             for name, x in tensors.items()
