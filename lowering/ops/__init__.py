@@ -21,7 +21,7 @@ from . import router as router
 from .common import registered
 from .sharding import know_dtensor
 
-__all__ = ["ALL", "MUTATING"]
+__all__ = ["ALL", "MUTATING", "know_dtensor"]
 
 
 def _packets(names: list[str]) -> tuple[Any, ...]:
