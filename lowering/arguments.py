@@ -14,7 +14,7 @@ __all__ = ["ArgumentError", "check_arguments", "check_backward_arguments", "chec
 
 # The axes of every tensor: batch B, length L, heads H, head width d, weight groups G,
 # sub-networks E, hidden units f.
-_AXES = {
+AXES = {
     "q": "BLHd",
     "k": "GEfd",
     "u": "GEfd",
@@ -131,9 +131,9 @@ def check_backward_arguments(grad_out: Tensor, problem: Problem, needs: Sequence
         raise ArgumentError(f"grad_out must have a floating dtype, got {_name(grad_out.dtype)}")
     if grad_out.device != q.device:
         raise ArgumentError(f"grad_out is on device {grad_out.device}, q is on {q.device}")
-    if len(needs) != len(_AXES):
-        raise ArgumentError(f"needs must have {len(_AXES)} flags, got {len(needs)}")
-    for name, tensor, needed in zip(_AXES, problem.tensors, needs, strict=True):
+    if len(needs) != len(AXES):
+        raise ArgumentError(f"needs must have {len(AXES)} flags, got {len(needs)}")
+    for name, tensor, needed in zip(AXES, problem.tensors, needs, strict=True):
         if needed and tensor is None:
             raise ArgumentError(f"needs asks for the gradient of {name}, which is None")
 
@@ -151,7 +151,7 @@ def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        axes = _AXES[name]
+        axes = AXES[name]
         layout = f"({', '.join(axes)})"
         if tensor.dim() != len(axes):
             raise ArgumentError(

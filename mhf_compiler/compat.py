@@ -21,7 +21,7 @@ import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, counters
-from torch._guards import TracingContext
+from torch._guards import TracingContext, tracing
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
@@ -37,6 +37,7 @@ from torch.utils._sympy.functions import FloorDiv, Max
 __all__ = [
     "BUCKET",
     "BucketCut",
+    "Collectives",
     "ExportedInput",
     "FakeTensor",
     "FakeTensorMode",
@@ -49,7 +50,9 @@ __all__ = [
     "compile_graph",
     "copy_dynamo_metadata",
     "counters",
+    "device_mesh",
     "disables_added_passes",
+    "dtensor_of",
     "example_of",
     "exported_input",
     "functorch_depth",
@@ -64,13 +67,20 @@ __all__ = [
     "is_tracing",
     "leave_functorch_levels",
     "load_cpp",
+    "local_tensor",
     "make_fx",
     "named_arguments",
     "no_fake_mode",
     "no_new_guards",
     "no_saved_tensor_hooks",
+    "no_tracing_context",
+    "place_numbers",
+    "placed_alike",
+    "placements",
     "realize_to_strides",
     "reason_of_graph_break",
+    "redistributed",
+    "register_shardings",
     "reset_cuda_graphs",
     "run_pass",
     "set_example",
@@ -401,8 +411,122 @@ def with_pass(
 
 
 def storage_identity(tensor: torch.Tensor) -> int:
-    """A number that two tensors have in common if they share a storage, while both exist."""
-    return int(tensor.untyped_storage()._cdata)
+    """A number that two tensors have in common if they share a storage, while both exist.
+
+    The memory of a DTensor is that of its shard on this device.
+    """
+    return int(local_tensor(tensor).untyped_storage()._cdata)
+
+
+# DTensors. They need torch.distributed.tensor, and exist only if somebody has imported it.
+
+
+def device_mesh(tensor: Any) -> Any | None:
+    """The mesh of a DTensor; None for any other tensor, also for one of a class made from it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or type(tensor) is not module.DTensor:
+        return None
+    return tensor.device_mesh
+
+
+def placements(tensor: Any) -> tuple[Any, ...]:
+    """The placements of a DTensor; none for any other tensor."""
+    return () if device_mesh(tensor) is None else tuple(tensor.placements)
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The shard of a DTensor on this device; any other tensor itself."""
+    if device_mesh(tensor) is None:
+        return tensor
+    return tensor._local_tensor  # type: ignore[attr-defined]
+
+
+def dtensor_of(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A DTensor with the shape, strides and placements of another, and this shard."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,  # type: ignore[attr-defined]
+        placements(like),
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def place_numbers(tensor: Any) -> tuple[int | str | None, ...] | None:
+    """The placements of a DTensor as constants of a graph; None if there is one of another kind.
+
+    An int is a dimension along which it is cut, None a whole tensor, "sum" a part of a sum.
+    """
+    found = [_place_number(place) for place in placements(tensor)]
+    return None if "?" in found else tuple(found)
+
+
+def _place_number(place: Any) -> int | str | None:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if type(place) is Partial:
+        return str(place.reduce_op) if place.reduce_op == "sum" else "?"
+    if type(place) is Replicate:
+        return None
+    return int(place.dim) if type(place) is Shard else "?"
+
+
+def _place(number: int | str | None) -> Any:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    if isinstance(number, int):
+        return Shard(number)
+    return Replicate() if number is None else Partial(number)
+
+
+def redistributed(tensor: Any, places: Sequence[int | str | None]) -> Any:
+    """A DTensor with other placements, as ``place_numbers`` has them; a plain tensor as it is."""
+    if device_mesh(tensor) is None:
+        return tensor
+    return tensor.redistribute(placements=[*map(_place, places)])
+
+
+def placed_alike(tensor: Any) -> Any:
+    """The same DTensor, whose gradient will be placed as it is; a plain tensor as it is."""
+    if device_mesh(tensor) is None:
+        return tensor
+    return tensor.redistribute(placements=tensor.placements)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that operations inside, on DTensors, need.
+
+    That of ``torch.distributed.tensor.debug`` does not run under ``torch.autograd.grad``.
+
+    Attributes:
+        counts: by name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(one, sys.modules["torch.distributed.tensor"].DTensor) for one in types):
+            return NotImplemented  # what it does with shards is seen here, too
+        name = str(func)
+        if func.namespace in _COLLECTIVES and "wait_tensor" not in name:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+#: the namespaces of the ops that send tensors between devices
+_COLLECTIVES = frozenset({"_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor"})
+
+
+def no_tracing_context() -> Any:
+    """A context in which Dynamo is not compiling; DTensor insists that there is one fake mode."""
+    return tracing(None)
 
 
 def storage_of(node: torch.fx.Node) -> int | None:
@@ -518,6 +642,46 @@ def _overwrite_without_a_copy(ops: Sequence[Any]) -> None:
 
     for op in ops:
         make_fallback(op.default, layout_constraint=in_memory, warn=False)
+
+
+def register_shardings(op: OpOverload, shardings: Callable[..., Iterator[Any]]) -> None:
+    """Tell DTensor on which shards an op computes. ``torch.distributed.tensor`` must be importable.
+
+    ``torch.distributed.tensor.experimental.register_sharding`` would do, but for what it remembers
+    results by: with its key, calls with different flags or absent tensors would be the same.
+
+    Args:
+        op: what takes DTensors by position, and returns one or a list of them.
+        shardings: is given the arguments, in which tensors have a ``shape``, and the shape of the
+            mesh. It yields possible placements: of each tensor that is given, and of each result.
+            There is one for each dimension of the mesh: an int is a dimension of the tensor along
+            which it is cut, None is a whole tensor, "sum" a part of a sum. If no costs are known,
+            the first is taken.
+    """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor._op_schema import OpSpec, OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import generate_redistribute_costs
+
+    def strategy(schema: Any) -> Any:
+        mesh = schema.get_mesh_from_args()
+        given = schema.args_strategy
+        arguments = [x.tensor_meta if isinstance(x, OpStrategy) else x for x in schema.args_schema]
+        found = []
+        for inputs, outputs in shardings(arguments, tuple(mesh.shape)):
+            results = [DTensorSpec(mesh, tuple(map(_place, places))) for places in outputs]
+            specs = [
+                DTensorSpec(mesh, tuple(map(_place, places)), tensor_meta=x.tensor_meta)
+                for places, x in zip(inputs, given, strict=True)
+            ]
+            costs = [generate_redistribute_costs(*pair) for pair in zip(given, specs, strict=True)]
+            found.append(OpSpec(tuple(results) if is_list else results[0], specs, costs))
+        return OpStrategy(found)
+
+    is_list = isinstance(op._schema.returns[0].type, torch.ListType)
+    # Every argument from here on belongs to the key under which the result is remembered.
+    key = RuntimeSchemaInfo(static_argnum=0)
+    DTensor._op_dispatcher.sharding_propagator.register_op_strategy(op, strategy, key)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -109,6 +109,10 @@ class Kind(Explained):
         "a projection is computed with a tensor subclass, whose operations are its own",
         "give the network plain tensors, or leave it as it is",
     )
+    NOT_ON_SHARDS = (
+        "the op cannot compute on the shards of the network's DTensors as they are placed",
+        "cut heads, sub-networks, hidden units or tokens, of all tensors alike",
+    )
     OWN_BACKWARD = (
         "an autograd.Function or a hook inside the feed-forward network changes its backward pass",
         "write the hidden units in plain PyTorch, without hooks: the op stores none of them anyway",

@@ -4,6 +4,10 @@ For each node it lets the recorder write down the ATen operations, and notes its
 the node: which values it saw, which one it returned, under which modes it ran. A node that equals
 an earlier one is not run (``repeats.py``); one that cannot run on fake tensors has the result that
 Dynamo knows for it, as an opaque value.
+
+A DTensor has the meaning of the whole tensor, and so have operations on DTensors. They are run over
+whole fake tensors, wherever on a mesh the shards are. What turns plain tensors into DTensors or the
+other way round, places one otherwise or overwrites one has an opaque value.
 """
 
 from __future__ import annotations
@@ -20,12 +24,15 @@ from mhf_compiler.compat import (
     FakeTensorMode,
     HigherOrderOperator,
     OpOverload,
+    device_mesh,
     example_of,
     exported_input,
     functorch_depth,
     grad_levels,
     has_examples_of_dynamo,
+    has_symbols,
     is_traceable_wrapper_subclass,
+    local_tensor,
     no_new_guards,
     storage_identity,
     unbacked_symbols,
@@ -92,6 +99,7 @@ class _Tracer(fx.Interpreter):
         self._inference = torch.is_inference_mode_enabled()  # from the beginning
         self._attributes: dict[str, Any] = {}
         self._programs: dict[Hashable, Program] = {}
+        self._sharded = False  # whether there are DTensors
 
     def trace(self) -> CanonicalCopy:
         """Run the whole graph. Fake tensors must be on, and guards off."""
@@ -164,6 +172,8 @@ class _Tracer(fx.Interpreter):
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A function, method or module: repeated, unknown, or run under the recorder."""
+        if self._sharded and self._depends_on_shards(node):
+            return self._unknown_call(node, (args, kwargs))
         key = key_of(node, args, kwargs)
         if key in self._programs:
             return self._repeat(self._programs[key], (args, kwargs))
@@ -223,12 +233,28 @@ class _Tracer(fx.Interpreter):
     def _new(self, example: torch.Tensor, op: str, operands: tuple[Value, ...] = ()) -> Any:
         """A fake tensor like the example, in memory of its own, made of operands somehow."""
         if is_traceable_wrapper_subclass(example):
-            return _Unfollowed(type(example).__name__)
+            shard = local_tensor(example)
+            if shard is example or is_traceable_wrapper_subclass(shard) or has_symbols(example):
+                return _Unfollowed(type(example).__name__)
+            self._sharded = True
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
         self._memory.allocate(fake, self._values.unknown(op, fake, operands))
         return fake
+
+    def _depends_on_shards(self, node: fx.Node) -> bool:
+        """Whether a node does with DTensors what it would not do with the whole tensors."""
+        known = [self._example(one) for one in (*node.all_input_nodes, node)]
+        meshes = {device_mesh(x) for x in tensors_in(known)}  # None for that of a plain tensor
+        if meshes <= {None}:
+            return False
+        return (
+            len(meshes) > 1 or _may_write(node) or _is_about_shards(node) or functorch_depth() > 0
+        )
+
+    def _example(self, node: fx.Node) -> Any:
+        return self.fetch_attr(str(node.target)) if node.op == "get_attr" else example_of(node)
 
     def _opaque_call(self, node: fx.Node, arguments: Any) -> Any:
         """A higher-order operation: its results are opaque, and it may overwrite its arguments."""
@@ -326,6 +352,14 @@ def _may_write(node: fx.Node) -> bool:
     in_place = name.endswith("_") and not name.endswith("__")
     updates = module == "_operator" and name in _UPDATES
     return in_place or updates or name == "__setitem__" or "out" in node.kwargs
+
+
+def _is_about_shards(node: fx.Node) -> bool:
+    """Whether a function exists for DTensors alone, and is about how they are placed."""
+    if node.op == "call_method":
+        return not hasattr(torch.Tensor, str(node.target))
+    module = getattr(node.target, "__module__", None) or "torch"
+    return module.partition(".")[0] not in ("torch", "_operator") or "distributed" in module
 
 
 def _known_result(node: fx.Node) -> Any:

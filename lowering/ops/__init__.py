@@ -5,6 +5,7 @@ router.py        router_product and its backward pass
 in_place.py      these over memory that is no longer needed
 norm_router.py   norm_and_route: a norm of the queries, and their router
 norm_network.py  the same and the network, in one op
+sharding.py      how they compute on the shards of DTensors
 common.py        the factory that registers them, and what they share
 """
 
@@ -18,8 +19,9 @@ from . import norm_network as norm_network
 from . import norm_router as norm_router
 from . import router as router
 from .common import registered
+from .sharding import know_dtensor
 
-__all__ = ["ALL", "MUTATING"]
+__all__ = ["ALL", "MUTATING", "know_dtensor"]
 
 
 def _packets(names: list[str]) -> tuple[Any, ...]:
@@ -28,5 +30,7 @@ def _packets(names: list[str]) -> tuple[Any, ...]:
 
 #: every op
 ALL = _packets(list(registered))
+know_dtensor()  # if the process has loaded it already
+
 #: those that write to their first argument
 MUTATING = _packets([name for name, schema in registered.items() if "(a!)" in schema])

@@ -16,6 +16,7 @@ from .common import (
     refuse_forward_mode,
     register,
 )
+from .sharding import know_dtensor
 
 __all__ = ["compute_backward", "compute_forward", "multi_head_ffn"]
 
@@ -114,6 +115,7 @@ def multi_head_ffn(
     )
     check_arguments(problem, out_order=out_order, out_dtype=out_dtype)
     check_device(q, out_dtype)
+    know_dtensor()
     return torch.ops.mhf_compiler.multi_head_ffn(*problem, out_order, out_dtype)
 
 

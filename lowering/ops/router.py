@@ -23,6 +23,7 @@ from .common import (
     trial,
     with_strides_of,
 )
+from .sharding import know_dtensor
 
 __all__ = [
     "NARROW_DTYPES",
@@ -66,6 +67,7 @@ def router_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = 
     Raises:
         ArgumentError: an argument has a wrong shape, dtype or device.
     """
+    know_dtensor()
     return torch.ops.mhf_compiler.router_product(q, weight, out_order)
 
 

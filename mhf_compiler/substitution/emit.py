@@ -15,7 +15,14 @@ import sympy
 import torch
 from torch import fx
 
-from ..compat import BUCKET, unwrap_for_grad
+from ..compat import (
+    BUCKET,
+    example_of,
+    place_numbers,
+    placed_alike,
+    redistributed,
+    unwrap_for_grad,
+)
 from ..patterns import (
     RESHAPES,
     STACK,
@@ -87,7 +94,22 @@ class Editor:
             output = self.network(site, out_order)
         else:
             output = self.router_product(site, out_order)
-        return output if order is not None else self._with_strides(output, site.output)
+        if order is None:
+            output = self._with_strides(output, site.output)
+        places = self._sum_of_parts()
+        return output if places is None else self.call(redistributed, output, places)
+
+    def _sum_of_parts(self) -> tuple[Any, ...] | None:
+        """How the original places what it adds up from all devices; None where it does not.
+
+        Of cut sub-networks or hidden units, each device has a part of the sums over them. They may
+        be added up within what the op replaces.
+        """
+        places = place_numbers(example_of(self.site.output_node))
+        if not isinstance(self.site, Site) or not places or "sum" in places:
+            return None
+        replaced = (example_of(value.origin) for value in self.site.replaces)
+        return places if any("sum" in (place_numbers(x) or ()) for x in replaced) else None
 
     def network(self, site: Site, out_order: list[int] | None) -> fx.Node:
         query = self.argument(site.query)
@@ -98,6 +120,8 @@ class Editor:
             self.optional(view, site.dtype)
             for view in (site.gate_bias, site.up_bias, site.down_bias)
         ]
+        if self._sum_of_parts() is not None:  # and so is the query's gradient
+            query = self.call(placed_alike, query)
         result = self.call(
             torch.ops.mhf_compiler.multi_head_ffn.default,
             *(query, gate, up, down, router, *biases),

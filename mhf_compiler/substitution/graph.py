@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..compat import (
+    device_mesh,
     example_of,
     has_examples_of_dynamo,
     no_saved_tensor_hooks,
@@ -44,7 +45,7 @@ from ..report.describe import (
 )
 from ..report.logs import announce
 from ..report.values import GraphReport, SiteReport
-from . import guard
+from . import guard, shards
 from .aten import spell_in_aten
 from .edit import rewrite
 from .emit import EditError
@@ -150,12 +151,31 @@ def _rewrite_module(
             with modes.entered():
                 _rewrite_module(inner, options, report, kept, training)
     findings = find_sites(gm, _shape_env(gm))
-    decisions = [decide(site, options, training) for site in findings.sites]
+    decisions = [
+        _on_shards(decide(site, options, training), gm, findings) for site in findings.sites
+    ]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
     decisions = _write(gm, decisions, findings, options.strict)
     _describe(gm, findings, decisions, report)
     kept += [(gm, decision.site) for decision in decisions if decision.reason is None]
+
+
+def _on_shards(decision: Decision, gm: fx.GraphModule, findings: Findings) -> Decision:
+    """Decline a site over DTensors whose shards the op would have to send around."""
+    from ..lowering.ops import know_dtensor
+
+    site, copy = decision.site, findings.copy
+    if decision.reason is not None or copy is None:
+        return decision
+    know_dtensor()
+    try:
+        message = shards.objection(gm, site, copy)
+    except EditError:  # as _write finds out
+        return decision
+    if message is None:
+        return decision
+    return replace(decision, reason=Reason(Kind.NOT_ON_SHARDS, message, site.output_node))
 
 
 def _verified(
@@ -222,10 +242,11 @@ def _write(
     import mhf_compiler.lowering  # noqa: F401  (defines the ops)
 
     # The products before the sites' routers that need no float32 copy of the queries.
-    found = find_router_products([decision.site for decision in accepted], copy)
+    whole = [d.site for d in accepted if device_mesh(example_of(d.site.output_node)) is None]
+    found = dict(zip(whole, find_router_products(whole, copy), strict=True))
     products = {
-        decision.site: tuple(product for product in before if product_runs(product, strict))
-        for decision, before in zip(accepted, found, strict=True)
+        d.site: tuple(product for product in found.get(d.site, ()) if product_runs(product, strict))
+        for d in accepted
     }
     try:
         gm.graph, products = _with_products(gm.graph, products, copy, _shape_env(gm))

@@ -12,9 +12,10 @@ the graph.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -23,9 +24,14 @@ from ..compat import (
     FakeTensor,
     FakeTensorMode,
     HigherOrderOperator,
+    device_mesh,
+    dtensor_of,
     example_of,
     has_examples_of_dynamo,
+    local_tensor,
     no_new_guards,
+    no_tracing_context,
+    placements,
     statically_known_true,
     storage_identity,
     symbolic_size,
@@ -48,8 +54,13 @@ def check(edit: Edit, copy: CanonicalCopy, shape_env: Any | None = None) -> None
     Raises:
         EditError: something has changed; its ``site`` is the first that is to blame.
     """
-    with no_new_guards(shape_env), FakeTensorMode(shape_env=shape_env):
-        _Guard(edit, copy).check()
+    sharded = any(device_mesh(example_of(node)) is not None for node in edit.nodes)
+    with ExitStack() as stack:
+        if sharded:
+            stack.enter_context(no_tracing_context())
+        stack.enter_context(no_new_guards(shape_env))
+        stack.enter_context(FakeTensorMode(shape_env=shape_env))
+        _Guard(edit, copy, sharded).check()
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class _Change(Exception):
     """A tensor is not what it was."""
 
     what: str
+    kind: Kind = Kind.CHANGED_RESULT
 
 
 @dataclass(frozen=True)
@@ -68,11 +80,16 @@ class _Look:
     device: torch.device
     requires_grad: bool
     sizes: tuple[tuple[Size, ...], tuple[Size, ...]]  # shape and strides
+    shard: tuple[Hashable, ...]  # of a DTensor: mesh, placements, shape and strides of the shard
 
     def make(self) -> torch.Tensor:
         """A tensor that looks so, in memory of its own."""
-        shape, strides = self.example.shape, self.example.stride()
-        made = torch.empty_strided(shape, strides, dtype=self.dtype, device=self.device)
+        local = local_tensor(self.example)
+        made = torch.empty_strided(
+            local.shape, local.stride(), dtype=self.dtype, device=self.device
+        )
+        if self.shard:
+            made = dtensor_of(made, self.example)
         return made.requires_grad_() if self.requires_grad else made
 
 
@@ -99,8 +116,8 @@ class _Run:
 class _Guard:
     """Knows the tensors that the edited graph computes otherwise than the given one."""
 
-    def __init__(self, edit: Edit, copy: CanonicalCopy) -> None:
-        self.edit, self.copy = edit, copy
+    def __init__(self, edit: Edit, copy: CanonicalCopy, sharded: bool = False) -> None:
+        self.edit, self.copy, self.sharded = edit, copy, sharded
         self.old_of = {new: old for old, new in edit.nodes.items()}
         self.found: dict[fx.Node, Any] = {}  # what was run
         self.blamed: dict[fx.Node, Site | RouterProduct] = {}  # the same nodes
@@ -140,7 +157,7 @@ class _Guard:
             for node in nodes:
                 self._run_for(site, node)
         left = [node for node in nodes if not all(user in nodes for user in node.users)]
-        if all(isinstance(self.found[node], FakeTensor) for node in left):
+        if all(_is_fake(self.found[node]) for node in left):
             places = [
                 (nodes.index(node), _look(self.found[node]), self._memory_of(node)) for node in left
             ]
@@ -165,8 +182,10 @@ class _Guard:
         try:
             self.found[node] = self._run(node)
         except Exception as error:
-            message = f"{node.target} does not run: {str(error).splitlines()[0]}"
-            raise EditError(message, Kind.CHANGED_RESULT, site) from error
+            first, *_ = str(error).splitlines() or [type(error).__name__]
+            message = f"{node.target} does not run: {first}"
+            kind = Kind.NOT_ON_SHARDS if self.sharded else Kind.CHANGED_RESULT
+            raise EditError(message, kind, site) from error
         self.blamed[node] = site
 
     def _run(self, node: fx.Node) -> Any:
@@ -193,7 +212,7 @@ class _Guard:
         if node not in self.found:
             return _memory(example_of(self.old_of[node]))
         found = self.found[node]
-        if not isinstance(found, FakeTensor):
+        if not _is_fake(found):
             return None
         return self.memory.get(storage_identity(found), ("new", storage_identity(found)))
 
@@ -216,7 +235,7 @@ class _Guard:
                 if strides_differ or self._takes_over(old, argument, place):
                     passes_on = site
             except _Change as change:
-                raise EditError(change.what, Kind.CHANGED_RESULT, site) from change
+                raise EditError(change.what, change.kind, site) from change
         if node.op == "output":
             self._check_memory(old)
         elif passes_on is not None:
@@ -240,7 +259,7 @@ class _Guard:
     def _compare(self, reader: fx.Node, argument: fx.Node, found: Any) -> bool:
         """Whether strides differ from those that the reader saw before; nothing else may."""
         before = example_of(argument)
-        if not isinstance(before, FakeTensor) or not isinstance(found, torch.Tensor):
+        if not _is_fake(before) or not isinstance(found, torch.Tensor):
             return False
         moved = before._version != 0  # its example is what it became at last
         seen = self.copy.reads[reader].get(argument)
@@ -253,8 +272,13 @@ class _Guard:
                 raise _Change(f"{name} of {argument} was {was}, would be {now}")
         if not _equal(before.shape, found.shape):
             raise _Change(f"shape of {argument} was {before.shape}, would be {found.shape}")
-        pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
-        return not all(_equal((size,), (1,)) or _equal((was,), (now,)) for size, was, now in pairs)
+        if (device_mesh(before), placements(before)) != (device_mesh(found), placements(found)):
+            was, now = placements(before) or "none", placements(found) or "none"
+            what = f"the placements of {argument} were {was}, would be {now}"
+            raise _Change(what, Kind.NOT_ON_SHARDS)
+        return _strides_differ(before, found) or _strides_differ(
+            local_tensor(before), local_tensor(found)
+        )
 
     def _takes_over(self, old: fx.Node, argument: fx.Node, place: fx.Node) -> bool:
         """Whether a node returns memory of an argument, or one of several tensors."""
@@ -282,6 +306,11 @@ class _Guard:
                 raise EditError(message, Kind.CHANGED_RESULT, site)
 
 
+def _strides_differ(before: torch.Tensor, found: torch.Tensor) -> bool:
+    pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
+    return not all(_equal((size,), (1,)) or _equal((was,), (now,)) for size, was, now in pairs)
+
+
 def _shows_strides(node: fx.Node) -> bool:
     """Whether strides can be seen in a node itself: an output, or what is not looked into."""
     return node.op == "output" or isinstance(node.target, HigherOrderOperator)
@@ -290,9 +319,20 @@ def _shows_strides(node: fx.Node) -> bool:
 def _look(seen: Any) -> Any:
     """What can be seen of a tensor; a number or another argument as it is."""
     if isinstance(seen, torch.Tensor):
-        sizes = tuple(map(symbolic_size, seen.shape)), tuple(map(symbolic_size, seen.stride()))
-        return _Look(seen, seen.dtype, seen.device, seen.requires_grad, sizes)
+        shard: tuple[Hashable, ...] = ()
+        if device_mesh(seen) is not None:
+            shard = (device_mesh(seen), placements(seen), *_sizes(local_tensor(seen)))
+        return _Look(seen, seen.dtype, seen.device, seen.requires_grad, _sizes(seen), shard)
     return repr(seen)
+
+
+def _sizes(tensor: torch.Tensor) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
+    return tuple(map(symbolic_size, tensor.shape)), tuple(map(symbolic_size, tensor.stride()))
+
+
+def _is_fake(x: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is a fake tensor, or a DTensor whose shard is one."""
+    return isinstance(x, torch.Tensor) and isinstance(local_tensor(x), FakeTensor)
 
 
 def _arguments(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
@@ -314,7 +354,7 @@ def _spelling(nodes: list[fx.Node], inputs: list[fx.Node]) -> tuple[Hashable, ..
 
 def _memory(example: Any) -> int | None:
     """A number for the memory of an example, where it is known."""
-    return storage_identity(example) if isinstance(example, FakeTensor) else None
+    return storage_identity(example) if _is_fake(example) else None
 
 
 def _equal(sizes: Iterable[Any], others: Iterable[Any]) -> bool:

@@ -41,8 +41,8 @@ def disagreement(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | N
         copy: what the graph computes.
     """
     sizes = Sizes(gm)
-    original = Spelling(site, dict.fromkeys(_arguments(site), ""), sizes)
-    replacement = _replacement(site, copy, original.inputs, sizes)
+    original = Spelling(site, dict.fromkeys(arguments(site), ""), sizes)
+    replaced = replacement(site, copy, original.inputs, sizes)
     training = site.output.requires_grad_mode
     devices = [site.device] if site.device.type == "cuda" else []
     with (
@@ -54,13 +54,13 @@ def disagreement(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | N
     ):
         for name, inputs in _samples(original.given, training):
             finite = all(bool(x.isfinite().all()) for x in inputs)
-            for difference in compare(original, replacement, inputs, overflows=not finite):
+            for difference in compare(original, replaced, inputs, overflows=not finite):
                 if not difference.agrees:
                     return f"with {name}, {difference}"
     return None
 
 
-def _arguments(site: Site) -> list[Value]:
+def arguments(site: Site) -> list[Value]:
     """The tensors of the graph that the op's arguments are read from."""
     return [value for view in site.views().values() for value in _unstacked(view.value)]
 
@@ -76,9 +76,10 @@ def _unstacked(value: Value) -> Iterator[Value]:
 # What would be written.
 
 
-def _replacement(
+def replacement(
     site: Site, copy: CanonicalCopy, inputs: Sequence[Value], sizes: Sizes
 ) -> Callable[..., Tensor]:
+    """What is written in a site's place, as a function of the tensors in ``inputs``."""
     graph = fx.Graph()
     given = {value: graph.placeholder(f"x{number}") for number, value in enumerate(inputs)}
     graph.output(_Alone(graph, copy, site, given, sizes).insert())

@@ -1,0 +1,113 @@
+"""Models with DTensor parameters: what is rewritten and what is not, in one process or two."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import mhf_compiler
+from mhf_compiler.compat import counters
+
+OPTIONS = {"rewrite": "always", "strict": True}
+
+
+def test_two_processes(tmp_path: Path):
+    program = Path(__file__).parent / "sharded.py"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, program, str(rank), "2", tmp_path / "store"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+
+
+# One process: what a graph of DTensors is read as.
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class Network(nn.Module):
+    def __init__(self, mesh: DeviceMesh | None) -> None:
+        super().__init__()
+        for name in ("gate", "down"):
+            weight = torch.randn(4, 24, 16)
+            cut = weight if mesh is None else distribute_tensor(weight, mesh, [Shard(0)])
+            setattr(self, name, nn.Parameter(cut))
+
+    def project(self, q: Tensor) -> Tensor:
+        return torch.einsum("blhd,hfd->blhf", q, self.gate).relu()
+
+    def forward(self, q: Tensor) -> Tensor:
+        return torch.einsum("blhf,hfd->blhd", self.project(q), self.down)
+
+
+class Detoured(Network):
+    """Hidden units leave the mesh and come back."""
+
+    def project(self, q: Tensor) -> Tensor:
+        hidden = super().project(q)
+        assert isinstance(hidden, DTensor)
+        return DTensor.from_local(hidden.to_local(), hidden.device_mesh, [Shard(2)])
+
+
+class Both(nn.Module):
+    """A network of DTensors and one of plain tensors."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.cut, self.plain = Network(mesh), Network(None)
+
+    def forward(self, q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cut(q), self.plain(x)
+
+
+def queries(mesh: DeviceMesh) -> Tensor:
+    return distribute_tensor(torch.randn(2, 5, 4, 16), mesh, [Replicate()])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_networks_of_dtensors_and_of_plain_tensors(mesh: DeviceMesh, training: bool):
+    model, q, x = Both(mesh), queries(mesh), torch.randn(2, 5, 4, 16)
+    with torch.set_grad_enabled(training):
+        report = mhf_compiler.explain(model, options=OPTIONS)(q, x)
+    assert len(report.rewritten) == 2
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"verify": True}], ids=["", "verified"])
+def test_the_result_is_placed_as_it_was(mesh: DeviceMesh, options: dict):
+    model, q = Network(mesh), queries(mesh)
+    compiled = torch.compile(model, backend="flashmhf", options=options | {"fallback": "aot_eager"})
+    found, expected = compiled(q), model(q)
+    assert found.placements == expected.placements == (Shard(2),)
+    assert found.stride() == expected.stride()
+    torch.testing.assert_close(found.full_tensor(), expected.full_tensor())
+
+
+def test_hidden_units_that_leave_the_mesh(mesh: DeviceMesh):
+    report = mhf_compiler.explain(Detoured(mesh), options=OPTIONS)(queries(mesh))
+    assert not report.rewritten
+
+
+def test_dynamic_sizes_of_dtensors_are_not_followed(mesh: DeviceMesh):
+    model, q = Network(mesh), queries(mesh)
+    options = OPTIONS | {"fallback": "aot_eager"}
+    compiled = torch.compile(model, backend="flashmhf", dynamic=True, options=options)
+    with torch.no_grad():  # PyTorch's own back ends fail where gradients are recorded
+        torch.testing.assert_close(compiled(q).full_tensor(), model(q).full_tensor())
+    assert counters["flashmhf"]["sites_rewritten"] == 0
