@@ -32,6 +32,9 @@ OP = torch.ops.mhf_compiler.multi_head_ffn.default
 ROUNDED = 5e-2  # two bfloat16 results
 
 strict = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+forms = pytest.mark.parametrize(
+    ("strict", "decomposed"), [(False, True), (True, False)], ids=["core ATen", "strict"]
+)
 
 
 def rewritten(
@@ -93,8 +96,7 @@ def x(batch: int = 2, length: int = 5) -> Tensor:
 # What is kept.
 
 
-@strict
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "core ATen"])
+@forms
 def test_a_tower(strict: bool, decomposed: bool):
     """In either form the result is a program that can be run, saved, loaded and decomposed."""
     model, given = Tower(1, NAMES).double().eval(), tokens()
@@ -119,8 +121,7 @@ def test_a_program_that_was_loaded():
     assert_same(program, rewritten(program, 2)[0], given)
 
 
-@strict
-@pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "core ATen"])
+@forms
 def test_dynamic_shapes(strict: bool, decomposed: bool):
     model = Tower(1, NAMES).double().eval()
     shapes = {"x": {0: Dim("batch", min=2, max=64), 1: Dim("length", min=2, max=64)}}
