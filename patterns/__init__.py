@@ -19,6 +19,7 @@ The files, in the order in which a graph passes through them:
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, SCATTER, CanonicalCopy, Value
+from .casts import uncast
 from .modes import Modes, inner_graphs
 from .products import is_product_call
 from .reasons import Kind, Reason, Unreadable
@@ -58,4 +59,5 @@ __all__ = [
     "multiply",
     "plus",
     "quotient",
+    "uncast",
 ]

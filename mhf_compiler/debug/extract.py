@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size, unbacked_symbols
-from ..patterns import COPY, SCATTER, Site, Value, is_factory
+from ..patterns import COPY, SCATTER, Site, Value, is_factory, uncast
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
@@ -89,6 +89,11 @@ class Spelling:
         """``letters`` are the values where the site begins, each with its letter in the formula."""
         self._output, self._sizes = site.output, sizes
         self.inputs, self._computed = _between(site.output, letters)
+        others = {uncast(value) for value in self.inputs if value not in letters}
+        if any(uncast(value) in others for value in letters):  # a query is cast more than once
+            sources = {value: uncast(value) for value in letters}
+            letters = {sources[v] if sources[v] in others else v: letters[v] for v in letters}
+            self.inputs, self._computed = _between(site.output, letters)
         self.given = tuple(_given(value, letters.get(value), sizes) for value in self.inputs)
 
     def __call__(self, *tensors: Tensor) -> Tensor:

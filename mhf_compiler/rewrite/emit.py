@@ -179,17 +179,23 @@ class Editor:
     def _recompute(self, value: Value) -> fx.Node:
         if value.op == STACK:
             return self.stacked(value)
-        for view in value.readers:  # of a linear layer, only a view of its product is held
-            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
-            holder = self.copy.holder_at(view, self.position) if alike else None
-            if holder is not None:
-                sizes = [self.size(size) for size in value.shape]
-                return self.call("reshape", self.nodes[holder], *sizes)
+        held = self._held_view(value)
+        if held is not None:
+            return self.call("reshape", held, *(self.size(size) for size in value.shape))
         if isinstance(value.op, str):
             raise EditError(f"no node holds {value}")
         args, kwargs = self._plain(value.args), self._plain(value.kwargs)
         node = self.call(value.op, *args, **kwargs)
         return node if value.item is None else self.call(operator.getitem, node, value.item)
+
+    def _held_view(self, value: Value) -> fx.Node | None:
+        """A node that holds a reshape of it: of a linear layer's product, that alone is held."""
+        for view in value.readers:
+            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
+            holder = self.copy.holder_at(view, self.position) if alike else None
+            if holder is not None:
+                return self.nodes[holder]
+        return None
 
     def stacked(self, value: Value) -> fx.Node:
         """Tensors of the graph in one, such as the weights of several modules."""

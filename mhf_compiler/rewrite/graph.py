@@ -134,8 +134,10 @@ def _rewrite_module(
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if modes is None:
-            if sum(map(is_product_call, inner.graph.nodes)) > 1:
-                report.unread.append(unread_graph(Reason(Unreadable.SEVERAL_MODES)))
+            products = [node for node in inner.graph.nodes if is_product_call(node)]
+            if len(products) > 1:
+                reason = Reason(Unreadable.SEVERAL_MODES, node=products[0])
+                report.unread.append(unread_graph(reason))
         else:
             with modes.entered():
                 _rewrite_module(inner, options, report, kept)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from corpus.cases import TOKENS, E, PerHead, SubNetworks, split_heads
+from corpus.cases import TOKENS, E, H, PerHead, SubNetworks, d, split_heads
 from torch import Tensor, nn
 
 import mhf_compiler
@@ -108,6 +108,126 @@ def test_a_sum_that_shrinks():
     assert_said(ShrinkingSum(), Kind.SUMMED_APART, "beta=0.5)", "baddbmm", rewritten=E)
 
 
+class TwoBiases(SubNetworks):
+    """The op has one bias of the output."""
+
+    def __init__(self, routed: bool) -> None:
+        super().__init__()
+        self.routed = routed
+        self.biases = nn.Parameter(torch.randn(2, H, E, 1, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        route = torch.sigmoid(torch.einsum("bhld,hed->bhle", q, self.route))
+        out = torch.zeros_like(q)
+        for e in range(E):
+            sub = (F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])) @ self.down[:, e]
+            sub = sub + self.biases[0, :, e] + self.biases[1, :, e]
+            out = out + (sub * route[..., e, None] if self.routed else sub)
+        return out
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_sub_networks_with_two_biases(routed: bool):
+    code = "self.biases[0, :, e] + self.biases[1, :, e]"
+    assert_said(TwoBiases(routed), Kind.SUMMED_APART, code, "a second bias", rewritten=E)
+
+
+# Heads that are rewritten one by one.
+
+
+class HeadByHead(SubNetworks):
+    """Merges heads of a loop, each with sub-networks."""
+
+    def __init__(self, after: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h, q in enumerate(split_heads(x).unbind(2)):
+            hidden = F.silu(torch.einsum("bld,edf->blef", q, self.gate[h]))
+            hidden = hidden * torch.einsum("bld,edf->blef", q, self.up[h])
+            r = (q @ self.route[h].T).sigmoid()
+            y = torch.einsum("blef,efd,ble->bld", hidden, self.down[h], r)
+            heads.append(self.after(y, h))
+        return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize(
+    ("after", "kind", "code", "detail"),
+    [
+        (
+            lambda y, h: torch.tanh(y),
+            Kind.OPERATION_IN_LOOP,
+            "lambda y, h: torch.tanh(y)",
+            "tanh before the heads are merged",
+        ),
+        (
+            lambda y, h: y + torch.arange(d) * h,
+            Kind.OPERATION_IN_LOOP,
+            "lambda y, h: y + torch.arange(d)",
+            "is added",
+        ),
+        (
+            lambda y, h: y * (h + 1),
+            Kind.UNEQUAL_HEADS,
+            'torch.einsum("blef,efd,ble->bld"',
+            "factors 1 and 2",
+        ),
+    ],
+    ids=["activated", "added", "scaled"],
+)
+def test_what_keeps_heads_apart(
+    after: Callable[[Tensor, int], Tensor], kind: Kind, code: str, detail: str
+):
+    assert_said(HeadByHead(after), kind, code, detail, rewritten=H)
+
+
+class WideBias(SubNetworks):
+    """A bias in float32, next to a network in 16 bits, before sub-networks are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(H, E, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate, up, down = (w.bfloat16() for w in (x, self.gate, self.up, self.down))
+        heads = []
+        for h, q in enumerate(split_heads(x).unbind(2)):
+            q = q.unsqueeze(1)
+            hidden = F.silu(q @ gate[h]) * (q @ up[h])
+            y = hidden @ down[h] + self.bias[h, :, None]
+            heads.append((y * torch.sigmoid(y.new_zeros(E, 1, 1))).sum(1))
+        return torch.stack(heads, 2)
+
+
+def test_heads_with_a_bias_of_more_digits():
+    assert_said(
+        WideBias(), Kind.MIXED_PRECISION, "+ self.bias[h, :, None]", "a bias in torch.float32", H
+    )
+
+
+class Branches(nn.Module):
+    """Two networks of one form, side by side: each reads a tensor of its own."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = PerHeadNetwork(), PerHeadNetwork()
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.first(x.sin()), self.second(x.cos()))
+
+
+class Dense(Branches):
+    """The second one reads what the first one has made, and both results are kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.join(y, self.second(y.sin()))
+
+
 def _weighted(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
     return out + sub * r
 
@@ -135,7 +255,16 @@ class PerHeadNetwork(PerHead):
 
 
 @pytest.mark.parametrize(
-    ("model", "sites"), [(lambda: InALoop(_weighted), 1), (TwoLayers, 2)], ids=["loop", "layers"]
+    ("model", "sites"),
+    [
+        (lambda: InALoop(_weighted), 1),
+        (TwoLayers, 2),
+        (lambda: Branches(torch.add), 2),
+        (lambda: Branches(torch.mul), 2),
+        (lambda: Dense(lambda a, b: torch.cat((a.relu(), b.relu()), -1)), 2),
+        (lambda: HeadByHead(lambda y, h: y), 1),
+    ],
+    ids=["loop", "layers", "added", "multiplied", "dense", "heads"],
 )
 def test_nothing_is_said_where_nothing_is_missed(model: Callable[[], nn.Module], sites: int):
     report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
