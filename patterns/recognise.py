@@ -161,6 +161,8 @@ def _parts_of_one(
             if not reasons:
                 continue  # the sum is the output of the last of them
             reason = max(reasons, key=_tells)
+            if reason.kind is Kind.UNEQUAL_HEADS and whole.op not in _MERGED:
+                continue  # the sum of two whole networks
             if reason.kind is Kind.UNKNOWN_OPERATION:
                 kind = Kind.OPERATION_IN_LOOP if whole.op in _MERGED else Kind.SUMMED_APART
                 detail = reason.detail or operation_name(whole)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size, unbacked_symbols
-from ..patterns import COPY, SCATTER, Site, Value, is_factory, uncast
+from ..patterns import COPY, OPAQUE, SCATTER, Site, Value, is_factory, uncast
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
@@ -109,7 +109,7 @@ class Spelling:
 def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], list[Value]]:
     """The inputs, in the order of the formula, and the computed values, in order of execution.
 
-    Inputs are the arguments, and values that do not depend on them unless a factory creates them.
+    Inputs are the arguments, and values that do not depend on them unless they are constants.
     """
     reached = set(letters)
     for value in _closure(output, lambda value: value not in letters):
@@ -117,13 +117,26 @@ def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], lis
             reached.add(value)
 
     def is_computed(value: Value) -> bool:
-        return value not in letters and (value in reached or is_factory(value))
+        return value not in letters and (value in reached or _is_constant(value))
 
     found = _closure(output, is_computed)
     order = list(letters)
     inputs = [value for value in found if not is_computed(value)]
     inputs.sort(key=lambda value: order.index(value) if value in letters else len(order))
     return inputs, [value for value in found if is_computed(value)]
+
+
+def _is_constant(value: Value) -> bool:
+    """Whether a value is computed from nothing but what factories create."""
+    return all(
+        is_factory(one)
+        or (
+            one.operands
+            and one.op != OPAQUE
+            and torch.Tag.nondeterministic_seeded not in getattr(one.op, "tags", ())
+        )
+        for one in value.ancestors()
+    )
 
 
 def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:

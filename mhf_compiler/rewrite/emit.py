@@ -448,9 +448,24 @@ def _part(axes: list[Axis], steps: list[Size], offset: Size, size: Size) -> tupl
     They need not begin at a multiple of their steps: weights lie in a flat vector at any offset.
     """
     outer, inner = steps[0], steps[-1]
+    if not isinstance(size, int):
+        return _dense_part(axes, steps, offset)
     known = isinstance(outer, int) and isinstance(inner, int) and isinstance(axes[0].size, int)
     if not known or len(axes) < 2 or not isinstance(offset, int) or not isinstance(size, int):
         return None
     start, width = offset - offset % inner, outer * axes[0].size
     regular = offset % outer < inner and size % outer == 0
     return None if regular or start + width > size else (start, width)
+
+
+def _dense_part(axes: list[Axis], steps: list[Size], offset: Size) -> tuple[int, int] | None:
+    """The part of a symbolic dimension that several axes read without gaps, if that is fixed.
+
+    The dimension is long enough: the model reads the last element of the part.
+    """
+    width: Size = 1
+    for axis, step in zip(reversed(axes), reversed(steps), strict=True):
+        if step != width:
+            return None
+        width = multiply(width, axis.size)
+    return (offset, width) if isinstance(width, int) and isinstance(offset, int) else None

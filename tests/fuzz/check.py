@@ -215,8 +215,12 @@ def _compiled(program: Program, model: nn.Module, report: Report) -> Callable[..
         return gm.forward
 
     torch.compiler.reset()
-    dynamic = True if program.all_dynamic else None if program.dynamic else False
-    return torch.compile(_called(program, model), backend=backend, dynamic=dynamic)
+    return torch.compile(_called(program, model), backend=backend, dynamic=_dynamic(program))
+
+
+def _dynamic(program: Program) -> bool | None:
+    """The option of ``torch.compile``."""
+    return True if program.all_dynamic else None if program.dynamic else False
 
 
 def _called(program: Program, model: nn.Module) -> Callable[..., Any]:
@@ -256,7 +260,8 @@ def _runs_without_us(program: Program, model: nn.Module) -> bool:
     torch.compiler.reset()
     try:
         model = copy.deepcopy(model)
-        _step(program, model, torch.compile(_called(program, model), backend="eager"))
+        call = _called(program, model)
+        _step(program, model, torch.compile(call, backend="eager", dynamic=_dynamic(program)))
     except Exception:
         return False
     return True
