@@ -59,6 +59,7 @@ from .views import MERGES, broadcast, is_view, piece_index, through_view, throug
 aten = torch.ops.aten
 
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
@@ -343,7 +344,7 @@ class _Reader:
         )
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
-            raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
+            raise _without_projection(contraction, units)
         try:
             meaning = read_hidden(expression, hidden.value.dtype)
         except Declined as declined:
@@ -398,6 +399,18 @@ class _Reader:
             self.computed.add(value)
             weight = left
             factors.append(self.leaf(right.value, right.index))
+
+
+def _without_projection(contraction: Contraction, units: HiddenReader) -> Declined:
+    """Why what is multiplied with the weights is no hidden units: none reads a projection.
+
+    A mean over tokens, expanded again, does not move along them.
+    """
+    for leaf in units.operands:
+        if leaf.value.op in _REDUCTIONS:
+            name = operation_name(leaf.value)
+            return Declined(Kind.NOT_A_PRODUCT, f"{name} in between", leaf.value.origin)
+    return Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
 
 
 def _with_query_of(gate: Projection, up: Projection) -> Projection:

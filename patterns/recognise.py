@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
+from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
@@ -39,6 +39,8 @@ _SOON = 24  # operations
 _PROJECTED, _ACTIVATED = 1, 2
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
+#: what mixes hidden units or tokens. Where it keeps the dimension, hidden units may follow.
+_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {
     SCATTER,
@@ -284,9 +286,24 @@ def _may_contain_site(gm: fx.GraphModule) -> bool:
 
 
 def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
-    """Live contractions with an operand that is computed by an activation."""
+    """Live contractions with an operand that is computed by an activation.
+
+    A softmax is taken for one after a product with weights: of two products of tokens, with a
+    softmax in between, attention is made.
+    """
     flags: dict[Value, int] = {}
+    of_tokens: set[Value] = set()
+    weighed: set[Value] = set()  # products with weights, and what is computed from them
     for value in copy.values:
+        if (value.op in (INPUT, OPAQUE) and not value.is_parameter) or not of_tokens.isdisjoint(
+            value.operands
+        ):
+            of_tokens.add(value)
+        if value.op in MATRIX_PRODUCTS:
+            if not of_tokens.issuperset(value.operands):
+                weighed.add(value)
+        elif not weighed.isdisjoint(value.operands):
+            weighed.add(value)
         inherited = 0
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
@@ -295,9 +312,11 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
                 yield value
             outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
-        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
+        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON or _keeps(value):
             flags[value] = inherited
-        elif _is_pointwise(value):
+        elif (value.op is aten._softmax.default and value.source in weighed) or _is_pointwise(
+            value
+        ):
             flags[value] = _ACTIVATED if inherited else 0
         elif value.op == OPAQUE and value.subclass:
             if inherited & _ACTIVATED and is_product_call(value.origin) and copy.is_live(value):
@@ -332,6 +351,11 @@ def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
         for one in value.operands
     )
     return projected and value.operands[0].shape[-1] in (value.shape[-1], 2 * value.shape[-1])
+
+
+def _keeps(value: Value) -> bool:
+    """Whether it is a sum or a mean that keeps the dimension, so as to be expanded again."""
+    return value.op in _REDUCTIONS and bool(value.argument(2, "keepdim", False))
 
 
 def _is_pointwise(value: Value) -> bool:

@@ -128,15 +128,17 @@ def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], lis
 
 def _is_constant(value: Value) -> bool:
     """Whether a value is computed from nothing but what factories create."""
-    return all(
-        is_factory(one)
-        or (
-            one.operands
-            and one.op != OPAQUE
-            and torch.Tag.nondeterministic_seeded not in getattr(one.op, "tags", ())
-        )
-        for one in value.ancestors()
-    )
+    seen: set[Value] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if one not in seen and not is_factory(one):
+            drawn = torch.Tag.nondeterministic_seeded in getattr(one.op, "tags", ())
+            if not one.operands or one.op == OPAQUE or drawn:
+                return False
+            seen.add(one)
+            todo += one.operands
+    return True
 
 
 def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:

@@ -153,7 +153,8 @@ def _check_same(program: Program, report: Report) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             model = program.build()
-            plain = _step(program, model, _called(program, model))
+            used = copy.deepcopy(model)  # a step may change a buffer, or a counter
+            plain = _step(program, used, _called(program, used))
         except Exception as error:
             return Outcome(program, Verdict.INVALID, f"{type(error).__name__}: {error}")
         try:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import mhf_compiler
 from mhf_compiler.patterns import Kind
 
+Mixing = Callable[[Tensor], Tensor]
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -312,6 +314,66 @@ def test_an_activation_of_somebody_elses():
 
 def test_hidden_units_that_are_summed_up_over_tokens():
     assert_said(SummedUp(), Kind.UNKNOWN_OPERATION, ".cumsum(-2) @", "cumsum", rewritten=0)
+
+
+class MixedUnits(PerHead):
+    """Something happens to the gate, or to the hidden units, that mixes units or tokens."""
+
+    def __init__(self, gate: Mixing, hidden: Mixing) -> None:
+        super().__init__()
+        self.of_gate, self.of_hidden = gate, hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        gate = self.of_gate(q @ self.gate)
+        return self.of_hidden(gate * (q @ self.up)) @ self.down
+
+
+def averaged(hidden: Tensor) -> Tensor:
+    return hidden.mean(2, keepdim=True).expand(hidden.shape)
+
+
+@pytest.mark.parametrize(
+    ("gate", "hidden", "kind", "code", "detail"),
+    [
+        (
+            lambda gate: gate.softmax(-1),
+            lambda hidden: hidden,
+            Kind.UNKNOWN_OPERATION,
+            "lambda gate: gate.softmax(-1)",
+            "softmax",
+        ),
+        (F.silu, averaged, Kind.NOT_A_PRODUCT, "hidden.mean(2, keepdim=True)", "mean"),
+    ],
+    ids=["softmax", "mean over tokens"],
+)
+def test_what_mixes_units_or_tokens(
+    gate: Mixing, hidden: Mixing, kind: Kind, code: str, detail: str
+):
+    assert_said(MixedUnits(gate, hidden), kind, code, detail, rewritten=0)
+
+
+class Attention(PerHead):
+    """A softmax between two products, of tokens with tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(x).transpose(1, 2) @ w for w in (self.gate, self.up, self.gate))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Pooled(PerHead):
+    """The mean of all tokens is classified."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(split_heads(x).transpose(1, 2) @ self.gate)
+        return hidden.mean(2) @ self.down[0]
+
+
+@pytest.mark.parametrize("model", [Attention, Pooled])
+def test_products_that_are_no_feed_forward_network(model: Callable[[], nn.Module]):
+    report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert report.rewritten == []
+    assert report.declined == []
 
 
 # In place, and in transforms.
