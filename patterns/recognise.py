@@ -36,7 +36,7 @@ from .views import LIKES, MERGES, is_view
 aten = torch.ops.aten
 
 _SOON = 24  # operations
-_PROJECTED, _ACTIVATED = 1, 2
+_PROJECTED, _ACTIVATED, _SOFTENED = 1, 2, 4
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: what mixes hidden units or tokens. Where it keeps the dimension, hidden units may follow.
@@ -288,8 +288,8 @@ def _may_contain_site(gm: fx.GraphModule) -> bool:
 def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
     """Live contractions with an operand that is computed by an activation.
 
-    A softmax is taken for one after a product with weights: of two products of tokens, with a
-    softmax in between, attention is made.
+    A softmax is taken for one between products with weights: of products of tokens with tokens, and
+    a softmax, attention is made.
     """
     flags: dict[Value, int] = {}
     of_tokens: set[Value] = set()
@@ -308,15 +308,17 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
         if value.op in MATRIX_PRODUCTS or _sums_a_product(value):
-            if inherited & _ACTIVATED and copy.is_live(value):
+            activated = inherited & _ACTIVATED
+            activated |= inherited & _SOFTENED and not of_tokens.issuperset(value.operands)
+            if activated and copy.is_live(value):
                 yield value
             outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
         elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON or _keeps(value):
             flags[value] = inherited
-        elif (value.op is aten._softmax.default and value.source in weighed) or _is_pointwise(
-            value
-        ):
+        elif value.op is aten._softmax.default and value in weighed:
+            flags[value] = _SOFTENED if inherited else 0
+        elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
         elif value.op == OPAQUE and value.subclass:
             if inherited & _ACTIVATED and is_product_call(value.origin) and copy.is_live(value):
