@@ -18,7 +18,8 @@ The files, in the order in which a graph passes through them:
 """
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
-from .canonical import COPY, SCATTER, CanonicalCopy, Value
+from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
+from .casts import uncast
 from .modes import Modes, inner_graphs
 from .products import is_product_call
 from .reasons import Kind, Reason, Unreadable
@@ -31,6 +32,7 @@ from .views import RESHAPES, is_factory
 
 __all__ = [
     "COPY",
+    "OPAQUE",
     "RESHAPES",
     "SCATTER",
     "STACK",
@@ -58,4 +60,5 @@ __all__ = [
     "multiply",
     "plus",
     "quotient",
+    "uncast",
 ]

@@ -307,16 +307,26 @@ class CanonicalCopy:
     def returned_as_part(self, value: Value) -> fx.Node | None:
         """A node that is returned as this value, but in other memory than it was computed in.
 
-        It views memory of which more is returned, or has other strides.
+        It views memory of which more is returned, or has other strides. Memory in which no earlier
+        node's tensor lies is its own: all else that is returned of it are views of this node's.
         """
         for reader, argument in self.readers_of.get(value, ()):
             if reader.op != "output":
                 continue
             memory = self.memory_of(argument)
             several = len({node for node, where in self.returned if where == memory}) > 1
-            if (argument in self._parts and several) or self._strides[argument] != value.strides:
+            part = argument in self._parts and several and self._is_in_older_memory(argument)
+            if part or self._strides[argument] != value.strides:
                 return argument
         return None
+
+    def _is_in_older_memory(self, node: fx.Node) -> bool:
+        """Whether a node's tensor lies in memory in which an earlier one's does."""
+        memory, position = self.memory_of(node), self.positions[node]
+        return self.is_outside(node) or any(
+            self.memory_of(one) == memory and self.positions[one] < position
+            for one in self._storage_of
+        )
 
     def shares_what_is_returned(self, value: Value) -> bool:
         """Whether a node holds the value in memory of which more than one view is returned."""

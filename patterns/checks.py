@@ -106,8 +106,9 @@ def one_query(term: Term) -> Term:
     mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
     if not same_tensor(query.value, gate.query.value):
-        sources = {_uncast(query.value), _uncast(gate.query.value)}
-        kind = Kind.MIXED_PRECISION if len(sources) == 1 else Kind.DIFFERENT_QUERIES
+        (source, casts), (other, other_casts) = map(_cast_from, (query.value, gate.query.value))
+        same = source is other and casts != other_casts
+        kind = Kind.MIXED_PRECISION if same else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
     if not same_index(query.index, gate.query.index):
         packed = up.weight.value is gate.weight.value
@@ -118,10 +119,14 @@ def one_query(term: Term) -> Term:
     )
 
 
-def _uncast(value: Value) -> Value:
+def _cast_from(value: Value) -> tuple[Value, list[torch.dtype]]:
+    """What a query, or the first one of a stack, is cast from, and through which dtypes."""
+    casts: list[torch.dtype] = []
+    value = value.args[0] if value.op == STACK else value
     while is_cast(value) or is_view(value):
+        casts += [value.dtype] if is_cast(value) else []
         value = value.source
-    return value
+    return value, casts
 
 
 def assign_roles(term: Term, root: Index) -> Roles:
@@ -197,12 +202,15 @@ def _inside_tokens(
     Dispatched tokens lie there, too: ``(E * C, d)``, viewed as ``(E, C, d)``. As heads
     they would be E * C of one token each, and every one would load its weights again. So such an
     axis counts tokens unless something else needs it as a head: a result or a router that keeps it
-    within its features, or tokens that take both of the op's dimensions without it.
+    within its features, or tokens that take both of the op's dimensions without it. Where there are
+    no other tokens, nothing does: both dimensions are free, and a result may be flat.
     """
     nested = _nested(term.gate.query.index, groups) & set(tokens)
     outer = real(tokens) - nested
     if len(outer) > 1:
         return nested
+    if not outer and len(nested) <= 2:
+        return set()
     inner = real(leaves(term.sub_networks)) | real(leaves(term.hidden))
     kept = [(form, real(out_width)) for form in root]
     kept += [(form, inner) for router in term.routers for form in router.index]

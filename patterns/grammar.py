@@ -22,8 +22,19 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .axes import Axis, Index, Size, axis_form, multiply, product, real_axes, through_reshape
+from .axes import (
+    Axis,
+    Index,
+    Size,
+    axis_form,
+    multiply,
+    product,
+    real_axes,
+    same_index,
+    through_reshape,
+)
 from .canonical import COPY, SCATTER, Value, written_range
+from .casts import above_views, through_casts
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .hidden import HiddenReader, check_bounds, check_subclass
 from .meaning import read_hidden
@@ -31,8 +42,9 @@ from .operations import is_cast, is_zero, operation_name
 from .parts import is_number
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind
-from .rolling import join_pieces, join_sum
+from .rolling import in_reading_order, join_pieces, join_sum, renamed
 from .terms import (
+    Projection,
     Residual,
     Term,
     adds_tokens,
@@ -47,6 +59,7 @@ from .views import MERGES, broadcast, is_view, piece_index, through_view, throug
 aten = torch.ops.aten
 
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
+_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
@@ -110,7 +123,8 @@ class _Reader:
     in_loop: bool = False  # whether one piece of an unrolled loop is read
 
     def leaf(self, value: Value, index: Index) -> Operand:
-        return Operand(*through_views(value, index, self.crossed, self.outputs))
+        found = Operand(*through_views(value, index, self.crossed, self.outputs))
+        return above_views(found, self.is_held)
 
     def output(self, value: Value, index: Index) -> Term:
         """The value as a term, read at an index.
@@ -325,10 +339,12 @@ class _Reader:
 
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
         weight, factors = self._without_factors(weight, real_axes(hidden.index))
-        units = HiddenReader(real_axes(hidden.index), frozenset(contraction.summed), self.outputs)
+        units = HiddenReader(
+            real_axes(hidden.index), frozenset(contraction.summed), self.outputs, self.is_held
+        )
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
-            raise Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
+            raise _without_projection(contraction, units)
         try:
             meaning = read_hidden(expression, hidden.value.dtype)
         except Declined as declined:
@@ -336,10 +352,12 @@ class _Reader:
             raise Declined(reason.kind, reason.detail, hidden.value.origin) from None
         if hidden.value.dtype is torch.float16:
             meaning = meaning.scaled_inside()
+        gate = units.projection(meaning.gate)
+        up = None if meaning.up is None else units.projection(meaning.up)
         term = Term(
             activation=meaning.activation,
-            gate=units.projection(meaning.gate),
-            up=None if meaning.up is None else units.projection(meaning.up),
+            gate=gate,
+            up=None if up is None else _with_query_of(gate, up),
             down=self.leaf(weight.value, weight.index),
             bias=None,
             bias_scale=1.0,
@@ -381,6 +399,39 @@ class _Reader:
             self.computed.add(value)
             weight = left
             factors.append(self.leaf(right.value, right.index))
+
+
+def _without_projection(contraction: Contraction, units: HiddenReader) -> Declined:
+    """Why what is multiplied with the weights is no hidden units: none reads a projection.
+
+    A mean over tokens, expanded again, does not move along them.
+    """
+    for leaf in units.operands:
+        if leaf.value.op in _REDUCTIONS:
+            name = operation_name(leaf.value)
+            return Declined(Kind.NOT_A_PRODUCT, f"{name} in between", leaf.value.origin)
+    return Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
+
+
+def _with_query_of(gate: Projection, up: Projection) -> Projection:
+    """The up projection over the query of the gate, if both are cast alike from the same elements.
+
+    Autocast casts what a product reads, which is below the views of one spelling of a product and
+    above those of another. Gradients must flow through all of it, or nothing.
+    """
+    base, at, passed = through_casts(up.query.value, up.query.index)
+    other_base, other_at, other_passed = through_casts(gate.query.value, gate.query.index)
+    casts, other_casts = ([v.dtype for v in way if is_cast(v)] for way in (passed, other_passed))
+    modes = {value.requires_grad_mode for value in (*passed, *other_passed)}
+    mine = in_reading_order(up.contracted, at)
+    theirs = in_reading_order(gate.contracted, other_at)
+    alike = [axis.size for axis in mine] == [axis.size for axis in theirs]
+    if base is not other_base or casts != other_casts or len(modes) > 1 or not alike:
+        return up
+    to_mine = dict(zip(theirs, mine, strict=True))
+    if not same_index(tuple(form.replaced(to_mine) for form in other_at), at):
+        return up
+    return replace(up, query=renamed(gate.query, to_mine))
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,7 +572,7 @@ class _Sum:
             if leaf.is_whole and not may_be_bias(term, added):
                 self._take_residual(leaf)
             elif self.residuals or not adds_tokens(term, added) or not self.reader.is_highest(root):
-                term = with_bias(term, added, leaf.addend.sign, root)
+                term = with_bias(term, added, leaf.addend.sign, leaf.addend.addition)
             else:
                 self.residuals.append(Residual(added, leaf.addend.sign))
                 self.dtypes.add(added.value.dtype)

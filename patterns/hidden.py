@@ -8,7 +8,7 @@ what activation, scales and factors the expression stands for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -17,6 +17,7 @@ import torch
 
 from .axes import Axis, Index, leaves, real, real_axes, same_index, within
 from .canonical import OPAQUE, SCATTER, Value
+from .casts import above_views
 from .contractions import Contraction, Operand, as_contraction
 from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, times
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
@@ -37,6 +38,7 @@ class HiddenReader:
     axes: frozenset[Axis]  # of the hidden units; what lacks one of them is a leaf
     summed: frozenset[Axis]
     outputs: AbstractSet[Value]
+    is_held: Callable[[Value], bool]  # whether a node has a value
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     projections: list[Contraction] = field(default_factory=list)
@@ -120,7 +122,8 @@ class HiddenReader:
         return sympy.Symbol(f"l{len(self.operands) - 1}")
 
     def _through_views(self, read: Operand) -> Operand:
-        return Operand(*through_views(read.value, read.index, self.crossed, self.outputs))
+        found = Operand(*through_views(read.value, read.index, self.crossed, self.outputs))
+        return above_views(found, self.is_held)
 
     def leaf(self, symbol: sympy.Symbol) -> Operand:
         """The tensor that a symbol of ``expression`` stands for."""

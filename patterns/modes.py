@@ -75,14 +75,28 @@ class Modes:
                 torch.set_autocast_dtype(device, dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _InferenceRegion:
+    """What was before a region of ``torch.inference_mode``."""
+
+    inference: bool
+    grad: bool
+
+
 class Switches:
     """Runs the nodes of a graph that switch modes, and restores the modes at the end.
 
-    A graph may end, and an analysis fail, in the middle of a region.
+    A graph may end, and an analysis fail, in the middle of a region. In a region of
+    ``torch.inference_mode`` gradients are off, and no more: there, composite operations would
+    not be decomposed, and autocast would not be seen.
+
+    Attributes:
+        inference: whether the nodes that follow are in such a region, or all of them.
     """
 
     def __init__(self) -> None:
         self._open: list[Any] = []
+        self.inference = torch.is_inference_mode_enabled()
 
     def __enter__(self) -> Switches:
         self._grad = torch.is_grad_enabled()
@@ -98,6 +112,15 @@ class Switches:
     def run(self, node: fx.Node, args: tuple[Any, ...]) -> Any:
         """Run a node that ``switches_modes``, and remember the region that it opens or closes."""
         name = _name(node)
+        if name == "_enter_inference_mode":
+            region = _InferenceRegion(self.inference, torch.is_grad_enabled())
+            self.inference = bool(args[0])
+            torch.set_grad_enabled(not self.inference)
+            return region
+        if name == "_exit_inference_mode":
+            self.inference = args[0].inference
+            torch.set_grad_enabled(args[0].grad)
+            return None
         result = node.target(*args)  # type: ignore[operator]
         if name.startswith("_enter"):
             self._open.append(result)
@@ -129,7 +152,9 @@ def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | Unrea
                 env[node] = switches.run(node, args)
             elif isinstance(node.target, HigherOrderOperator):
                 for place, child in _children(gm, node):
-                    modes: Modes | Unreadable | None = _modes_inside(node, place)
+                    modes: Modes | Unreadable | None = _modes_inside(
+                        node, place, switches.inference
+                    )
                     if levels:
                         modes = Unreadable.INSIDE_VMAP
                     elif not isinstance(modes, Modes) or modes.inference != outside:
@@ -150,10 +175,10 @@ def _children(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.Graph
                 yield node.args.index(argument) if argument in node.args else -1, child
 
 
-def _modes_inside(node: fx.Node, place: int) -> Modes | None:
+def _modes_inside(node: fx.Node, place: int, inference: bool) -> Modes | None:
     """The modes inside the graph of a higher-order operation, called under the current ones."""
     name = str(node.target)
-    modes = Modes.now()
+    modes = replace(Modes.now(), inference=inference)
     if name == "wrap_with_set_grad_enabled":
         return replace(modes, grad=bool(node.args[0]))
     if name == "wrap_with_autocast":

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .axes import Axis, axis_form
-from .canonical import OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
+from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
@@ -36,8 +36,11 @@ from .views import LIKES, MERGES, is_view
 aten = torch.ops.aten
 
 _SOON = 24  # operations
-_PROJECTED, _ACTIVATED = 1, 2
+_PROJECTED, _ACTIVATED, _SOFTENED = 1, 2, 4
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
+_MERGED = MERGES | {SCATTER}
+#: what mixes hidden units or tokens. Where it keeps the dimension, hidden units may follow.
+_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {
     SCATTER,
@@ -97,6 +100,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     paths = {anchor: _path(anchor, copy) for anchor in anchors}
     outside = frozenset(value for path in paths.values() for value in path)
     tried: dict[Value, Site | Reason] = {}
+    above: dict[Value, list[Value]] = {}  # the candidates above the output of each site
     missed: list[NearMiss] = []
     for anchor in anchors:
         outputs = frozenset(site.output for site in findings.sites)
@@ -104,6 +108,8 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         if isinstance(found, Site):
             if all(found is not site for site in findings.sites):
                 findings.sites.append(found)
+                path = paths[anchor]
+                above[found.output] = path[path.index(found.output) + 1 :]
         else:
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
             missed.append(NearMiss(found, where, anchor))
@@ -114,28 +120,106 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
         projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
         if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
             reported.setdefault(paths[miss.anchor][-1], miss)
-    findings.near_misses = [*reported.values(), *_summed_apart(findings.sites, copy)]
+    apart = _why_apart(findings.sites, above, tried, copy)
+    findings.near_misses = [*reported.values(), *apart]
     return findings
 
 
-def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[NearMiss]:
+def _why_apart(
+    sites: list[Site],
+    above: dict[Value, list[Value]],
+    tried: dict[Value, Site | Reason],
+    copy: CanonicalCopy,
+) -> Iterator[NearMiss]:
+    """Why sites that look like parts of one network are sites of their own, once for each."""
+    told = [*_parts_of_one(sites, above, tried)]
+    vague = [one for one in told if one[1].reason.kind is Kind.UNEQUAL_HEADS]
+    clear = [one for one in told if one not in vague]
+    said: set[Value] = set()
+    for outputs, miss in (*clear, *_summed_apart(sites, copy), *_merged_apart(sites, copy), *vague):
+        if said.isdisjoint(outputs):
+            yield miss
+        said |= outputs
+
+
+def _parts_of_one(
+    sites: list[Site], above: dict[Value, list[Value]], tried: dict[Value, Site | Reason]
+) -> Iterator[tuple[set[Value], NearMiss]]:
+    """Sites that one candidate sums or merges, and why that candidate is no site.
+
+    Networks that are summed are parts of one if they read the same queries. All have the same form.
+    """
+    parts: dict[Value, dict[Value, Site]] = {}
+    for site in sites:
+        for value in above[site.output]:
+            if value.op in _PLAIN_SUMS | MATRIX_PRODUCTS | _MERGED:
+                parts.setdefault(value, {})[site.output] = site
+    for whole, members in sorted(parts.items(), key=lambda item: item[0].step):
+        forms = {_form(site, with_query=whole.op not in _MERGED) for site in members.values()}
+        if len(members) > 1 and len(forms) == 1:
+            path = above[next(iter(members))]
+            results = [tried.get(value) for value in path[: path.index(whole) + 1]]
+            reasons = [result for result in results if isinstance(result, Reason)]
+            if not reasons:
+                continue  # the sum is the output of the last of them
+            reason = max(reasons, key=_tells)
+            if reason.kind is Kind.UNEQUAL_HEADS and whole.op not in _MERGED:
+                continue  # the sum of two whole networks
+            if reason.kind is Kind.UNKNOWN_OPERATION:
+                kind = Kind.OPERATION_IN_LOOP if whole.op in _MERGED else Kind.SUMMED_APART
+                detail = reason.detail or operation_name(whole)
+                reason = Reason(kind, detail, reason.node or whole.origin)
+            yield set(members), NearMiss(reason, locate(reason.node or whole.origin), whole)
+
+
+def _form(site: Site, with_query: bool) -> Any:
+    """What sub-networks of one sum, or heads of one network, have in common."""
+    sizes = site.heads, site.head_dim, site.sub_networks, site.hidden
+    return sizes, site.activation, site.gated, site.query.value if with_query else None
+
+
+def _alike(sites: list[Site], with_query: bool) -> Iterator[list[Site]]:
+    """Groups of more than one site that have the same form."""
+    groups: dict[Any, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(_form(site, with_query), []).append(site)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[tuple[set[Value], NearMiss]]:
     """Sub-networks of one sum that are sites of their own, and the operation that keeps them apart.
 
     They read the same queries, and have the same sizes.
     """
-    alike: dict[Any, list[Site]] = {}
-    for site in sites:
-        sizes = site.heads, site.head_dim, site.sub_networks, site.hidden
-        form = site.activation, site.gated
-        alike.setdefault((site.query.value, sizes, form), []).append(site)
-    for first, *others in alike.values():
-        if others:
-            ways, other_ways = _sums_after(first, copy), _sums_after(others[0], copy)
-            sums = [value for value in ways if value in other_ways]
-            apart = (other_ways[sums[0]] or ways[sums[0]]) if sums else None
-            if apart is not None:
-                reason = Reason(Kind.SUMMED_APART, operation_name(apart), apart.origin)
-                yield NearMiss(reason, locate(apart.origin), first.output)
+    for group in _alike(sites, with_query=True):
+        first, second, *_ = group
+        ways, other_ways = _sums_after(first, copy), _sums_after(second, copy)
+        sums = [value for value in ways if value in other_ways]
+        apart = (other_ways[sums[0]] or ways[sums[0]]) if sums else None
+        if apart is not None:
+            reason = Reason(Kind.SUMMED_APART, operation_name(apart), apart.origin)
+            outputs = {site.output for site in group}
+            yield outputs, NearMiss(reason, locate(apart.origin), first.output)
+
+
+def _merged_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[tuple[set[Value], NearMiss]]:
+    """Heads that are sites of their own, and the operation before they are merged.
+
+    None of them reads what another one has made.
+    """
+    for group in _alike(sites, with_query=False):
+        outputs = {site.output for site in group}
+        if all(site.query.value.ancestors().isdisjoint(outputs) for site in group):
+            first, second, *_ = (_merges(site.output, copy) for site in group)
+            for merge in first.keys() & second.keys():
+                yield outputs, _merged_after(first[merge], group[0].output)
+
+
+def _merged_after(through: Value, output: Value) -> NearMiss:
+    """The reason why an output is not merged at once: what it goes through."""
+    detail = f"{operation_name(through)} before the heads are merged"
+    reason = Reason(Kind.OPERATION_IN_LOOP, detail, through.origin)
+    return NearMiss(reason, locate(through.origin) or locate(output.origin), output)
 
 
 def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
@@ -170,10 +254,7 @@ def _as_loops(
         ((first, through), *others) = members
         if others and not any(member.anchor in replaced for member, _ in members):
             replaced |= {other.anchor: None for other, _ in others}
-            detail = f"{operation_name(through)} before the heads are merged"
-            reason = Reason(Kind.OPERATION_IN_LOOP, detail, through.origin)
-            where = locate(through.origin) or first.location
-            replaced[first.anchor] = NearMiss(reason, where, first.anchor)
+            replaced[first.anchor] = _merged_after(through, first.anchor)
     kept = [replaced.get(miss.anchor, miss) for miss in missed]
     return [miss for miss in kept if miss is not None]
 
@@ -205,19 +286,38 @@ def _may_contain_site(gm: fx.GraphModule) -> bool:
 
 
 def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
-    """Live contractions with an operand that is computed by an activation."""
+    """Live contractions with an operand that is computed by an activation.
+
+    A softmax is taken for one between products with weights: of products of tokens with tokens, and
+    a softmax, attention is made.
+    """
     flags: dict[Value, int] = {}
+    of_tokens: set[Value] = set()
+    weighed: set[Value] = set()  # products with weights, and what is computed from them
     for value in copy.values:
+        if (value.op in (INPUT, OPAQUE) and not value.is_parameter) or not of_tokens.isdisjoint(
+            value.operands
+        ):
+            of_tokens.add(value)
+        if value.op in MATRIX_PRODUCTS:
+            if not of_tokens.issuperset(value.operands):
+                weighed.add(value)
+        elif not weighed.isdisjoint(value.operands):
+            weighed.add(value)
         inherited = 0
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
         if value.op in MATRIX_PRODUCTS or _sums_a_product(value):
-            if inherited & _ACTIVATED and copy.is_live(value):
+            activated = inherited & _ACTIVATED
+            activated |= inherited & _SOFTENED and not of_tokens.issuperset(value.operands)
+            if activated and copy.is_live(value):
                 yield value
             outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
-        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
+        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON or _keeps(value):
             flags[value] = inherited
+        elif value.op is aten._softmax.default and value in weighed:
+            flags[value] = _SOFTENED if inherited else 0
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
         elif value.op == OPAQUE and value.subclass:
@@ -253,6 +353,11 @@ def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
         for one in value.operands
     )
     return projected and value.operands[0].shape[-1] in (value.shape[-1], 2 * value.shape[-1])
+
+
+def _keeps(value: Value) -> bool:
+    """Whether it is a sum or a mean that keeps the dimension, so as to be expanded again."""
+    return value.op in _REDUCTIONS and bool(value.argument(2, "keepdim", False))
 
 
 def _is_pointwise(value: Value) -> bool:

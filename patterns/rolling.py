@@ -24,6 +24,7 @@ from .axes import (
     stride_order,
 )
 from .canonical import Value
+from .casts import as_one_cast, same_cast
 from .contractions import Operand
 from .reasons import Declined, Kind
 from .terms import Term
@@ -83,7 +84,10 @@ def _difference(first: Term, other: Term) -> str:
     sizes = [[axis.size for axis in _inner_axes(term)[2]] for term in (first, other)]
     if sizes[0] != sizes[1]:
         return f"hidden units {sizes[0]} and {sizes[1]}"
-    return ""
+    if first.scale != other.scale:
+        return f"factors {first.scale:g} and {other.scale:g}"
+    ours, theirs = (set(term.operands()) for term in (first, other))
+    return f"only some have a {', '.join(sorted(ours ^ theirs))}" if ours != theirs else ""
 
 
 def _inner_axes(term: Term) -> list[tuple[Axis, ...]]:
@@ -132,7 +136,11 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
         if not same_steps(first.index, other.index):
             raise Declined(Kind.UNEQUAL_HEADS, "they read differently", other.value.origin)
     if not all(same_tensor(copy.value, first.value) for copy in copies):
-        return _stacked(copies, position)
+        parts = as_one_cast(copies)
+        index = None if parts is None else along([part.index for part in parts], position)
+        if parts is None or index is None:
+            return _stacked(copies, position)
+        return Operand(parts[0].value, index)
     index = along([copy.index for copy in copies], position)
     if index is None:
         raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
@@ -140,8 +148,10 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
 
 
 def same_tensor(a: Value, b: Value) -> bool:
-    """One value, or stacks of the same values."""
-    return a is b or (a.op == b.op == STACK and a.args == b.args)
+    """One value, casts of one, or stacks of the same values."""
+    if a.op == b.op == STACK and len(a.args) == len(b.args):
+        return all(map(same_tensor, a.args, b.args))
+    return a is b or same_cast(a, b)
 
 
 def _stacked(copies: Sequence[Operand], position: Affine) -> Operand:

@@ -138,7 +138,7 @@ class _Tracer(fx.Interpreter):
         copy.autocast[node] = {
             kind: dtype for kind in ("cpu", "cuda") if (dtype := autocast_dtype(kind)) is not None
         }
-        if torch.is_inference_mode_enabled() and not self._inference:
+        if self.switches.inference and not self._inference:
             copy.inference.add(node)
         if functorch_depth():
             copy.levels[node] = grad_levels()

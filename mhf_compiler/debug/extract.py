@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size, unbacked_symbols
-from ..patterns import COPY, SCATTER, Site, Value, is_factory
+from ..patterns import COPY, OPAQUE, SCATTER, Site, Value, is_factory, uncast
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
@@ -89,6 +89,11 @@ class Spelling:
         """``letters`` are the values where the site begins, each with its letter in the formula."""
         self._output, self._sizes = site.output, sizes
         self.inputs, self._computed = _between(site.output, letters)
+        others = {uncast(value) for value in self.inputs if value not in letters}
+        if any(uncast(value) in others for value in letters):  # a query is cast more than once
+            sources = {value: uncast(value) for value in letters}
+            letters = {sources[v] if sources[v] in others else v: letters[v] for v in letters}
+            self.inputs, self._computed = _between(site.output, letters)
         self.given = tuple(_given(value, letters.get(value), sizes) for value in self.inputs)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class Spelling:
 def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], list[Value]]:
     """The inputs, in the order of the formula, and the computed values, in order of execution.
 
-    Inputs are the arguments, and values that do not depend on them unless a factory creates them.
+    Inputs are the arguments, and values that do not depend on them unless they are constants.
     """
     reached = set(letters)
     for value in _closure(output, lambda value: value not in letters):
@@ -112,13 +117,28 @@ def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], lis
             reached.add(value)
 
     def is_computed(value: Value) -> bool:
-        return value not in letters and (value in reached or is_factory(value))
+        return value not in letters and (value in reached or _is_constant(value))
 
     found = _closure(output, is_computed)
     order = list(letters)
     inputs = [value for value in found if not is_computed(value)]
     inputs.sort(key=lambda value: order.index(value) if value in letters else len(order))
     return inputs, [value for value in found if is_computed(value)]
+
+
+def _is_constant(value: Value) -> bool:
+    """Whether a value is computed from nothing but what factories create."""
+    seen: set[Value] = set()
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if one not in seen and not is_factory(one):
+            drawn = torch.Tag.nondeterministic_seeded in getattr(one.op, "tags", ())
+            if not one.operands or one.op == OPAQUE or drawn:
+                return False
+            seen.add(one)
+            todo += one.operands
+    return True
 
 
 def _closure(output: Value, enters: Callable[[Value], bool]) -> list[Value]:

@@ -203,17 +203,23 @@ class Editor:
     def _recompute(self, value: Value) -> fx.Node:
         if value.op == STACK:
             return self.stacked(value)
-        for view in value.readers:  # of a linear layer, only a view of its product is held
-            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
-            holder = self.copy.holder_at(view, self.position) if alike else None
-            if holder is not None:
-                sizes = [self.size(size) for size in value.shape]
-                return self.call("reshape", self.nodes[holder], *sizes)
+        held = self._held_view(value)
+        if held is not None:
+            return self.call("reshape", held, *(self.size(size) for size in value.shape))
         if isinstance(value.op, str):
             raise EditError(f"no node holds {value}")
         args, kwargs = self._plain(value.args), self._plain(value.kwargs)
         node = self.call(value.op, *args, **kwargs)
         return node if value.item is None else self.call(operator.getitem, node, value.item)
+
+    def _held_view(self, value: Value) -> fx.Node | None:
+        """A node that holds a reshape of it: of a linear layer's product, that alone is held."""
+        for view in value.readers:
+            alike = view.op in RESHAPES and view.requires_grad_mode is value.requires_grad_mode
+            holder = self.copy.holder_at(view, self.position) if alike else None
+            if holder is not None:
+                return self.nodes[holder]
+        return None
 
     def stacked(self, value: Value) -> fx.Node:
         """Tensors of the graph in one, such as the weights of several modules."""
@@ -466,9 +472,24 @@ def _part(axes: list[Axis], steps: list[Size], offset: Size, size: Size) -> tupl
     They need not begin at a multiple of their steps: weights lie in a flat vector at any offset.
     """
     outer, inner = steps[0], steps[-1]
+    if not isinstance(size, int):
+        return _dense_part(axes, steps, offset)
     known = isinstance(outer, int) and isinstance(inner, int) and isinstance(axes[0].size, int)
     if not known or len(axes) < 2 or not isinstance(offset, int) or not isinstance(size, int):
         return None
     start, width = offset - offset % inner, outer * axes[0].size
     regular = offset % outer < inner and size % outer == 0
     return None if regular or start + width > size else (start, width)
+
+
+def _dense_part(axes: list[Axis], steps: list[Size], offset: Size) -> tuple[int, int] | None:
+    """The part of a symbolic dimension that several axes read without gaps, if that is fixed.
+
+    The dimension is long enough: the model reads the last element of the part.
+    """
+    width: Size = 1
+    for axis, step in zip(reversed(axes), reversed(steps), strict=True):
+        if step != width:
+            return None
+        width = multiply(width, axis.size)
+    return (offset, width) if isinstance(width, int) and isinstance(offset, int) else None

@@ -145,8 +145,9 @@ def _rewrite_module(
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if isinstance(modes, Unreadable):
-            if sum(map(is_product_call, inner.graph.nodes)) > 1:
-                report.unread.append(unread_graph(Reason(modes)))
+            products = [node for node in inner.graph.nodes if is_product_call(node)]
+            if len(products) > 1:
+                report.unread.append(unread_graph(Reason(modes, node=products[0])))
         else:
             with modes.entered():
                 _rewrite_module(inner, options, report, kept, training)

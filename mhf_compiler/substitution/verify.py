@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ..compat import no_fake_mode
 from ..debug.accuracy import compare
 from ..debug.extract import Given, Sizes, Spelling
-from ..patterns import STACK, CanonicalCopy, Site, Value
+from ..patterns import COPY, STACK, CanonicalCopy, Site, Value
 from .emit import Editor
 
 _LARGE, _TINY = 1e4, 1e-6  # factors of the random numbers
@@ -102,7 +102,14 @@ class _Alone(Editor):
         self.sizes = sizes
 
     def value(self, value: Value) -> fx.Node:
-        return self.stacked(value) if value.op == STACK else self.results[value]
+        if value in self.results:
+            return self.results[value]
+        if value.op == COPY:  # into a tensor of another dtype
+            return self.call("to", self.value(value.source), value.dtype)
+        return self._recompute(value)
+
+    def _held_view(self, value: Value) -> None:
+        return None
 
     def _symbol(self, symbol: sympy.Symbol) -> int:  # type: ignore[override]
         known: int = self.sizes.known(symbol)

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mhf_compiler import NotAnalysedError, Report
 from mhf_compiler.options import parse_options
-from mhf_compiler.patterns import Kind
+from mhf_compiler.patterns import Kind, Unreadable
 from mhf_compiler.substitution.graph import rewrite_graph
 
 from .programs import Program
@@ -43,17 +43,45 @@ MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "enable_grad": torch.enable_grad,
     "inference_mode": torch.inference_mode,
 }
-#: what is declined by design, docs/matching.md: a feature of a program, by its name and a part of
-#: its text, and the reasons that it may be declined for. Such a program counts as no miss.
-BY_DESIGN = (
-    ("modes", "> inference_mode", (Kind.INFERENCE_REGION,)),
-    # Autocast leaves biases, and products spelled by a multiplication, in float32.
-    ("modes", "autocast", (Kind.MIXED_PRECISION, Kind.AUTOCAST_BOUNDARY)),
-    ("biases", "in other dtypes", (Kind.MIXED_PRECISION,)),
-    ("router dtype", "float64", (Kind.MIXED_PRECISION,)),
+
+
+def _is_cast(program: Program) -> bool:
+    """Whether autocast is on where the module runs. It leaves float64 as it is."""
+    around, inside, _ = program.modes
+    on = inside == "autocast" or (around == "autocast" and inside != "no autocast")
+    return on and program.dtype is not torch.float64
+
+
+def _multiplies(program: Program) -> bool:
+    return "multiply" in program.features.get("contractions", "")
+
+
+def _has(feature: str, text: str) -> Callable[[Program], bool]:
+    return lambda program: text in program.features.get(feature, "")
+
+
+#: what is declined by design (docs/matching.md, docs/numerics.md): whether a program has it, and
+#: the reasons that it may be declined for. Such a program counts as no miss.
+BY_DESIGN: tuple[tuple[Callable[[Program], bool], tuple[Kind | Unreadable, ...]], ...] = (
+    (_has("modes", "call > inference_mode"), (Kind.INFERENCE_REGION,)),
+    # A graph that is called under inference_mode is not analysed.
+    (lambda p: p.modes[1] == "inference_mode" and p.modes[2] != "", (Unreadable.SEVERAL_MODES,)),
+    # Autocast leaves a product that is spelled by a multiplication in float32: a network is partly
+    # in another precision, or as a whole, where autocast would change that of the op.
+    (
+        lambda p: _is_cast(p) and _multiplies(p),
+        (Kind.MIXED_PRECISION, Kind.AUTOCAST_BOUNDARY),
+    ),
+    # So it does with a bias that is added by itself: it has more digits than the projections.
+    (
+        lambda p: _is_cast(p) and any("bias" in name for name in p.tensors),
+        (Kind.MIXED_PRECISION,),
+    ),
+    (_has("biases", "in other dtypes"), (Kind.MIXED_PRECISION,)),
+    (_has("router dtype", "float64"), (Kind.MIXED_PRECISION,)),
     # An attribute inside the network that is no fixed number, and a symbolic width.
-    ("symbol", "gate", (Kind.UNSUPPORTED_PROBLEM, Kind.UNKNOWN_OPERATION)),
-    ("kind", "symbols", (Kind.UNSUPPORTED_PROBLEM,)),
+    (_has("symbol", "gate"), (Kind.UNSUPPORTED_PROBLEM, Kind.UNKNOWN_OPERATION)),
+    (_has("kind", "symbols"), (Kind.UNSUPPORTED_PROBLEM,)),
 )
 
 Results = dict[str, Tensor]
@@ -103,18 +131,15 @@ def check(program: Program) -> Outcome:
     if outcome.verdict is Verdict.FOUND:
         difference = _site_difference(program, report)
         if difference:
-            return replace(outcome, verdict=Verdict.OTHER_SITE, detail=difference)
+            explained = bool(outcome.reasons) and _by_design(program, outcome)
+            verdict = Verdict.BY_DESIGN if explained else Verdict.OTHER_SITE
+            return replace(outcome, verdict=verdict, detail=difference)
     return outcome
 
 
 def _by_design(program: Program, outcome: Outcome) -> bool:
     """Whether each reason is one that a feature of the program explains."""
-    explained = {
-        kind.name
-        for feature, part, kinds in BY_DESIGN
-        if part in program.features.get(feature, "")
-        for kind in kinds
-    }
+    explained = {kind.name for has, kinds in BY_DESIGN if has(program) for kind in kinds}
     return set(outcome.reasons) <= explained
 
 
@@ -128,7 +153,8 @@ def _check_same(program: Program, report: Report) -> Outcome:
         warnings.simplefilter("ignore")
         try:
             model = program.build()
-            plain = _step(program, model, _called(program, model))
+            used = copy.deepcopy(model)  # a step may change a buffer, or a counter
+            plain = _step(program, used, _called(program, used))
         except Exception as error:
             return Outcome(program, Verdict.INVALID, f"{type(error).__name__}: {error}")
         try:
@@ -138,7 +164,7 @@ def _check_same(program: Program, report: Report) -> Outcome:
             blamed = Verdict.CRASHED if _runs_without_us(program, model) else Verdict.UNCAPTURED
             return _outcome(program, blamed, _raised(error), report)
         if not report.rewritten:
-            seen = Verdict.MISSED if report.declined else Verdict.UNSEEN
+            seen = Verdict.MISSED if _reasons(report) else Verdict.UNSEEN
             return _outcome(program, seen, "", report)
         exact = plain if program.dtype is torch.float64 else _exact(program, model) or plain
         differs = _difference(program, plain, found, exact)
@@ -154,15 +180,21 @@ def _raised(error: BaseException) -> str:
 
 
 def _outcome(program: Program, verdict: Verdict, detail: str, report: Report) -> Outcome:
-    declined = [site for site in report.declined if site.reason is not None]
-    kinds = [site.reason.kind.name for site in declined if site.reason is not None]
+    reasons = _reasons(report)
     lines = [
         f"{site.reason} | {site.location.code if site.location else 'unknown line'}"
-        for site in declined
+        for site in report.declined
     ]
+    lines += [str(unread) for graph in report.graphs for unread in graph.unread]
     explained = "\n".join(dict.fromkeys(lines))
-    reasons = tuple(dict.fromkeys(kinds))
     return Outcome(program, verdict, detail, reasons, explained, len(report.rewritten))
+
+
+def _reasons(report: Report) -> tuple[str, ...]:
+    """The kinds of all reasons: of networks that are declined, and of graphs that are not read."""
+    reasons = [site.reason for site in report.declined]
+    reasons += [unread.reason for graph in report.graphs for unread in graph.unread]
+    return tuple(dict.fromkeys(reason.kind.name for reason in reasons if reason is not None))
 
 
 def _exact(program: Program, model: nn.Module) -> Results | None:
@@ -184,8 +216,12 @@ def _compiled(program: Program, model: nn.Module, report: Report) -> Callable[..
         return gm.forward
 
     torch.compiler.reset()
-    dynamic = True if program.all_dynamic else None if program.dynamic else False
-    return torch.compile(_called(program, model), backend=backend, dynamic=dynamic)
+    return torch.compile(_called(program, model), backend=backend, dynamic=_dynamic(program))
+
+
+def _dynamic(program: Program) -> bool | None:
+    """The option of ``torch.compile``."""
+    return True if program.all_dynamic else None if program.dynamic else False
 
 
 def _called(program: Program, model: nn.Module) -> Callable[..., Any]:
@@ -225,7 +261,8 @@ def _runs_without_us(program: Program, model: nn.Module) -> bool:
     torch.compiler.reset()
     try:
         model = copy.deepcopy(model)
-        _step(program, model, torch.compile(_called(program, model), backend="eager"))
+        call = _called(program, model)
+        _step(program, model, torch.compile(call, backend="eager", dynamic=_dynamic(program)))
     except Exception:
         return False
     return True

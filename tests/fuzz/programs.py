@@ -434,6 +434,7 @@ class _Generator:
             self.sizes,
             dynamic=bool(self.dynamic),
             detours=self.rng.choice([0.0, 0.0, 0.05, 0.15]),
+            cast=any("autocast" in mode for mode in self.modes),
         )
         self.init: list[str] = []
         self.inputs: dict[str, Dims] = {"x": self.layout}

@@ -92,6 +92,7 @@ class Writer:
     sizes: dict[str, int]  # by letter; for spellings that depend on a number
     dynamic: bool = False  # whether batch or length have no fixed size
     detours: float = 0.1  # how often one is taken
+    cast: bool = False  # whether autocast may be on: then hidden units and weights differ in dtype
     lines: list[str] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
     spellings: set[str] = field(default_factory=set)  # which contractions were used
@@ -354,6 +355,8 @@ class Writer:
         shared = "".join(x for x in w.letters if x in a.letters and x not in summed)
         kinds = ["einsum", "einsum", "matmul", "matmul", "bmm", "multiply"]
         kinds += ["vmap"] if shared else ["linear", "linear", "tensordot"]
+        if self.cast and "f" in summed and not shared:  # which tensordot refuses
+            kinds.remove("tensordot")
         tokens = [x for x in a.letters if x not in summed and x not in shared]
         if len(tokens) <= 3 and shared and not self.dynamic:
             kinds += ["conv1d"]

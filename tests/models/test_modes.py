@@ -14,6 +14,8 @@ from corpus.cases import H, d, f
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import mhf_compiler
+from mhf_compiler.patterns import Kind
 from models.harness import flashmhf, tally
 
 Place = Callable[[], AbstractContextManager[Any]]
@@ -158,6 +160,21 @@ def test_inference_mode_inside(inside: str):
 
     assert_same(model, nullcontext, training=False, strict=False)
     assert tally().sites == 0
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_network_under_inference_mode_inside_is_a_near_miss(dtype: torch.dtype | None):
+    """Composite operations are read there as elsewhere, and autocast is seen."""
+
+    def model(q: Tensor, *weights: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return clamped(q, *weights)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not None):
+        report = mhf_compiler.explain(model, options={"rewrite": "always"})(*arguments(False))
+    (miss,) = report.declined
+    assert miss.reason.kind is Kind.INFERENCE_REGION
+    assert miss.location.file == __file__
 
 
 def test_inference_mode_outside():

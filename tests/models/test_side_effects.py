@@ -74,6 +74,23 @@ def once_and_a_view(m: Kept, x: Tensor, y: Tensor) -> Any:
     return out, out.view(-1), out[0]
 
 
+def of_shared_weights(m: Kept, x: Tensor) -> Tensor:
+    """The last product makes the memory and returns a view of it."""
+    q = x.unflatten(-1, (H, d))
+    hidden = F.silu(q @ m.gate[0, 0].T) * (q @ m.up[0, 0].T)
+    return torch.tensordot(hidden, m.down[0, 0], dims=([3], [0]))
+
+
+def a_product_and_its_views(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = of_shared_weights(m, x)
+    return out, out[..., 0], out.view(-1)
+
+
+def a_view_of_a_product_and_another(m: Kept, x: Tensor, y: Tensor) -> Any:
+    out = of_shared_weights(m, x)
+    return out.transpose(1, 2), out[0], out
+
+
 def twice_with_a_sum(m: Kept, x: Tensor, y: Tensor) -> Any:
     one, other = m(x), m(x)
     return one, one + other, other
@@ -249,6 +266,7 @@ def views_inside(m: Kept, x: Tensor, y: Tensor) -> Any:
 
 APART: list[Run] = [
     *(twice, twice_in_parts, twice_scaled, twice_by_heads, once_and_a_view, twice_with_a_sum),
+    *(a_product_and_its_views, a_view_of_a_product_and_another),
     *(a_buffer_and_its_part, a_view_of_its_part, a_part_alone, logits),
     *(of_a_result, of_half_of_it, of_something_else, between_two_reads),
     *(gates_into_a_buffer, hidden_units_into_a_buffer, heads_into_lists),
@@ -303,7 +321,10 @@ def test_inputs_that_are_views_of_each_other(run: Run, view: Callable[[Tensor], 
     same(run, make)
 
 
-@pytest.mark.parametrize("run", [twice, once_and_a_view, twice_with_a_sum, of_something_else])
+@pytest.mark.parametrize(
+    "run",
+    [twice, once_and_a_view, a_product_and_its_views, twice_with_a_sum, of_something_else],
+)
 def test_such_networks_are_rewritten(run: Run):
     same(run, lambda: (torch.ones(SHAPE).double(), torch.ones(SHAPE).double()))
     assert tally().sites == 1

@@ -58,6 +58,28 @@ def test_rows_behind_each_head_are_tokens(shape: tuple[int, ...], tokens: tuple[
     assert sizes(site) == (G, G, tokens)
 
 
+def test_rows_behind_each_head_are_tokens_where_the_result_is_flat():
+    """There are no other tokens: nothing needs the rows as heads."""
+
+    def flat(x: Tensor) -> Tensor:
+        return network(x.unflatten(-2, (G, S))).flatten(-2)
+
+    assert sizes(the_site(flat, torch.randn(G * S, d))) == (G, G, (1, S))
+
+
+def test_rows_behind_each_head_are_tokens_to_a_router_of_each_row():
+    E = 3
+    route, gate, down = torch.randn(G * d, E), torch.randn(G, E, d, f), torch.randn(G, E, f, d)
+
+    def routed(x: Tensor) -> Tensor:
+        q = x.unflatten(0, (G, S))
+        r = (q.transpose(0, 1).flatten(1) @ route).softmax(-1)
+        hidden = torch.relu(torch.einsum("gsd,gedf->gsef", q, gate)) * r[..., None]
+        return torch.einsum("gsef,gefd->gsd", hidden, down).reshape(G, S * d)
+
+    assert sizes(the_site(routed, torch.randn(G * S, d))) == (G, G, (1, S))
+
+
 def test_rows_of_two_dimensions_of_tokens_are_heads():
     site = the_site(lambda x: network(x.unflatten(-2, (G, S))), torch.randn(2, 3, G * S, d))
     assert sizes(site) == (G * S, G, (2, 3))

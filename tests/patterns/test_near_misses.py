@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from corpus.cases import TOKENS, E, PerHead, SubNetworks, split_heads
+from corpus.cases import TOKENS, E, H, PerHead, SubNetworks, d, split_heads
 from torch import Tensor, nn
 
 import mhf_compiler
 from mhf_compiler.patterns import Kind
+
+Mixing = Callable[[Tensor], Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,126 @@ def test_a_sum_that_shrinks():
     assert_said(ShrinkingSum(), Kind.SUMMED_APART, "beta=0.5)", "baddbmm", rewritten=E)
 
 
+class TwoBiases(SubNetworks):
+    """The op has one bias of the output."""
+
+    def __init__(self, routed: bool) -> None:
+        super().__init__()
+        self.routed = routed
+        self.biases = nn.Parameter(torch.randn(2, H, E, 1, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        route = torch.sigmoid(torch.einsum("bhld,hed->bhle", q, self.route))
+        out = torch.zeros_like(q)
+        for e in range(E):
+            sub = (F.silu(q @ self.gate[:, e]) * (q @ self.up[:, e])) @ self.down[:, e]
+            sub = sub + self.biases[0, :, e] + self.biases[1, :, e]
+            out = out + (sub * route[..., e, None] if self.routed else sub)
+        return out
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_sub_networks_with_two_biases(routed: bool):
+    code = "self.biases[0, :, e] + self.biases[1, :, e]"
+    assert_said(TwoBiases(routed), Kind.SUMMED_APART, code, "a second bias", rewritten=E)
+
+
+# Heads that are rewritten one by one.
+
+
+class HeadByHead(SubNetworks):
+    """Merges heads of a loop, each with sub-networks."""
+
+    def __init__(self, after: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h, q in enumerate(split_heads(x).unbind(2)):
+            hidden = F.silu(torch.einsum("bld,edf->blef", q, self.gate[h]))
+            hidden = hidden * torch.einsum("bld,edf->blef", q, self.up[h])
+            r = (q @ self.route[h].T).sigmoid()
+            y = torch.einsum("blef,efd,ble->bld", hidden, self.down[h], r)
+            heads.append(self.after(y, h))
+        return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize(
+    ("after", "kind", "code", "detail"),
+    [
+        (
+            lambda y, h: torch.tanh(y),
+            Kind.OPERATION_IN_LOOP,
+            "lambda y, h: torch.tanh(y)",
+            "tanh before the heads are merged",
+        ),
+        (
+            lambda y, h: y + torch.arange(d) * h,
+            Kind.OPERATION_IN_LOOP,
+            "lambda y, h: y + torch.arange(d)",
+            "is added",
+        ),
+        (
+            lambda y, h: y * (h + 1),
+            Kind.UNEQUAL_HEADS,
+            'torch.einsum("blef,efd,ble->bld"',
+            "factors 1 and 2",
+        ),
+    ],
+    ids=["activated", "added", "scaled"],
+)
+def test_what_keeps_heads_apart(
+    after: Callable[[Tensor, int], Tensor], kind: Kind, code: str, detail: str
+):
+    assert_said(HeadByHead(after), kind, code, detail, rewritten=H)
+
+
+class WideBias(SubNetworks):
+    """A bias in float32, next to a network in 16 bits, before sub-networks are summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(H, E, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate, up, down = (w.bfloat16() for w in (x, self.gate, self.up, self.down))
+        heads = []
+        for h, q in enumerate(split_heads(x).unbind(2)):
+            q = q.unsqueeze(1)
+            hidden = F.silu(q @ gate[h]) * (q @ up[h])
+            y = hidden @ down[h] + self.bias[h, :, None]
+            heads.append((y * torch.sigmoid(y.new_zeros(E, 1, 1))).sum(1))
+        return torch.stack(heads, 2)
+
+
+def test_heads_with_a_bias_of_more_digits():
+    assert_said(
+        WideBias(), Kind.MIXED_PRECISION, "+ self.bias[h, :, None]", "a bias in torch.float32", H
+    )
+
+
+class Branches(nn.Module):
+    """Two networks of one form, side by side: each reads a tensor of its own."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = PerHeadNetwork(), PerHeadNetwork()
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.first(x.sin()), self.second(x.cos()))
+
+
+class Dense(Branches):
+    """The second one reads what the first one has made, and both results are kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.join(y, self.second(y.sin()))
+
+
 def _weighted(out: Tensor, sub: Tensor, r: Tensor, e: int) -> Tensor:
     return out + sub * r
 
@@ -135,7 +257,16 @@ class PerHeadNetwork(PerHead):
 
 
 @pytest.mark.parametrize(
-    ("model", "sites"), [(lambda: InALoop(_weighted), 1), (TwoLayers, 2)], ids=["loop", "layers"]
+    ("model", "sites"),
+    [
+        (lambda: InALoop(_weighted), 1),
+        (TwoLayers, 2),
+        (lambda: Branches(torch.add), 2),
+        (lambda: Branches(torch.mul), 2),
+        (lambda: Dense(lambda a, b: torch.cat((a.relu(), b.relu()), -1)), 2),
+        (lambda: HeadByHead(lambda y, h: y), 1),
+    ],
+    ids=["loop", "layers", "added", "multiplied", "dense", "heads"],
 )
 def test_nothing_is_said_where_nothing_is_missed(model: Callable[[], nn.Module], sites: int):
     report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
@@ -183,6 +314,66 @@ def test_an_activation_of_somebody_elses():
 
 def test_hidden_units_that_are_summed_up_over_tokens():
     assert_said(SummedUp(), Kind.UNKNOWN_OPERATION, ".cumsum(-2) @", "cumsum", rewritten=0)
+
+
+class MixedUnits(PerHead):
+    """Something happens to the gate, or to the hidden units, that mixes units or tokens."""
+
+    def __init__(self, gate: Mixing, hidden: Mixing) -> None:
+        super().__init__()
+        self.of_gate, self.of_hidden = gate, hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        gate = self.of_gate(q @ self.gate)
+        return self.of_hidden(gate * (q @ self.up)) @ self.down
+
+
+def averaged(hidden: Tensor) -> Tensor:
+    return hidden.mean(2, keepdim=True).expand(hidden.shape)
+
+
+@pytest.mark.parametrize(
+    ("gate", "hidden", "kind", "code", "detail"),
+    [
+        (
+            lambda gate: gate.softmax(-1),
+            lambda hidden: hidden,
+            Kind.UNKNOWN_OPERATION,
+            "lambda gate: gate.softmax(-1)",
+            "softmax",
+        ),
+        (F.silu, averaged, Kind.NOT_A_PRODUCT, "hidden.mean(2, keepdim=True)", "mean"),
+    ],
+    ids=["softmax", "mean over tokens"],
+)
+def test_what_mixes_units_or_tokens(
+    gate: Mixing, hidden: Mixing, kind: Kind, code: str, detail: str
+):
+    assert_said(MixedUnits(gate, hidden), kind, code, detail, rewritten=0)
+
+
+class Attention(PerHead):
+    """A softmax between two products, of tokens with tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(x).transpose(1, 2) @ w for w in (self.gate, self.up, self.gate))
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Pooled(PerHead):
+    """The mean of all tokens is classified."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(split_heads(x).transpose(1, 2) @ self.gate)
+        return hidden.mean(2) @ self.down[0]
+
+
+@pytest.mark.parametrize("model", [Attention, Pooled])
+def test_products_that_are_no_feed_forward_network(model: Callable[[], nn.Module]):
+    report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert report.rewritten == []
+    assert report.declined == []
 
 
 # In place, and in transforms.

@@ -1,5 +1,6 @@
 """Option ``verify``: a site that computes something else is declined, or raises under strict."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,6 +110,47 @@ def test_random_numbers_of_the_model_stay():
 def test_dynamic_sizes():
     model = torch.compile(Heads(), backend="flashmhf", dynamic=True, options=VERIFY)
     model(tokens())
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+
+
+def test_a_loop_over_a_part_of_a_dynamic_dimension():
+    """The heads that are read are a fixed part of a size that is a symbol."""
+    w = Heads()
+
+    def unbound(x: Tensor) -> Tensor:
+        heads = [(F.silu(x[h] @ w.gate[h]) * (x[h] @ w.up[h])) @ w.down[h] for h in range(H)]
+        return torch.stack(heads, -2)
+
+    options = VERIFY | {"strict": True, "fallback": "eager"}
+    x = torch.randn(H + 1, 6, d)
+    model = torch.compile(unbound, backend="flashmhf", dynamic=True, options=options)
+    torch.testing.assert_close(model(x), unbound(x), rtol=1e-4, atol=1e-5)
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+
+
+@pytest.mark.parametrize(
+    "zeros",
+    [
+        torch.zeros_like,
+        lambda q: q.new_zeros(q.shape),
+        lambda q: torch.empty_like(q).zero_(),
+        lambda q: torch.zeros(q.shape).zero_(),
+    ],
+    ids=["like", "new", "empty, set to zero", "set to zero"],
+)
+def test_sums_that_begin_with_zeros(zeros: Callable[[Tensor], Tensor]):
+    """Zeros are computed, and no random numbers."""
+    heads = Heads()
+
+    def summed(x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d)).transpose(1, 2)
+        out = zeros(q)
+        for scale in (1.0, 1.0):
+            out += scale * ((F.silu(q @ heads.gate) * (q @ heads.up)) @ heads.down)
+        return out
+
+    options = VERIFY | {"strict": True, "fallback": "eager"}
+    torch.compile(summed, backend="flashmhf", options=options)(tokens())
     assert counters["flashmhf"]["sites_rewritten"] == 1
 
 

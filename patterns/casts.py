@@ -1,0 +1,96 @@
+"""Casts and views, in either order.
+
+A cast is elementwise, so a cast of a view has the same elements as a view of a cast. Autocast
+casts what a product reads: below the views of one spelling of a product, above those of another,
+and each head of a loop by itself. What it has cast may be read as a view of one cast of the whole,
+which is in no graph yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .axes import Index, Size, at_most, plus, product
+from .canonical import Value
+from .contractions import Operand
+from .operations import is_cast
+from .views import is_view, through_view, through_views
+
+aten = torch.ops.aten
+
+
+def through_casts(value: Value, index: Index) -> tuple[Value, Index, list[Value]]:
+    """What a value is cast from and a view of, where it is read, and the values on the way."""
+    passed: list[Value] = []
+    while True:
+        step = (value.source, index) if is_cast(value) else through_view(value, index)
+        if step is None:
+            return value, index, passed
+        passed.append(value)
+        value, index = step
+
+
+def uncast(value: Value) -> Value:
+    """What a value is cast from and a view of."""
+    while is_cast(value) or is_view(value):
+        value = value.source
+    return value
+
+
+def same_cast(a: Value, b: Value) -> bool:
+    """Whether two values are casts of one value to one dtype."""
+    alike = is_cast(a) and is_cast(b) and a.dtype is b.dtype and a.source is b.source
+    return alike and a.requires_grad_mode is b.requires_grad_mode
+
+
+def above_views(operand: Operand, is_held: Callable[[Value], bool]) -> Operand:
+    """A cast of views, read as views of a cast.
+
+    One that a node holds stays: it is there. So does one of a part, as the whole would be more.
+    """
+    value = operand.value
+    if not is_cast(value) or is_held(value):
+        return operand
+    base, index = through_views(value.source, operand.index)
+    if base is value.source or not at_most(product(base.shape), product(value.shape)):
+        return operand
+    return Operand(_cast_of(base, value), index)
+
+
+def as_one_cast(copies: Sequence[Operand]) -> list[Operand] | None:
+    """Casts of parts of one tensor, read as parts of one cast; None unless they are all of it."""
+    first = copies[0].value
+    found: list[Operand] = []
+    for copy in copies:
+        value = copy.value
+        alike = value.dtype is first.dtype and value.requires_grad_mode is first.requires_grad_mode
+        if not alike or not is_cast(value):
+            return None
+        found.append(Operand(*through_views(value.source, copy.index)))
+    base = found[0].value
+    parts = {copy.value for copy in copies}
+    covered: Size = 0
+    for part in parts:
+        covered = plus(covered, product(part.shape))
+    if any(one.value is not base for one in found) or not at_most(product(base.shape), covered):
+        return None
+    cast = _cast_of(base, max((copy.value for copy in copies), key=lambda value: value.step))
+    return [Operand(cast, one.index) for one in found]
+
+
+def _cast_of(base: Value, like: Value) -> Value:
+    """A cast of all of ``base``, of which ``like`` is a cast of a part or a view."""
+    return Value(
+        op=aten._to_copy.default,
+        args=(base,),
+        kwargs={"dtype": like.dtype},
+        shape=base.shape,
+        dtype=like.dtype,
+        device=like.device,
+        origin=like.origin,
+        step=like.step,
+        requires_grad_mode=like.requires_grad_mode,
+        strides=base.strides,
+    )

@@ -1,0 +1,190 @@
+"""Casts and views in either order: autocast casts below the views of some products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+import mhf_compiler
+from mhf_compiler.patterns import STACK, Kind, Site, find_sites
+
+T, H, E, d, f = 6, 3, 2, 8, 5
+OPTIONS = {"rewrite": "always", "fallback": "eager", "strict": True, "verify": True}
+
+torch.manual_seed(0)
+X = torch.randn(T, H, d)
+GATE, UP = (torch.randn(H, d, f) / 3 for _ in range(2))
+DOWN = torch.randn(H, f, d) / 3
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def the_site(function: Callable[..., Any], *args: Tensor) -> Site:
+    """The one site of a function under autocast, after its results have been compared."""
+    found: list[Site] = []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        found.extend(find_sites(gm).sites)
+        return gm.forward
+
+    args = tuple(x.clone().requires_grad_() for x in args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.compile(function, backend=backend)(*args)
+        (site,) = found
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="flashmhf", options=OPTIONS)
+        results = [run(*args) for run in (compiled, function)]
+        gradients = [torch.autograd.grad(y.float().sum(), args) for y in results]
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+    return site
+
+
+def reasons(function: Callable[..., Any], *args: Tensor, autocast: bool = True) -> set[Kind]:
+    """Why nothing is rewritten."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        report = mhf_compiler.explain(function, options={"rewrite": "always"})(*args)
+    assert not report.rewritten
+    return {site.reason.kind for site in report.declined if site.reason is not None}
+
+
+# One query, cast more than once.
+
+#: products of (T, d) and (d, f); each views its arguments in another way before they are cast
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": lambda q, w: q @ w,
+    "tensordot": lambda q, w: torch.tensordot(q, w, dims=([1], [0])),
+    "einsum": lambda q, w: torch.einsum("td,df->tf", q, w),
+    "linear": lambda q, w: F.linear(q, w.T),
+    "transposed": lambda q, w: (w.T @ q.T).T,
+    "conv": lambda q, w: F.conv1d(q[:, :, None], w.T[:, :, None])[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("of_up", PRODUCTS)
+@pytest.mark.parametrize("of_gate", ["matmul", "einsum"])
+def test_gate_and_up_may_be_spelled_by_different_products(of_gate: str, of_up: str):
+    gate_of, up_of = PRODUCTS[of_gate], PRODUCTS[of_up]
+
+    def heads(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                (F.silu(gate_of(x[:, h], gate[h])) * up_of(x[:, h], up[h])) @ down[h]
+                for h in range(H)
+            ],
+            1,
+        )
+
+    site = the_site(heads, X, GATE, UP, DOWN)
+    assert (site.heads, site.groups) == (H, H)
+
+
+def batched(q: Tensor, other: Tensor) -> Tensor:
+    """The gate reads one tensor, the up projection another; by different products."""
+    gate = torch.einsum("thd,hdf->thf", q, GATE)
+    up = (other.transpose(0, 1) @ UP).transpose(0, 1)
+    return torch.einsum("thf,hfd->thd", F.silu(gate) * up, DOWN)
+
+
+def test_batched_heads_by_different_products():
+    site = the_site(lambda x: batched(x, x), X)
+    assert (site.heads, site.sub_networks) == (H, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        (lambda x: x.roll(1, 0), Kind.DIFFERENT_QUERIES),
+        (lambda x: x.flip(-1), Kind.DIFFERENT_QUERIES),
+        (lambda x: x.transpose(0, 1).reshape(T, H, d), Kind.DIFFERENT_QUERIES),
+        (lambda x: torch.cat((x[1:], x[:1])), Kind.DIFFERENT_QUERIES),
+        (lambda x: x.half(), Kind.MIXED_PRECISION),
+    ],
+    ids=["other tokens", "reversed", "rearranged", "cut and glued", "rounded to other digits"],
+)
+def test_casts_of_other_elements_are_other_queries(other: Callable[[Tensor], Tensor], kind: Kind):
+    assert reasons(lambda x: batched(x, other(x)), X) == {kind}
+
+
+def test_another_part_of_one_cast_tensor_is_another_query():
+    """Both are cast alike from one tensor: it is not their precision that differs."""
+
+    def parts(x: Tensor) -> Tensor:
+        return batched(x[:T].bfloat16(), x[T:].bfloat16())
+
+    assert reasons(parts, torch.cat((X, X))) == {Kind.DIFFERENT_QUERIES}
+
+
+def test_a_cast_without_gradients_is_another_query():
+    def cut(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            other = x.transpose(0, 1).bfloat16()
+        return batched(x, other.transpose(0, 1))
+
+    assert reasons(cut, X.clone().requires_grad_()) <= {Kind.DIFFERENT_QUERIES, Kind.GRADIENTS_CUT}
+
+
+# Parts of one tensor, each cast by itself.
+
+
+def test_heads_that_share_weights_are_heads_where_each_is_cast_by_itself():
+    def heads(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        queries = x.split(d, -1)
+        return torch.cat([(F.silu(q @ gate) * (q @ up)) @ down for q in queries], -1)
+
+    site = the_site(heads, X.flatten(1), GATE[0], UP[0], DOWN[0])
+    assert (site.heads, site.groups) == (H, 1)
+    assert site.query.value.op != STACK
+
+
+def of_heads(x: Tensor, which: range) -> Tensor:
+    """The networks of some heads, in a loop."""
+    hidden = [F.silu(x[:, h] @ GATE[h]) * (x[:, h] @ UP[h]) for h in which]
+    return torch.stack([y @ DOWN[h] for h, y in zip(which, hidden, strict=True)], 1)
+
+
+def test_weights_of_a_loop_are_read_from_one_cast():
+    site = the_site(lambda x: of_heads(x, range(H)), X)
+    assert all(view.value.op != STACK for view in site.views().values())
+    assert site.gate.value.shape == GATE.shape
+
+
+def test_a_part_of_the_heads_is_cast_alone():
+    """A cast of all of them would be more work than the model has."""
+    site = the_site(lambda x: of_heads(x, range(H - 1)), X)
+    assert site.heads == H - 1
+    assert all(view.value.op == STACK for view in site.views().values())
+
+
+def test_repeated_weights_are_cast_before_they_are_repeated():
+    def grouped(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate, up, down = (w.repeat_interleave(2, 0) for w in (gate, up, down))
+        hidden = F.silu(torch.einsum("thd,hdf->thf", x, gate)) * torch.einsum("thd,hdf->thf", x, up)
+        return torch.einsum("thf,hfd->thd", hidden, down).flatten(1)
+
+    site = the_site(grouped, torch.randn(T, 2 * H, d), GATE, UP, DOWN)
+    assert (site.heads, site.groups) == (2 * H, H)
+
+
+def test_a_tensor_that_is_overwritten_after_its_cast():
+    """The op would read the new numbers."""
+
+    def written(x: Tensor) -> Tensor:
+        x = x * 1.5
+        halves = [part.bfloat16() for part in x.split(d, -1)]
+        x.zero_()
+        return torch.cat([(F.silu(q @ GATE[0]) * (q @ UP[0])) @ DOWN[0] for q in halves], -1)
+
+    x = X.flatten(1)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(written, backend="flashmhf", options=OPTIONS)
+        torch.testing.assert_close(compiled(x), written(x), rtol=0.05, atol=0.05)
