@@ -240,9 +240,10 @@ class _Reader:
         """Outputs that are concatenated or stacked: an unrolled loop over heads."""
         pieces: Sequence[Value] = value.args[0]
         dim = value.argument(1, "dim", 0) % len(value.shape)
-        widths = {piece.shape[dim] for piece in pieces} if value.op is aten.cat.default else {1}
-        if len(widths) > 1:
-            sizes = ", ".join(str(piece.shape[dim]) for piece in pieces)
+        alike = all(len(piece.shape) == len(value.shape) for piece in pieces)
+        widths = [piece.shape[dim] for piece in pieces] if alike else []
+        if value.op is aten.cat.default and len(set(widths)) > 1:
+            sizes = ", ".join(map(str, widths))
             detail = f"outputs of different sizes are concatenated: {sizes}"
             raise Declined(Kind.UNEQUAL_HEADS, detail, value.origin)
         read = piece_index(value, index, dim)

@@ -356,8 +356,15 @@ def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
 
 
 def _keeps(value: Value) -> bool:
-    """Whether it is a sum or a mean that keeps the dimension, so as to be expanded again."""
-    return value.op in _REDUCTIONS and bool(value.argument(2, "keepdim", False))
+    """Whether it is a sum or a mean that keeps the dimension, so as to be expanded again.
+
+    Not over the last dimension, as a norm has it: that is where features are.
+    """
+    if value.op not in _REDUCTIONS or not value.argument(2, "keepdim", False):
+        return False
+    rank = len(value.shape)
+    dims = {dim % rank for dim in value.argument(1, "dim", None) or range(rank)}
+    return rank - 1 not in dims
 
 
 def _is_pointwise(value: Value) -> bool:

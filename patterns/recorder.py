@@ -13,13 +13,14 @@ It is a dispatch mode below autograd and functorch, so composite operations arri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mhf_compiler.compat import TorchDispatchMode
 
-from .canonical import COPY, UntraceableGraph
+from .canonical import COPY, UntraceableGraph, Value
 from .memory import Memory
 from .numbering import ValueNumbering, sizes_of
 from .parts import ViewStep
@@ -35,6 +36,8 @@ _PRODUCTS_ADDED = {
 
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
+
+CAT = torch.ops.aten.cat.default
 
 #: what gives a tensor other memory
 _SWAPS = frozenset(
@@ -74,7 +77,7 @@ class Recorder(TorchDispatchMode):
             return args[0].device
         result = func(*args, **kwargs)
         if func.namespace != "prim":  # other questions about a tensor
-            for call in _taken_apart(Call(func, args, kwargs, result)):
+            for call in _taken_apart(_without_nothing(Call(func, args, kwargs, result))):
                 self.calls.append(call)
                 self.is_broken = True
                 self.record(call)
@@ -105,6 +108,8 @@ class Recorder(TorchDispatchMode):
     def _record_pure(self, call: Call) -> None:
         args = map_tensors(self._memory.read, call.args)
         kwargs = map_tensors(self._memory.read, call.kwargs)
+        if call.func is CAT and not kwargs:
+            args = _at_once(*args)
         for tensor, item in _results(call):
             if tensor not in self._memory:
                 value = self._values.value(call.func, args, kwargs, tensor, item=item)
@@ -204,6 +209,33 @@ def _names(func: Any) -> tuple[str, str]:
     """``aten.add_.Tensor`` -> ``("add_", "Tensor")``"""
     name, _, overload = func.name().partition("::")[2].partition(".")
     return name, overload or "default"
+
+
+def _at_once(pieces: Sequence[Value], dim: int = 0) -> tuple[list[Value], int]:
+    """The arguments of one ``cat`` for a tensor that has grown by one after the other."""
+    grad = torch.is_grad_enabled()
+    found: list[Value] = []
+    for piece in pieces:
+        rank = len(piece.shape)
+        grown = piece.op is CAT and piece.argument(1, "dim", 0) % rank == dim % rank
+        alike = grown and piece.requires_grad_mode is grad
+        alike = alike and all(one.dtype is piece.dtype for one in piece.args[0])
+        found += piece.args[0] if alike else [piece]
+    return found, dim
+
+
+def _without_nothing(call: Call) -> Call:
+    """``cat`` without what has no dimension to be concatenated along: ``torch.empty(0)``.
+
+    Not where such a tensor decides about the dtype.
+    """
+    if call.func is not CAT:
+        return call
+    pieces, *rest = call.args
+    something = [piece for piece in pieces if piece.dim() == call.result.dim()]
+    if any(piece.dtype is not call.result.dtype for piece in something):
+        return call
+    return replace(call, args=(something, *rest))
 
 
 def _taken_apart(call: Call) -> list[Call]:

@@ -109,6 +109,8 @@ def piece_index(value: Value, index: Index, dim: int) -> tuple[Affine, Index] | 
     pieces: Sequence[Value] = value.args[0]
     if value.op is aten.stack.default:
         return index[dim], (*index[:dim], *index[dim + 1 :])
+    if any(len(piece.shape) != len(value.shape) for piece in pieces):
+        return None
     width = pieces[0].shape[dim]
     if any(piece.shape[dim] != width for piece in pieces):
         return None

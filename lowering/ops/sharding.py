@@ -102,11 +102,14 @@ know_dtensor._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @cache
 def _register() -> None:
-    from mhf_compiler.compat import register_shardings
+    try:
+        from mhf_compiler.compat import register_shardings
 
-    for name in _OPS:
-        op = getattr(torch.ops.mhf_compiler, name).default
-        register_shardings(op, partial(shardings, name))
+        for name in _OPS:
+            op = getattr(torch.ops.mhf_compiler, name).default
+            register_shardings(op, partial(shardings, name))
+    except (AttributeError, ImportError):
+        return  # PyTorch lacks a private name: DTensor will say that it does not know the ops
 
 
 def shardings(

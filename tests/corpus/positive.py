@@ -511,6 +511,18 @@ class BufferFilledByHead(PerHead):
 
 
 @mhf()
+class BeginsWithNothing(PerHead):
+    """The list of heads begins with a tensor without a dimension to be concatenated along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_empty(0)
+        for h, q in enumerate(x.chunk(H, -1)):
+            hidden = F.silu(q @ self.gate[h]) * (q @ self.up[h])
+            out = torch.cat([out, hidden @ self.down[h]], dim=-1)
+        return out
+
+
+@mhf()
 class BufferFilledByIndex(PerHead):
     """A loop over heads writes along the dimension of heads."""
 

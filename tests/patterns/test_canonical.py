@@ -67,6 +67,39 @@ def x() -> Tensor:
 # Decomposition and merging.
 
 
+def test_a_tensor_that_grows_is_one_cat():
+    def grown(a: Tensor, b: Tensor) -> Tensor:
+        out = a.new_empty(0)  # without a dimension to be concatenated along
+        for piece in (a, b, a):
+            out = torch.cat([out, piece], dim=-1)
+        return out
+
+    result = Copied(grown, x(), x()).result
+    assert result.op is aten.cat.default
+    assert [piece.op for piece in result.args[0]] == [INPUT] * 3
+
+
+@pytest.mark.parametrize(
+    "grown",
+    [
+        lambda a, b: torch.cat([torch.cat([a, b], 0), torch.cat([b, a], 0)], 1),
+        lambda a, b: torch.cat([torch.cat([a, b], 1).double(), a], 1),
+        lambda a, b: torch.cat([torch.cat([a, b.double()], 1), a], 1),
+    ],
+    ids=["other dimension", "cast in between", "another dtype inside"],
+)
+def test_a_cat_of_something_else_stays_two(grown: Callable[..., Tensor]):
+    first = Copied(grown, x(), x()).result.args[0][0]
+    assert first.op is not INPUT
+
+
+def test_nothing_decides_about_the_dtype():
+    grown = lambda a: torch.cat([a.new_empty(0, dtype=torch.float64), a], 1)  # noqa: E731
+    result = Copied(grown, x()).result
+    assert result.dtype is torch.float64
+    assert len(result.args[0]) == 2
+
+
 def test_composite_operations_arrive_decomposed():
     copied = Copied(lambda a, b: torch.einsum("ij,jk->ik", a, b), torch.randn(3, 4), x())
     assert aten.bmm.default in copied.operations()
