@@ -41,14 +41,16 @@ class Wrong(Heads):
         return super().forward(x) + x[:, 1:]  # does not fit
 
 
-def call(model, backend):
-    options = {"rewrite": "always"} if backend == "flashmhf" else None
+def call(model, backend, **options):
+    if backend == "flashmhf":
+        options["rewrite"] = "always"
     torch.compile(model, backend=backend, options=options)(torch.randn(4, 6, 8))
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(sys.argv[2] != "inference")
-    call(Heads(), sys.argv[1])
+    training = sys.argv[2] == "training"
+    torch.set_grad_enabled(training)
+    call(Heads(), sys.argv[1], fallback_by_default=not training)  # without C++ for inference
 """
 # In place of a C++ compiler: a failure that takes no time.
 NO_COMPILER = """#!/bin/sh
