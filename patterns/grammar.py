@@ -124,7 +124,7 @@ class _Reader:
 
     def leaf(self, value: Value, index: Index) -> Operand:
         found = Operand(*through_views(value, index, self.crossed, self.outputs))
-        return above_views(found, self.is_held)
+        return above_views(found, self.is_held, self.outputs)
 
     def output(self, value: Value, index: Index) -> Term:
         """The value as a term, read at an index.
