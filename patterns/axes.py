@@ -234,14 +234,23 @@ def through_reshape(index: Index, shape: Sequence[Size], source: Sequence[Size])
     ``shape`` is the shape after the reshape. The position in row-major order is the same on both
     sides, so the position is written as one form and cut into the digits of ``source``, splitting
     axes where a digit ends inside one. None when the digits are no affine forms.
+
+    Outer dimensions that both have stay as they are, so that a place in one of symbolic size does
+    not have to be proved to be inside of it again.
     """
     if 0 in shape:
         return None  # nothing is read
+    kept = 0
+    for size, other in zip(shape, source, strict=False):
+        if size != other:
+            break
+        kept += 1
     position = Affine()
-    for form, stride in zip(index, contiguous_strides(shape), strict=True):
+    for form, stride in zip(index[kept:], contiguous_strides(shape[kept:]), strict=True):
         part = form.resolved().scaled(stride)
         position = Affine(position.terms + part.terms, plus(position.offset, part.offset))
-    return _digits(position, source)
+    inner = _digits(position, source[kept:])
+    return None if inner is None else (*(form.resolved() for form in index[:kept]), *inner)
 
 
 def _digits(position: Affine, source: Sequence[Size]) -> Index | None:

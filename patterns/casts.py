@@ -9,6 +9,7 @@ which is in no graph yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -16,7 +17,7 @@ from .axes import Index, Size, at_most, plus, product
 from .canonical import Value
 from .contractions import Operand
 from .operations import is_cast
-from .views import is_view, through_view, through_views
+from .views import is_view, through_view
 
 aten = torch.ops.aten
 
@@ -45,39 +46,59 @@ def same_cast(a: Value, b: Value) -> bool:
     return alike and a.requires_grad_mode is b.requires_grad_mode
 
 
-def above_views(operand: Operand, is_held: Callable[[Value], bool]) -> Operand:
+def above_views(
+    operand: Operand, is_held: Callable[[Value], bool], stops: AbstractSet[Value] = frozenset()
+) -> Operand:
     """A cast of views, read as views of a cast.
 
-    One that a node holds stays: it is there. So does one of a part, as the whole would be more.
+    One that a node holds stays: it is there. So does one of a part, as the whole would be more, and
+    one of what no node holds, such as the product below the views of an ``einsum``: it would be
+    computed again. The walk goes no further than ``stops``.
     """
     value = operand.value
     if not is_cast(value) or is_held(value):
         return operand
-    base, index = through_views(value.source, operand.index)
-    if base is value.source or not at_most(product(base.shape), product(value.shape)):
+    held = [one for one in _below(value, operand.index, stops)[1:] if is_held(one.value)]
+    if not held or not at_most(product(held[-1].value.shape), product(value.shape)):
         return operand
-    return Operand(_cast_of(base, value), index)
+    return Operand(_cast_of(held[-1].value, value), held[-1].index)
 
 
 def as_one_cast(copies: Sequence[Operand]) -> list[Operand] | None:
     """Casts of parts of one tensor, read as parts of one cast; None unless they are all of it."""
     first = copies[0].value
-    found: list[Operand] = []
+    ways: list[dict[Value, Operand]] = []
     for copy in copies:
         value = copy.value
         alike = value.dtype is first.dtype and value.requires_grad_mode is first.requires_grad_mode
         if not alike or not is_cast(value):
             return None
-        found.append(Operand(*through_views(value.source, copy.index)))
-    base = found[0].value
+        ways.append({one.value: one for one in _below(value, copy.index)})
+    base = next((value for value in ways[0] if all(value in way for way in ways)), None)
     parts = {copy.value for copy in copies}
     covered: Size = 0
     for part in parts:
         covered = plus(covered, product(part.shape))
-    if any(one.value is not base for one in found) or not at_most(product(base.shape), covered):
+    if base is None or not at_most(product(base.shape), covered):
         return None
     cast = _cast_of(base, max((copy.value for copy in copies), key=lambda value: value.step))
-    return [Operand(cast, one.index) for one in found]
+    return [Operand(cast, way[base].index) for way in ways]
+
+
+def _below(cast: Value, index: Index, stops: AbstractSet[Value] = frozenset()) -> list[Operand]:
+    """What a cast is a cast of, what that is a view of, and so on, each with the index there.
+
+    Gradients must flow through the views as they do through the cast.
+    """
+    value = cast.source
+    found = [Operand(value, index)]
+    while value not in stops and value.requires_grad_mode is cast.requires_grad_mode:
+        step = through_view(value, index)
+        if step is None:
+            break
+        value, index = step
+        found.append(Operand(value, index))
+    return found
 
 
 def _cast_of(base: Value, like: Value) -> Value:

@@ -41,7 +41,7 @@ from .meaning import read_hidden
 from .operations import is_cast, is_zero, operation_name
 from .parts import is_number
 from .products import MATRIX_PRODUCTS
-from .reasons import Declined, Kind
+from .reasons import Declined, Kind, Reason
 from .rolling import in_reading_order, join_pieces, join_sum, renamed
 from .terms import (
     Projection,
@@ -124,7 +124,7 @@ class _Reader:
 
     def leaf(self, value: Value, index: Index) -> Operand:
         found = Operand(*through_views(value, index, self.crossed, self.outputs))
-        return above_views(found, self.is_held)
+        return above_views(found, self.is_held, self.outputs)
 
     def output(self, value: Value, index: Index) -> Term:
         """The value as a term, read at an index.
@@ -349,8 +349,7 @@ class _Reader:
         try:
             meaning = read_hidden(expression, hidden.value.dtype)
         except Declined as declined:
-            reason = declined.reason
-            raise Declined(reason.kind, reason.detail, hidden.value.origin) from None
+            raise _at_the_hidden_units(declined.reason, hidden, units) from None
         if hidden.value.dtype is torch.float16:
             meaning = meaning.scaled_inside()
         gate = units.projection(meaning.gate)
@@ -412,6 +411,21 @@ def _without_projection(contraction: Contraction, units: HiddenReader) -> Declin
             name = operation_name(leaf.value)
             return Declined(Kind.NOT_A_PRODUCT, f"{name} in between", leaf.value.origin)
     return Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
+
+
+def _at_the_hidden_units(reason: Reason, hidden: Operand, units: HiddenReader) -> Declined:
+    """A reason with its place: what mixes units or tokens of a projection, or the last operation.
+
+    The views above that are often the down projection's own.
+    """
+    projected = {projection.value for projection in units.projections}
+    for leaf in units.operands if reason.kind is Kind.NOT_A_PRODUCT else ():
+        value = leaf.value
+        if value.op in _REDUCTIONS or not projected.isdisjoint(value.ancestors()):
+            name = f"{operation_name(value)} in between"
+            return Declined(reason.kind, reason.detail or name, value.origin)
+    last, _ = through_views(hidden.value, hidden.index)
+    return Declined(reason.kind, reason.detail, last.origin)
 
 
 def _with_query_of(gate: Projection, up: Projection) -> Projection:

@@ -123,7 +123,7 @@ class HiddenReader:
 
     def _through_views(self, read: Operand) -> Operand:
         found = Operand(*through_views(read.value, read.index, self.crossed, self.outputs))
-        return above_views(found, self.is_held)
+        return above_views(found, self.is_held, self.outputs)
 
     def leaf(self, symbol: sympy.Symbol) -> Operand:
         """The tensor that a symbol of ``expression`` stands for."""

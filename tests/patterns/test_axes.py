@@ -301,6 +301,15 @@ def test_reshapes_with_symbols():
     assert [form.axes() for form in index] == [(token,), *((leaf,) for leaf in feature.leaves())]
 
 
+def test_a_place_in_a_dimension_that_a_reshape_keeps():
+    """Element 1 of n was read: whether n may be 1 is no question any more."""
+    feature = Axis(12)
+    index = through_reshape((Affine((), 1), axis_form(feature)), (n, 12), (n, 4, 3))
+    assert index is not None
+    assert index[0] == Affine((), 1)
+    assert through_reshape((Affine((), 1), axis_form(Axis(m))), (n, m), (m, n)) is None
+
+
 def test_a_reshape_that_holds_for_some_values_only_is_not_read():
     """``(n, 4)`` as ``(2, m)``: right when m is 2 n, which nobody knows."""
     token, feature = Axis(n), Axis(4)

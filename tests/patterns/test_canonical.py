@@ -421,3 +421,33 @@ def test_symbolic_sizes_are_expressions_and_no_guard_is_added():
     assert isinstance(rows, sympy.Symbol)
     assert (rows, 2, 3) in shapes
     assert (2, 3 * rows) in shapes
+
+
+# Results in one memory.
+
+
+def test_a_result_that_is_a_view_inside_its_own_operation_has_memory_of_its_own():
+    """An ``einsum`` views its product. What else is returned of that is a view of the result."""
+
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.einsum("ij,kj->ik", a, a)
+        return y, y[:1]
+
+    copied = Copied(function, x())
+    whole, part = copied.results
+    assert copied.copy.returned_as_part(whole) is None
+    assert copied.copy.returned_as_part(part) is not None
+
+
+def test_a_part_of_an_older_tensor_is_returned_in_its_memory():
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        y = a * 2
+        return y[:2], y[2:]
+
+    copied = Copied(function, x())
+    assert all(copied.copy.returned_as_part(part) is not None for part in copied.results)
+
+
+def test_a_part_of_an_input_is_returned_in_its_memory():
+    copied = Copied(lambda a: (a[:2], a[2:]), x())
+    assert all(copied.copy.returned_as_part(part) is not None for part in copied.results)

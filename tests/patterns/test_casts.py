@@ -188,3 +188,76 @@ def test_a_tensor_that_is_overwritten_after_its_cast():
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         compiled = torch.compile(written, backend="flashmhf", options=OPTIONS)
         torch.testing.assert_close(compiled(x), written(x), rtol=0.05, atol=0.05)
+
+
+# Gradients, and other networks, on the way to what is cast.
+
+
+def views_cut(x: Tensor, gate: Tensor) -> Tensor:
+    with torch.no_grad():
+        x, gate = x.transpose(0, 1), gate.transpose(1, 2)
+    return torch.bmm(F.silu(torch.bmm(x, gate.transpose(1, 2))) * torch.bmm(x, UP), DOWN)
+
+
+def parts_cut(x: Tensor, gate: Tensor) -> Tensor:
+    with torch.no_grad():
+        parts = gate.unbind(0)
+    hidden = [F.silu(x[:, h] @ part) * (x[:, h] @ UP[h]) for h, part in enumerate(parts)]
+    return torch.stack([y @ down for y, down in zip(hidden, DOWN, strict=True)], 1)
+
+
+def one_part_cut(x: Tensor, gate: Tensor) -> Tensor:
+    with torch.no_grad():
+        first = gate[0]
+    parts = (first, gate[1], gate[2])
+    hidden = [F.silu(x[:, h] @ part) * (x[:, h] @ UP[h]) for h, part in enumerate(parts)]
+    return torch.stack([y @ down for y, down in zip(hidden, DOWN, strict=True)], 1)
+
+
+@pytest.mark.parametrize("cut", [views_cut, parts_cut, one_part_cut])
+def test_views_without_gradients_stay_without_where_a_cast_follows(cut: Callable[..., Tensor]):
+    """What autocast casts is a view that gives no gradients to what it shows."""
+    compiled = torch.compile(cut, backend="flashmhf", options=OPTIONS)
+    gradients = []
+    for run in (cut, compiled):
+        args = [tensor.clone().requires_grad_() for tensor in (X, GATE)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = run(*args)
+        gradients.append(torch.autograd.grad(y.float().sum(), args, allow_unused=True))
+    for expected, found in zip(*gradients, strict=True):
+        assert (expected is None) == (found is None)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
+def batched_bmm(x: Tensor) -> Tensor:
+    x = x.transpose(0, 1)
+    return torch.bmm(F.silu(torch.bmm(x, GATE)) * torch.bmm(x, UP), DOWN).transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "second", [batched_bmm, lambda x: of_heads(x, range(H))], ids=["batched", "loop"]
+)
+def test_a_network_that_reads_another_of_more_digits(second: Callable[[Tensor], Tensor]):
+    """Views are crossed down to the other's output, and not into it."""
+
+    def two(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            y = batched(x, x)
+        return second(y)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = mhf_compiler.explain(two, options={"rewrite": "always"})(X)
+    assert len(report.rewritten) == 2
+    assert not report.declined
+
+
+def test_what_no_node_holds_is_not_computed_again():
+    """The views of an ``einsum`` are crossed down to its result, not to the product below."""
+
+    def projected(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = torch.einsum("thd,de->the", x, DOWN[0].T @ DOWN[0])
+        return batched(x, x)
+
+    assert the_site(projected, X).heads == H

@@ -333,6 +333,10 @@ def averaged(hidden: Tensor) -> Tensor:
     return hidden.mean(2, keepdim=True).expand(hidden.shape)
 
 
+def shifted(hidden: Tensor) -> Tensor:
+    return hidden - hidden.amax(-1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     ("gate", "hidden", "kind", "code", "detail"),
     [
@@ -344,8 +348,16 @@ def averaged(hidden: Tensor) -> Tensor:
             "softmax",
         ),
         (F.silu, averaged, Kind.NOT_A_PRODUCT, "hidden.mean(2, keepdim=True)", "mean"),
+        (F.silu, shifted, Kind.NOT_A_PRODUCT, "hidden - hidden.amax(-1", "amax"),
+        (
+            F.silu,
+            lambda hidden: F.normalize(hidden, dim=-1),
+            Kind.NOT_A_PRODUCT,
+            "lambda hidden: F.normalize",
+            "clamp_min",
+        ),
     ],
-    ids=["softmax", "mean over tokens"],
+    ids=["softmax", "mean over tokens", "largest unit", "normalised"],
 )
 def test_what_mixes_units_or_tokens(
     gate: Mixing, hidden: Mixing, kind: Kind, code: str, detail: str
