@@ -99,10 +99,20 @@ def rewrite(
         )
     parsed = parse_options(None, options)
     training = torch.is_grad_enabled()
-    gm = _copied(exported_program.graph_module)
+    try:
+        gm = _copied(exported_program.graph_module)
+        _describe_inputs(gm, exported_program)
+    except Exception as error:
+        message = "the program cannot be copied, the given one is returned"
+        fault("rewrite", message, error, strict=parsed.strict)
+        if report is not None:
+            before = exported_program.graph_module.print_readable(print_output=False)
+            found = GraphReport(before=before, after=before)
+            _nothing_rewritten(found, error)
+            report.graphs.append(found)
+        return exported_program
     counted = counters["flashmhf"].copy()
     with _fixed_modes():
-        _describe_inputs(gm, exported_program)
         found = rewrite_graph(gm, parsed, training=training)
         _forget_inputs(gm)
     if report is not None:
@@ -154,13 +164,15 @@ def _dump(report: GraphReport, gm: fx.GraphModule, options: Options) -> None:
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:
     """The graph and those inside of it, over the same tensors.
 
-    Left out is what strict export has kept of Dynamo's graph, which this is not.
+    Left out is what strict export has kept of Dynamo's graph, which this is not. What others have
+    attached to a module is not copied: after ``unflatten`` it is a module that cannot be.
     """
     modules = list(gm.modules())
     held = (value for module in modules for value in vars(module).values())
-    tensors = [x for x in held if isinstance(x, torch.Tensor)]
-    tensors += [*gm.parameters(), *gm.buffers()]
-    copied = copy.deepcopy(gm, {id(tensor): tensor for tensor in tensors})
+    shared: list[Any] = [x for x in held if isinstance(x, torch.Tensor)]
+    shared += [*gm.parameters(), *gm.buffers()]
+    shared += [value for module in modules for value in getattr(module, "meta", {}).values()]
+    copied = copy.deepcopy(gm, {id(one): one for one in shared})
     for graph in _graphs(copied):
         for node in graph.nodes:
             node.meta.pop("example_value", None)

@@ -21,6 +21,7 @@ from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
 from .modes import Modes, inner_graphs
+from .operations import is_cast
 from .products import is_product_call
 from .reasons import Kind, Reason, Unreadable
 from .recognise import Findings, NearMiss, find_sites
@@ -54,6 +55,7 @@ __all__ = [
     "find_router_products",
     "find_sites",
     "inner_graphs",
+    "is_cast",
     "is_factory",
     "is_product_call",
     "locate",

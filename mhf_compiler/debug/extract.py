@@ -7,7 +7,7 @@ already become ATen operations, which autograd differentiates as it would differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Container, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import FakeTensorMode, example_of, make_fx, size_hint, symbolic_size, unbacked_symbols
-from ..patterns import COPY, OPAQUE, SCATTER, Site, Value, is_factory, uncast
+from ..patterns import COPY, OPAQUE, SCATTER, Site, Value, is_cast, is_factory, uncast
 from ..report.describe import boundary, name_of
 from .accuracy import tensors_of
 
@@ -88,6 +88,8 @@ class Spelling:
     def __init__(self, site: Site, letters: dict[Value, str], sizes: Sizes) -> None:
         """``letters`` are the values where the site begins, each with its letter in the formula."""
         self._output, self._sizes = site.output, sizes
+        computed = set(_closure(site.output, lambda value: True))
+        letters = {_in_the_graph(value, computed): letter for value, letter in letters.items()}
         self.inputs, self._computed = _between(site.output, letters)
         others = {uncast(value) for value in self.inputs if value not in letters}
         if any(uncast(value) in others for value in letters):  # a query is cast more than once
@@ -104,6 +106,13 @@ class Spelling:
             # An in-place write casts to the dtype of its target.
             known[value] = result if result.dtype is value.dtype else result.to(value.dtype)
         return known[self._output]
+
+
+def _in_the_graph(value: Value, computed: Container[Value]) -> Value:
+    """A value, or what it is cast from if the model casts only views or parts of that."""
+    while value not in computed and is_cast(value):
+        value = value.source
+    return value
 
 
 def _between(output: Value, letters: dict[Value, str]) -> tuple[list[Value], list[Value]]:

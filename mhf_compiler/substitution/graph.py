@@ -189,8 +189,8 @@ def _verified(
     assert findings.copy is not None
     try:
         wrong = disagreement(gm, site, findings.copy)
-    except EditError:  # as _write finds out
-        return decision
+    except EditError as error:  # what cannot be compared is not rewritten
+        return replace(decision, reason=Reason(error.kind, str(error), site.output_node))
     if wrong is None:
         return decision
     message = f"a site at {site.location} is not rewritten"

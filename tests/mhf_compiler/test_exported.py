@@ -30,7 +30,6 @@ ALWAYS = {"rewrite": "always", "strict": True}
 NAMES = ("loop", "packed")
 OP = torch.ops.mhf_compiler.multi_head_ffn.default
 ROUNDED = 5e-2  # two bfloat16 results
-SAVES_VMAP = torch.__version__ >= (2, 13)  # in an exported program
 
 strict = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 forms = pytest.mark.parametrize(
@@ -111,8 +110,6 @@ def test_a_tower(strict: bool, decomposed: bool):
 
 @pytest.mark.parametrize("name", FFNS)
 def test_every_spelling(name: str):
-    if name == "vmap" and not SAVES_VMAP:
-        pytest.skip("PyTorch does not save it")
     model, given = Tower(1, [name]).double().eval(), tokens()
     program = export(model, (given,), strict=name == "vmap")
     assert_same(program, saved_and_loaded(rewritten(program)[0]), given)
@@ -476,6 +473,14 @@ def test_a_module_with_a_signature_of_its_own():
     torch.testing.assert_close(unflatten(result)(given), program.module()(given))
 
 
+def test_a_program_that_was_unflattened():
+    """PyTorch attaches to it a module that cannot be copied."""
+    program = export(Heads(), (x(),))
+    unflatten(program)
+    result, _ = rewritten(program)
+    assert_same(program, result, x())
+
+
 # What is not rewritten, and what is wrong.
 
 
@@ -503,8 +508,6 @@ def test_a_region_inside_of_vmap_is_left_alone(loaded: bool):
         def forward(self, x: Tensor) -> Tensor:
             return torch.vmap(self.one)(x)
 
-    if loaded and not SAVES_VMAP:
-        pytest.skip("PyTorch does not save it")
     program, report = export(Mapped(), (x(),)), Report()
     program = saved_and_loaded(program) if loaded else program
     options = {"rewrite": "always"}
@@ -598,6 +601,21 @@ def test_a_failure_gives_the_program_back(part: str, monkeypatch: pytest.MonkeyP
     owner, _, name = part.rpartition(".")
     monkeypatch.setattr(getattr(substitution, owner) if owner else substitution, name, _broken)
     _gives_back(export(Heads(), (x(),)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_program_that_cannot_be_copied(strict: bool):
+    class Uncopied:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("broken")
+
+    program = export(Heads(), (x(),))
+    program.graph_module.uncopied = Uncopied()
+    if strict:
+        with pytest.raises(RuntimeError, match="broken"):
+            mhf_compiler.rewrite(program, options=ALWAYS)
+    else:
+        _gives_back(program)
 
 
 def test_an_invalid_result_gives_the_program_back(monkeypatch: pytest.MonkeyPatch):

@@ -13,15 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import mhf_compiler
-from mhf_compiler import DeclineKind
 from mhf_compiler.compat import counters
 
 OPTIONS = {"rewrite": "always", "strict": True}
-PLACES_ALIKE = torch.__version__ >= (2, 13)
-places_alike = pytest.mark.skipif(not PLACES_ALIKE, reason="DTensor places otherwise before 2.13")
 
 
-@places_alike
 def test_two_processes(tmp_path: Path):
     program = Path(__file__).parent / "sharded.py"
     ranks = [
@@ -70,6 +66,14 @@ class Detoured(Network):
         return DTensor.from_local(hidden.to_local(), hidden.device_mesh, [Shard(2)])
 
 
+class Autocast(Network):
+    """Views of queries and weights are cast for each product."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(q)
+
+
 class Both(nn.Module):
     """A network of DTensors and one of plain tensors."""
 
@@ -90,9 +94,7 @@ def test_networks_of_dtensors_and_of_plain_tensors(mesh: DeviceMesh, training: b
     model, q, x = Both(mesh), queries(mesh), torch.randn(2, 5, 4, 16)
     with torch.set_grad_enabled(training):
         report = mhf_compiler.explain(model, options=OPTIONS)(q, x)
-    assert len(report.rewritten) == 1 + PLACES_ALIKE
-    kinds = [site.reason.kind for site in report.declined]
-    assert kinds == ([] if PLACES_ALIKE else [DeclineKind.NOT_ON_SHARDS])
+    assert len(report.rewritten) == 2
 
 
 @pytest.mark.parametrize("options", [OPTIONS, OPTIONS | {"verify": True}], ids=["", "verified"])
@@ -103,6 +105,11 @@ def test_the_result_is_placed_as_it_was(mesh: DeviceMesh, options: dict):
     assert found.placements == expected.placements == (Shard(2),)
     assert found.stride() == expected.stride()
     torch.testing.assert_close(found.full_tensor(), expected.full_tensor())
+
+
+def test_autocast(mesh: DeviceMesh):
+    report = mhf_compiler.explain(Autocast(mesh), options=OPTIONS)(queries(mesh))
+    assert len(report.rewritten) == 1, report
 
 
 def test_hidden_units_that_leave_the_mesh(mesh: DeviceMesh):

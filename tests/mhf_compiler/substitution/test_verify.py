@@ -12,7 +12,8 @@ import mhf_compiler
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
-from mhf_compiler.substitution.emit import Editor
+from mhf_compiler.substitution import graph as substitution
+from mhf_compiler.substitution.emit import EditError, Editor
 
 H, d, f = 4, 8, 5
 VERIFY = {"rewrite": "always", "verify": True}
@@ -166,3 +167,46 @@ def test_sizes_that_depend_on_data():
         model = torch.compile(masked, backend="flashmhf", options=options)
         model(tokens(), torch.rand(2, 6) > 0.5)
     assert counters["flashmhf"]["sites_rewritten"] == 1
+
+
+class Einsum(Heads):
+    """Under autocast, only views of the queries and weights are cast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d))
+        with torch.autocast("cpu", torch.bfloat16):
+            gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+            return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down).flatten(2)
+
+
+class Looped(Heads):
+    """Each head is cast by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            heads = enumerate(x.split(d, -1))
+            hidden = [F.silu(q @ self.gate[h]) * (q @ self.up[h]) for h, q in heads]
+            return torch.cat([hidden[h] @ self.down[h] for h in range(H)], -1)
+
+
+@pytest.mark.parametrize("model", [Einsum, Looped])
+def test_casts_of_views_are_compared(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch):
+    options = VERIFY | {"strict": True}
+    assert len(mhf_compiler.explain(model(), options=options)(tokens()).rewritten) == 1
+    torch.compiler.reset()
+    network = Editor.network
+    monkeypatch.setattr(
+        Editor, "network", lambda e, *given: e.call(torch.mul, network(e, *given), 2.0)
+    )
+    with pytest.raises(Exception, match="with random numbers"):
+        mhf_compiler.explain(model(), options=options)(tokens())
+
+
+def test_what_cannot_be_compared_is_declined(monkeypatch: pytest.MonkeyPatch):
+    def fails(*given: Any) -> None:
+        raise EditError("there is no such node")
+
+    monkeypatch.setattr(substitution, "disagreement", fails)
+    report = mhf_compiler.explain(Heads(), options=VERIFY)(tokens())
+    assert not report.rewritten
+    assert "there is no such node" in str(report.declined[0].reason)
