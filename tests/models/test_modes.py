@@ -152,6 +152,8 @@ def test_grad_modes(inside: str, outer: str, inner: str):
 @pytest.mark.parametrize("inside", ["checkpoint", "call"])
 def test_inference_mode_inside(inside: str):
     """PyTorch compiles no views of outside tensors there, of which the op needs some."""
+    if inside == "checkpoint" and torch.__version__ < (2, 13):
+        pytest.skip("no back end compiles it, and PyTorch leaves its process broken")
 
     def model(*args: Tensor) -> Tensor:
         with torch.inference_mode():
