@@ -47,6 +47,9 @@ def objection(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None
     """
     if device_mesh(example_of(site.output_node)) is None:
         return None
+    if torch.__version__ < (2, 13):
+        # Gradients of the operations that einsum is made of are placed otherwise than einsum's own.
+        return f"torch {torch.__version__} places gradients in ways of its own, 2.13 is needed"
     sizes = Sizes(gm)
     original = Spelling(site, dict.fromkeys(arguments(site), ""), sizes)
     with no_tracing_context(), FakeTensorMode(), torch.autocast(site.device.type, enabled=False):
