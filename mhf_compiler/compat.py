@@ -273,7 +273,7 @@ def set_exported_input(node: torch.fx.Node, known: ExportedInput | None) -> None
 def source_name(node: torch.fx.Node) -> str | None:
     """Where Dynamo found an input, such as ``L['self']._parameters['gate']``.
 
-    Of an exported program's, the name alone.
+    For an input of an exported program, its name alone.
     """
     exported = exported_input(node)
     if exported is not None:

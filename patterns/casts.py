@@ -33,11 +33,18 @@ def through_casts(value: Value, index: Index) -> tuple[Value, Index, list[Value]
         value, index = step
 
 
+def cast_from(value: Value) -> tuple[Value, list[torch.dtype]]:
+    """What a value is cast from and a view of, and through which dtypes, the last one first."""
+    casts: list[torch.dtype] = []
+    while is_cast(value) or is_view(value):
+        casts += [value.dtype] if is_cast(value) else []
+        value = value.source
+    return value, casts
+
+
 def uncast(value: Value) -> Value:
     """What a value is cast from and a view of."""
-    while is_cast(value) or is_view(value):
-        value = value.source
-    return value
+    return cast_from(value)[0]
 
 
 def same_cast(a: Value, b: Value) -> bool:

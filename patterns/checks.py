@@ -29,6 +29,7 @@ from .axes import (
     same_index,
 )
 from .canonical import COPY, INPUT, OPAQUE, SCATTER, CanonicalCopy, Value
+from .casts import cast_from
 from .contractions import Operand, as_contraction, summed_index
 from .grammar import Reading
 from .meaning import POINTWISE
@@ -106,7 +107,8 @@ def one_query(term: Term) -> Term:
     mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
     if not same_tensor(query.value, gate.query.value):
-        (source, casts), (other, other_casts) = map(_cast_from, (query.value, gate.query.value))
+        queries = map(_first, (query.value, gate.query.value))
+        (source, casts), (other, other_casts) = map(cast_from, queries)
         same = source is other and casts != other_casts
         kind = Kind.MIXED_PRECISION if same else Kind.DIFFERENT_QUERIES
         raise Declined(kind, node=up.value.origin)
@@ -119,14 +121,9 @@ def one_query(term: Term) -> Term:
     )
 
 
-def _cast_from(value: Value) -> tuple[Value, list[torch.dtype]]:
-    """What a query, or the first one of a stack, is cast from, and through which dtypes."""
-    casts: list[torch.dtype] = []
-    value = value.args[0] if value.op == STACK else value
-    while is_cast(value) or is_view(value):
-        casts += [value.dtype] if is_cast(value) else []
-        value = value.source
-    return value, casts
+def _first(value: Value) -> Value:
+    """A query, or the first one of a stack."""
+    return value.args[0] if value.op == STACK else value
 
 
 def assign_roles(term: Term, root: Index) -> Roles:

@@ -38,7 +38,7 @@ from .casts import above_views, through_casts
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .hidden import HiddenReader, check_bounds, check_subclass
 from .meaning import read_hidden
-from .operations import is_cast, is_zero, operation_name
+from .operations import REDUCTIONS, is_cast, is_zero, operation_name
 from .parts import is_number
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined, Kind, Reason
@@ -59,7 +59,6 @@ from .views import MERGES, broadcast, is_view, piece_index, through_view, throug
 aten = torch.ops.aten
 
 _ADDITIONS = {aten.add.Tensor: 1, aten.sub.Tensor: -1}
-_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 _PRODUCTS = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 
 
@@ -407,7 +406,7 @@ def _without_projection(contraction: Contraction, units: HiddenReader) -> Declin
     A mean over tokens, expanded again, does not move along them.
     """
     for leaf in units.operands:
-        if leaf.value.op in _REDUCTIONS:
+        if leaf.value.op in REDUCTIONS:
             name = operation_name(leaf.value)
             return Declined(Kind.NOT_A_PRODUCT, f"{name} in between", leaf.value.origin)
     return Declined(Kind.NOT_A_PRODUCT, node=contraction.value.origin)
@@ -421,7 +420,7 @@ def _at_the_hidden_units(reason: Reason, hidden: Operand, units: HiddenReader) -
     projected = {projection.value for projection in units.projections}
     for leaf in units.operands if reason.kind is Kind.NOT_A_PRODUCT else ():
         value = leaf.value
-        if value.op in _REDUCTIONS or not projected.isdisjoint(value.ancestors()):
+        if value.op in REDUCTIONS or not projected.isdisjoint(value.ancestors()):
             name = f"{operation_name(value)} in between"
             return Declined(reason.kind, reason.detail or name, value.origin)
     last, _ = through_views(hidden.value, hidden.index)

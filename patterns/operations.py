@@ -13,6 +13,8 @@ aten = torch.ops.aten
 DROPOUT = frozenset(
     {aten.native_dropout.default, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.float}
 )
+#: what mixes elements: of tokens, of hidden units, of a router's weights
+REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 #: activations that not every release of PyTorch tags as pointwise
 _OTHER_ACTIVATIONS = frozenset(
     {

@@ -25,7 +25,7 @@ from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
-from .operations import DROPOUT, is_other_pointwise, operation_name
+from .operations import DROPOUT, REDUCTIONS, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
@@ -39,8 +39,6 @@ _SOON = 24  # operations
 _PROJECTED, _ACTIVATED, _SOFTENED = 1, 2, 4
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
-#: what mixes hidden units or tokens. Where it keeps the dimension, hidden units may follow.
-_REDUCTIONS = frozenset({aten.amax.default, aten.mean.dim, aten.sum.dim_IntList})
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
 _PASSED_ON = DROPOUT | {
     SCATTER,
@@ -360,7 +358,7 @@ def _keeps(value: Value) -> bool:
 
     Not over the last dimension, as a norm has it: that is where features are.
     """
-    if value.op not in _REDUCTIONS or not value.argument(2, "keepdim", False):
+    if value.op not in REDUCTIONS or not value.argument(2, "keepdim", False):
         return False
     rank = len(value.shape)
     dims = {dim % rank for dim in value.argument(1, "dim", None) or range(rank)}

@@ -37,7 +37,7 @@ _PRODUCTS_ADDED = {
 #: views in place whose functional form has another overload's name
 _OTHERWISE_NAMED = {torch.ops.aten.transpose_.default: torch.ops.aten.transpose.int}
 
-CAT = torch.ops.aten.cat.default
+_CAT = torch.ops.aten.cat.default
 
 #: what gives a tensor other memory
 _SWAPS = frozenset(
@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
             return args[0].device
         result = func(*args, **kwargs)
         if func.namespace != "prim":  # other questions about a tensor
-            for call in _taken_apart(_without_nothing(Call(func, args, kwargs, result))):
+            for call in _taken_apart(_without_empty_pieces(Call(func, args, kwargs, result))):
                 self.calls.append(call)
                 self.is_broken = True
                 self.record(call)
@@ -108,8 +108,8 @@ class Recorder(TorchDispatchMode):
     def _record_pure(self, call: Call) -> None:
         args = map_tensors(self._memory.read, call.args)
         kwargs = map_tensors(self._memory.read, call.kwargs)
-        if call.func is CAT and not kwargs:
-            args = _at_once(*args)
+        if call.func is _CAT and not kwargs:
+            args = _flattened(*args)
         for tensor, item in _results(call):
             if tensor not in self._memory:
                 value = self._values.value(call.func, args, kwargs, tensor, item=item)
@@ -211,25 +211,25 @@ def _names(func: Any) -> tuple[str, str]:
     return name, overload or "default"
 
 
-def _at_once(pieces: Sequence[Value], dim: int = 0) -> tuple[list[Value], int]:
-    """The arguments of one ``cat`` for a tensor that has grown by one after the other."""
+def _flattened(pieces: Sequence[Value], dim: int = 0) -> tuple[list[Value], int]:
+    """The arguments of ``cat``, an inner one along the same dimension replaced by its own."""
     grad = torch.is_grad_enabled()
     found: list[Value] = []
     for piece in pieces:
         rank = len(piece.shape)
-        grown = piece.op is CAT and piece.argument(1, "dim", 0) % rank == dim % rank
+        grown = piece.op is _CAT and piece.argument(1, "dim", 0) % rank == dim % rank
         alike = grown and piece.requires_grad_mode is grad
         alike = alike and all(one.dtype is piece.dtype for one in piece.args[0])
         found += piece.args[0] if alike else [piece]
     return found, dim
 
 
-def _without_nothing(call: Call) -> Call:
-    """``cat`` without what has no dimension to be concatenated along: ``torch.empty(0)``.
+def _without_empty_pieces(call: Call) -> Call:
+    """``cat`` without ``torch.empty(0)``, which PyTorch skips whatever the other shapes are.
 
-    Not where such a tensor decides about the dtype.
+    It stays where it decides the dtype.
     """
-    if call.func is not CAT:
+    if call.func is not _CAT:
         return call
     pieces, *rest = call.args
     something = [piece for piece in pieces if piece.dim() == call.result.dim()]

@@ -22,7 +22,7 @@ from .canonical import CanonicalCopy, Value
 from .checks import check_memory, depends_on, two_token_dims
 from .contractions import Contraction, Operand, as_contraction
 from .meaning import POINTWISE
-from .operations import is_cast, is_other_pointwise
+from .operations import REDUCTIONS, is_cast, is_other_pointwise
 from .products import MATRIX_PRODUCTS
 from .reasons import Declined
 from .rolling import in_reading_order
@@ -34,7 +34,6 @@ aten = torch.ops.aten
 _NARROW = (torch.bfloat16, torch.float16)
 _MOST_VISITED = 64  # values that a site's routers are computed from
 _MOST_PRODUCTS = 2  # of one site: a loop over heads or sub-networks would become as many calls
-_REDUCTIONS = frozenset({aten.sum.dim_IntList, aten.mean.dim, aten.amax.default})
 
 
 def find_router_products(sites: Sequence[Site], copy: CanonicalCopy) -> list[list[RouterProduct]]:
@@ -255,7 +254,7 @@ def _is_placed(output: Value, site: Site, copy: CanonicalCopy) -> bool:
 
 
 def _keeps_place(value: Value) -> bool:
-    return value.op in POINTWISE or value.op in _REDUCTIONS or is_other_pointwise(value)
+    return value.op in POINTWISE or value.op in REDUCTIONS or is_other_pointwise(value)
 
 
 def _computes(result: Value, site: Site) -> bool:

@@ -30,7 +30,6 @@ def _packets(names: list[str]) -> tuple[Any, ...]:
 
 #: every op
 ALL = _packets(list(registered))
-know_dtensor()  # if the process has loaded it already
 
 #: those that write to their first argument
 MUTATING = _packets([name for name, schema in registered.items() if "(a!)" in schema])

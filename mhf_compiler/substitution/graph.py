@@ -164,12 +164,9 @@ def _rewrite_module(
 
 def _on_shards(decision: Decision, gm: fx.GraphModule, findings: Findings) -> Decision:
     """Decline a site over DTensors whose shards the op would have to send around."""
-    from ..lowering.ops import know_dtensor
-
     site, copy = decision.site, findings.copy
     if decision.reason is not None or copy is None:
         return decision
-    know_dtensor()
     try:
         message = shards.objection(gm, site, copy)
     except EditError:  # as _write finds out

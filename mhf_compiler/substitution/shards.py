@@ -47,6 +47,9 @@ def objection(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None
     """
     if device_mesh(example_of(site.output_node)) is None:
         return None
+    from ..lowering.ops import know_dtensor
+
+    know_dtensor()
     if torch.__version__ < "2.13":  # as versions, not as text
         # Gradients of the operations that einsum is made of are placed otherwise than einsum's own.
         return f"torch {torch.__version__} places gradients in ways of its own, 2.13 is needed"

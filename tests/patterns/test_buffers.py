@@ -7,10 +7,9 @@ gradient as the plain module does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, reject, settings
@@ -22,13 +21,6 @@ from mhf_compiler.substitution.graph import rewrite_graph
 
 PARTS, L, H, d, f = 3, 4, 2, 3, 2
 OPTIONS = parse_options(None, {"rewrite": "always", "strict": True, "fallback": "eager"})
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 Step = tuple[str, int, int]  # what to do, to which part or view, with which tensor

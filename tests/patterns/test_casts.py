@@ -22,11 +22,6 @@ GATE, UP = (torch.randn(H, d, f) / 3 for _ in range(2))
 DOWN = torch.randn(H, f, d) / 3
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
-
-
 def the_site(function: Callable[..., Any], *args: Tensor) -> Site:
     """The one site of a function under autocast, after its results have been compared."""
     found: list[Site] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +15,6 @@ from mhf_compiler import Report
 from mhf_compiler.patterns import Kind
 
 B, L, H, d, f = 2, 6, 4, 8, 5
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def project(q: Tensor, w: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The corpus: what is found in each model, and that the compiled model computes the same."""
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,6 @@ near_miss = pytest.mark.parametrize("case", NEAR_MISSES.values(), ids=NEAR_MISSE
 
 # Of complex numbers in modules, which PyTorch calls new.
 pytestmark = pytest.mark.filterwarnings("ignore:Complex modules")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 def assert_points_into(file: str, sites: list[SiteReport]) -> None:

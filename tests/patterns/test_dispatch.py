@@ -15,11 +15,6 @@ from mhf_compiler.patterns import Kind, Reason, Site, find_sites
 G, S, d, f = 4, 6, 8, 5  # groups of weights, what shares them, head width, hidden units
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
-
-
 def the_site(function: Callable[..., Any], *args: Tensor) -> Site:
     found: list[Site] = []
 

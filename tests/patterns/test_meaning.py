@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import sympy
@@ -17,14 +17,6 @@ from mhf_compiler.patterns import Kind
 from mhf_compiler.patterns.meaning import ACTIVATIONS, Hidden, Line
 
 Function = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 class Ffn(nn.Module):

@@ -1,6 +1,6 @@
 """Near-misses of which something is rewritten, or that a corpus case cannot hold: what is said."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,6 @@ import mhf_compiler
 from mhf_compiler.patterns import Kind
 
 Mixing = Callable[[Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def assert_said(model: nn.Module, kind: Kind, code: str, detail: str, rewritten: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,13 +14,6 @@ from mhf_compiler import Report
 from mhf_compiler.patterns import STACK, Kind, Site, find_sites
 
 N, d, f = 4, 8, 5  # heads or sub-networks, width, hidden units
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 class OneTensor(nn.Module):

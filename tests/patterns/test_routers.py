@@ -16,11 +16,6 @@ B, L, H, E, d, f = 2, 6, 4, 3, 8, 5
 Router = Callable[[nn.Module, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch.compiler.reset()
-
-
 class Network(nn.Module):
     """Sub-networks in bfloat16 whose router ``route`` computes from the queries (B, L, H, d)."""
 

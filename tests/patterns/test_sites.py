@@ -6,7 +6,7 @@ parameter that it views, and for each dimension of the argument its stride in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +21,6 @@ B, L, H, E, d, f = 2, 6, 4, 3, 8, 5
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 Strides = tuple[tuple[int, int], ...]  # (size, distance in memory) of the runs of one dimension
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 class PerHead(nn.Module):
