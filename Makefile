@@ -60,9 +60,11 @@ demo: $(READY)  ## train the byte-level model under three backends and compare t
 test: lint pytest  ## lint, types and every test that needs no GPU
 
 # worksteal gives each worker one stretch of the tests: what the tests of a module share is made once.
+# A test that hangs fails with its stack; the slowest takes some 30 s.
 .PHONY: pytest
 pytest: $(READY)  ## the tests alone
-	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal --durations=25 $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) --dist worksteal --timeout 300 --durations=25 \
+	  $(PYTEST_ARGS)
 
 .PHONY: quick
 quick: $(READY)  ## lint, and the tests that compile nothing: under two minutes

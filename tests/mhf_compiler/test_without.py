@@ -6,6 +6,7 @@ gets the copy. These processes are forked from one that has imported PyTorch, to
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,9 +142,11 @@ def attempts() -> dict[bool, Told]:
         for name, text in every.items()
     ]
     lines += [(name, every[name], "eager", True) for name in STRICT]
+    # A fork has none of its parent's threads, and would wait for Inductor's for ever.
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         input="\n".join(map(json.dumps, lines)),
+        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
         capture_output=True,
         text=True,
         check=True,
