@@ -48,6 +48,7 @@ __all__ = [
     "bucket_cut",
     "cache_folder",
     "compile_graph",
+    "compiled_in_place_set_aside",
     "copy_dynamo_metadata",
     "counters",
     "device_mesh",
@@ -330,6 +331,20 @@ def bucket_cut() -> BucketCut | None:
     buckets = [bucket.nodes for bucket in optimizer.buckets]
     gm = buckets[0][0].graph.owning_module
     return None if gm is None else BucketCut(optimizer, gm, buckets)
+
+
+@contextmanager
+def compiled_in_place_set_aside(model: Any) -> Iterator[None]:
+    """Within, modules of ``model`` on which ``compile`` was called run as they did before it."""
+    modules = [*model.modules()] if isinstance(model, torch.nn.Module) else []
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
 
 
 def is_minifying() -> bool:
