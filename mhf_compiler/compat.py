@@ -399,7 +399,7 @@ class _PassAfterTheUsers(CustomGraphPass):
     """A pass over Inductor's graphs, after one that the user has given."""
 
     def __init__(
-        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...], users: Any
+        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None, users: Any
     ) -> None:
         self.run = run
         self.key = key
@@ -411,8 +411,8 @@ class _PassAfterTheUsers(CustomGraphPass):
         self.run(graph)
 
     def uuid(self) -> Any | None:
-        """The pass in the key of Inductor's cache; None, to cache nothing, for a mere function."""
-        if self.users is None:
+        """The pass in the keys of PyTorch's caches; None, to cache nothing, for a mere function."""
+        if self.users is None or self.key is None:
             return self.key
         theirs = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
         return None if theirs is None else (theirs, self.key)
@@ -426,9 +426,11 @@ def disables_added_passes() -> bool:
 
 
 def with_pass(
-    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...]
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None
 ) -> dict[str, Any]:
     """Inductor's settings with a pass over graphs after autograd, which ``key`` stands for.
+
+    Without a key nothing is cached of what the pass has worked on.
 
     It runs just before Inductor decides what to write in place. A pass of the user's own, from
     these settings or from the global ones, runs first.
