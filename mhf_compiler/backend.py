@@ -6,6 +6,7 @@ and its kernels are loaded when the first graph arrives.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from torch import fx
 
     from .options import Options
+
+#: when this process began to read the sources, see passes/cache_key.py
+IMPORTED_AT = time.time()
 
 
 def flashmhf(

@@ -26,7 +26,12 @@ from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
@@ -56,6 +61,7 @@ __all__ = [
     "dtensor_of",
     "example_of",
     "exported_input",
+    "fake_view",
     "functorch_depth",
     "grad_levels",
     "has_examples_of_dynamo",
@@ -71,6 +77,7 @@ __all__ = [
     "local_tensor",
     "make_fx",
     "named_arguments",
+    "new_fake",
     "no_fake_mode",
     "no_new_guards",
     "no_saved_tensor_hooks",
@@ -165,6 +172,8 @@ def shape_env_of(example: Any) -> Any | None:
 
 def _symbols(example: Any) -> Iterator[torch.SymInt | torch.SymFloat | torch.SymBool]:
     if isinstance(example, torch.Tensor):
+        if type(example) is FakeTensor and not example._has_symbolic_sizes_strides:
+            return
         yield from _symbols((*example.shape, *example.stride(), example.storage_offset()))
     elif isinstance(example, (list, tuple)):
         for part in example:
@@ -187,6 +196,31 @@ def size_hint(size: Any) -> Any:
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size.node.hint
     return size
+
+
+def new_fake(
+    like: FakeTensor,
+    shape: Sequence[Any],
+    strides: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FakeTensor:
+    """A fake tensor in memory of its own, in the mode of another.
+
+    ``torch.empty_strided`` returns the same, and asks every mode for it.
+    """
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return FakeTensor(like.fake_mode, meta, device)
+
+
+def fake_view(
+    base: FakeTensor, shape: Sequence[Any], strides: Sequence[Any], offset: int
+) -> FakeTensor:
+    """A fake tensor in the memory of another."""
+    with in_kernel_invocation_manager(base.fake_mode), torch.no_grad():
+        meta = torch.as_strided(base, shape, strides, offset)
+    return FakeTensor(base.fake_mode, meta, base.fake_device)
 
 
 def is_tracing() -> bool:
@@ -380,7 +414,7 @@ class _PassAfterTheUsers(CustomGraphPass):
     """A pass over Inductor's graphs, after one that the user has given."""
 
     def __init__(
-        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...], users: Any
+        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None, users: Any
     ) -> None:
         self.run = run
         self.key = key
@@ -392,8 +426,8 @@ class _PassAfterTheUsers(CustomGraphPass):
         self.run(graph)
 
     def uuid(self) -> Any | None:
-        """The pass in the key of Inductor's cache; None, to cache nothing, for a mere function."""
-        if self.users is None:
+        """The pass in the keys of PyTorch's caches; None, to cache nothing, for a mere function."""
+        if self.users is None or self.key is None:
             return self.key
         theirs = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
         return None if theirs is None else (theirs, self.key)
@@ -407,9 +441,11 @@ def disables_added_passes() -> bool:
 
 
 def with_pass(
-    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...]
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None
 ) -> dict[str, Any]:
     """Inductor's settings with a pass over graphs after autograd, which ``key`` stands for.
+
+    Without a key nothing is cached of what the pass has worked on.
 
     It runs just before Inductor decides what to write in place. A pass of the user's own, from
     these settings or from the global ones, runs first.

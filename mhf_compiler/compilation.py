@@ -76,8 +76,7 @@ class Compilation:
         self._prepare(gm)
 
     def _prepare(self, gm: fx.GraphModule) -> None:
-        strict = self.options.strict
-        self.config = with_post_grad_passes(gm, self.config, strict=strict, tell=self.tell)
+        self.config = with_post_grad_passes(gm, self.config, self.options, tell=self.tell)
         if self.options.fallback == "inductor":
             # The user may have called the op, too.
             from .lowering.ops import ALL, MUTATING

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +46,26 @@ _SWAPS = frozenset(
     for packet in (torch.ops.aten.set_, torch.ops.aten.resize_)
     for name in packet.overloads()
 )
+
+
+class _Traits(NamedTuple):
+    """What the schema of an operation says of it."""
+
+    turns: bool  # a tensor into another view of its memory, or gives it other memory
+    writes: bool
+    views: bool
+    draws: bool  # random numbers
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    schema = func._schema
+    return _Traits(
+        turns=torch.Tag.inplace_view in func.tags or func in _SWAPS,
+        writes=schema.is_mutable,
+        views=any(result.alias_info is not None for result in schema.returns),
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -90,15 +111,15 @@ class Recorder(TorchDispatchMode):
         Raises:
             UntraceableGraph: it changes a tensor in a way that is not followed.
         """
-        schema = call.func._schema
+        traits = _traits(call.func)
         undeclared = call.undeclared_writes()
-        if schema.is_mutable or undeclared or torch.Tag.nondeterministic_seeded in call.func.tags:
+        if traits.writes or undeclared or traits.draws:
             self.has_effects = True
-        if torch.Tag.inplace_view in call.func.tags or call.func in _SWAPS:
+        if traits.turns:
             self._record_view_in_place(call)
-        elif schema.is_mutable:
+        elif traits.writes:
             self._record_write(call)
-        elif any(r.alias_info is not None for r in schema.returns):
+        elif traits.views:
             self._record_view(call)
         else:
             self._record_pure(call)

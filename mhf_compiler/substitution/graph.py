@@ -7,7 +7,9 @@ inside higher-order operations, such as activation checkpointing, are treated in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +83,7 @@ def rewrite_graph(
         report.notes.append("the graph was not looked at: option 'rewrite' is 'never'")
     else:
         # What is saved here is no tensor of the user's, whose hooks may be set.
-        with no_saved_tensor_hooks():
+        with no_saved_tensor_hooks(), _no_collection():
             _rewrite_all(gm, options, report, keep, training)
     with only_reporting("the report of a graph"):
         report.graph_break = graph_break(gm)
@@ -117,6 +119,22 @@ def _rewrite_all(
     if keep is not None:
         for module, site in kept:
             keep(module, site)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for circular garbage, of which reading a graph leaves next to none.
+
+    It is set off by the number of new objects, goes through all that Dynamo has made, and took a
+    fifth of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Originals:
