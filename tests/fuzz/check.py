@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhf_compiler import NotAnalysedError, Report
+from mhf_compiler.debug.accuracy import seed_generators
 from mhf_compiler.options import parse_options
 from mhf_compiler.patterns import Kind, Unreadable
 from mhf_compiler.substitution.graph import rewrite_graph
@@ -281,12 +282,12 @@ def _step(
     for axis in program.dynamic:
         torch._dynamo.maybe_mark_dynamic(arguments["x"], program.inputs["x"].index(axis))
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(program.seed)
+    seed_generators(program.seed)
     with torch.set_grad_enabled(program.training):
         with MODES[program.modes[0]]():
             returned = call(**arguments)
         results = list(returned) if isinstance(returned, tuple) else [returned]
-        torch.manual_seed(program.seed + 1)
+        seed_generators(program.seed + 1)
         loss = torch.zeros((), dtype=torch.float64)
         for result in results:
             if result.requires_grad:
