@@ -25,7 +25,10 @@ from .programs import generate
 
 RECALL = 0.98  # of the programs, at least
 _TRIES = 8  # mutants that do not run, before a seed is given up
-_NO_RESULT = (Verdict.INVALID, Verdict.UNCAPTURED, Verdict.ORDINARY, Verdict.BY_DESIGN)
+_NO_RESULT = (
+    *(Verdict.INVALID, Verdict.UNCAPTURED, Verdict.DYNAMO),
+    *(Verdict.ORDINARY, Verdict.BY_DESIGN),
+)
 _BROKEN = (Verdict.WRONG, Verdict.CRASHED, Verdict.MISWRITTEN, Verdict.INVALID)
 
 
