@@ -54,7 +54,12 @@ def _is_cast(program: Program) -> bool:
 
 
 def _multiplies(program: Program) -> bool:
-    return "multiply" in program.features.get("contractions", "")
+    contractions = program.features.get("contractions", "")
+    return "multiply" in contractions or "einsum of three" in contractions
+
+
+def _has_variables(program: Program) -> bool:
+    return program.features.get("symbol") == "gate" or "math." in program.source
 
 
 def _has(feature: str, text: str) -> Callable[[Program], bool]:
@@ -80,8 +85,9 @@ BY_DESIGN: tuple[tuple[Callable[[Program], bool], tuple[Kind | Unreadable, ...]]
     ),
     (_has("biases", "in other dtypes"), (Kind.MIXED_PRECISION,)),
     (_has("router dtype", "float64"), (Kind.MIXED_PRECISION,)),
-    # An attribute inside the network that is no fixed number, and a symbolic width.
-    (_has("symbol", "gate"), (Kind.UNSUPPORTED_PROBLEM, Kind.UNKNOWN_OPERATION)),
+    # An attribute, or math.pi, inside the network that Dynamo traces as a variable.
+    (lambda p: p.all_dynamic and _has_variables(p), (Kind.VARYING_NUMBER,)),
+    # The width of a head, or the number of heads, that is a symbol.
     (_has("kind", "symbols"), (Kind.UNSUPPORTED_PROBLEM,)),
 )
 
@@ -158,7 +164,11 @@ def _check_same(program: Program, report: Report) -> Outcome:
             used = copy.deepcopy(model)  # a step may change a buffer, or a counter
             plain = _step(program, used, _called(program, used))
         except Exception as error:
-            return Outcome(program, Verdict.INVALID, f"{type(error).__name__}: {error}")
+            # Even without a back end, PyTorch compiles the branches of torch.cond.
+            alone = replace(program, modes=(*program.modes[:2], ""))
+            blamed = program.modes[2] == "cond" and _runs(alone)
+            verdict = Verdict.UNCAPTURED if blamed else Verdict.INVALID
+            return Outcome(program, verdict, f"{type(error).__name__}: {error}")
         try:
             rewritten = copy.deepcopy(model)
             found = _step(program, rewritten, _compiled(program, rewritten, report))
@@ -263,6 +273,15 @@ def _chosen(model: nn.Module, arguments: dict[str, Tensor]) -> Tensor:
     condition = arguments["x"].sum() < 1e9
     chosen: Tensor = torch.cond(condition, scaled(0.5), scaled(2.0), tuple(arguments.values()))
     return chosen
+
+
+def _runs(program: Program) -> bool:
+    try:
+        model = program.build()
+        _step(program, model, _called(program, model))
+    except Exception:
+        return False
+    return True
 
 
 def _without_us(program: Program, model: nn.Module) -> Results | None:
