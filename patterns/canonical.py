@@ -88,6 +88,10 @@ class Value:
         """What it is computed from that is computed from nothing and is no parameter."""
         return {v for v in self.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
 
+    def may_need_gradient(self) -> bool:
+        """Whether it is computed from something that wants a gradient, whatever the modes."""
+        return any(v.requires_grad or v.op == OPAQUE for v in self.ancestors())
+
     def argument(self, position: int, name: str, default: Any) -> Any:
         """An argument of the operator, given by position or by name."""
         if position < len(self.args):

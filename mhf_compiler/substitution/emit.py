@@ -34,6 +34,7 @@ from ..patterns import (
     Size,
     TensorView,
     Value,
+    all_pieces,
     at_most,
     multiply,
     plus,
@@ -346,16 +347,11 @@ class Editor:
         """One of the values that the output concatenates, in a storage of its own."""
         merge = self.site.output
         dim = merge.argument(1, "dim", 0) % len(merge.shape)
-        place = merge.args[0].index(piece)
+        start = self.size(all_pieces(merge)[piece])
         if merge.op is torch.ops.aten.stack.default:
-            node = self.call(torch.select, output, dim, place)
+            node = self.call(torch.select, output, dim, start)
         else:
-            start: Size = 0
-            for before in merge.args[0][:place]:
-                start = plus(start, before.shape[dim])
-            node = self.call(
-                torch.narrow, output, dim, self.size(start), self.size(piece.shape[dim])
-            )
+            node = self.call(torch.narrow, output, dim, start, self.size(piece.shape[dim]))
         order = piece.memory_order()
         if order is None:
             raise EditError("the strides of a head's output cannot be kept")

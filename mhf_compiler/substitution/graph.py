@@ -36,7 +36,7 @@ from ..patterns import (
     find_router_products,
     find_sites,
     inner_graphs,
-    is_product_call,
+    is_summed_product_call,
 )
 from ..report.describe import (
     graph_break,
@@ -163,7 +163,7 @@ def _rewrite_module(
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if isinstance(modes, Unreadable):
-            products = [node for node in inner.graph.nodes if is_product_call(node)]
+            products = [node for node in inner.graph.nodes if is_summed_product_call(node)]
             if len(products) > 1:
                 report.unread.append(unread_graph(Reason(modes, node=products[0])))
         else:
