@@ -57,6 +57,16 @@ def early_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:
     return {"EARLY": early} | ({"launch_pdl": True} if early else {})
 
 
+def sums_lie_apart(device: torch.device) -> bool:
+    """Whether two products of a loop, added to one sum, are to have a sum of their own each.
+
+    Blackwell's matrix units (not those of its consumer cards) add in tensor memory. Before 3.9
+    Triton moves a sum of two products through registers between them, and may do so before the
+    first product has ended. On other cards a second sum only takes registers.
+    """
+    return capability(device)[0] in (10, 11)
+
+
 def launch(
     kernel: Any,
     programs: int,

@@ -111,6 +111,7 @@ class PretendedDriver:
         self.architecture = architecture
         self.device = next(self.devices)
         self.loaded: list[Binary] = []
+        self.intermediate: dict[str, str] = {}  # by the name of a kernel: what was made of it
         self.utils = SimpleNamespace(
             load_binary=self.load_binary,
             get_device_properties=lambda device: {
@@ -150,6 +151,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
         triton.runtime.driver.set_active(driver)
         for module in (problems, launch, router):
             monkeypatch.setattr(module, "capability", lambda device: divmod(architecture, 10))
+
+        def record(compiled: Any, programs: int, arguments: list[Any]) -> None:
+            driver.intermediate[compiled.metadata.name] = compiled.asm["ttgir"]
+
+        monkeypatch.setattr(launch, "record", record)
         return driver
 
     yield of
@@ -212,7 +218,7 @@ def launch_all(
         dispatch.backward(problem, torch.empty_like(q), gradients)
 
 
-def without_sums(binaries: dict[str, Binary]) -> dict[str, Binary]:
+def without_sums(binaries: dict[str, Any]) -> dict[str, Any]:
     """Without the kernels that add parts, and multiply nothing."""
     return {name: binary for name, binary in binaries.items() if "_parts_" not in name}
 
@@ -502,6 +508,14 @@ def pairs(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     ]
 
 
+def router_products(d: int, dtype: torch.dtype) -> None:
+    q, weight = torch.empty(2, 1000, 16, d, dtype=dtype), torch.empty(16, d, 32)
+    logits = torch.empty(2, 1000, 16, 32)
+    router.forward(q, weight, logits)
+    router.backward(logits, q, weight, [True, True])
+    router.backward_onto(torch.empty_like(q), logits, q, weight, True)
+
+
 @pytest.mark.parametrize(
     ("architecture", "d", "dtype"),
     pairs(SHARED_MEMORY, [32, 128, 256], [torch.bfloat16, torch.float16]),
@@ -509,15 +523,40 @@ def pairs(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
 def test_router_products(architecture: int, d: int, dtype: torch.dtype, pretend: Pretend) -> None:
     """On matrix units, in registers, at the most sub-networks that are taken."""
     driver = pretend(architecture)
-    q, weight = torch.empty(2, 1000, 16, d, dtype=dtype), torch.empty(16, d, 32)
-    logits = torch.empty(2, 1000, 16, 32)
-    router.forward(q, weight, logits)
-    router.backward(logits, q, weight, [True, True])
-    router.backward_onto(torch.empty_like(q), logits, q, weight, True)
+    router_products(d, dtype)
     assert len(driver.loaded) == 3
     for binary in driver.loaded:
         assert binary.spilled() == 0, binary.name
         assert binary.count({90: "HGMMA", 100: "UTCHMMA"}.get(architecture, "HMMA"))
+
+
+def check_tensor_memory(code: str) -> None:
+    """In no loop are sums moved through registers, or do two products have the same one."""
+    inner = re.findall(r"scf\.for (.*?)scf\.yield", code, re.DOTALL)
+    for loop in inner or [code]:
+        assert not inner or not re.search(r"tmem_store [^\n]*xf32", loop)
+        sums = re.findall(r"tc_gen5_mma %\S+, %\S+, (%\w+)", loop)
+        assert len(sums) == len(set(sums)) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"d": 256}], ids=str)
+def test_sums_stay_in_tensor_memory(options: dict[str, Any], pretend: Pretend) -> None:
+    """Where two products are added to one sum, Triton before 3.9 may compute something else."""
+    driver = pretend(100)
+    launch_all(**options)
+    assert set(driver.intermediate) >= {"forward_kernel", "dq_kernel", "dv_kernel", "dk_du_kernel"}
+    for code in without_sums(driver.intermediate).values():
+        check_tensor_memory(code)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_a_router_stay_in_tensor_memory(dtype: torch.dtype, pretend: Pretend) -> None:
+    driver = pretend(100)
+    router_products(128, dtype)
+    norm_and_route(128, dtype, torch.float32)
+    assert len(driver.intermediate) == 3
+    for code in driver.intermediate.values():
+        check_tensor_memory(code)
 
 
 def norm_and_route(

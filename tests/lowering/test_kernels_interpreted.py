@@ -181,6 +181,13 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     return None
 
 
+def sum_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products of a loop are added to a sum each, as on Blackwell."""
+    from mhf_compiler.lowering.kernels import launch
+
+    monkeypatch.setattr(launch, "capability", lambda device: (10, 0))
+
+
 @pytest.mark.usefixtures("tile")
 class TestKernels:
     __test__ = INTERPRETING
@@ -279,9 +286,19 @@ class TestKernels:
     def test_any_width(self, head_dim: int, hidden: int) -> None:
         check(make(SHAPE._replace(B=1, L=3, H=1, d=head_dim, G=1, E=2, f=hidden)))
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @loaded_by(
+        "dtype, apart",
+        {
+            "descriptors": [(torch.float16, False), (torch.bfloat16, True)],
+            "pointers": [(torch.float16, True), (torch.bfloat16, False)],
+        },
+    )
     @pytest.mark.usefixtures("bfloat16_products")
-    def test_half_precision(self, dtype: torch.dtype) -> None:
+    def test_half_precision(
+        self, dtype: torch.dtype, apart: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if apart:
+            sum_apart(monkeypatch)
         tensors = make(SHAPE._replace(H=2, G=2), dtype, absent=("v_bias",))
         grad_out = torch.randn(2, 19, 2, 24).to(dtype)
         exact = expected(tensors, grad_out, "silu")
@@ -459,22 +476,29 @@ class TestRouterProduct:
 
     # Every pair of two of the three.
     @pytest.mark.parametrize(
-        ("dtype", "weights", "groups"),
+        ("dtype", "weights", "groups", "apart"),
         [
-            (torch.bfloat16, torch.float32, 1),
-            (torch.bfloat16, torch.bfloat16, 2),
-            (torch.bfloat16, torch.float16, 1),
-            (torch.float16, torch.float32, 2),
-            (torch.float16, torch.bfloat16, 1),
-            (torch.float16, torch.float16, 2),
+            (torch.bfloat16, torch.float32, 1, True),
+            (torch.bfloat16, torch.bfloat16, 2, False),
+            (torch.bfloat16, torch.float16, 1, False),
+            (torch.float16, torch.float32, 2, True),
+            (torch.float16, torch.bfloat16, 1, True),
+            (torch.float16, torch.float16, 2, False),
         ],
         ids=str,
     )
     def test_matches_the_definition(
-        self, dtype: torch.dtype, weights: torch.dtype, groups: int
+        self,
+        dtype: torch.dtype,
+        weights: torch.dtype,
+        groups: int,
+        apart: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         from mhf_compiler.lowering.kernels.plain import router
 
+        if apart:
+            sum_apart(monkeypatch)
         torch.manual_seed(0)
         q = torch.randn(2, 70, 2, 24).to(dtype)
         weight = torch.randn(groups, 24, 5).to(weights)

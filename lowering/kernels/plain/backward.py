@@ -23,7 +23,7 @@ from torch import Tensor
 from ...problem import Gradients, Problem
 from ...tiles import Tile, padded_width
 from ..activations import activate, activate_with_slope
-from ..launch import launch, parameters
+from ..launch import launch, parameters, sums_lie_apart
 from ..loads import (
     load_bias,
     load_router,
@@ -72,7 +72,9 @@ def run_dq(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
         "dR": router_gradient(dr, axes),
     }
     programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
-    launch(dq_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    scalars = parameters(problem, axes, tile)
+    scalars["APART"] = not scalars["COMPENSATED"] and sums_lie_apart(grad_out.device)
+    launch(dq_kernel, programs, tile, grad_out.device, operands, scalars)
 
 
 def run_dv(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
@@ -147,9 +149,12 @@ def dq_kernel(
     Q_layout: tl.constexpr, K_layout: tl.constexpr, U_layout: tl.constexpr,
     V_layout: tl.constexpr, R_layout: tl.constexpr, dOut_layout: tl.constexpr,
     dQ_layout: tl.constexpr,
-    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """dQ and dR of one token tile of one head; either may be None."""
+    """dQ and dR of one token tile of one head; either may be None.
+
+    dm K and dn U are added to one sum or, if APART, each to its own.
+    """
     token_tiles = tl.cdiv(L, BM)
     program = tl.program_id(0)
     l0 = (program % token_tiles) * BM
@@ -161,6 +166,8 @@ def dq_kernel(
     do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout)  # [BM, BD]
     dq = tl.zeros((BM, BD), tl.float32)
     carry = no_carry(BM, BD, COMPENSATED)
+    if APART and U is not None:
+        dq_up = tl.zeros((BM, BD), tl.float32)
     dr = tl.zeros((BM,), tl.float32)
     F_TILES: tl.constexpr = (F + BF - 1) // BF
     for i in tl.range(0, E * F_TILES):
@@ -205,9 +212,15 @@ def dq_kernel(
             if U is not None:
                 if U_SCALE != 1.0:
                     dn *= U_SCALE
-                dq, carry = add_product(dq, carry, dn.to(u.dtype), u, COMPENSATED, PRECISION)
+                dn = dn.to(u.dtype)
+                if APART:
+                    dq_up = tl.dot(dn, u, dq_up)
+                else:
+                    dq, carry = add_product(dq, carry, dn, u, COMPENSATED, PRECISION)
 
     if dQ is not None:
+        if APART and U is not None:
+            dq += dq_up
         store_tokens(dQ, dq * OUT_SCALE, dQ_strides, b, l0, h, L, D, BM, BD, dQ_layout)
 
 

@@ -77,7 +77,7 @@ def norm_and_route_kernel(
     ROUTING: tl.constexpr, SUM_FLOOR: tl.constexpr, SUM_EPS: tl.constexpr,
     H: tl.constexpr, E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
-    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Some tiles of tokens of one head, loading one while it computes another."""
     token_tiles = tl.cdiv(L, BM)
@@ -112,7 +112,7 @@ def norm_and_route_kernel(
                 q = q * tl.load(pointers, mask=c < D, other=0.0).to(tl.float32)[None, :]
             q = q.to(Q.dtype.element_ty)
             store_head(Q, q, Q_strides, b, l, h, c, L, D)
-            logits += exact_product(q, weights[block], Q_PARTS, W_PARTS)  # [BM, BE]
+            logits += exact_product(q, weights[block], Q_PARTS, W_PARTS, APART)  # [BM, BE]
 
         if ROUTING == "none":
             r = logits

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ...device import capability, multiprocessors
 from ...tiles import Tile, padded_width
-from ..launch import launch
+from ..launch import launch, sums_lie_apart
 from ..loads import token_pointers
 from ..operands import Operand, token_axes
 from ..replay import repeat
+from .sums import add_product_apart
 
 PART_ROWS = 32  # of a router that is cut: no product has more sub-networks
 
@@ -130,6 +131,7 @@ def product_constants(q: Tensor, weight: Tensor) -> dict[str, int]:
         "W_PARTS": parts_of(weight.dtype),
         "BE": max(16, triton.next_power_of_2(sub_networks)),
         "BD": min(_COLUMNS, padded_width(head_dim)),
+        "APART": sums_lie_apart(q.device),
     }
 
 
@@ -196,7 +198,7 @@ def load_router_weights(W, strides, g, c, e, D: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def exact_product(q, w, Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr):
+def exact_product(q, w, Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr, APART: tl.constexpr):
     """Some columns of queries [BM, BD] times those of weights [BE, BD], as float32: [BM, BE]."""
     q0, w0 = _leading(q), _leading(w)
     # Matrix units cut what they add to a sum they began with: the small products have a sum of
@@ -206,13 +208,16 @@ def exact_product(q, w, Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr):
         w_rest = _rest(w, w0)
         w1 = _leading(w_rest)
         if W_PARTS > 2:
-            small = tl.dot(q0, _leading(_rest(w_rest, w1)).T, small)
+            small = add_product_apart(small, q0, _leading(_rest(w_rest, w1)).T, APART)
         if Q_PARTS > 1:
-            small = tl.dot(_leading(_rest(q, q0)), w1.T, small)
-        small = tl.dot(q0, w1.T, small)
+            small = add_product_apart(small, _leading(_rest(q, q0)), w1.T, APART)
+        small = add_product_apart(small, q0, w1.T, APART)
     if Q_PARTS > 1:
-        small = tl.dot(_leading(_rest(q, q0)), w0.T, small)
-    return tl.dot(q0, w0.T) + small
+        small = add_product_apart(small, _leading(_rest(q, q0)), w0.T, APART)
+    if APART:
+        return add_product_apart(small, q0, w0.T, APART)
+    else:
+        return tl.dot(q0, w0.T) + small
 
 
 @triton.jit
@@ -220,7 +225,7 @@ def router_kernel(
     Q, W, Out, Q_strides, W_strides, Out_strides, B, L,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
-    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """The logits of one tile of tokens of one head."""
     token_tiles = tl.cdiv(L, BM)
@@ -235,7 +240,7 @@ def router_kernel(
         c = c0 + tl.arange(0, BD)
         q = load_head(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
         w = load_router_weights(W, W_strides, h // HEADS_PER_GROUP, c, e, D, E)  # [BE, BD]
-        out += exact_product(q, w, Q_PARTS, W_PARTS)  # [BM, BE]
+        out += exact_product(q, w, Q_PARTS, W_PARTS, APART)  # [BM, BE]
     store_head(Out, out, Out_strides, b, l, h, e, L, E)
 
 
@@ -245,7 +250,7 @@ def router_backward_kernel(
     B, L, PARTS,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr, ONTO: tl.constexpr,
-    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Some columns of dQ for a share of one head's tokens, and that share's sum of dW.
 
@@ -280,21 +285,21 @@ def router_backward_kernel(
                 dq = load_head(dQ, dQ_strides, b, l, h, c, L, D).to(tl.float32)
             else:
                 dq = tl.zeros((BM, BD), tl.float32)
-            dq = tl.dot(g1, w0, dq)
+            dq = add_product_apart(dq, g1, w0, APART)
             if W_PARTS > 1:
-                dq = tl.dot(g0, w1, dq)
-            dq = tl.dot(g0, w0, dq)  # [BM, BD]
+                dq = add_product_apart(dq, g0, w1, APART)
+            dq = add_product_apart(dq, g0, w0, APART)  # [BM, BD]
             store_head(dQ, dq, dQ_strides, b, l, h, c, L, D)
         if Part is not None:
             q = load_head(Q, Q_strides, b, l, h, c, L, D)  # [BM, BD]
             q0 = _leading(q)
-            dw = tl.dot(q0.T, _leading(_rest(g_rest, g1)), dw)
+            dw = add_product_apart(dw, q0.T, _leading(_rest(g_rest, g1)), APART)
             if Q_PARTS > 1:
                 q1 = _leading(_rest(q, q0))
-                dw = tl.dot(q1.T, g1, dw)
-                dw = tl.dot(q1.T, g0, dw)
-            dw = tl.dot(q0.T, g1, dw)
-            dw = tl.dot(q0.T, g0, dw)  # [BD, BE]
+                dw = add_product_apart(dw, q1.T, g1, APART)
+                dw = add_product_apart(dw, q1.T, g0, APART)
+            dw = add_product_apart(dw, q0.T, g1, APART)
+            dw = add_product_apart(dw, q0.T, g0, APART)  # [BD, BE]
     if Part is not None:
         Part += share.to(tl.int64) * (D * E)
         tl.store(Part + c[:, None] * E + e[None, :], dw, mask=(c < D)[:, None] & (e < E)[None, :])

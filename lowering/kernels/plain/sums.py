@@ -28,3 +28,15 @@ def add_product(acc, carry, a, b, COMPENSATED: tl.constexpr, PRECISION: tl.const
         return total, (total - acc) - addend
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION), carry
+
+
+@triton.jit
+def add_product_apart(acc, a, b, APART: tl.constexpr):
+    """`acc + a @ b`; if APART, the product is computed by itself and added in registers.
+
+    A plain addition would not do: the compiler makes one product with a sum to begin with of it.
+    """
+    if APART:
+        return tl.sum(tl.join(acc, tl.dot(a, b)), 2)
+    else:
+        return tl.dot(a, b, acc)
