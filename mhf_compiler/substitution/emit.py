@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -155,7 +155,7 @@ class Editor:
             output = self.call(operator.add, output, self.argument(site.bias))
         return output
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function of PyTorch's.
 
         Not of a method: the check of AOTAutograd's cache would ask what it is a method of.

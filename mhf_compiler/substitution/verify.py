@@ -105,7 +105,7 @@ class _Alone(Editor):
         if value in self.results:
             return self.results[value]
         if value.op == COPY:  # into a tensor of another dtype
-            return self.call("to", self.value(value.source), value.dtype)
+            return self.call(torch.ops.aten.to.dtype, self.value(value.source), value.dtype)
         return self._recompute(value)
 
     def _held_view(self, value: Value) -> None:
