@@ -1571,6 +1571,14 @@ class GrowingOfWhichTheMiddleIsReturned(_Growing):
 
 
 @mhf()
+class GrowingFromNothing(_Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x[..., :0]
+        last = self.stages(x, (self.gate, self.up, self.down))[-1]
+        return torch.cat([nothing, torch.cat([nothing, last], -1)], -1)
+
+
+@mhf()
 class GrownAndConcatenatedWithItsInput(_Growing):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.stages(x, (self.gate, self.up, self.down))[-1], x], -1)
