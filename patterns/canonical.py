@@ -58,7 +58,7 @@ class Value:
     item: int | None = None  # which result, for operators that return several
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
-    requires_grad: bool = False  # of an input: whether a gradient is wanted
+    requires_grad: bool = False  # of an input, or of what is marked: whether a gradient is wanted
     subclass: str = ""  # of an opaque value: the name of a tensor subclass that it was made of
     readers: list[Value] = field(default_factory=list)
     operands: tuple[Value, ...] = field(init=False)

@@ -83,7 +83,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_dtypes(term, root)
     check_rounding(term, reading, root)
     check_range(term)
-    check_gradients(reading, root)
+    check_gradients(reading, root, copy)
     check_no_escape(reading, root, copy)
     check_memory(term.operands().values(), root, copy)
     check_saved(term, reading, copy)
@@ -397,10 +397,14 @@ def check_range(term: Term) -> None:
         raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
 
 
-def check_gradients(reading: Reading, root: Value) -> None:
-    """Either the whole network records gradients, or none of it, where any are wanted."""
+def check_gradients(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
+    """Either the whole network records gradients, or none of it, where any are wanted.
+
+    What is computed under inference mode is of another kind of tensor in any case.
+    """
     inner = reading.computed | reading.crossed
-    if len({value.requires_grad_mode for value in inner}) > 1 and root.may_need_gradient():
+    wanted = root.may_need_gradient() or any(value.origin in copy.inference for value in inner)
+    if len({value.requires_grad_mode for value in inner}) > 1 and wanted:
         raise Declined(Kind.GRADIENTS_CUT, node=reading.term.value.origin)
 
 

@@ -398,9 +398,11 @@ def _keeps(value: Value) -> bool:
 def _keeps_form(value: Value, flags: dict[Value, int]) -> bool:
     """Whether an operation of ATen returns numbers in the form of a projection or of hidden units.
 
-    A dimension may have become one, so as to be expanded again. What attends to tokens is none.
+    A dimension may have become one, so as to be expanded again. What attends to tokens is none, and
+    a batch norm is for convolutions.
     """
-    if isinstance(value.op, str) or "attention" in str(value.op):
+    name = str(value.op)
+    if isinstance(value.op, str) or "attention" in name or "batch_norm" in name:
         return False
     if value.op.namespace != "aten" or not value.dtype.is_floating_point:
         return False

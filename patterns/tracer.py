@@ -168,6 +168,9 @@ class _Tracer(fx.Interpreter):
             return args[0]
         if switches_modes(n):
             return self.switches.run(n, args)
+        if getattr(n.target, "__name__", None) in _MARKS:
+            for tensor in tensors_in(args):
+                self._memory.read(tensor).requires_grad = True
         if isinstance(n.target, HigherOrderOperator):
             return self._opaque_call(n, (args, kwargs))
         return self._call(n, args, kwargs)

@@ -130,7 +130,7 @@ def all_pieces(value: Value) -> dict[Value, Size]:
 
 def pieces_of(value: Value) -> Sequence[Value]:
     """What ``cat`` or ``stack`` merges: its arguments, or what grew if they differ in width."""
-    pieces: Sequence[Value] = value.args[0]
+    pieces = _filled(value)
     if len({_width(piece, value) for piece in pieces}) == 1:
         return pieces
     return _grown_from(value)
@@ -144,9 +144,17 @@ def stages_of(value: Value) -> set[Value]:
 
 def _grown_from(value: Value) -> list[Value]:
     pieces: list[Value] = []
-    for piece in value.args[0]:
+    for piece in _filled(value):
         pieces += _grown_from(piece) if grows_into(piece, value) else [piece]
     return pieces
+
+
+def _filled(value: Value) -> Sequence[Value]:
+    """The arguments of ``cat`` or ``stack``, without the empty ones that loops start from."""
+    pieces: Sequence[Value] = value.args[0]
+    if any(piece.dtype is not value.dtype for piece in pieces):
+        return pieces
+    return [piece for piece in pieces if 0 not in piece.shape] or pieces
 
 
 def _width(piece: Value, whole: Value) -> Size:

@@ -1535,9 +1535,13 @@ class LoopOverGroupedHeads(PerHead):
 
     def __init__(self, apart: bool = False) -> None:
         super().__init__()
+        weights = self.gate, self.up, self.down
+        del self.gate, self.up, self.down
         self.gate, self.up, self.down = (
-            nn.ParameterList(nn.Parameter(part.data) for part in w[:2]) if apart else w
-            for w in (self.gate, self.up, self.down)
+            nn.ParameterList(nn.Parameter(part.data) for part in w[:2])
+            if apart
+            else nn.Parameter(w.data[:2])
+            for w in weights
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1551,7 +1555,7 @@ class LoopOverGroupedHeads(PerHead):
 class _Growing(PerHead):
     """The output of each head is appended to those before."""
 
-    def stages(self, x: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+    def stages(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
         stages: list[Tensor] = []
         for q, gate, up, down in zip(x.chunk(H, -1), *weights, strict=True):
             y = (F.silu(q @ gate) * (q @ up)) @ down
@@ -1567,6 +1571,14 @@ class GrowingOfWhichTheMiddleIsReturned(_Growing):
 
 
 @mhf()
+class GrowingFromNothing(_Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x[..., :0]
+        last = self.stages(x, (self.gate, self.up, self.down))[-1]
+        return torch.cat([nothing, torch.cat([nothing, last], -1)], -1)
+
+
+@mhf()
 class GrownAndConcatenatedWithItsInput(_Growing):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.stages(x, (self.gate, self.up, self.down))[-1], x], -1)
@@ -1575,5 +1587,6 @@ class GrownAndConcatenatedWithItsInput(_Growing):
 @mhf(count=2)
 class TwoGrownNetworks(_Growing):
     def forward(self, x: Tensor) -> Tensor:
-        first = self.stages(x, (self.gate, self.up, self.down))[-1]
-        return torch.cat([first, self.stages(x, (self.up, self.gate, self.down))[-1]], -1)
+        weights = self.gate, self.up, self.down
+        first = self.stages(x, weights)[-1]
+        return torch.cat([first, self.stages(x, tuple(w.flip(0) for w in weights))[-1]], -1)
