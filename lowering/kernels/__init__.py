@@ -4,6 +4,7 @@
     operands.py     tensors as kernels take them: descriptors, or pointers and strides
     launch.py       from operands to a launch
     replay.py       launches that are repeated for other tensors
+    compat.py       what Triton names differently by version
     loads.py        tiles in and out of memory, inside the kernels
     activations.py  the activations and their slopes
     splitting.py    tiles cut along the hidden units, and the sum of their parts
