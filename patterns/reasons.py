@@ -111,8 +111,10 @@ class Kind(Explained):
         "put the whole network, or none of it, under no_grad",
     )
     TENSOR_SUBCLASS = (
-        "a projection is computed with a tensor subclass, whose operations are its own",
-        "give the network plain tensors, or leave it as it is",
+        "a projection is computed with a tensor subclass, such as a quantised weight, whose "
+        "operations are its own",
+        "give the network plain tensors, for instance by leaving its weights out when a model is "
+        "quantised, or leave it as it is",
     )
     NOT_ON_SHARDS = (
         "the op cannot compute on the shards of the network's DTensors as they are placed",

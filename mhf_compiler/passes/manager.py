@@ -57,9 +57,14 @@ def with_post_grad_passes(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    names = _FOR_TRAINING if torch.is_grad_enabled() else tuple(PASSES)
+    names = passes_for(training=torch.is_grad_enabled())
     run = partial(run_passes, names, options.strict, tell)
     return with_pass(config, run, cache_key(options, names))
+
+
+def passes_for(*, training: bool) -> tuple[str, ...]:
+    """The names of the passes for graphs before and after which gradients are recorded, or not."""
+    return _FOR_TRAINING if training else tuple(PASSES)
 
 
 def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.Graph) -> None:

@@ -12,10 +12,12 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from support.networks import HEADS
 from support.private_names import COMPAT, private_names
 
-from mhf_compiler import options, without
+import mhf_compiler
+from mhf_compiler import MhfCompilerWarning, options, without
 
 
 def sources() -> dict[str, str]:
@@ -164,3 +166,16 @@ def test_strict_raises(attempts: dict[bool, Told]):
 
 def test_every_option_of_ours_is_kept_from_inductor():
     assert set(without._OURS) == set(options._OURS)
+
+
+def test_options_for_inductor_are_then_those_of_the_user(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mhf_compiler.inductor", None)  # cannot be imported
+    given = {"rewrite": "always", "mode": "max-autotune-no-cudagraphs", "max-fusion-size": 8}
+    with pytest.warns(MhfCompilerWarning, match="nothing is rewritten: ModuleNotFoundError"):
+        settings = mhf_compiler.inductor_options(given)
+    assert settings["max_autotune"] is True
+    assert settings["max_fusion_size"] == 8
+    assert set(settings) <= set(torch._inductor.list_options())
+    assert "pre_grad_custom_pass" not in settings
+    with pytest.raises(ImportError, match=r"mhf_compiler\.inductor"):
+        mhf_compiler.inductor_options({"strict": True})
