@@ -363,9 +363,10 @@ class _Reader:
             routers=(*(units.leaf(symbol) for symbol in meaning.factors), *factors),
             hidden=contraction.summed,
             sub_networks=(),
-            scale=meaning.scale * contraction.scale,
+            scale=1.0,
             value=contraction.value,
         )
+        term = scaled(term, meaning.scale * contraction.scale)
         if contraction.bias is not None:
             bias = self.leaf(contraction.bias.value, contraction.bias.index)
             term = with_bias(term, bias, contraction.bias_scale, contraction.value)

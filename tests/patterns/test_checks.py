@@ -212,6 +212,28 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: heads_in(torch.float16, m, q, lambda y, part: (y + part) * 4),
         {},
     ),
+    "check_range, a bias beyond float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: per_head(m, q, lambda y, _: y * 1e-30 + m.down[0, 0] * 1e15),
+        {},
+    ),
+    "check_range, a bias that vanishes in float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: per_head(m, q, lambda y, _: torch.add(y * 1e25, m.down[0, 0], alpha=1e-15)),
+        {},
+    ),
+    "check_range, a projection beyond float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: project(F.relu(project(q * 0, m.gate) * 1e30 * 1e30), m.down),
+        {},
+    ),
+    "check_range, hidden units beyond float32": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(
+            F.silu(project(q, m.gate)) * project(q * 0, m.up) * 1e30 * 1e30, m.down
+        ),
+        {},
+    ),
     "check_weights, the same for all features": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: project(
