@@ -155,9 +155,6 @@ def assign_roles(term: Term, root: Index) -> Roles:
     groups = {a for a in order if a in weights}
     tokens = [a for a in order if a in query and a not in groups]
     out_width = [a for a in order if a not in query and a not in groups]
-    unread = [a for a in out_width if a not in axes_of(down.index) and a.size != 1]
-    if unread:
-        raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
     inside = _inside_heads(gate.query.index, set(width), groups)
     inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)
     sharers = tuple(a for a in tokens if a in inside)
@@ -220,12 +217,12 @@ def _inside_tokens(
 
 
 def _nested(query: Index, groups: set[Axis]) -> set[Axis]:
-    """The axes that lie inside the heads that have weights of their own, in one dimension."""
+    """The axes that lie inside heads with weights of their own, in one dimension with them."""
     found: set[Axis] = set()
     for form in query:
         terms = form.resolved().terms
         steps = [_as_number(c) for axis, c in terms if axis in groups]
-        found |= {a for a, c in terms if a not in groups and _as_number(c) < max(steps, default=0)}
+        found |= {axis for axis, c in terms if _as_number(c) < max(steps, default=0)}
     return {axis for axis in found if axis.size != 1 and isinstance(axis.size, int)}
 
 
@@ -671,8 +668,6 @@ def two_token_dims(
     if len(tokens) < 2:
         return (), tokens
     ordered = in_reading_order(tokens, query)
-    missing = [axis for axis in tokens if axis not in ordered]
-    ordered = (*missing, *ordered)
     for cut in range(len(ordered)):
         if _contiguous(ordered[cut:], query):
             return ordered[:cut], ordered[cut:]

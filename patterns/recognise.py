@@ -25,7 +25,7 @@ from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
-from .operations import DROPOUT, REDUCTIONS, is_other_pointwise, operation_name
+from .operations import DROPOUT, REDUCTIONS, is_cast, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
@@ -436,8 +436,8 @@ def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
 
 
 def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
-    """Whether a reader, or the readers of a view, use sizes alone."""
-    if not is_view(value) or value in copy.escaping:
+    """Whether a reader, or the readers of a view or a cast, use sizes alone."""
+    if not (is_view(value) or is_cast(value)) or value in copy.escaping:
         return value.op in LIKES
     readers = [reader for reader in value.readers if copy.is_live(reader)]
     return bool(readers) and all(_reads_sizes(reader, copy) for reader in readers)

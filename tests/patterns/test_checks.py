@@ -77,6 +77,12 @@ def hidden_units_summed(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     return project(hidden, m.down), hidden.square().mean()
 
 
+def weighted(m: Ffn, q: Tensor, router: Callable[[Tensor], Tensor]) -> Tensor:
+    """A router that is made of the hidden units."""
+    hidden = m.hidden(q)
+    return project(hidden, m.down) * router(hidden)
+
+
 def query_overwritten(m: Ffn, q: Tensor) -> Tensor:
     q = q * 1
     hidden = m.hidden(q.detach())
@@ -142,6 +148,40 @@ def fast_weights_and_gathered_tokens(m: Ffn, q: Tensor) -> Tensor:
     return project(m.hidden(q[:, torch.arange(L - 1, -1, -1)]), m.down + q.mean((0, 1, 2)))
 
 
+def fast_weights_and_scattered_tokens(m: Ffn, q: Tensor) -> Tensor:
+    sequences, tokens = torch.arange(B), torch.arange(L)
+    return project(m.hidden(q[sequences[:, None], tokens]), m.down + q.mean((0, 1, 2)))
+
+
+def up_cast_without_gradients(m: Ffn, q: Tensor) -> Tensor:
+    gate, up, down = (w.bfloat16() for w in (m.gate, m.up, m.down))
+    with torch.no_grad():
+        narrow = q.bfloat16()
+    return project(F.silu(project(q.bfloat16(), gate)) * project(narrow, up), down)
+
+
+def up_scaled_with_its_bias(m: Ffn, q: Tensor) -> Tensor:
+    gate, up, down = (w.half() for w in (m.gate, m.up, m.down))
+    up_bias = (project(q.half(), up) + gate[:, 0]) * 4
+    return project(F.silu(project(q.half(), gate)) * up_bias, down)
+
+
+def queries_of_halves(m: Ffn, q: Tensor) -> Tensor:
+    """Twice as many hidden units, of which the second half reads another query."""
+    halves = torch.stack([q, q.roll(1, -1)], 3)  # [B, L, H, 2, d]
+    gate, down = torch.stack([m.gate, m.up], 1), torch.stack([m.down, m.down.cos()], 1)
+    hidden = torch.einsum("blhni,hnif->blhnf", halves, gate).relu()
+    return torch.einsum("blhnf,hnfo->blho", hidden, down)
+
+
+def heads_with_a_gap(m: Ffn, q: Tensor) -> Tensor:
+    """Four heads of six, [B, L, 2, 3, d] without the last of each three."""
+    six = torch.cat([q, q[:, :, :2]], 2).sin().unflatten(2, (2, 3))[:, :, :, :2]
+    gate, down = (w.unflatten(0, (2, 2)) for w in (m.gate, m.down))
+    hidden = torch.einsum("blghi,ghif->blghf", six, gate).relu()
+    return torch.einsum("blghf,ghfo->blgho", hidden, down)
+
+
 def heads_in(
     dtype: torch.dtype, m: Ffn, q: Tensor, finish: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
@@ -177,6 +217,22 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: project(m.hidden(q[:, :H], q[:, :H].transpose(1, 2)), m.down),
         {},
     ),
+    "one_query, another one in fewer digits": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(m.hidden(q, q.cos().bfloat16().float()), m.down),
+        {},
+    ),
+    "one_query, cast without gradients": (Kind.DIFFERENT_QUERIES, up_cast_without_gradients, {}),
+    "assign_roles, half an output twice": (
+        Kind.UNEQUAL_WIDTHS,
+        lambda m, q: project(m.hidden(q), m.down).repeat(1, 1, 1, 2),
+        {"out": d // 2},
+    ),
+    "assign_roles, a query for each half of the hidden units": (
+        Kind.UNPAIRED_BRANCHES,
+        queries_of_halves,
+        {},
+    ),
     "assign_roles, a query for each hidden unit": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: with_queries_of_units(m, queries_of_units(q)),
@@ -190,6 +246,23 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     "assign_roles, a query of one feature": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: project(m.hidden(q[..., :1].expand(-1, -1, -1, d)), m.down),
+        {},
+    ),
+    "check_weights, of the up projection": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        lambda m, q: project(
+            F.silu(project(q, m.gate)) * project(q, m.up + q.mean((0, 1, 2))[:, None]), m.down
+        ),
+        {},
+    ),
+    "check_weights, made of tokens that are gathered by two indices": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        fast_weights_and_scattered_tokens,
+        {},
+    ),
+    "check_static_sizes, heads along two dimensions with a gap": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        heads_with_a_gap,
         {},
     ),
     "check_weights, made of tokens that are gathered": (
@@ -207,6 +280,7 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: heads_in(torch.float16, m, q, lambda y, _: y / 4 + m.down[0, 0].half()),
         {},
     ),
+    "check_range, of a projection's bias": (Kind.FLOAT16_RANGE, up_scaled_with_its_bias, {}),
     "check_range, of a residual": (
         Kind.FLOAT16_RANGE,
         lambda m, q: heads_in(torch.float16, m, q, lambda y, part: (y + part) * 4),
@@ -377,6 +451,15 @@ def test_what_cannot_be_part_of_the_site_is_left_after_it(compute: Callable[[Ffn
     assert not site.routed
 
 
+def zeros_like_a_cast(m: Ffn, q: Tensor) -> Tensor:
+    """Sub-networks are added to zeros that look like the first one's output."""
+    outs = [
+        (F.silu(q[:, :, 0] @ gate) * (q[:, :, 0] @ up)) @ down
+        for gate, up, down in zip(m.gate, m.up, m.down, strict=True)
+    ]
+    return sum(outs, torch.zeros_like(outs[0].double(), dtype=torch.float32))
+
+
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
     "a part of the output": lambda m, q: project(m.hidden(q), m.down)[:, 1:],
@@ -396,6 +479,7 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "a result in eight bits": lambda m, q: (
         project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
     ),
+    "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
     "a bias that is multiplied, in float32": lambda m, q: per_head(
         m, q, lambda y, _: y / 4 + m.down[0, 0]
@@ -412,8 +496,10 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         ).relu(),
         m.down.unflatten(0, (2, 2)),
     ),
-    "a router that is one number in float64": lambda m, q: (
-        project(m.hidden(q), m.down) * q.double().mean()
+    "zeros like a cast of the first output": zeros_like_a_cast,
+    "a bias that addcmul multiplies, in float32": lambda m, q: project(
+        F.silu(torch.addcmul(project(q, m.gate), m.up[:, 0], m.down[..., 0])) * project(q, m.up),
+        m.down,
     ),
     "weights and tokens of one tensor": lambda m, q: project(
         F.silu(project(q, q[0, :f].permute(1, 2, 0))) * project(q, m.up), m.down
@@ -426,3 +512,56 @@ def test_what_the_checks_let_through(compute: Callable[[Ffn, Tensor], Any]):
     report = explain(compute)
     assert len(report.rewritten) == 1
     assert report.declined == []
+
+
+@pytest.mark.parametrize(
+    ("compute", "detail"),
+    [
+        (hidden_units_returned, "it is returned"),
+        (hidden_units_summed, "read by"),
+        (lambda m, q: weighted(m, q, lambda hidden: hidden.mean(-1, keepdim=True)), "read by"),
+        (lambda m, q: weighted(m, q, lambda h: torch.ones_like(h[..., :1])), "read by"),
+    ],
+    ids=["returned", "read elsewhere", "read by the router", "sizes read by the router"],
+)
+def test_hidden_units_that_escape_are_told_with_their_reader(
+    compute: Callable[[Ffn, Tensor], Any], detail: str
+):
+    report = explain(compute)
+    assert report.rewritten == []
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert detail in miss.reason.detail
+
+
+def test_a_router_that_is_one_number_in_float64_is_one():
+    (site,) = explain(lambda m, q: project(m.hidden(q), m.down) * q.double().mean()).rewritten
+    assert site.routed
+
+
+def test_a_head_that_is_returned_is_cut_out_of_the_result():
+    """Nothing of it is computed twice."""
+
+    def returned(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+        first, *others = heads_apart(m, q)
+        return torch.stack([first, *others], 2), first
+
+    report = explain(returned)
+    assert len(report.rewritten) == 1
+    assert " @ " in report.graphs[0].before
+    assert " @ " not in report.graphs[0].after
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, Kind.UNSUPPORTED_PROBLEM), (torch.float64, Kind.UNSUPPORTED_DTYPE)],
+)
+def test_float64_is_computed_on_a_cpu_alone(dtype: torch.dtype, kind: Kind):
+    """On another device it is no dtype of the op; in float32 the device alone is at fault."""
+    model = Ffn(lambda m, q: project(m.hidden(q), m.down)).to("meta", dtype)
+    report = mhf_compiler.explain(model, options={"rewrite": "always"})(
+        torch.empty(B, L, H, d, device="meta", dtype=dtype)
+    )
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert miss.reason.kind is kind
