@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ def explain(compute: Callable[[Ffn, Tensor], Any], **sizes: int) -> Report:
     model = Ffn(compute, **sizes)
     options = {"rewrite": "always", "fallback": "eager", "strict": True}
     compiled = torch.compile(model, backend="flashmhf", options=options)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5, equal_nan=True)
     return mhf_compiler.explain(model, options=options)(x)
 
 
@@ -192,6 +194,44 @@ def heads_in(
         gate, up, down = (w[h].to(dtype) for w in (m.gate, m.up, m.down))
         outs.append(finish((F.silu(part @ gate) * (part @ up)) @ down, part))
     return torch.stack(outs, 2)
+
+
+def scaled_in_float64(m: Ffn, q: Tensor, factor: float) -> Tensor:
+    return heads_in(torch.float64, m, q, lambda y, _: y * factor)
+
+
+def with_bias_times(m: Ffn, q: Tensor, alpha: float) -> Tensor:
+    return per_head(m, q, lambda y, _: torch.add(y, m.down[0, 0], alpha=alpha))
+
+
+def up_of_pieces_without_gradients(m: Ffn, q: Tensor) -> Tensor:
+    with torch.no_grad():
+        pieces = q.unbind(2)
+    return project(m.hidden(q, torch.stack(pieces, 2)), m.down)
+
+
+def square_heads(q: Tensor, weight: Callable[[int], Tensor]) -> Tensor:
+    """Heads of as many hidden units as features, all of whose weights are the same."""
+    heads = ((F.relu(q[:, :, h, :f] @ weight(h)) @ weight(h)) for h in range(H))
+    return torch.stack(list(heads), 2)
+
+
+def routed_heads(m: Ffn, q: Tensor, cast: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A loop over heads, each with a router of its own, cast by itself."""
+    routers = q[..., 0].sigmoid()
+    heads = zip(heads_apart(m, q), routers.unbind(-1), strict=True)
+    return torch.stack([y * cast(r, h)[..., None] for h, (y, r) in enumerate(heads)], 2)
+
+
+def written_along_tokens_and_heads(m: Ffn, q: Tensor) -> Tensor:
+    """As many tokens as heads; what is written last fills the buffer."""
+    q = q[:, :H]
+    out = torch.empty_like(q)
+    for t in range(H):
+        out[:, t] = q[:, t]
+    for h, y in enumerate(heads_apart(m, q)):
+        out[:, :, h] = y
+    return out
 
 
 DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] = {
@@ -369,6 +409,72 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         wider_residual_in_vmap,
         {},
     ),
+    **{
+        f"the grammar: multiplied by {factor} in a loop": (
+            Kind.OPERATION_IN_LOOP,
+            partial(scaled_in_float64, factor=factor),
+            {},
+        )
+        for factor in (0.0, math.inf, math.nan, 1e-320)
+    },
+    **{
+        f"the grammar: {alpha} times a bias in a loop": (
+            Kind.OPERATION_IN_LOOP,
+            partial(with_bias_times, alpha=alpha),
+            {},
+        )
+        for alpha in (0, math.inf)
+    },
+    "the grammar: a number is added in a loop": (
+        Kind.OPERATION_IN_LOOP,
+        lambda m, q: per_head(m, q, lambda y, _: y + 1.0),
+        {},
+    ),
+    "the grammar: a buffer that is filled along two dimensions": (
+        Kind.PLAIN_FFN,
+        written_along_tokens_and_heads,
+        {},
+    ),
+    "the grammar: taken apart without gradients": (
+        Kind.DIFFERENT_QUERIES,
+        up_of_pieces_without_gradients,
+        {},
+    ),
+    "the grammar: a weight that is read the other way round": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: square_heads(q, lambda h: m.gate[h, :f] if h else m.gate[h, :f].T),
+        {},
+    ),
+    "the grammar: a weight in a tensor of its own": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: square_heads(q, lambda h: m.gate[h, :f] if h else m.gate[h, :f].sin()),
+        {},
+    ),
+    "the grammar: weights at different places of different tensors": (
+        Kind.IRREGULAR_WEIGHTS,
+        lambda m, q: square_heads(q, lambda h: (m.gate * (h + 1))[h, :f]),
+        {},
+    ),
+    "the grammar: routers cast to other dtypes": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half() if h else r.bfloat16()),
+        {},
+    ),
+    "the grammar: routers some of which are cast": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half() if h else r),
+        {},
+    ),
+    "the grammar: routers of other dtypes": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half().sin() if h else r.bfloat16().sin()),
+        {},
+    ),
+    "the grammar: hidden units truncated by a cast": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(m.hidden(q).long().float(), m.down),
+        {},
+    ),
     "the grammar: dropout": (Kind.DROPOUT_INSIDE, dropped_out, {}),
 }
 
@@ -436,8 +542,23 @@ def copied_under_an_older_view(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     return out, older * 1
 
 
+def sub_networks(m: Ffn, q: Tensor) -> list[Tensor]:
+    """The networks of all heads, over the same queries."""
+    weights = zip(m.gate, m.up, m.down, strict=True)
+    return [(F.silu(q @ gate) * (q @ up)) @ down for gate, up, down in weights]
+
+
+def sum_with_a_bias(m: Ffn, q: Tensor) -> Tensor:
+    """One bias for the sum of sub-networks, and none of theirs."""
+    return sum(sub_networks(m, q[:, :, 0])) + m.down[0, 0]
+
+
 BELOW: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "check_router: integers": weighted_by_integers,
+    "the grammar: a bias of a sum": sum_with_a_bias,
+    "the grammar: copied to more dimensions of another dtype": lambda m, q: torch.empty(
+        2, *q.shape, dtype=torch.float64
+    ).copy_(project(m.hidden(q), m.down)),
     "check_memory: random numbers": dropped_by_token,
     "check_memory: an older view": read_through_an_older_view,
     "check_memory: an older view of a copy": copied_under_an_older_view,
@@ -453,10 +574,7 @@ def test_what_cannot_be_part_of_the_site_is_left_after_it(compute: Callable[[Ffn
 
 def zeros_like_a_cast(m: Ffn, q: Tensor) -> Tensor:
     """Sub-networks are added to zeros that look like the first one's output."""
-    outs = [
-        (F.silu(q[:, :, 0] @ gate) * (q[:, :, 0] @ up)) @ down
-        for gate, up, down in zip(m.gate, m.up, m.down, strict=True)
-    ]
+    outs = sub_networks(m, q[:, :, 0])
     return sum(outs, torch.zeros_like(outs[0].double(), dtype=torch.float32))
 
 
@@ -479,6 +597,12 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "a result in eight bits": lambda m, q: (
         project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
     ),
+    "a factor beyond float32, in float64": lambda m, q: heads_in(
+        torch.float64, m, q, lambda y, _: y * 1e60
+    ),
+    "heads that are merged, and cut otherwise": lambda m, q: torch.cat(
+        heads_apart(m, q)[:3], -1
+    ).unflatten(-1, (2, 12)),
     "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
     "a bias that is multiplied, in float32": lambda m, q: per_head(
@@ -497,6 +621,9 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         m.down.unflatten(0, (2, 2)),
     ),
     "zeros like a cast of the first output": zeros_like_a_cast,
+    "zeros that are detached": lambda m, q: sum(
+        sub_networks(m, q[:, :, 0]), torch.zeros_like(q[:, :, 0]).detach()
+    ),
     "a bias that addcmul multiplies, in float32": lambda m, q: project(
         F.silu(torch.addcmul(project(q, m.gate), m.up[:, 0], m.down[..., 0])) * project(q, m.up),
         m.down,
