@@ -226,7 +226,9 @@ class _Reader:
             return scaled(self.output(left, index), 1.0 / right if divides else float(right))
         if value.op is not aten.mul.Tensor or not isinstance(right, Value):
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        if left not in self.outside or right in self.outside:
+        # The router may be the output of a network, too: it is the one that lacks an axis.
+        moves = real_axes(index) <= real_axes(broadcast(index, right.shape))
+        if left not in self.outside or (right in self.outside and moves):
             left, right = right, left
         router = self.leaf(right, broadcast(index, right.shape))
         if real_axes(index) <= real_axes(router.index):

@@ -666,6 +666,19 @@ def test_a_router_that_is_one_number_in_float64_is_one():
     assert site.routed
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_router_may_be_the_output_of_another_network(first: bool):
+    """On either side: it is the one that is the same for all features."""
+
+    def routed(m: Ffn, q: Tensor) -> Tensor:
+        router = project(F.relu(project(q, m.gate.sin())), m.down[..., :1])
+        output = project(m.hidden(q), m.down)
+        return router * output if first else output * router
+
+    (site,) = explain(routed).rewritten
+    assert site.routed
+
+
 def test_a_head_that_is_returned_is_cut_out_of_the_result():
     """Nothing of it is computed twice."""
 
