@@ -178,8 +178,6 @@ class _Reader:
 
         What does not move along all axes of the output is the product's bias.
         """
-        if value not in self.outside or value.op not in MATRIX_PRODUCTS:
-            return None
         contraction = as_contraction(value, index)
         if contraction is None or contraction.bias is None:
             return None
@@ -192,8 +190,6 @@ class _Reader:
 
     def adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
-        if value not in self.outside or value.op not in _ADDITIONS:
-            return False
         for operand in value.operands:
             if operand not in self.outside and not is_zero(operand):
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
@@ -207,9 +203,7 @@ class _Reader:
 
         Read twice, but only for parameters that move along all axes of the output.
         """
-        other = next((operand for operand in value.operands if operand in self.outside), None)
-        if other is None:
-            return False
+        other = next(operand for operand in value.operands if operand in self.outside)
         try:
             term = self.output(other, broadcast(index, other.shape))
         except Declined:
@@ -516,8 +510,7 @@ class _Sum:
             self._take_leaf(addend, value, index)
             return []
         self.dtypes.add(value.dtype)
-        biased = value is not self.root and reader.adds_bias(value, index)
-        if value.op in _ADDITIONS and not biased:
+        if value.op in _ADDITIONS and (value is self.root or not reader.adds_bias(value, index)):
             return self._operands(addend.sign, value, index)
         contraction = reader.accumulated(value, index)
         if contraction is not None:

@@ -603,6 +603,7 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "heads that are merged, and cut otherwise": lambda m, q: torch.cat(
         heads_apart(m, q)[:3], -1
     ).unflatten(-1, (2, 12)),
+    "heads that are negated one by one": lambda m, q: per_head(m, q, lambda y, _: -y),
     "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
     "a bias that is multiplied, in float32": lambda m, q: per_head(
