@@ -1,7 +1,7 @@
 """Break the checks and the gradients one at a time, and print what no test noticed.
 
-    python -m tests.mutants --record        which tests run what: some ten minutes, then kept
-    python -m tests.mutants                 every change; --list prints them only
+    python -m tests.mutants --record        which tests run what, which is kept; then every change
+    python -m tests.mutants                 every change, by the record; --list prints them only
 
 Exits with 1 if a change survives that equivalent.py does not explain.
 """
@@ -45,7 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--survivors", action="store_true", help="those of the last run again")
     parser.add_argument("--list", action="store_true", help="print the changes, run nothing")
     parser.add_argument(
-        "--record", nargs="*", metavar="TEST", help="record what these tests reach; none: all"
+        "--record", nargs="*", metavar="TEST", help="first record what these tests reach; none: all"
     )
     return parser.parse_args(arguments)
 
@@ -129,7 +129,8 @@ def main() -> int:
         print(f"{len(found)} changes")
         return 0
     mine = [mutant for mutant in found if mutant.path.startswith(KERNELS) is INTERPRETING]
-    survivors = run_all(mine, options.tests, options.record) if mine or options.record else []
+    wanted = mine or options.record is not None
+    survivors = run_all(mine, options.tests, options.record) if wanted else []
     status = int(bool(survivors))
     if len(mine) < len(found) and not INTERPRETING:  # Triton decides at its import
         command = [sys.executable, "-m", "tests.mutants", *sys.argv[1:]]

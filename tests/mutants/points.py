@@ -215,6 +215,8 @@ def _checks(file: _Changes, statement: ast.stmt) -> Iterator[Change]:
             for dropped in node.values:
                 kept = [f"({file.text(value)})" for value in node.values if value is not dropped]
                 decisive = value_key(file.name, dropped, isinstance(node.op, ast.Or))
+                if isinstance(dropped, ast.Constant):
+                    decisive = ""  # what stands in for nothing has no other value
                 yield node, f"({word.join(kept)})", decisive
         if isinstance(node, ast.Compare) and file.path in COMPARING and len(node.ops) == 1:
             op = type(node.ops[0])

@@ -185,8 +185,8 @@ class Reach:
 
         Where a clause or a comparison changes, those alone in which it had the value that decides;
         if there are none, no test can notice. Some go beyond the condition that is changed, others
-        do not. Both are taken in turns, and from those that take the same way through the function
-        in turns, too: first the ones that go where few others do.
+        do not. Both are taken in turns, and in turns from those that take the same way through the
+        function and what it calls, too: first the ones that go where few others do.
 
         In code that is newer than the record, they are those that run its function; in a kernel,
         those that run a function of its file that is not one.
@@ -199,16 +199,24 @@ class Reach:
             found = set(self.by_function.get(mutant.function, ()))
         beyond = found & self.by_statement.get(mutant.beyond, set())
         first, second = (
-            self._by_turns(tests, mutant.function) for tests in (beyond, found - beyond)
+            self._by_turns(tests, self._called_in(mutant)) for tests in (beyond, found - beyond)
         )
         turns = zip_longest(first, second)
         return [test for turn in turns for test in turn if test is not None]
 
-    def _by_turns(self, tests: set[str], function: str) -> list[str]:
+    def _called_in(self, mutant: Mutant) -> list[str]:
+        """The changed function, and those that it may call, by their names."""
+        changed = dict(functions(ast.parse(mutant.text)))[mutant.function]
+        names = _names(changed)
+        called = (name for name in self.by_function if name.rpartition(".")[2] in names)
+        return list(dict.fromkeys((mutant.function, *called)))
+
+    def _by_turns(self, tests: set[str], called: list[str]) -> list[str]:
         ways: dict[frozenset[str], list[str]] = {}
-        reached = self.by_function.get(function, {})
+        reached = [self.by_function.get(function, {}) for function in called]
         for test in sorted(tests, key=lambda test: (-self.worth[test], test)):
-            ways.setdefault(frozenset(reached.get(test, ())), []).append(test)
+            way = frozenset(key for keys in reached for key in keys.get(test, ()))
+            ways.setdefault(way, []).append(test)
         turns = zip_longest(*ways.values())
         return [test for turn in turns for test in turn if test is not None]
 
@@ -226,4 +234,8 @@ class Reach:
 
 
 def _names(function: ast.FunctionDef) -> set[str]:
-    return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} | {function.name}
+    nodes = list(ast.walk(function))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return (
+        names | {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {function.name}
+    )

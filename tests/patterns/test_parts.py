@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mhf_compiler.compat import symbolic_size
 from mhf_compiler.patterns.axes import Size
-from mhf_compiler.patterns.parts import Range, ViewStep, is_number, shown_range
+from mhf_compiler.patterns.parts import Range, ViewStep, is_number, plain, shown_range
 
 aten = torch.ops.aten
 n = sympy.Symbol("n", integer=True, positive=True)
@@ -41,6 +43,7 @@ UNKNOWN: dict[str, ViewStep] = {
     "every second row": rows(3, 0, 0, 6, 2),
     "more rows than there are": rows(4, 0, 4, 8),
     "an unknown row": row(0, n - 2),
+    "a row before the first": row(0, -7),
     "rows up to an unknown one": rows(n, 0, 0, n),
     "with names": ViewStep(aten.slice.Tensor, (0,), {"start": 2}, None, (4, 4), (4, 1)),
     "another view": ViewStep(aten.t.default, (), {}, None, (4, 6), (1, 4)),
@@ -57,6 +60,12 @@ def test_a_range_in_a_range_is_none():
     assert shown_range([rows(6, 0, 0, 6), row(0, 1)], ROWS) == Range(0, 1, 1, True)
 
 
+def test_a_range_in_an_unknown_part_is_none():
+    assert shown_range([rows(3, 0, 0, 6, 2), row(0, 1)], ROWS) is None
+    in_another_order = ViewStep(aten.as_strided.default, ((6, 4), (1, 6)), {}, None, ROWS, (1, 6))
+    assert shown_range([in_another_order, row(0, 1)], ROWS) is None
+
+
 @pytest.mark.parametrize(
     ("part", "apart"),
     [
@@ -71,6 +80,15 @@ def test_a_range_in_a_range_is_none():
 def test_different_pieces_of_one_partition_are_apart(part: Range, apart: bool):
     first = Range(0, 0, 2, False)
     assert first.is_disjoint(part) is part.is_disjoint(first) is apart
+
+
+def test_plain_arguments_have_expressions_for_symbolic_sizes():
+    size = ShapeEnv().create_unbacked_symint()
+    symbol = symbolic_size(size)
+    assert isinstance(symbol, sympy.Expr)
+    number, (first, name), named = plain([1, (size, "a"), {"b": [size]}])
+    assert (number, name) == (1, "a")
+    assert first is named["b"][0] is symbol
 
 
 @pytest.mark.parametrize(
