@@ -1,4 +1,4 @@
-# `make test` and `make demo` need Python 3.11 or 3.12, git and a C++ compiler, and set up the rest
+# `make test` and `make demo` need Python 3.11 to 3.13, git and a C++ compiler, and set up the rest
 # in .venv. To use an environment that already has everything, name its interpreter:
 #
 #     make test-gpu PYTHON=/path/to/python
@@ -34,12 +34,12 @@ SEED ?= 0
 FUZZ_ARGS ?=
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@suits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))'; \
-	for base in $(VENV)/bin/python python3 python3.12 python3.11 none; do \
+	@suits='import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
+	for base in $(VENV)/bin/python python3 python3.13 python3.12 python3.11 none; do \
 	  if $$base -c "$$suits" 2>/dev/null; then break; fi; \
 	done; \
 	if [ $$base = none ]; then \
-	  echo 'Python 3.11 or 3.12 with its venv module is needed, and none is on the PATH' >&2; exit 1; \
+	  echo 'Python 3.11 to 3.13 with its venv module is needed, and none is on the PATH' >&2; exit 1; \
 	fi; \
 	if [ $$base != $(VENV)/bin/python ]; then $$base -m venv --clear $(VENV); fi
 	$(VENV)/bin/python -m pip install --constraint constraints.txt --editable '.[demo,test,docs,dev]'
@@ -70,6 +70,12 @@ pytest: $(READY)  ## the tests alone
 quick: $(READY)  ## lint, and the tests that compile nothing: under two minutes
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -m "not gpu" -n $(WORKERS) -q $(QUICK) $(PYTEST_ARGS)
+
+# Releases to test; none: all. MATRIX_ARGS="2.11 --keep"
+MATRIX_ARGS ?=
+.PHONY: test-matrix
+test-matrix: $(READY)  ## quick tests and compiled kernels with every supported pair of torch and Triton
+	$(PYTHON) -m tests.matrix $(MATRIX_ARGS)
 
 .PHONY: fuzz
 fuzz: $(READY)  ## N random programs from SEED on, and mutants of each: none missed, none wrong

@@ -9,6 +9,7 @@ import torch
 from ..device import capability, interpreted
 from ..problem import Problem
 from ..tiles import Tile
+from .compat import OPTIONS
 from .operands import Operand, TokenAxes
 from .replay import current_device, record
 
@@ -81,6 +82,7 @@ def start(
     kernel: Any, programs: int, tile: Tile, device: torch.device, arguments: Mapping[str, Any]
 ) -> None:
     """`launch`, with every parameter of the kernel already under its name."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **OPTIONS}
     with current_device(device):
-        compiled = kernel[(programs,)](**arguments, num_warps=tile.warps, num_stages=tile.stages)
+        compiled = kernel[(programs,)](**arguments, **options)
     record(compiled, programs, [arguments.get(name) for name in kernel.arg_names])

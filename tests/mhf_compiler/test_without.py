@@ -9,31 +9,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.networks import HEADS
+from support.private_names import COMPAT, private_names
 
-import mhf_compiler.compat
 from mhf_compiler import options, without
-
-COMPAT = Path(mhf_compiler.compat.__file__)
-#: what the fallback itself is called by; these are documented
-DOCUMENTED = {"torch._inductor.compile", "torch._dynamo.lookup_backend"}
-
-
-def private_names(tree: ast.Module) -> Iterator[tuple[str, ast.alias | ast.Attribute]]:
-    """Every private name, as it is written, with the node that can be misspelled."""
-    inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
-            yield from ((f"{node.module}:{alias.name}", alias) for alias in node.names)
-        elif isinstance(node, ast.Attribute) and id(node) not in inner:
-            name = ast.unparse(node)
-            if name.startswith("torch.") and "._" in name and name not in DOCUMENTED:
-                yield name, node
 
 
 def sources() -> dict[str, str]:

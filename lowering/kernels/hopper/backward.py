@@ -47,6 +47,7 @@ from ...device import multiprocessors
 from ...problem import Gradients, Problem
 from ...tiles import HopperBackwardTile, Tile
 from ..activations import activate, activate_with_slope
+from ..compat import async_load, async_store, reinterpret
 from ..launch import start
 from ..loads import store_weights
 from ..operands import (
@@ -128,9 +129,9 @@ def _next(stage, phase, STAGES: gl.constexpr):
 def _load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constexpr):
     """Start the copy of a tile from row `first` on; `bar` is signalled when it has arrived."""
     if COLUMNS:
-        tma.async_copy_global_to_shared(descriptor, [outer, inner, 0, first], bar, buffer)
+        async_load(descriptor, [outer, inner, 0, first], bar, buffer)
     else:
-        tma.async_copy_global_to_shared(descriptor, [outer, inner, first, 0], bar, buffer)
+        async_load(descriptor, [outer, inner, first, 0], bar, buffer)
 
 
 @gluon.jit
@@ -139,9 +140,9 @@ def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.cons
     _matrix(buffer, COLUMNS).store(value.to(descriptor.dtype))
     fence_async_shared()
     if COLUMNS:
-        tma.async_copy_shared_to_global(descriptor, [outer, inner, 0, first], buffer)
+        async_store(descriptor, [outer, inner, 0, first], buffer)
     else:
-        tma.async_copy_shared_to_global(descriptor, [outer, inner, first, 0], buffer)
+        async_store(descriptor, [outer, inner, first, 0], buffer)
     tma.store_wait(0)
 
 
@@ -405,7 +406,7 @@ def _token_producer(Weights, Q, dOut, R, weights, tiles, barriers, tokens, C: gl
             mbarrier.expect(q_here.index(stage), BM * BD * 2 + r_bytes)
             for consumer in gl.static_range(_CONSUMERS):
                 e, f0 = _hidden_tile(index + consumer, F_TILES)
-                tma.async_copy_global_to_shared(
+                async_load(
                     R, [b, h, e, l0], q_here.index(stage), r_s.index(_CONSUMERS * stage + consumer)
                 )
         else:
@@ -502,7 +503,7 @@ def _dv_consumer(
         stage, phase = _next(stage, phase, C.STAGES)
     _finish(
         dV, dV_parts, whole, parts, consumer, dv, C.OUT_SCALE,
-        k_s.index(consumer)._reinterpret(DTYPE, dV.block_shape, dV.layout),
+        reinterpret(k_s.index(consumer), DTYPE, dV.block_shape, dV.layout),
         C, C.dV == "columns", WIDTH,
     )  # fmt: skip
 
@@ -609,12 +610,12 @@ def _dk_du_consumer(
         stage, phase = _next(stage, phase, C.STAGES)
     _finish(
         dK, dK_parts, whole, parts, consumer, dk, C.K_SCALE * C.OUT_SCALE,
-        k_s.index(consumer)._reinterpret(DTYPE, dK.block_shape, dK.layout),
+        reinterpret(k_s.index(consumer), DTYPE, dK.block_shape, dK.layout),
         C, C.dK == "columns", WIDTH,
     )  # fmt: skip
     _finish(
         dU, dU_parts, whole, parts, consumer, du, C.U_SCALE * C.OUT_SCALE,
-        u_s.index(consumer)._reinterpret(DTYPE, dU.block_shape, dU.layout),
+        reinterpret(u_s.index(consumer), DTYPE, dU.block_shape, dU.layout),
         C, C.dU == "columns", WIDTH,
     )  # fmt: skip
 

@@ -53,6 +53,7 @@ from ...device import multiprocessors
 from ...problem import NormedRouter, Problem
 from ...tiles import HopperForwardTile, Tile, padded_width
 from ..activations import activate
+from ..compat import async_load, async_store, reinterpret
 from ..launch import allows_approximation, launch
 from ..operands import (
     Operand,
@@ -280,7 +281,7 @@ def hopper_forward_kernel(
         out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
     else:
         # A consumer that keeps Q in shared memory leaves no room for its output elsewhere.
-        out_tiles = q_tiles._reinterpret(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
+        out_tiles = reinterpret(q_tiles, dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
     ku_ring = gl.allocate_shared_memory(
         dtype, [STAGES * C.BLOCKS * C.PAIR] + K.block_type.shape, K.layout
     )
@@ -381,7 +382,7 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
             mbarrier.expect(full, BLOCKS * 64 * 64 * 2)
             for j in gl.static_range(BLOCKS):
                 q_tile = q_tiles.index(c * (BD // 64) + j)
-                tma.async_copy_global_to_shared(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
+                async_load(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
         if C.ROUTING is not None:  # a slot of its own, in which no warp waits for V
             mbarrier.wait(empty.index(slot), lap)
@@ -414,9 +415,9 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
 @gluon.jit
 def _load(W, g, e, f0, c0, full, tile, LAYOUT: gl.constexpr):
     if LAYOUT == "rows":
-        tma.async_copy_global_to_shared(W, [g, e, f0, c0], full, tile)
+        async_load(W, [g, e, f0, c0], full, tile)
     else:
-        tma.async_copy_global_to_shared(W, [g, e, c0, f0], full, tile)
+        async_load(W, [g, e, c0, f0], full, tile)
 
 
 @gluon.jit
@@ -467,10 +468,10 @@ def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.co
     ROWS: gl.constexpr = C.PAIR * C.BF
     if C.K_LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
         BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-        ring = ku_ring._reinterpret(dtype, [C.STAGES * BLOCKS, ROWS, 64], BY_ROWS)
+        ring = reinterpret(ku_ring, dtype, [C.STAGES * BLOCKS, ROWS, 64], BY_ROWS)
     else:  # of each block of 64 rows, K's columns and then U's
         BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(C.BF * 2, 16, 2)
-        ring = ku_ring._reinterpret(dtype, [C.STAGES * BLOCKS, 64, ROWS], BY_COLUMNS)
+        ring = reinterpret(ku_ring, dtype, [C.STAGES * BLOCKS, 64, ROWS], BY_COLUMNS)
     mbarrier.wait(full.index(slot), lap)
     mn = nothing
     for j in gl.static_range(BLOCKS):
@@ -671,7 +672,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
             tma.store_wait(0)  # the last tile has been stored
             out_tile.reshape([64, BD]).store((acc * C.OUT_SCALE).to(dtype))
             fence_async_shared()
-            tma.async_copy_shared_to_global(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)
+            async_store(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)
         elif Part is not None:
             # Beyond L the rows are not masked: the workspace holds whole tiles.
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT)).expand_dims(1)

@@ -23,13 +23,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Formula, NormedRouter
+from ..compat import async_load, reinterpret
 from ..operands import Operand, norm_operand
 from ..plain.router import PART_ROWS, cut_router, parts_of
 
@@ -83,13 +83,13 @@ def load_router(W, h, ku_ring, full, slot, C: gl.constexpr):
     BLOCKS: gl.constexpr = C.BLOCKS
     PARTS: gl.constexpr = C.ROUTING.parts
     shape: gl.constexpr = [C.STAGES * BLOCKS * _PLACES, 1, 1, _ROWS, 64]
-    places = ku_ring._reinterpret(W.dtype, shape, W.layout)
+    places = reinterpret(ku_ring, W.dtype, shape, W.layout)
     mbarrier.expect(full, BLOCKS * PARTS * _ROWS * 64 * 2)
     for j in gl.static_range(BLOCKS):
         for part in gl.static_range(PARTS):
             place = places.index((slot * BLOCKS + j) * _PLACES + part)
             row = [0, h // C.ROUTING.heads, part * _ROWS, j * 64]
-            tma.async_copy_global_to_shared(W, row, full, place)
+            async_load(W, row, full, place)
 
 
 @gluon.jit
@@ -148,7 +148,7 @@ def router_logits(q, ku_ring, slot, C: gl.constexpr):
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     shape: gl.constexpr = [C.STAGES * BLOCKS, _PLACES * _ROWS, 64]
-    ring = ku_ring._reinterpret(ku_ring.dtype, shape, BY_ROWS)
+    ring = reinterpret(ku_ring, ku_ring.dtype, shape, BY_ROWS)
     nothing = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
     products = ()  # of blocks of columns, each [64, COLUMNS]
     for j in gl.static_range(BLOCKS):
@@ -206,5 +206,5 @@ def route(logits, r_tiles, CONSUMER: gl.constexpr, C: gl.constexpr):
         total = gl.maximum(total, floor, propagate_nan=tl.PropagateNan.ALL)
         r = r / (total + C.ROUTING.formula.sum_eps).expand_dims(1)
     BY_ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    tile = r_tiles._reinterpret(r_tiles.dtype, [C.CONSUMERS, _ROWS, 64], BY_ROWS).index(CONSUMER)
+    tile = reinterpret(r_tiles, r_tiles.dtype, [C.CONSUMERS, _ROWS, 64], BY_ROWS).index(CONSUMER)
     tile.permute((1, 0)).store(r.to(r_tiles.dtype))
