@@ -603,6 +603,9 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "heads that are merged, and cut otherwise": lambda m, q: torch.cat(
         heads_apart(m, q)[:3], -1
     ).unflatten(-1, (2, 12)),
+    "an up projection that is scaled before its bias": lambda m, q: project(
+        F.silu(project(q, m.gate)) * (3 * project(q, m.up) + m.gate[:, 0]), m.down
+    ),
     "heads that are negated one by one": lambda m, q: per_head(m, q, lambda y, _: -y),
     "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
