@@ -96,8 +96,8 @@ build/mutants/reach.json:
 
 .PHONY: mutants-record
 mutants-record: $(READY)  ## record which tests run which statements, for `make mutants`
-	$(PYTHON) -m tests.mutants --record
-	TRITON_INTERPRET=1 $(PYTHON) -m tests.mutants --record
+	$(PYTHON) -m tests.mutants --record --limit 0
+	TRITON_INTERPRET=1 $(PYTHON) -m tests.mutants --record --limit 0
 
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none

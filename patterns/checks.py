@@ -51,6 +51,10 @@ _UNSAVED = MERGES | {
 #: what is said of weights that differ along two dimensions, where sub-networks are not summed, too
 TWO_DIMENSIONS = "they differ along two dimensions of the tokens"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: of the factors of projections, which are multiplied in float32; it reaches a little further
+_LARGEST_FACTOR = 2.0**126
+#: and of those moved into a tensor, which leaves as much to the numbers in it
+_LARGEST_MOVED = 2.0**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +156,6 @@ def assign_roles(term: Term, root: Index) -> Roles:
     groups = {a for a in order if a in weights}
     tokens = [a for a in order if a in query and a not in groups]
     out_width = [a for a in order if a not in query and a not in groups]
-    unread = [a for a in out_width if a not in axes_of(down.index) and a.size != 1]
-    if unread:
-        raise Declined(Kind.UNSUPPORTED_LAYOUT, "the output repeats itself", term.value.origin)
     inside = _inside_heads(gate.query.index, set(width), groups)
     inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)
     sharers = tuple(a for a in tokens if a in inside)
@@ -217,12 +218,12 @@ def _inside_tokens(
 
 
 def _nested(query: Index, groups: set[Axis]) -> set[Axis]:
-    """The axes that lie inside the heads that have weights of their own, in one dimension."""
+    """The axes that lie inside heads with weights of their own, in one dimension with them."""
     found: set[Axis] = set()
     for form in query:
         terms = form.resolved().terms
         steps = [_as_number(c) for axis, c in terms if axis in groups]
-        found |= {a for a, c in terms if a not in groups and _as_number(c) < max(steps, default=0)}
+        found |= {axis for axis, c in terms if _as_number(c) < max(steps, default=0)}
     return {axis for axis in found if axis.size != 1 and isinstance(axis.size, int)}
 
 
@@ -382,19 +383,26 @@ def check_rounding(term: Term, reading: Reading, root: Value) -> None:
 
 
 def check_range(term: Term) -> None:
-    """No factor that is moved into a float16 tensor can make it overflow.
+    """No factor that is moved into a tensor can make it overflow, or vanish.
 
-    ``(y + bias) * 4`` is finite where the sum is small; ``4 * bias`` need not be.
+    ``(y + bias) * 4`` is finite in float16 where the sum is small; ``4 * bias`` need not be. In
+    float32, ``1e-30 * y + 1e30 * bias`` is; ``1e60 * bias`` is not.
     """
-    if term.value.dtype is not torch.float16:
-        return
     projections = [term.gate, *([] if term.up is None else [term.up])]
-    scales = [p.bias_scale for p in projections if p.bias is not None]
-    scales += [term.bias_scale] if term.bias is not None else []
-    scales += [term.residual.scale] if term.residual is not None else []
-    if any(abs(scale) > 1 for scale in scales):
-        detail = f"multiplied by {max(scales, key=abs):g}"
+    moved = [p.bias_scale for p in projections if p.bias is not None]
+    moved += [term.bias_scale] if term.bias is not None else []
+    moved += [term.residual.scale] if term.residual is not None else []
+    if term.value.dtype is torch.float16 and any(abs(scale) > 1 for scale in moved):
+        detail = f"multiplied by {max(moved, key=abs):g}"
         raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
+    if term.value.dtype is torch.float64:
+        return
+    inside = [p.scale for p in projections]
+    for scales, largest in ((moved, _LARGEST_MOVED), (inside, _LARGEST_FACTOR)):
+        for scale in scales:
+            if not 1 / largest <= abs(scale) <= largest:
+                detail = f"a factor of {scale:g}"
+                raise Declined(Kind.UNSUPPORTED_PROBLEM, detail, term.value.origin)
 
 
 def check_gradients(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
@@ -686,8 +694,6 @@ def two_token_dims(
     if len(tokens) < 2:
         return (), tokens
     ordered = in_reading_order(tokens, query)
-    missing = [axis for axis in tokens if axis not in ordered]
-    ordered = (*missing, *ordered)
     for cut in range(len(ordered)):
         if _contiguous(ordered[cut:], query):
             return ordered[:cut], ordered[cut:]

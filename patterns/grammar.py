@@ -187,8 +187,6 @@ class _Reader:
 
         What does not move along all axes of the output is the product's bias.
         """
-        if value not in self.outside or value.op not in MATRIX_PRODUCTS:
-            return None
         contraction = as_contraction(value, index)
         if contraction is None or contraction.bias is None:
             return None
@@ -201,8 +199,6 @@ class _Reader:
 
     def adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
-        if value not in self.outside or value.op not in _ADDITIONS:
-            return False
         for operand in value.operands:
             if operand not in self.outside and not is_zero(operand):
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
@@ -216,9 +212,7 @@ class _Reader:
 
         Read twice, but only for weights that move along all axes of the output.
         """
-        other = next((operand for operand in value.operands if operand in self.outside), None)
-        if other is None:
-            return False
+        other = next(operand for operand in value.operands if operand in self.outside)
         try:
             term = self.output(other, broadcast(index, other.shape))
         except Declined:
@@ -237,7 +231,9 @@ class _Reader:
             raise Declined(Kind.VARYING_NUMBER, node=value.origin)
         if value.op is not aten.mul.Tensor:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
-        if left not in self.outside or right in self.outside:
+        # The router may be the output of a network, too: it is the one that lacks an axis.
+        moves = real_axes(index) <= real_axes(broadcast(index, right.shape))
+        if left not in self.outside or (right in self.outside and moves):
             left, right = right, left
         router = self.leaf(right, broadcast(index, right.shape))
         if real_axes(index) <= real_axes(router.index):
@@ -307,7 +303,7 @@ class _Reader:
         size = value.shape[dim]
         count = len(parts)
         tiled = len(widths) == 1 and multiply(count, *widths) == size
-        if not tiled or sorted(parts) != list(range(count)):
+        if not tiled:
             raise Declined(Kind.UNEQUAL_HEADS, "the buffer is not filled evenly", value.origin)
         digits = through_reshape((index[dim],), (size,), (count, *widths))
         if digits is None:
@@ -378,9 +374,10 @@ class _Reader:
             routers=(*(units.leaf(symbol) for symbol in meaning.factors), *factors),
             hidden=contraction.summed,
             sub_networks=(),
-            scale=meaning.scale * contraction.scale,
+            scale=1.0,
             value=contraction.value,
         )
+        term = scaled(term, meaning.scale * contraction.scale)
         if contraction.bias is not None:
             bias = self.leaf(contraction.bias.value, contraction.bias.index)
             term = with_bias(term, bias, contraction.bias_scale, contraction.value)
@@ -539,8 +536,7 @@ class _Sum:
             self._take_leaf(addend, value, index)
             return []
         self.dtypes.add(value.dtype)
-        biased = value is not self.root and reader.adds_bias(value, index)
-        if value.op in _ADDITIONS and not biased:
+        if value.op in _ADDITIONS and (value is self.root or not reader.adds_bias(value, index)):
             return self._operands(addend.sign, value, index)
         contraction = reader.accumulated(value, index)
         if contraction is not None:

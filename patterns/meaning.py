@@ -76,7 +76,7 @@ class Hidden:
 
 def number(value: float) -> sympy.Number:
     """A coefficient: exact where it is a short binary fraction."""
-    if math.isfinite(value) and float(value * 256).is_integer():
+    if float(value * 256).is_integer():
         return sympy.Rational(int(value * 256), 256)
     return sympy.Float(value)
 

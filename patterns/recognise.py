@@ -486,8 +486,8 @@ def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
 
 
 def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
-    """Whether a reader, or the readers of a view, use sizes alone."""
-    if not is_view(value) or value in copy.escaping:
+    """Whether a reader, or the readers of a view or a cast, use sizes alone."""
+    if not (is_view(value) or is_cast(value)) or value in copy.escaping:
         return value.op in LIKES
     readers = [reader for reader in value.readers if copy.is_live(reader)]
     return bool(readers) and all(_reads_sizes(reader, copy) for reader in readers)

@@ -6,6 +6,7 @@
 points.py      which changes there are, found in the syntax trees
 reach.py       which tests run which statements, recorded once
 loading.py     imports modules with the calls in them that record this
+graphs.py      the graphs that tests read, kept, to ask which a change reads differently
 running.py     a process for each change, forked from one that has collected the tests
 equivalent.py  the changes that change nothing, each with the reason
 """

@@ -1,7 +1,7 @@
 """Break the checks and the gradients one at a time, and print what no test noticed.
 
-    python -m tests.mutants --record        which tests run what: some ten minutes, then kept
-    python -m tests.mutants                 every change; --list prints them only
+    python -m tests.mutants --record        which tests run what, which is kept; then every change
+    python -m tests.mutants                 every change, by the record; --list prints them only
 
 Exits with 1 if a change survives that equivalent.py does not explain.
 """
@@ -20,7 +20,7 @@ import pytest
 
 from .equivalent import EQUIVALENT
 from .points import KERNELS, ROOT, Mutant, mutants
-from .reach import RECORD, RECORD_INTERPRETED, TESTS, TESTS_INTERPRETED, Reach, record
+from .reach import RECORD, RECORD_INTERPRETED, TESTS, TESTS_INTERPRETED, Reach, Recorder
 from .running import Outcome, Server
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,11 +39,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, help="a random sample of so many")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--tests", type=int, default=40, help="at most so many for each change")
+    parser.add_argument(
+        "--tests", type=int, default=16, help="at most so many that compile no graph, for a change"
+    )
     parser.add_argument("--survivors", action="store_true", help="those of the last run again")
     parser.add_argument("--list", action="store_true", help="print the changes, run nothing")
     parser.add_argument(
-        "--record", nargs="*", metavar="TEST", help="record what these tests reach; none: all"
+        "--record", nargs="*", metavar="TEST", help="first record what these tests reach; none: all"
     )
     return parser.parse_args(arguments)
 
@@ -61,7 +63,7 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
 
 
 def show(mutant: Mutant, outcome: Outcome) -> None:
-    word = f"caught by {outcome.by}" if outcome.caught else "SURVIVED"
+    word = f"caught by {outcome.by}" if outcome.caught else f"SURVIVED: {outcome.by}"
     print(f"{mutant.path}:{mutant.line} {mutant.function}  [{outcome.seconds:.1f} s] {word}")
     if not outcome.caught:
         print(f"    {mutant.before}\n    {mutant.after}")
@@ -75,17 +77,24 @@ def keep(survivors: list[Mutant]) -> None:
     file.write_text("".join(f"{mutant.name}\n" for mutant in survivors))
 
 
-def run_all(todo: list[Mutant], limit: int) -> list[Mutant]:
+def run_all(todo: list[Mutant], limit: int, recorded: list[str] | None) -> list[Mutant]:
     """Run the tests for each change, print what happens, and return the survivors."""
-    reach = Reach(RECORD_INTERPRETED if INTERPRETING else RECORD)
+    file = RECORD_INTERPRETED if INTERPRETING else RECORD
+    recorder = None if recorded is None else Recorder(file)
     survivors: list[Mutant] = []
 
     def work(server: Server) -> None:
-        server.warm_up(reach.some_of_each_file())
+        if recorder is not None:
+            server.warm_up(list(server.items))
+            recorder.end()
+        reach = Reach(file)
+        tests = {mutant: reach.tests_for(mutant) for mutant in todo}
+        if recorder is None:
+            needed = {test for found in tests.values() for test in found}
+            server.warm_up([test for test in server.items if test in needed])
         start, total = time.monotonic(), Counter(mutant.path for mutant in todo)
         for mutant in todo:
-            tests = reach.tests_for(mutant, limit)
-            outcome = server.run(mutant, tests) if tests else Outcome(False, "", 0.0)
+            outcome = server.run(mutant, tests[mutant], limit)
             show(mutant, outcome)
             if not outcome.caught:
                 survivors.append(mutant)
@@ -93,12 +102,13 @@ def run_all(todo: list[Mutant], limit: int) -> list[Mutant]:
         lost = Counter(mutant.path for mutant in survivors)
         for path, count in total.items():
             print(f"{path}: {count - lost[path]} of {count} caught")
-        seconds = (time.monotonic() - start) / len(todo)
+        seconds = (time.monotonic() - start) / max(len(todo), 1)
         print(f"{len(todo) - len(survivors)} of {len(todo)} caught, {seconds:.1f} s each")
 
     options = ["-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-m", "not gpu"]
-    files = TESTS_INTERPRETED if INTERPRETING else TESTS
-    status = pytest.main([*options, *files], plugins=[Server(work)])
+    files = recorded or (TESTS_INTERPRETED if INTERPRETING else TESTS)
+    plugins = [Server(work), *([] if recorder is None else [recorder])]
+    status = pytest.main([*options, *files], plugins=plugins)
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"the tests could not be collected: {status!r}")
     return survivors
@@ -110,10 +120,6 @@ def main() -> int:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # What a changed program fails on is no example to try again.
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(RECORD.parent / "hypothesis")
-    if options.record is not None:
-        tests = TESTS_INTERPRETED if INTERPRETING else TESTS
-        file = RECORD_INTERPRETED if INTERPRETING else RECORD
-        return record(options.record or list(tests), file)
     found = chosen(options)
     if options.list:
         for mutant in found:
@@ -123,7 +129,8 @@ def main() -> int:
         print(f"{len(found)} changes")
         return 0
     mine = [mutant for mutant in found if mutant.path.startswith(KERNELS) is INTERPRETING]
-    survivors = run_all(mine, options.tests) if mine else []
+    wanted = mine or options.record is not None
+    survivors = run_all(mine, options.tests, options.record) if wanted else []
     status = int(bool(survivors))
     if len(mine) < len(found) and not INTERPRETING:  # Triton decides at its import
         command = [sys.executable, "-m", "tests.mutants", *sys.argv[1:]]

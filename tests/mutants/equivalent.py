@@ -19,4 +19,24 @@ EQUIVALENT = {
     f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
     "((a.eps <= b.eps) and (a.tiny <= b.tiny))": _RANGE,
     f"{_CHECKS}_holds: a.max >= b.max  ->  True": _RANGE,
+    f"{_CHECKS}_nested: _as_number(c) < max(steps, default=0)  ->  "
+    "((_as_number(c)) <= (max(steps, default=0)))": (
+        "no view reads one dimension along two axes in equal steps: it would read elements twice"
+    ),
+    f"{_CHECKS}check_piece: copy.positions[reader] < merged  ->  "
+    "((copy.positions[reader]) <= (merged))": (
+        "the node that merges is the maker of the root, which is among what was read"
+    ),
+    f"{_CHECKS}_check_copied_outside: copy.positions[writer] > copy.positions[op]  ->  "
+    "((copy.positions[writer]) >= (copy.positions[op]))": "a node does not read what it makes",
+    f"{_CHECKS}_read_at: places is not None and places.dtype is not torch.bool  ->  "
+    "((places is not None))": (
+        "how much a mask selects depends on data, so that the result is opaque"
+    ),
+    "patterns/parts.py:plain: return tree  ->  pass": (
+        "what is no tree is returned at the end of the function, too; nearly all arguments are ints"
+    ),
+    "patterns/axes.py:_place_offset: offset == 0  ->  True": (
+        "the innermost digit has stride one, so that nothing is left over"
+    ),
 }

@@ -143,9 +143,10 @@ def mutants_of(path: str, source: str | None = None) -> list[Mutant]:
 
 
 def mutants(only: list[str]) -> list[Mutant]:
-    """All changes whose names begin like one of `only`; all if it is empty."""
+    """All changes whose names begin like one of `only`, in its order; all if it is empty."""
     found = [mutant for path in FILES for mutant in mutants_of(path)]
-    return [m for m in found if not only or any(m.name.startswith(start) for start in only)]
+    chosen = [m for start in only for m in found if m.name.startswith(start)]
+    return list(dict.fromkeys(chosen)) if only else found
 
 
 Change = tuple[ast.AST, str, str]  # what changes, into what, and the key of what is decisive
@@ -214,6 +215,8 @@ def _checks(file: _Changes, statement: ast.stmt) -> Iterator[Change]:
             for dropped in node.values:
                 kept = [f"({file.text(value)})" for value in node.values if value is not dropped]
                 decisive = value_key(file.name, dropped, isinstance(node.op, ast.Or))
+                if isinstance(dropped, ast.Constant):
+                    decisive = ""  # what stands in for nothing has no other value
                 yield node, f"({word.join(kept)})", decisive
         if isinstance(node, ast.Compare) and file.path in COMPARING and len(node.ops) == 1:
             op = type(node.ops[0])

@@ -104,8 +104,11 @@ def instrumented(path: str) -> ast.Module | None:
     return tree
 
 
-class _Recorder:
-    """A pytest plugin that notes for every test what it reached, and how long it took."""
+class Recorder:
+    """A pytest plugin that notes for every test what it reached, and how long it took.
+
+    Whatever it records has to be imported after it was made.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -113,6 +116,9 @@ class _Recorder:
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         self.saved = time.monotonic()
         self.passed = True
+        setattr(builtins, _REACHED, self.reached.add)
+        setattr(builtins, _WAS, self.was)
+        sys.meta_path.insert(0, Replacing(instrumented))
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
@@ -141,23 +147,16 @@ class _Recorder:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.passed = self.passed and not (report.failed or report.skipped)
 
-    def pytest_sessionfinish(self) -> None:
-        self.save()
-
     def save(self) -> None:
         self.saved = time.monotonic()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.known))
 
-
-def record(tests: list[str], file: Path) -> int:
-    """Run tests, and add what they reach to the record. Returns pytest's exit status."""
-    recorder = _Recorder(file)
-    setattr(builtins, _REACHED, recorder.reached.add)
-    setattr(builtins, _WAS, recorder.was)
-    sys.meta_path.insert(0, Replacing(instrumented))
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not gpu", "--durations=5"]
-    return int(pytest.main([*options, *tests], plugins=[recorder]))
+    def end(self) -> None:
+        """Save, and note nothing any more."""
+        self.save()
+        setattr(builtins, _REACHED, lambda key: None)
+        setattr(builtins, _WAS, lambda keys, value: value)
 
 
 class Reach:
@@ -166,35 +165,28 @@ class Reach:
     def __init__(self, file: Path) -> None:
         record = json.loads(file.read_text())
         self.seconds: dict[str, float] = {test: at["seconds"] for test, at in record.items()}
-        self.reached: dict[str, set[str]] = {
-            test: set(at["reached"]) for test, at in record.items()
-        }
+        reached: dict[str, set[str]] = {test: set(at["reached"]) for test, at in record.items()}
         self.by_statement: dict[str, set[str]] = {}
-        self.by_function: dict[str, set[str]] = {}
-        for test, keys in self.reached.items():
+        #: function -> test -> what it reaches there
+        self.by_function: dict[str, dict[str, set[str]]] = {}
+        for test, keys in reached.items():
             for key in keys:
                 self.by_statement.setdefault(key, set()).add(test)
-                self.by_function.setdefault(key.split(": ")[0], set()).add(test)
+                function = self.by_function.setdefault(key.split(": ")[0], {})
+                function.setdefault(test, set()).add(key)
         # Tests that go where few others do, for the time that they take.
         self.worth = {
             test: sum(1 / len(self.by_statement[key]) for key in keys) / (self.seconds[test] + 0.3)
-            for test, keys in self.reached.items()
+            for test, keys in reached.items()
         }
 
-    def some_of_each_file(self) -> list[str]:
-        """The quickest test of each file that reaches anything."""
-        best: dict[str, str] = {}
-        for test in sorted(self.seconds, key=lambda test: self.seconds[test]):
-            best.setdefault(test.split("::")[0], test)
-        return list(best.values())
-
-    def tests_for(self, mutant: Mutant, limit: int) -> list[str]:
+    def tests_for(self, mutant: Mutant) -> list[str]:
         """Tests that run the changed statement, the most telling ones first.
 
         Where a clause or a comparison changes, those alone in which it had the value that decides;
-        if there are none, no test can notice. Half of them go beyond the condition that is changed,
-        the others do not. Both are taken in turns from those that take the same way through the
-        function: first the ones that go where few others do.
+        if there are none, no test can notice. Some go beyond the condition that is changed, others
+        do not. Both are taken in turns, and in turns from those that take the same way through the
+        function and what it calls, too: first the ones that go where few others do.
 
         In code that is newer than the record, they are those that run its function; in a kernel,
         those that run a function of its file that is not one.
@@ -204,19 +196,26 @@ class Reach:
         elif mutant.statement in self.by_statement:
             found = self.by_statement.get(mutant.decisive or mutant.statement, set())
         else:
-            found = self.by_function.get(mutant.function, set())
+            found = set(self.by_function.get(mutant.function, ()))
         beyond = found & self.by_statement.get(mutant.beyond, set())
         first, second = (
-            self._by_turns(tests, mutant.function) for tests in (beyond, found - beyond)
+            self._by_turns(tests, self._called_in(mutant)) for tests in (beyond, found - beyond)
         )
-        share = max(limit // 2, limit - len(second))
-        first = first[:share]
-        return first + second[: limit - len(first)]
+        turns = zip_longest(first, second)
+        return [test for turn in turns for test in turn if test is not None]
 
-    def _by_turns(self, tests: set[str], function: str) -> list[str]:
+    def _called_in(self, mutant: Mutant) -> list[str]:
+        """The changed function, and those that it may call, by their names."""
+        changed = dict(functions(ast.parse(mutant.text)))[mutant.function]
+        names = _names(changed)
+        called = (name for name in self.by_function if name.rpartition(".")[2] in names)
+        return list(dict.fromkeys((mutant.function, *called)))
+
+    def _by_turns(self, tests: set[str], called: list[str]) -> list[str]:
         ways: dict[frozenset[str], list[str]] = {}
+        reached = [self.by_function.get(function, {}) for function in called]
         for test in sorted(tests, key=lambda test: (-self.worth[test], test)):
-            way = frozenset(key for key in self.reached[test] if key.startswith(f"{function}: "))
+            way = frozenset(key for keys in reached for key in keys.get(test, ()))
             ways.setdefault(way, []).append(test)
         turns = zip_longest(*ways.values())
         return [test for turn in turns for test in turn if test is not None]
@@ -230,9 +229,13 @@ class Reach:
         mine = [name for name, function in hosts if mutant.function in _names(function)]
         found: set[str] = set()
         for name in mine or [name for name, _ in hosts]:
-            found |= self.by_function.get(name, set())
+            found |= self.by_function.get(name, {}).keys()
         return found or set(self.seconds)
 
 
 def _names(function: ast.FunctionDef) -> set[str]:
-    return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} | {function.name}
+    nodes = list(ast.walk(function))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return (
+        names | {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {function.name}
+    )

@@ -19,11 +19,15 @@ from mhf_compiler.patterns.axes import (
     Affine,
     Axis,
     Index,
+    along,
     at_most,
     axis_form,
     multiply,
     plus,
     quotient,
+    real,
+    same_index,
+    same_steps,
     split,
     stride_order,
     through_reshape,
@@ -176,6 +180,8 @@ def _shown_by(value: Value, base: Tensor) -> dict[Value, Tensor]:
 
 
 WALKED = {
+    "pieces stacked again": lambda x: torch.stack(torch.unbind(x, 1), 1),
+    "parts concatenated again": lambda x: torch.cat([x[:, :3], x[:, 3:]], 1),
     "heads of a feature": lambda x: x.view(2, 6, 4, 3).transpose(1, 2),
     "there and back": lambda x: x.view(2, 6, 4, 3).transpose(1, 2).transpose(1, 2).flatten(2),
     "tokens merged": lambda x: x.view(12, 12).view(4, 3, 12)[1],
@@ -201,6 +207,10 @@ def test_these_are_walked_to_the_end(function: View):
 
 
 ENDS = {
+    "pieces stacked in another order": lambda x: torch.stack([x[:, 1], x[:, 0]], 1),
+    "pieces of two tensors": lambda x: torch.stack([x[:, 0], (x + 1)[:, 1]], 1),
+    "parts of unequal width": lambda x: torch.cat([x[:, :1], x[:, 1:]], 1),
+    "a part and what is no view": lambda x: torch.stack([x[:, 0], x[:, 1] + 1], 1),
     "across the edge of a sequence": lambda x: x.view(12, 12).view(3, 4, 12)[1],
     "flipped": lambda x: x.flip(-1),
     "rolled": lambda x: x.roll(1, -1),
@@ -324,3 +334,46 @@ def test_a_power_counts_as_that_many_factors():
     """Equal batch and length have one symbol: the stride of a head is its square."""
     s = sympy.Symbol("s", positive=True, integer=True)
     assert sorted([3 * s**2, 3, 3 * s, 1], key=stride_order) == [1, 3, 3 * s, 3 * s**2]
+
+
+# Indices.
+
+
+def test_indices_move_alike_along_the_same_axes_in_the_same_steps():
+    a, b = axis_form(Axis(3)), axis_form(Axis(4))
+    assert same_steps((a, b), (a.shifted(1), b))
+    assert not same_index((a, b), (a.shifted(1), b))
+    assert same_index((a, b), (a, b))
+    for other in ((a,), (b, a), (a.scaled(2), b), (a, b, b)):
+        assert not same_steps((a, b), other)
+        assert not same_index((a, b), other)
+
+
+def test_indices_that_do_not_move_alike_have_none_in_common():
+    a, b = axis_form(Axis(3)), axis_form(Axis(4))
+    assert along([(a,), (b,)], axis_form(Axis(2))) is None
+
+
+def test_axes_of_size_one_are_not_real():
+    one, three = Axis(1), Axis(3)
+    assert real((one, three)) == {three}
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "source", "places"),
+    [
+        (n, (2 * n,), (2, n), (1, 0)),
+        (n + 1, (2 * n,), (2, n), None),  # in the second row, but not in one digit
+        (7, (12,), (3, 4), (1, 3)),
+        (12, (12,), (3, 4), None),  # beyond it
+    ],
+)
+def test_a_place_has_digits_where_they_are_known(
+    offset: Any, shape: tuple[Any, ...], source: tuple[Any, ...], places: tuple[Any, ...] | None
+):
+    index = through_reshape((Affine((), offset),), shape, source)
+    assert (None if index is None else tuple(form.offset for form in index)) == places
+
+
+def test_a_product_with_no_elements_is_a_plain_zero():
+    assert type(multiply(n, 0)) is type(multiply(0, n)) is int

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ def explain(compute: Callable[[Ffn, Tensor], Any], **sizes: int) -> Report:
     model = Ffn(compute, **sizes)
     options = {"rewrite": "always", "fallback": "eager", "strict": True}
     compiled = torch.compile(model, backend="flashmhf", options=options)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5, equal_nan=True)
     return mhf_compiler.explain(model, options=options)(x)
 
 
@@ -75,6 +77,12 @@ def hidden_units_returned(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
 def hidden_units_summed(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     hidden = m.hidden(q)
     return project(hidden, m.down), hidden.square().mean()
+
+
+def weighted(m: Ffn, q: Tensor, router: Callable[[Tensor], Tensor]) -> Tensor:
+    """A router that is made of the hidden units."""
+    hidden = m.hidden(q)
+    return project(hidden, m.down) * router(hidden)
 
 
 def query_overwritten(m: Ffn, q: Tensor) -> Tensor:
@@ -142,6 +150,40 @@ def fast_weights_and_gathered_tokens(m: Ffn, q: Tensor) -> Tensor:
     return project(m.hidden(q[:, torch.arange(L - 1, -1, -1)]), m.down + q.mean((0, 1, 2)))
 
 
+def fast_weights_and_scattered_tokens(m: Ffn, q: Tensor) -> Tensor:
+    sequences, tokens = torch.arange(B), torch.arange(L)
+    return project(m.hidden(q[sequences[:, None], tokens]), m.down + q.mean((0, 1, 2)))
+
+
+def up_cast_without_gradients(m: Ffn, q: Tensor) -> Tensor:
+    gate, up, down = (w.bfloat16() for w in (m.gate, m.up, m.down))
+    with torch.no_grad():
+        narrow = q.bfloat16()
+    return project(F.silu(project(q.bfloat16(), gate)) * project(narrow, up), down)
+
+
+def up_scaled_with_its_bias(m: Ffn, q: Tensor) -> Tensor:
+    gate, up, down = (w.half() for w in (m.gate, m.up, m.down))
+    up_bias = (project(q.half(), up) + gate[:, 0]) * 4
+    return project(F.silu(project(q.half(), gate)) * up_bias, down)
+
+
+def queries_of_halves(m: Ffn, q: Tensor) -> Tensor:
+    """Twice as many hidden units, of which the second half reads another query."""
+    halves = torch.stack([q, q.roll(1, -1)], 3)  # [B, L, H, 2, d]
+    gate, down = torch.stack([m.gate, m.up], 1), torch.stack([m.down, m.down.cos()], 1)
+    hidden = torch.einsum("blhni,hnif->blhnf", halves, gate).relu()
+    return torch.einsum("blhnf,hnfo->blho", hidden, down)
+
+
+def heads_with_a_gap(m: Ffn, q: Tensor) -> Tensor:
+    """Four heads of six, [B, L, 2, 3, d] without the last of each three."""
+    six = torch.cat([q, q[:, :, :2]], 2).sin().unflatten(2, (2, 3))[:, :, :, :2]
+    gate, down = (w.unflatten(0, (2, 2)) for w in (m.gate, m.down))
+    hidden = torch.einsum("blghi,ghif->blghf", six, gate).relu()
+    return torch.einsum("blghf,ghfo->blgho", hidden, down)
+
+
 def heads_in(
     dtype: torch.dtype, m: Ffn, q: Tensor, finish: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
@@ -152,6 +194,44 @@ def heads_in(
         gate, up, down = (w[h].to(dtype) for w in (m.gate, m.up, m.down))
         outs.append(finish((F.silu(part @ gate) * (part @ up)) @ down, part))
     return torch.stack(outs, 2)
+
+
+def scaled_in_float64(m: Ffn, q: Tensor, factor: float) -> Tensor:
+    return heads_in(torch.float64, m, q, lambda y, _: y * factor)
+
+
+def with_bias_times(m: Ffn, q: Tensor, alpha: float) -> Tensor:
+    return per_head(m, q, lambda y, _: torch.add(y, m.down[0, 0], alpha=alpha))
+
+
+def up_of_pieces_without_gradients(m: Ffn, q: Tensor) -> Tensor:
+    with torch.no_grad():
+        pieces = q.unbind(2)
+    return project(m.hidden(q, torch.stack(pieces, 2)), m.down)
+
+
+def square_heads(q: Tensor, weight: Callable[[int], Tensor]) -> Tensor:
+    """Heads of as many hidden units as features, all of whose weights are the same."""
+    heads = ((F.relu(q[:, :, h, :f] @ weight(h)) @ weight(h)) for h in range(H))
+    return torch.stack(list(heads), 2)
+
+
+def routed_heads(m: Ffn, q: Tensor, cast: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A loop over heads, each with a router of its own, cast by itself."""
+    routers = q[..., 0].sigmoid()
+    heads = zip(heads_apart(m, q), routers.unbind(-1), strict=True)
+    return torch.stack([y * cast(r, h)[..., None] for h, (y, r) in enumerate(heads)], 2)
+
+
+def written_along_tokens_and_heads(m: Ffn, q: Tensor) -> Tensor:
+    """As many tokens as heads; what is written last fills the buffer."""
+    q = q[:, :H]
+    out = torch.empty_like(q)
+    for t in range(H):
+        out[:, t] = q[:, t]
+    for h, y in enumerate(heads_apart(m, q)):
+        out[:, :, h] = y
+    return out
 
 
 DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] = {
@@ -177,6 +257,22 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: project(m.hidden(q[:, :H], q[:, :H].transpose(1, 2)), m.down),
         {},
     ),
+    "one_query, another one in fewer digits": (
+        Kind.DIFFERENT_QUERIES,
+        lambda m, q: project(m.hidden(q, q.cos().bfloat16().float()), m.down),
+        {},
+    ),
+    "one_query, cast without gradients": (Kind.DIFFERENT_QUERIES, up_cast_without_gradients, {}),
+    "assign_roles, half an output twice": (
+        Kind.UNEQUAL_WIDTHS,
+        lambda m, q: project(m.hidden(q), m.down).repeat(1, 1, 1, 2),
+        {"out": d // 2},
+    ),
+    "assign_roles, a query for each half of the hidden units": (
+        Kind.UNPAIRED_BRANCHES,
+        queries_of_halves,
+        {},
+    ),
     "assign_roles, a query for each hidden unit": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: with_queries_of_units(m, queries_of_units(q)),
@@ -190,6 +286,23 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     "assign_roles, a query of one feature": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: project(m.hidden(q[..., :1].expand(-1, -1, -1, d)), m.down),
+        {},
+    ),
+    "check_weights, of the up projection": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        lambda m, q: project(
+            F.silu(project(q, m.gate)) * project(q, m.up + q.mean((0, 1, 2))[:, None]), m.down
+        ),
+        {},
+    ),
+    "check_weights, made of tokens that are gathered by two indices": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        fast_weights_and_scattered_tokens,
+        {},
+    ),
+    "check_static_sizes, heads along two dimensions with a gap": (
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        heads_with_a_gap,
         {},
     ),
     "check_weights, made of tokens that are gathered": (
@@ -207,9 +320,32 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: heads_in(torch.float16, m, q, lambda y, _: y / 4 + m.down[0, 0].half()),
         {},
     ),
+    "check_range, of a projection's bias": (Kind.FLOAT16_RANGE, up_scaled_with_its_bias, {}),
     "check_range, of a residual": (
         Kind.FLOAT16_RANGE,
         lambda m, q: heads_in(torch.float16, m, q, lambda y, part: (y + part) * 4),
+        {},
+    ),
+    "check_range, a bias beyond float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: per_head(m, q, lambda y, _: y * 1e-30 + m.down[0, 0] * 1e15),
+        {},
+    ),
+    "check_range, a bias that vanishes in float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: per_head(m, q, lambda y, _: torch.add(y * 1e25, m.down[0, 0], alpha=1e-15)),
+        {},
+    ),
+    "check_range, a projection beyond float32": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: project(F.relu(project(q * 0, m.gate) * 1e30 * 1e30), m.down),
+        {},
+    ),
+    "check_range, hidden units beyond float32": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(
+            F.silu(project(q, m.gate)) * project(q * 0, m.up) * 1e30 * 1e30, m.down
+        ),
         {},
     ),
     "check_weights, the same for all features": (
@@ -271,6 +407,72 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     "the grammar: a residual of another dtype, for all heads": (
         Kind.UNKNOWN_OPERATION,
         wider_residual_in_vmap,
+        {},
+    ),
+    **{
+        f"the grammar: multiplied by {factor} in a loop": (
+            Kind.OPERATION_IN_LOOP,
+            partial(scaled_in_float64, factor=factor),
+            {},
+        )
+        for factor in (0.0, math.inf, math.nan, 1e-320)
+    },
+    **{
+        f"the grammar: {alpha} times a bias in a loop": (
+            Kind.OPERATION_IN_LOOP,
+            partial(with_bias_times, alpha=alpha),
+            {},
+        )
+        for alpha in (0, math.inf)
+    },
+    "the grammar: a number is added in a loop": (
+        Kind.OPERATION_IN_LOOP,
+        lambda m, q: per_head(m, q, lambda y, _: y + 1.0),
+        {},
+    ),
+    "the grammar: a buffer that is filled along two dimensions": (
+        Kind.PLAIN_FFN,
+        written_along_tokens_and_heads,
+        {},
+    ),
+    "the grammar: taken apart without gradients": (
+        Kind.DIFFERENT_QUERIES,
+        up_of_pieces_without_gradients,
+        {},
+    ),
+    "the grammar: a weight that is read the other way round": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: square_heads(q, lambda h: m.gate[h, :f] if h else m.gate[h, :f].T),
+        {},
+    ),
+    "the grammar: a weight in a tensor of its own": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: square_heads(q, lambda h: m.gate[h, :f] if h else m.gate[h, :f].sin()),
+        {},
+    ),
+    "the grammar: weights at different places of different tensors": (
+        Kind.IRREGULAR_WEIGHTS,
+        lambda m, q: square_heads(q, lambda h: (m.gate * (h + 1))[h, :f]),
+        {},
+    ),
+    "the grammar: routers cast to other dtypes": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half() if h else r.bfloat16()),
+        {},
+    ),
+    "the grammar: routers some of which are cast": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half() if h else r),
+        {},
+    ),
+    "the grammar: routers of other dtypes": (
+        Kind.UNEQUAL_HEADS,
+        lambda m, q: routed_heads(m, q, lambda r, h: r.half().sin() if h else r.bfloat16().sin()),
+        {},
+    ),
+    "the grammar: hidden units truncated by a cast": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(m.hidden(q).long().float(), m.down),
         {},
     ),
     "the grammar: dropout": (Kind.DROPOUT_INSIDE, dropped_out, {}),
@@ -340,8 +542,23 @@ def copied_under_an_older_view(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     return out, older * 1
 
 
+def sub_networks(m: Ffn, q: Tensor) -> list[Tensor]:
+    """The networks of all heads, over the same queries."""
+    weights = zip(m.gate, m.up, m.down, strict=True)
+    return [(F.silu(q @ gate) * (q @ up)) @ down for gate, up, down in weights]
+
+
+def sum_with_a_bias(m: Ffn, q: Tensor) -> Tensor:
+    """One bias for the sum of sub-networks, and none of theirs."""
+    return sum(sub_networks(m, q[:, :, 0])) + m.down[0, 0]
+
+
 BELOW: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "check_router: integers": weighted_by_integers,
+    "the grammar: a bias of a sum": sum_with_a_bias,
+    "the grammar: copied to more dimensions of another dtype": lambda m, q: torch.empty(
+        2, *q.shape, dtype=torch.float64
+    ).copy_(project(m.hidden(q), m.down)),
     "check_memory: random numbers": dropped_by_token,
     "check_memory: an older view": read_through_an_older_view,
     "check_memory: an older view of a copy": copied_under_an_older_view,
@@ -353,6 +570,12 @@ def test_what_cannot_be_part_of_the_site_is_left_after_it(compute: Callable[[Ffn
     """The network below is rewritten, and ``explain`` has compared the results."""
     (site,) = explain(compute).rewritten
     assert not site.routed
+
+
+def zeros_like_a_cast(m: Ffn, q: Tensor) -> Tensor:
+    """Sub-networks are added to zeros that look like the first one's output."""
+    outs = sub_networks(m, q[:, :, 0])
+    return sum(outs, torch.zeros_like(outs[0].double(), dtype=torch.float32))
 
 
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
@@ -374,6 +597,17 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "a result in eight bits": lambda m, q: (
         project(m.hidden(q), m.down).to(torch.float8_e4m3fn).float()
     ),
+    "a factor beyond float32, in float64": lambda m, q: heads_in(
+        torch.float64, m, q, lambda y, _: y * 1e60
+    ),
+    "heads that are merged, and cut otherwise": lambda m, q: torch.cat(
+        heads_apart(m, q)[:3], -1
+    ).unflatten(-1, (2, 12)),
+    "an up projection that is scaled before its bias": lambda m, q: project(
+        F.silu(project(q, m.gate)) * (3 * project(q, m.up) + m.gate[:, 0]), m.down
+    ),
+    "heads that are negated one by one": lambda m, q: per_head(m, q, lambda y, _: -y),
+    "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
     "heads that are rounded one by one": lambda m, q: per_head(m, q, lambda y, _: y.bfloat16()),
     "a bias that is multiplied, in float32": lambda m, q: per_head(
         m, q, lambda y, _: y / 4 + m.down[0, 0]
@@ -390,8 +624,13 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         ).relu(),
         m.down.unflatten(0, (2, 2)),
     ),
-    "a router that is one number in float64": lambda m, q: (
-        project(m.hidden(q), m.down) * q.double().mean()
+    "zeros like a cast of the first output": zeros_like_a_cast,
+    "zeros that are detached": lambda m, q: sum(
+        sub_networks(m, q[:, :, 0]), torch.zeros_like(q[:, :, 0]).detach()
+    ),
+    "a bias that addcmul multiplies, in float32": lambda m, q: project(
+        F.silu(torch.addcmul(project(q, m.gate), m.up[:, 0], m.down[..., 0])) * project(q, m.up),
+        m.down,
     ),
     "weights and tokens of one tensor": lambda m, q: project(
         F.silu(project(q, q[0, :f].permute(1, 2, 0))) * project(q, m.up), m.down
@@ -404,3 +643,69 @@ def test_what_the_checks_let_through(compute: Callable[[Ffn, Tensor], Any]):
     report = explain(compute)
     assert len(report.rewritten) == 1
     assert report.declined == []
+
+
+@pytest.mark.parametrize(
+    ("compute", "detail"),
+    [
+        (hidden_units_returned, "it is returned"),
+        (hidden_units_summed, "read by"),
+        (lambda m, q: weighted(m, q, lambda hidden: hidden.mean(-1, keepdim=True)), "read by"),
+        (lambda m, q: weighted(m, q, lambda h: torch.ones_like(h[..., :1])), "read by"),
+    ],
+    ids=["returned", "read elsewhere", "read by the router", "sizes read by the router"],
+)
+def test_hidden_units_that_escape_are_told_with_their_reader(
+    compute: Callable[[Ffn, Tensor], Any], detail: str
+):
+    report = explain(compute)
+    assert report.rewritten == []
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert detail in miss.reason.detail
+
+
+def test_a_router_that_is_one_number_in_float64_is_one():
+    (site,) = explain(lambda m, q: project(m.hidden(q), m.down) * q.double().mean()).rewritten
+    assert site.routed
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_router_may_be_the_output_of_another_network(first: bool):
+    """On either side: it is the one that is the same for all features."""
+
+    def routed(m: Ffn, q: Tensor) -> Tensor:
+        router = project(F.relu(project(q, m.gate.sin())), m.down[..., :1])
+        output = project(m.hidden(q), m.down)
+        return router * output if first else output * router
+
+    (site,) = explain(routed).rewritten
+    assert site.routed
+
+
+def test_a_head_that_is_returned_is_cut_out_of_the_result():
+    """Nothing of it is computed twice."""
+
+    def returned(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+        first, *others = heads_apart(m, q)
+        return torch.stack([first, *others], 2), first
+
+    report = explain(returned)
+    assert len(report.rewritten) == 1
+    assert " @ " in report.graphs[0].before
+    assert " @ " not in report.graphs[0].after
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [(torch.float32, Kind.UNSUPPORTED_PROBLEM), (torch.float64, Kind.UNSUPPORTED_DTYPE)],
+)
+def test_float64_is_computed_on_a_cpu_alone(dtype: torch.dtype, kind: Kind):
+    """On another device it is no dtype of the op; in float32 the device alone is at fault."""
+    model = Ffn(lambda m, q: project(m.hidden(q), m.down)).to("meta", dtype)
+    report = mhf_compiler.explain(model, options={"rewrite": "always"})(
+        torch.empty(B, L, H, d, device="meta", dtype=dtype)
+    )
+    (miss,) = report.declined
+    assert miss.reason is not None
+    assert miss.reason.kind is kind

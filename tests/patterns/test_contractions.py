@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -112,6 +114,18 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         lambda a, b, c: torch.baddbmm(c, a, b, alpha=0.5),
         [randn(2, 3, 4), randn(2, 4, 5), randn(2, 1, 5)],
     ),
+    "addbmm": (torch.addbmm, [randn(3, 5), randn(2, 3, 4), randn(2, 4, 5)]),
+    "addmv": (torch.addmv, [randn(3), randn(3, 4), randn(4)]),
+    "mv": (torch.mv, [randn(3, 4), randn(4)]),
+    "dot": (torch.dot, [randn(4), randn(4)]),
+    "a sum over all of a product": (
+        lambda a, b: torch.sum(a * b, dim=()),
+        [randn(3, 4), randn(3, 4)],
+    ),
+    "the same, of no dimensions in particular": (
+        lambda a, b: torch.ops.aten.sum.dim_IntList(a * b, None),
+        [randn(3, 4), randn(3, 4)],
+    ),
     "a sum over a product": (lambda a, b: (a[:, :, None] * b).sum(1), [randn(3, 4), randn(4, 5)]),
     "a sum that keeps its dimension": (
         lambda a, b: (a[..., None] * b).sum(1, keepdim=True),
@@ -155,6 +169,13 @@ NONE: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     ),
     "a transposed convolution": (F.conv_transpose1d, [randn(2, 3, 5), randn(3, 4, 1)]),
     "a mean": (lambda a, b: (a * b).mean(1), [randn(3, 4), randn(3, 4)]),
+    **{
+        f"a product with {name}={factor}": (
+            partial(torch.addmm, **{name: factor}),
+            [randn(3, 5), randn(3, 4), randn(4, 5)],
+        )
+        for name, factor in (("alpha", 0), ("alpha", math.inf), ("beta", math.nan))
+    },
 }
 
 
@@ -171,3 +192,21 @@ def test_a_matmul_that_sums_nothing_is_a_product():
     assert inner is not None
     assert outer.is_product
     assert not inner.is_product
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("derived", [False, True])
+def test_what_beta_leaves_unread_is_no_bias_unless_it_gets_a_gradient(
+    wanted: bool, recorded: bool, derived: bool
+):
+    """That gradient is zeros, and would be None."""
+
+    def product(bias: Tensor, a: Tensor, b: Tensor) -> Any:
+        return torch.addmm(bias.unsqueeze(0).cos() if derived else bias, a, b, beta=0)
+
+    inputs = [randn(5).requires_grad_(wanted), randn(3, 4), randn(4, 5)]
+    with torch.set_grad_enabled(recorded):
+        _, contraction = read(canonical(product, *inputs))
+    assert (contraction is None) is (wanted and recorded)
+    assert contraction is None or contraction.bias is None

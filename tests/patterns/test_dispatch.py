@@ -19,7 +19,8 @@ def the_site(function: Callable[..., Any], *args: Tensor) -> Site:
     found: list[Site] = []
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
-        findings = find_sites(gm)
+        context = torch._guards.TracingContext.get()
+        findings = find_sites(gm, context.fake_mode.shape_env)
         assert not findings.near_misses
         found.extend(findings.sites)
         return gm.forward
@@ -78,6 +79,35 @@ def test_rows_behind_each_head_are_tokens_to_a_router_of_each_row():
 def test_rows_of_two_dimensions_of_tokens_are_heads():
     site = the_site(lambda x: network(x.unflatten(-2, (G, S))), torch.randn(2, 3, G * S, d))
     assert sizes(site) == (G * S, G, (2, 3))
+
+
+def test_an_unknown_number_of_rows_are_tokens():
+    """The number of heads is fixed."""
+
+    def dispatched(x: Tensor) -> Tensor:
+        return network(x.flatten(2, 3).sin().unflatten(2, (G, -1)))
+
+    x = torch.randn(2, 3, G, S, d)
+    torch._dynamo.mark_dynamic(x, 3)
+    site = the_site(dispatched, x)
+    assert (site.heads, site.groups) == (G, G)
+
+
+def test_rows_before_each_head_are_tokens_whatever_the_result_merges():
+    def flat(x: Tensor) -> Tensor:
+        return network(x.unflatten(0, (2, 3, G, 1))).flatten(1)
+
+    assert sizes(the_site(flat, torch.randn(2 * 3 * G, d))) == (G, G, (1, 6))
+
+
+def test_rows_of_three_dimensions_that_the_result_merges_are_heads():
+    """The op has two dimensions of tokens."""
+
+    def flat(x: Tensor) -> Tensor:
+        rows = x.unflatten(0, (G, 2, 3, S)).transpose(1, 3)  # [G, S, 3, 2, d]
+        return network(rows.flatten(1, 3)).flatten(1)
+
+    assert sizes(the_site(flat, torch.randn(G * 2 * 3 * S, d))) == (G * 2 * 3 * S, G, (1, 1))
 
 
 def test_heads_cut_out_of_the_features_are_heads():

@@ -38,7 +38,7 @@ def tokens() -> Tensor:
 
 def _half_the_gradient(e: Editor, out: fx.Node) -> fx.Node:
     half = e.call(torch.mul, out, 0.5)
-    return e.call(torch.add, half, e.call("detach", half))
+    return e.call(torch.add, half, e.call(torch.detach, half))
 
 
 WRONG = {
