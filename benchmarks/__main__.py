@@ -17,7 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import blocks, compile_time, cpu_path, ffn, grid, kernels, results
+from . import blocks, compile_time, cpu_path, ffn, grid, kernels, results, warm_start
 from .harness import Benchmark, Settings
 from .models import SHAPE_NAMES
 
@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "grid": grid.BENCHMARK,
     "cpu-path": cpu_path.BENCHMARK,
     "compile-time": compile_time.BENCHMARK,
+    "warm-start": warm_start.BENCHMARK,
 }
 
 

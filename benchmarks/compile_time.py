@@ -20,15 +20,10 @@ import gc
 import itertools
 import json
 import math
-import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +39,7 @@ from mhf_compiler.compat import counters
 
 from .harness import Benchmark, Row, Settings
 from .models import flashmhf_like, llama_like, resnet_like
+from .processes import Seconds, in_process
 
 MODELS = {"llama": llama_like, "resnet": resnet_like, "flashmhf": flashmhf_like}
 TIMES = ("rewriting", "fallback", "fallback_python", "whole", "elapsed")
@@ -53,26 +49,6 @@ OVERHEAD_BAR, SAVING_BAR, GROWTH_BAR = 0.05, 1 / 3, 1.15
 
 
 # One measurement: what a process of its own does.
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """CPU seconds of this process, and of those that it has started and that have ended."""
-
-    own: float
-    started: float
-
-    @classmethod
-    def now(cls) -> "Seconds":
-        started = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return cls(time.process_time(), started.ru_utime + started.ru_stime)
-
-    def since(self, start: "Seconds") -> "Seconds":
-        return Seconds(self.own - start.own, self.started - start.started)
-
-    @property
-    def all(self) -> float:
-        return self.own + self.started
 
 
 def compile_once(model: str, backend: str, phase: str, device: str) -> dict[str, float]:
@@ -158,24 +134,15 @@ def recognise_once(layers: int, device: str) -> dict[str, float]:
     }
 
 
-def in_process(*arguments: object) -> dict[str, float]:
-    """This script again with ``--measure``, with compiler caches of its own."""
+def measured(*arguments: object) -> dict[str, float]:
+    """This script again, with compiler caches of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
-            "TRITON_CACHE_DIR": str(Path(folder, "triton")),
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # workers that live on are in no one's account
-        }
-        command = [sys.executable, "-m", __spec__.name, str(result), *map(str, arguments)]
-        root = Path(__file__).parents[1]
-        subprocess.run(command, cwd=root, env=environment, check=True)
-        return json.loads(result.read_text())
+        return in_process(__spec__.name, Path(folder), *arguments)
 
 
 # The parts.
 
-Measure = Callable[..., dict[str, float]]  # in_process, and the progress told
+Measure = Callable[..., dict[str, float]]  # measured, and the progress told
 
 
 def overhead(settings: Settings, measure: Measure) -> Iterator[Row]:
@@ -241,7 +208,7 @@ def run(settings: Settings, progress: Progress) -> Iterator[Row]:
     bar = progress.add_task("processes", total=sum(PARTS.values()) * settings.repeats)
 
     def measure(*arguments: object) -> dict[str, float]:
-        found = in_process(*arguments)
+        found = measured(*arguments)
         progress.advance(bar)
         return found
 

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import torch
 
-__all__ = ["capability", "interpreted", "multiprocessors"]
+__all__ = ["capability", "cards", "interpreted", "multiprocessors"]
 
 
 @lru_cache
@@ -30,3 +30,14 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def cards() -> tuple[tuple[str, int, int, int], ...]:
+    """The kinds of CUDA devices that there are, as kernels are chosen for: name, compute capability
+    and number of multiprocessors."""
+    if not torch.cuda.is_available():
+        return ()
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return tuple(
+        sorted({(one.name, one.major, one.minor, one.multi_processor_count) for one in found})
+    )

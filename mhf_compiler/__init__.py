@@ -1,6 +1,7 @@
 """mhf_compiler: multi-head feed-forward networks (FlashMHF, arXiv 2512.06989), compiled.
 
     torch.compile(model, backend="flashmhf")     every MH-FFN of the model as one fused op
+    torch.compile(model, options=mhf_compiler.inductor_options())   the same through Inductor's
     mhf_compiler.explain(model)(*args)           what is rewritten, and why the rest is not
     mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
     mhf_compiler.rewrite(exported_program)       an exported program with the op in it
@@ -17,7 +18,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .backend import flashmhf
+from .backend import flashmhf, inductor_options
 from .lowering import ops as _ops  # noqa: F401  (defines torch.ops.mhf_compiler)
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ __all__ = [
     "assert_rewritten",
     "explain",
     "flashmhf",
+    "inductor_options",
     "multi_head_ffn",
     "multi_head_ffn_reference",
     "rewrite",

@@ -19,14 +19,19 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, counters
 from torch._guards import TracingContext, tracing
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
@@ -48,6 +53,7 @@ __all__ = [
     "bucket_cut",
     "cache_folder",
     "compile_graph",
+    "compiled_in_place_set_aside",
     "copy_dynamo_metadata",
     "counters",
     "device_mesh",
@@ -55,12 +61,14 @@ __all__ = [
     "dtensor_of",
     "example_of",
     "exported_input",
+    "fake_view",
     "functorch_depth",
     "grad_levels",
     "has_examples_of_dynamo",
     "has_symbols",
     "inductor_modes",
     "inductor_options",
+    "is_graph_of_dynamo",
     "is_minifying",
     "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
@@ -70,8 +78,10 @@ __all__ = [
     "local_tensor",
     "make_fx",
     "named_arguments",
+    "new_fake",
     "no_fake_mode",
     "no_new_guards",
+    "no_python_dispatcher",
     "no_saved_tensor_hooks",
     "no_tracing_context",
     "place_numbers",
@@ -83,8 +93,10 @@ __all__ = [
     "register_shardings",
     "reset_cuda_graphs",
     "run_pass",
+    "runs_pass_after_autograd",
     "set_example",
     "set_exported_input",
+    "setting_of_inductor",
     "shape_env_of",
     "size_hint",
     "source_name",
@@ -94,10 +106,13 @@ __all__ = [
     "symbolic_size",
     "tell_inductor_of",
     "trace_artifact",
+    "tracing_context",
     "tree_leaves",
     "unbacked_symbols",
     "unwrap_for_grad",
+    "with_added_passes",
     "with_pass",
+    "without_added_passes",
 ]
 
 #: in a node's ``meta``: its bucket, see ``mhf_compiler/buckets.py``
@@ -164,6 +179,8 @@ def shape_env_of(example: Any) -> Any | None:
 
 def _symbols(example: Any) -> Iterator[torch.SymInt | torch.SymFloat | torch.SymBool]:
     if isinstance(example, torch.Tensor):
+        if type(example) is FakeTensor and not example._has_symbolic_sizes_strides:
+            return
         yield from _symbols((*example.shape, *example.stride(), example.storage_offset()))
     elif isinstance(example, (list, tuple)):
         for part in example:
@@ -186,6 +203,31 @@ def size_hint(size: Any) -> Any:
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size.node.hint
     return size
+
+
+def new_fake(
+    like: FakeTensor,
+    shape: Sequence[Any],
+    strides: Sequence[Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FakeTensor:
+    """A fake tensor in memory of its own, in the mode of another.
+
+    ``torch.empty_strided`` returns the same, and asks every mode for it.
+    """
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return FakeTensor(like.fake_mode, meta, device)
+
+
+def fake_view(
+    base: FakeTensor, shape: Sequence[Any], strides: Sequence[Any], offset: int
+) -> FakeTensor:
+    """A fake tensor in the memory of another."""
+    with in_kernel_invocation_manager(base.fake_mode), torch.no_grad():
+        meta = torch.as_strided(base, shape, strides, offset)
+    return FakeTensor(base.fake_mode, meta, base.fake_device)
 
 
 def is_tracing() -> bool:
@@ -332,6 +374,20 @@ def bucket_cut() -> BucketCut | None:
     return None if gm is None else BucketCut(optimizer, gm, buckets)
 
 
+@contextmanager
+def compiled_in_place_set_aside(model: Any) -> Iterator[None]:
+    """Within, modules of ``model`` on which ``compile`` was called run as they did before it."""
+    modules = [*model.modules()] if isinstance(model, torch.nn.Module) else []
+    compiled = [(m, m._compiled_call_impl) for m in modules if m._compiled_call_impl is not None]
+    for module, _ in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled:
+            module._compiled_call_impl = call
+
+
 def is_minifying() -> bool:
     """Whether PyTorch writes programs that reproduce what does not compile."""
     import torch._dynamo.config as config
@@ -361,53 +417,177 @@ def run_pass(
     return bool(GraphTransformObserver(gm, name, stage).apply_gm_pass(ran))
 
 
-class _PassAfterTheUsers(CustomGraphPass):
-    """A pass over Inductor's graphs, after one that the user has given."""
+class _Pass(CustomGraphPass):
+    """A pass over Inductor's graphs; ``key`` stands for what it does, None if nothing can."""
 
-    def __init__(
-        self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...], users: Any
-    ) -> None:
+    def __init__(self, run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None) -> None:
         self.run = run
         self.key = key
-        self.users = users
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        if self.users is not None:
-            self.users(graph)
         self.run(graph)
 
     def uuid(self) -> Any | None:
-        """The pass in the key of Inductor's cache; None, to cache nothing, for a mere function."""
-        if self.users is None:
-            return self.key
-        theirs = self.users.uuid() if isinstance(self.users, CustomGraphPass) else None
-        return None if theirs is None else (theirs, self.key)
+        """The pass in the keys of PyTorch's caches; None, to cache nothing."""
+        return self.key
+
+
+class _AddedPass(_Pass):
+    """A pass that the user has added to Inductor's options, for all graphs.
+
+    Options that differ in the object alone would make Dynamo compile again: ``key`` decides
+    whether two passes are equal. What stands for one in caches depends on the moment, too: modes,
+    and sources that may have changed.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[torch.fx.Graph], None],
+        key: tuple[str, ...],
+        key_now: Callable[[], tuple[str, ...] | None],
+    ) -> None:
+        super().__init__(run, key)
+        self.key_now = key_now
+
+    def uuid(self) -> Any | None:
+        """What stands for the pass at this moment; None, to cache nothing."""
+        now = self.key_now()
+        return None if now is None or self.key is None else (*self.key, *now)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _AddedPass) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True)
+class _Passes(CustomGraphPass):
+    """Several passes, for a setting that takes one."""
+
+    passes: tuple[Any, ...]
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        module = graph.owning_module
+        for one in self.passes:
+            one(graph if module is None else module.graph)  # a pass may set another graph
+
+    def uuid(self) -> Any | None:
+        """Those of the passes; None, to cache nothing, if one of them is a mere function."""
+        keys = [x.uuid() if isinstance(x, CustomGraphPass) else None for x in self.passes]
+        return None if None in keys else tuple(keys)
+
+
+_PRE_GRAD, _POST_GRAD = "pre_grad_custom_pass", "post_grad_custom_post_pass"
 
 
 def disables_added_passes() -> bool:
     """Whether the user has disabled every pass that is added to Inductor's after autograd."""
     import torch._inductor.config
 
-    return "POST_GRAD_CUSTOM_POST_PASS" in torch._inductor.config.disabled_passes.upper()
+    return _POST_GRAD.upper() in torch._inductor.config.disabled_passes.upper()
 
 
 def with_pass(
-    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...]
+    config: dict[str, Any], run: Callable[[torch.fx.Graph], None], key: tuple[str, ...] | None
 ) -> dict[str, Any]:
     """Inductor's settings with a pass over graphs after autograd, which ``key`` stands for.
 
-    It runs just before Inductor decides what to write in place. A pass of the user's own, from
-    these settings or from the global ones, runs first.
+    Without a key nothing is cached of what the pass has worked on.
+
+    It runs just before Inductor decides what to write in place. Passes of the user's own, from
+    these settings or from the global ones, run first.
+    """
+    return config | {_POST_GRAD: _setting([*_users_passes(config, _POST_GRAD), _Pass(run, key)])}
+
+
+def with_added_passes(
+    config: dict[str, Any],
+    before_autograd: Callable[[torch.fx.Graph], None],
+    after_autograd: Callable[[torch.fx.Graph], None],
+    key: tuple[str, ...],
+    key_now: Callable[[], tuple[str, ...] | None],
+) -> dict[str, Any]:
+    """Inductor's settings with two passes, for graphs that our back end does not compile.
+
+    Passes of the user's own, from these settings or from the global ones, run after the first of
+    ours and before the second, as they do under our back end. Passes that were added before are
+    replaced. Those before autograd run before Inductor looks for the graph in its cache, unless the
+    user has decided on that: what they find is counted each time.
+
+    Args:
+        config: the settings.
+        before_autograd: is called with Dynamo's graphs and those inside of them.
+        after_autograd: is called just before Inductor decides what to write in place.
+        key: stands for both. They are pickled where PyTorch has no other key for them.
+        key_now: returns what stands for them besides, at the moment when a graph is looked up in
+            PyTorch's caches; None, to cache nothing of it.
     """
     import torch._inductor.config
 
-    name = "post_grad_custom_post_pass"
-    users = config.get(name, getattr(torch._inductor.config, name))
-    several = getattr(custom_graph_pass, "get_custom_graph_passes", None)
-    if several is None:  # before torch 2.13 there is one pass, not a list of them
-        return config | {name: _PassAfterTheUsers(run, key, users or None)}
-    ours = _PassAfterTheUsers(run, key, None)
-    return config | {name: [*several(users), ours]}
+    first = _AddedPass(before_autograd, (*key, "before"), key_now)
+    last = _AddedPass(after_autograd, (*key, "after"), key_now)
+    added = {
+        _PRE_GRAD: _setting([first, *_users_passes(config, _PRE_GRAD)]),
+        _POST_GRAD: _setting([*_users_passes(config, _POST_GRAD), last]),
+    }
+    timing = "pre_grad_pass_timing"  # from torch 2.13 on; before, that was the only time
+    if config.get(timing, getattr(torch._inductor.config, timing, None)) == "default":
+        added[timing] = "early"
+    return config | added
+
+
+def runs_pass_after_autograd() -> bool:
+    """Whether Inductor's settings have the pass of ``with_added_passes`` at this moment."""
+    return any(isinstance(one, _AddedPass) for one in _passes({}, _POST_GRAD))
+
+
+def without_added_passes(config: dict[str, Any]) -> dict[str, Any]:
+    """Inductor's settings where our back end does what the passes of ``with_added_passes`` do."""
+    for name in (_PRE_GRAD, _POST_GRAD):
+        rest = _users_passes(config, name)
+        if len(rest) < len(_passes(config, name)):
+            config = config | {name: _setting(rest)}
+    return config
+
+
+def _users_passes(config: dict[str, Any], name: str) -> list[Any]:
+    """The passes in one of Inductor's settings, without those that ``with_added_passes`` added."""
+    return [one for one in _passes(config, name) if not isinstance(one, _AddedPass)]
+
+
+def _passes(config: dict[str, Any], name: str) -> Sequence[Any]:
+    """The passes in one of Inductor's settings: in ``config``, or the global one."""
+    import torch._inductor.config
+
+    given = config.get(name, getattr(torch._inductor.config, name)) or ()
+    if isinstance(given, _Passes):
+        return given.passes
+    return given if isinstance(given, (list, tuple)) else (given,)
+
+
+def _setting(passes: list[Any]) -> Any:
+    """Several passes as one of Inductor's settings, which before torch 2.13 are one pass each."""
+    if hasattr(custom_graph_pass, "get_custom_graph_passes"):
+        return passes
+    return _Passes(tuple(passes)) if len(passes) > 1 else next(iter(passes), None)
+
+
+def setting_of_inductor(name: str) -> Any:
+    """One of Inductor's settings at this moment."""
+    import torch._inductor.config
+
+    return getattr(torch._inductor.config, name)
+
+
+def tracing_context() -> Any | None:
+    """What Dynamo keeps for the graph that is being compiled, its backward pass included."""
+    return TracingContext.try_get()
+
+
+def is_graph_of_dynamo(gm: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo made this graph for a back end; those inside of it are not meant."""
+    return hasattr(gm, "compile_subgraph_reason")
 
 
 def storage_identity(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,7 +42,7 @@ class Compilation:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.config = inductor_config(options)
+        self.config = _config(options)
         self.counted = compat.counters["flashmhf"].copy()
         self.report: GraphReport | None = None
         self.folder: Path | None = None
@@ -66,7 +67,7 @@ class Compilation:
         """Nothing of what was found is rewritten; raises under ``strict``."""
         compat.counters["flashmhf"] = self.counted.copy()
         self.report = None
-        self.config = inductor_config(self.options)
+        self.config = _config(self.options)
         message = "rewriting failed, the graph is compiled as it is"
         fault("rewrite", message, error, strict=self.options.strict)
 
@@ -76,8 +77,7 @@ class Compilation:
         self._prepare(gm)
 
     def _prepare(self, gm: fx.GraphModule) -> None:
-        strict = self.options.strict
-        self.config = with_post_grad_passes(gm, self.config, strict=strict, tell=self.tell)
+        self.config = with_post_grad_passes(gm, self.config, self.options, tell=self.tell)
         if self.options.fallback == "inductor":
             # The user may have called the op, too.
             from .lowering.ops import ALL, MUTATING
@@ -129,11 +129,19 @@ class Compilation:
         if self.originals is None or not self.originals.were_replaced:
             return None
         self.originals.restore()
-        config = inductor_config(self.options)
+        config = _config(self.options)
         try:
             return compat.compile_graph(self.options.fallback, gm, example_inputs, config)
         except Exception:  # the first failure is what the user has to see
             return None
+
+
+def _config(options: Options) -> dict[str, Any]:
+    """Inductor's settings, without passes of ours that would do again what is done here."""
+    config = inductor_config(options)
+    with suppress(ImportError, AttributeError):  # such a PyTorch was not given those passes either
+        return compat.without_added_passes(config)
+    return config
 
 
 class _WholeGraph:
@@ -181,6 +189,21 @@ class _WholeGraph:
 
 _COUNTED = "flashmhf_cut"
 
+
+def tell_of_buckets(gm: fx.GraphModule, error: Exception, *, strict: bool) -> None:
+    """Warn that networks which DDP's buckets cut are not seen, once for the parts of a graph."""
+    if gm.meta.get(_COUNTED):  # all parts share it
+        return
+    gm.meta[_COUNTED] = True
+    fault(
+        "buckets",
+        "DistributedDataParallel's buckets cut the graph, and the networks that they cut are "
+        "not seen: set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
+        error,
+        strict=strict,
+    )
+
+
 _whole_graphs: WeakKeyDictionary[Any, _WholeGraph] = WeakKeyDictionary()
 
 
@@ -191,16 +214,7 @@ def _whole_graph(gm: fx.GraphModule, options: Options) -> _WholeGraph | None:
         if cut is None:
             raise LookupError("Dynamo's DDPOptimizer is not what compiles it")
     except Exception as error:
-        if gm.meta.get(_COUNTED):  # all parts share it
-            return None
-        gm.meta[_COUNTED] = True
-        fault(
-            "buckets",
-            "DistributedDataParallel's buckets cut the graph, and the networks that they cut are "
-            "not seen: set torch._dynamo.config.optimize_ddp = False, or a larger bucket_cap_mb",
-            error,
-            strict=options.strict,
-        )
+        tell_of_buckets(gm, error, strict=options.strict)
         return None
     whole = _whole_graphs.get(cut.owner)
     if whole is None or whole.key is not cut.buckets[0]:  # traced and cut again

@@ -9,7 +9,12 @@ import torch
 from torch import fx
 
 from .buckets import rewrite_whole
-from .compat import BucketCut, bucket_cut, is_part_of_buckets
+from .compat import (
+    BucketCut,
+    bucket_cut,
+    compiled_in_place_set_aside,
+    is_part_of_buckets,
+)
 from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
@@ -32,7 +37,7 @@ def explain(
     again.
 
     Args:
-        model: a module or function.
+        model: a module or function, compiled already or not.
         options: the options that ``torch.compile`` would be given, a dict or ``Options``.
 
     Returns:
@@ -66,7 +71,8 @@ def reported(
     torch.compiler.reset()
     forget_warnings()
     try:
-        torch.compile(model, backend=collect)(*args, **kwargs)
+        with compiled_in_place_set_aside(model):
+            torch.compile(model, backend=collect)(*args, **kwargs)
     finally:
         torch.compiler.reset()
     return report

@@ -29,9 +29,7 @@ def compile_without(
     error: Exception,
 ) -> Callable[..., Any]:
     """Compile a graph of Dynamo's as it is, because of ``error``; raise that under ``strict``."""
-    given = _as_mapping(options)
-    message = f"torch {torch.__version__} lacks what mhf_compiler needs, nothing is rewritten"
-    fault("torch", message, error, strict=bool(given.get("strict")))
+    given = _tell(options, error)
     return compiled_by(
         str(given.get("fallback") or "inductor"),
         gm,
@@ -39,6 +37,23 @@ def compile_without(
         mode or given.get("mode"),
         {key: value for key, value in given.items() if key not in _OURS},
     )
+
+
+def settings_without(
+    options: Options | Mapping[str, Any] | None, error: Exception
+) -> dict[str, Any]:
+    """Inductor's settings among the options, without a pass of ours, because of ``error``."""
+    given = _tell(options, error)
+    settings = {key: value for key, value in given.items() if key not in _OURS}
+    return _settings_of(given.get("mode"), settings)
+
+
+def _tell(options: Options | Mapping[str, Any] | None, error: Exception) -> dict[str, Any]:
+    """Warn of the error, or raise it under ``strict``; the options by name."""
+    given = _as_mapping(options)
+    message = f"torch {torch.__version__} lacks what mhf_compiler needs, nothing is rewritten"
+    fault("torch", message, error, strict=bool(given.get("strict")))
+    return given
 
 
 def compiled_by(
@@ -52,12 +67,17 @@ def compiled_by(
     if name == "inductor":
         import torch._inductor
 
-        ours = {} if mode in (None, "default") else dict(torch._inductor.list_mode_options(mode))
-        ours |= {key.replace("-", "_"): value for key, value in settings.items()}
-        return torch._inductor.compile(gm, example_inputs, ours)
+        return torch._inductor.compile(gm, example_inputs, _settings_of(mode, settings))
     import torch._dynamo
 
     return torch._dynamo.lookup_backend(name)(gm, example_inputs)
+
+
+def _settings_of(mode: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    import torch._inductor
+
+    ours = {} if mode in (None, "default") else dict(torch._inductor.list_mode_options(mode))
+    return ours | {key.replace("-", "_"): value for key, value in settings.items()}
 
 
 def _as_mapping(options: Options | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
 from .modes import Modes, inner_graphs
 from .operations import is_cast
-from .products import is_product_call
+from .products import is_product_call, is_summed_product_call
 from .reasons import Kind, Reason, Unreadable
 from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
 from .routers import find_router_products
 from .site import Location, RouterProduct, Site, TensorView
 from .source import locate
-from .views import RESHAPES, is_factory
+from .views import RESHAPES, all_pieces, is_factory
 
 __all__ = [
     "COPY",
@@ -51,6 +51,7 @@ __all__ = [
     "TensorView",
     "Unreadable",
     "Value",
+    "all_pieces",
     "at_most",
     "find_router_products",
     "find_sites",
@@ -58,6 +59,7 @@ __all__ = [
     "is_cast",
     "is_factory",
     "is_product_call",
+    "is_summed_product_call",
     "locate",
     "multiply",
     "plus",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TypeAlias
 
 import sympy
@@ -93,24 +93,47 @@ Index: TypeAlias = tuple[Affine, ...]
 def along(indices: Sequence[Index], position: Affine) -> Index | None:
     """The index that is ``indices[i]`` where ``position`` is ``i``.
 
-    None unless all of them move along the same axes, at offsets in ascending progression.
+    None unless all of them move along the same axes, at offsets in ascending progression, of which
+    each may be repeated as many times: heads that share weights in groups.
     """
     index: list[Affine] = []
     for forms in zip(*(index for index in indices), strict=True):
         first, offsets = forms[0].resolved(), [form.offset for form in forms]
         if not all(same_steps((first,), (form,)) for form in forms[1:]):
             return None
-        steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
-        step = steps.pop() if steps else 0
-        if steps or not at_most(0, step):
+        times = run_length(offsets)
+        place = position if times == len(offsets) else each_of(position, len(offsets), times)
+        step = _progression(offsets[::times])
+        if step is None or place is None:
             return None
-        moved = position.scaled(step)
+        moved = place.scaled(step)
         index.append(
             first
             if step == 0
             else Affine(first.terms + moved.terms, plus(first.offset, moved.offset))
         )
     return tuple(index)
+
+
+def _progression(offsets: Sequence[Size]) -> Size | None:
+    """The step from each offset to the next; None unless it is the same, and not negative."""
+    steps = {plus(b, multiply(a, -1)) for a, b in pairwise(offsets)}
+    step = steps.pop() if steps else 0
+    return None if steps or not at_most(0, step) else step
+
+
+def run_length(items: Sequence[object]) -> int:
+    """How many times in a row each item is repeated, if all are the same number of times; or 1."""
+    runs = [len([*run]) for _, run in groupby(items)]
+    return runs[0] if len(set(runs)) == 1 else 1
+
+
+def each_of(position: Affine, size: int, times: int) -> Affine | None:
+    """``position // times``, for a position below ``size``; None if that is no affine form."""
+    if times == 1:
+        return position
+    digits = through_reshape((position,), (size,), (size // times, times))
+    return None if digits is None else digits[0]
 
 
 @dataclass(slots=True)
@@ -149,11 +172,15 @@ def real_axes(index: Index) -> frozenset[Axis]:
 
 
 def same_steps(a: Index, b: Index) -> bool:
-    """Whether two indices move alike: along the same axes in the same steps."""
-    return len(a) == len(b) and all(
-        frozenset(x.resolved().terms) == frozenset(y.resolved().terms)
-        for x, y in zip(a, b, strict=True)
-    )
+    """Whether two indices move alike: along the same axes in the same steps.
+
+    Nothing moves along an axis of size one.
+    """
+
+    def steps(form: Affine) -> frozenset[tuple[Axis, Size]]:
+        return frozenset((axis, c) for axis, c in form.resolved().terms if axis.size != 1)
+
+    return len(a) == len(b) and all(steps(x) == steps(y) for x, y in zip(a, b, strict=True))
 
 
 def same_index(a: Index, b: Index) -> bool:

@@ -58,7 +58,7 @@ class Value:
     item: int | None = None  # which result, for operators that return several
     chain: tuple[ViewStep, ...] = ()
     is_parameter: bool = False
-    requires_grad: bool = False  # of an input: whether a gradient is wanted
+    requires_grad: bool = False  # of an input, or of what is marked: whether a gradient is wanted
     subclass: str = ""  # of an opaque value: the name of a tensor subclass that it was made of
     readers: list[Value] = field(default_factory=list)
     operands: tuple[Value, ...] = field(init=False)
@@ -87,6 +87,10 @@ class Value:
     def inputs(self) -> set[Value]:
         """What it is computed from that is computed from nothing and is no parameter."""
         return {v for v in self.ancestors() if v.op in (INPUT, OPAQUE) and not v.is_parameter}
+
+    def may_need_gradient(self) -> bool:
+        """Whether it is computed from something that wants a gradient, whatever the modes."""
+        return any(v.requires_grad or v.op == OPAQUE for v in self.ancestors())
 
     def argument(self, position: int, name: str, default: Any) -> Any:
         """An argument of the operator, given by position or by name."""

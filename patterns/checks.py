@@ -19,6 +19,7 @@ from .axes import (
     Affine,
     Axis,
     Index,
+    Size,
     at_most,
     axes_of,
     axis_form,
@@ -39,7 +40,7 @@ from .rolling import STACK, in_reading_order, renamed, same_tensor
 from .site import Site, TensorView
 from .source import locate
 from .terms import Term
-from .views import LIKES, MERGES, broadcast, is_view, through_view
+from .views import LIKES, MERGES, all_pieces, broadcast, is_view, through_view, through_views
 
 #: operations that autograd saves nothing of
 _UNSAVED = MERGES | {
@@ -82,13 +83,13 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_dtypes(term, root)
     check_rounding(term, reading, root)
     check_range(term)
-    check_gradients(reading)
+    check_gradients(reading, root, copy)
     check_no_escape(reading, root, copy)
     check_memory(term.operands().values(), root, copy)
     check_saved(term, reading, copy)
     check_place(root, copy)
     check_autocast(term, root, copy)
-    pieces = tuple(piece for piece in pieces_of(root) if is_read_apart(piece, root, copy))
+    pieces = tuple(piece for piece in _parts_of(root) if is_read_apart(piece, root, copy))
     for piece in pieces:
         check_piece(piece, reading, root, copy)
     check_apart(term, pieces)
@@ -238,13 +239,32 @@ def check_weights(term: Term, roles: Roles) -> None:
             continue
         read = real(axes_of(operand.index))
         if read & real(roles.tokens):
-            raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+            raise _of_tokens(term, roles, operand.value)
         if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, gate.query.value):
             tokens = token_inputs(gate.query, set(roles.tokens))
             if not tokens.isdisjoint(operand.value.inputs()):
-                raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, node=operand.value.origin)
+                raise _of_tokens(term, roles, operand.value)
+
+
+def _of_tokens(term: Term, roles: Roles, weight: Value, detail: str = "") -> Declined:
+    """Why the weights are not the same for every token.
+
+    A router may be multiplied with them before a cast. So autocast computes an einsum of three: it
+    casts what the last product reads.
+    """
+    value, index = through_views(term.down.value, term.down.index)
+    if is_cast(value):
+        inner, at = through_views(value.source, index)
+        if inner.op is torch.ops.aten.mul.Tensor and len(inner.operands) == 2:
+            width = real((*roles.hidden, *roles.out_width))
+            sides = [real(axes_of(broadcast(at, one.shape))) for one in inner.operands]
+            router, weights = sorted(sides, key=lambda axes: len(axes & width))
+            if not router & width and weights & width and not router <= weights:
+                what = f"router and weights are multiplied in {inner.dtype}, before a cast"
+                return Declined(Kind.MIXED_PRECISION, what, value.origin)
+    return Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, weight.origin)
 
 
 def check_static_sizes(term: Term, roles: Roles) -> None:
@@ -260,7 +280,7 @@ def check_static_sizes(term: Term, roles: Roles) -> None:
             raise Declined(Kind.UNSUPPORTED_PROBLEM, detail, gate.value.origin)
     if not all(isinstance(axis.size, int) for axis in roles.groups):
         detail = "a batch of weights, or a dynamic number of heads"
-        raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, gate.value.origin)
+        raise _of_tokens(term, roles, gate.value, detail)
     if len(roles.groups) > 1 and not _contiguous(roles.groups, gate.query.index):
         raise Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, gate.value.origin)
 
@@ -377,9 +397,14 @@ def check_range(term: Term) -> None:
         raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
 
 
-def check_gradients(reading: Reading) -> None:
-    """Either the whole network records gradients, or none of it."""
-    if len({value.requires_grad_mode for value in reading.computed | reading.crossed}) > 1:
+def check_gradients(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
+    """Either the whole network records gradients, or none of it, where any are wanted.
+
+    What is computed under inference mode is of another kind of tensor in any case.
+    """
+    inner = reading.computed | reading.crossed
+    wanted = root.may_need_gradient() or any(value.origin in copy.inference for value in inner)
+    if len({value.requires_grad_mode for value in inner}) > 1 and wanted:
         raise Declined(Kind.GRADIENTS_CUT, node=reading.term.value.origin)
 
 
@@ -388,7 +413,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
 
     A node that reads only its sizes does no harm if its own result disappears: zeros to add to.
     """
-    parts = {root, *pieces_of(root)}
+    parts = {root, *_parts_of(root)}
     likes: set[Value] = set()
     for value in reading.computed:
         todo = [value]
@@ -420,14 +445,15 @@ def _outer_readers(
             yield reader
 
 
-def pieces_of(root: Value) -> tuple[Value, ...]:
-    """The outputs of single heads, where the output merges them."""
-    return tuple(dict.fromkeys(root.args[0])) if root.op in MERGES else ()
+def _parts_of(root: Value) -> dict[Value, Size]:
+    """The outputs of single heads, where the output merges them, and what grew into it of them."""
+    return all_pieces(root) if root.op in MERGES else {}
 
 
 def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
     """Whether a head's output has readers other than what merges the heads."""
-    others = any(reader is not root and copy.is_live(reader) for reader in piece.readers)
+    merges = {root, *(part for part in _parts_of(root) if part.op in MERGES)}
+    others = any(reader not in merges and copy.is_live(reader) for reader in piece.readers)
     return others or piece in copy.escaping
 
 
@@ -556,7 +582,7 @@ def _check_readable(value: Value, copy: CanonicalCopy, op: fx.Node, records: boo
         # The model rounds the sum alone; the product by itself may leave the range.
         raise Declined(Kind.ROUNDING_CAST, "a product that is not rounded by itself", value.origin)
     if value.op != STACK:  # computed again, but under the modes of now
-        if value.requires_grad_mode is not records:
+        if value.requires_grad_mode is not records and value.may_need_gradient():
             raise Declined(Kind.GRADIENTS_CUT, "what the op reads", value.origin)
         modes = copy.autocast.get(value.origin), copy.autocast[op]
         if modes[0] != modes[1] and not (is_view(value) or is_cast(value)):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .axes import Affine, Axis, Index, axis_form, quotient, through_reshape
-from .canonical import OPAQUE, Value
+from .canonical import Value
 from .parts import is_number
 from .views import broadcast, through_views
 
@@ -109,7 +109,7 @@ def _addmm(value: Value, index: Index) -> Contraction | None:
         return None
     if bias_scale == 0:
         # Not read, even if it is NaN. But it gets a gradient of zeros, not None.
-        unread = not value.requires_grad_mode or not _has_gradient(bias)
+        unread = not value.requires_grad_mode or not bias.may_need_gradient()
         return _product_of(value, index, left, right, scale=float(scale)) if unread else None
     return _product_of(
         value,
@@ -120,10 +120,6 @@ def _addmm(value: Value, index: Index) -> Contraction | None:
         scale=float(scale),
         bias_scale=float(bias_scale),
     )
-
-
-def _has_gradient(value: Value) -> bool:
-    return any(v.requires_grad or v.op == OPAQUE for v in value.ancestors())
 
 
 def _linear(value: Value, index: Index) -> Contraction:

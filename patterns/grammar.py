@@ -16,7 +16,7 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -33,7 +33,7 @@ from .axes import (
     same_index,
     through_reshape,
 )
-from .canonical import COPY, SCATTER, Value, written_range
+from .canonical import COPY, INPUT, SCATTER, Value, written_range
 from .casts import above_views, through_casts
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .hidden import HiddenReader, check_bounds, check_subclass
@@ -54,7 +54,16 @@ from .terms import (
     with_bias,
     without_residual,
 )
-from .views import MERGES, broadcast, is_view, piece_index, through_view, through_views
+from .views import (
+    MERGES,
+    broadcast,
+    is_view,
+    piece_index,
+    pieces_of,
+    stages_of,
+    through_view,
+    through_views,
+)
 
 aten = torch.ops.aten
 
@@ -199,13 +208,13 @@ class _Reader:
                 leaf = self.leaf(operand, broadcast(index, operand.shape))
                 if not real_axes(index) <= real_axes(leaf.index):
                     return True
-                return not leaf.value.inputs() and self._is_biased(value, index, leaf)
+                return _may_be_weight(leaf.value) and self._is_biased(value, index, leaf)
         return False
 
     def _is_biased(self, value: Value, index: Index, leaf: Operand) -> bool:
         """Whether what is added to an output could be its bias: always so where there is one token.
 
-        Read twice, but only for parameters that move along all axes of the output.
+        Read twice, but only for weights that move along all axes of the output.
         """
         other = next((operand for operand in value.operands if operand in self.outside), None)
         if other is None:
@@ -214,7 +223,7 @@ class _Reader:
             term = self.output(other, broadcast(index, other.shape))
         except Declined:
             return False
-        return may_be_bias(term, leaf)
+        return may_be_bias(term, leaf) and _is_apart(leaf.value, term)
 
     def _product(self, value: Value, index: Index) -> Term:
         """A number or a router times an output."""
@@ -224,8 +233,9 @@ class _Reader:
             if right == 0 or not math.isfinite(right) or math.isinf(1 / right):
                 raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             return scaled(self.output(left, index), 1.0 / right if divides else float(right))
-        both = isinstance(left, Value) and isinstance(right, Value)
-        if value.op is not aten.mul.Tensor or not both:
+        if not (isinstance(left, Value) and isinstance(right, Value)):
+            raise Declined(Kind.VARYING_NUMBER, node=value.origin)
+        if value.op is not aten.mul.Tensor:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         if left not in self.outside or right in self.outside:
             left, right = right, left
@@ -237,11 +247,15 @@ class _Reader:
 
     def _pieces(self, value: Value, index: Index) -> Term:
         """Outputs that are concatenated or stacked: an unrolled loop over heads."""
-        pieces: Sequence[Value] = value.args[0]
+        pieces = pieces_of(value)
         dim = value.argument(1, "dim", 0) % len(value.shape)
         alike = all(len(piece.shape) == len(value.shape) for piece in pieces)
         widths = [piece.shape[dim] for piece in pieces] if alike else []
         if value.op is aten.cat.default and len(set(widths)) > 1:
+            cats = [piece for piece in pieces if piece.op is aten.cat.default]
+            if any(cat.requires_grad_mode is not value.requires_grad_mode for cat in cats):
+                detail = "heads are merged in two steps, one of which records gradients"
+                raise Declined(Kind.GRADIENTS_CUT, detail, value.origin)
             sizes = ", ".join(map(str, widths))
             detail = f"outputs of different sizes are concatenated: {sizes}"
             raise Declined(Kind.UNEQUAL_HEADS, detail, value.origin)
@@ -249,6 +263,7 @@ class _Reader:
         if read is None:
             raise Declined(Kind.UNSUPPORTED_LAYOUT, node=value.origin)
         position, inner = read
+        self.computed |= stages_of(value)
         if not position.resolved().terms and isinstance(position.offset, int):
             return self._iteration(pieces[position.offset], inner)
         return join_pieces([self._iteration(piece, inner) for piece in pieces], position)
@@ -398,6 +413,16 @@ class _Reader:
             self.computed.add(value)
             weight = left
             factors.append(self.leaf(right.value, right.index))
+
+
+def _may_be_weight(value: Value) -> bool:
+    """Whether it is made of parameters alone, or comes from outside as it is: a buffer."""
+    return value.op == INPUT or not value.inputs()
+
+
+def _is_apart(value: Value, term: Term) -> bool:
+    """Whether it and the query are made of different inputs."""
+    return value.inputs().isdisjoint(term.gate.query.value.inputs())
 
 
 def _without_projection(contraction: Contraction, units: HiddenReader) -> Declined:
@@ -555,13 +580,13 @@ class _Sum:
     def _take_leaf(self, addend: _Addend, value: Value, index: Index) -> None:
         """A tensor from elsewhere: a residual if it moves as the output does, or else a bias.
 
-        For one token a bias moves so as well. Whether a parameter is one is decided when all terms
+        For one token a bias moves so as well. Whether a weight is one is decided when all terms
         have been read.
         """
         operand = self.reader.leaf(value, index)
         whole = real_axes(self.index) <= real_axes(operand.index)
         leaf = _Leaf(addend, value, operand, whole)
-        if whole and operand.value.inputs():
+        if whole and not _may_be_weight(operand.value):
             self._take_residual(leaf)
         else:
             self.biases.append(leaf)
@@ -583,7 +608,8 @@ class _Sum:
         term = join_sum(terms[::-1])
         for leaf in self.biases:
             added = leaf.operand
-            if leaf.is_whole and not may_be_bias(term, added):
+            of_weights = may_be_bias(term, added) and _is_apart(added.value, term)
+            if leaf.is_whole and not of_weights:
                 self._take_residual(leaf)
             elif self.residuals or not adds_tokens(term, added) or not self.reader.is_highest(root):
                 term = with_bias(term, added, leaf.addend.sign, leaf.addend.addition)

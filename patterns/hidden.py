@@ -8,7 +8,7 @@ what activation, scales and factors the expression stands for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, times
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
 from .reasons import Declined, Kind
 from .terms import Projection
-from .views import MERGES, broadcast, piece_index, through_views
+from .views import MERGES, broadcast, piece_index, pieces_of, stages_of, through_views
 
 aten = torch.ops.aten
 
@@ -69,7 +69,7 @@ class HiddenReader:
             return self._glu(value, index)
         piece = _one_piece(value, index)
         if piece is not None:
-            self.computed.add(value)
+            self.computed |= {value, *stages_of(value)}
             return self.expression(*piece)
         contraction = as_contraction(value, index)
         if contraction is None:
@@ -153,8 +153,7 @@ def _one_piece(value: Value, index: Index) -> tuple[Value, Index] | None:
     read = piece_index(value, index, value.argument(1, "dim", 0) % len(value.shape))
     if read is None or read[0].resolved().terms or not isinstance(read[0].offset, int):
         return None
-    pieces: Sequence[Value] = value.args[0]
-    piece = pieces[read[0].offset]
+    piece = pieces_of(value)[read[0].offset]
     return (piece, read[1]) if piece.dtype is value.dtype else None
 
 
@@ -170,7 +169,9 @@ def _reason_against(value: Value) -> Declined | None:
         return Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
     check_subclass(value)
     if value.op == OPAQUE:
-        name = str(value.origin.target)
+        target = value.origin.target
+        builtin = getattr(target, "__module__", "torch") in (None, "builtins")
+        name = str(getattr(target, "__name__", target) if builtin else target)
         kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
         return Declined(kind, name, value.origin)
     if not isinstance(value.op, str):
@@ -186,5 +187,11 @@ def check_subclass(value: Value) -> None:
 
 def check_bounds(value: Value, index: Index) -> None:
     """Nothing is read beyond a value: that would be some other tensor's element."""
-    if not all(within(form, size) for form, size in zip(index, value.shape, strict=True)):
+    for form, size in zip(index, value.shape, strict=True):
+        if within(form, size):
+            continue
+        sizes = [size, *(axis.size for axis in form.axes())]
+        if not all(isinstance(one, int) for one in sizes):
+            detail = f"a dimension of {size} is read by another size that is dynamic"
+            raise Declined(Kind.UNSUPPORTED_PROBLEM, detail, value.origin)
         raise Declined(Kind.UNEQUAL_HEADS, "a part is smaller than its place", value.origin)

@@ -215,7 +215,7 @@ def _subtracted_from(value: Value, a: Expression, b: Expression) -> Expression:
 def _alpha(value: Value) -> Expression:
     alpha = value.argument(2, "alpha", 1)
     if not is_number(alpha):
-        raise Declined(Kind.UNKNOWN_OPERATION, f"{alpha} is no fixed number", value.origin)
+        raise Declined(Kind.VARYING_NUMBER, node=value.origin)
     return number(alpha)
 
 
@@ -267,7 +267,7 @@ def pointwise_arguments(value: Value) -> list[Any]:
     arguments = list(value.args[: 1 if takes_options else 2])
     for argument in arguments:
         if not is_number(argument) and not isinstance(argument, Value):
-            raise Declined(Kind.UNKNOWN_OPERATION, f"{argument} is no fixed number", value.origin)
+            raise Declined(Kind.VARYING_NUMBER, node=value.origin)
     return arguments
 
 

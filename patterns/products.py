@@ -47,6 +47,12 @@ def may_be_product_call(node: fx.Node) -> bool:
     return is_product_call(node) or (_calls(node) and "mul" in _target(node))
 
 
+def is_summed_product_call(node: fx.Node) -> bool:
+    """A matrix product, or a product of elements that a sum reads at once."""
+    summed = may_be_product_call(node) and any("sum" in _target(user) for user in node.users)
+    return is_product_call(node) or summed
+
+
 def _calls(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 

@@ -57,6 +57,11 @@ class Kind(Explained):
         "an operation inside the feed-forward network is not part of an MH-FFN",
         "move the operation before or after the heads",
     )
+    VARYING_NUMBER = (
+        "a number inside the network may change from call to call: Dynamo traced it as a variable",
+        "write the number into the code or keep it in a tensor, or set "
+        "torch._dynamo.config.specialize_float = True; dynamic=True makes even math.pi a variable",
+    )
     SUMMED_APART = (
         "sub-networks of one sum are rewritten one by one, for what is done to them before the sum",
         "multiply the output of each by its router weight, and do nothing else before the sum",
@@ -106,8 +111,10 @@ class Kind(Explained):
         "put the whole network, or none of it, under no_grad",
     )
     TENSOR_SUBCLASS = (
-        "a projection is computed with a tensor subclass, whose operations are its own",
-        "give the network plain tensors, or leave it as it is",
+        "a projection is computed with a tensor subclass, such as a quantised weight, whose "
+        "operations are its own",
+        "give the network plain tensors, for instance by leaving its weights out when a model is "
+        "quantised, or leave it as it is",
     )
     NOT_ON_SHARDS = (
         "the op cannot compute on the shards of the network's DTensors as they are placed",

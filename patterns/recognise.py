@@ -25,18 +25,20 @@ from .checks import TWO_DIMENSIONS, build_site
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
-from .operations import DROPOUT, REDUCTIONS, is_other_pointwise, operation_name
+from .operations import DROPOUT, REDUCTIONS, is_cast, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
 from .source import locate
 from .tracer import trace
-from .views import LIKES, MERGES, is_view
+from .views import LIKES, MERGES, grows_into, is_view
 
 aten = torch.ops.aten
 
 _SOON = 24  # operations
-_PROJECTED, _ACTIVATED, _SOFTENED = 1, 2, 4
+_PROJECTED, _ACTIVATED, _SOFTENED, _ATTENDING = 1, 2, 4, 8
+#: why a network keeps its biases, routers or sums to itself, which are then not part of the site
+_OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT16_RANGE})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -134,6 +136,7 @@ def _why_apart(
     vague = [one for one in told if one[1].reason.kind is Kind.UNEQUAL_HEADS]
     clear = [one for one in told if one not in vague]
     said: set[Value] = set()
+    clear += _left_out(sites, above, tried)
     for outputs, miss in (*clear, *_summed_apart(sites, copy), *_merged_apart(sites, copy), *vague):
         if said.isdisjoint(outputs):
             yield miss
@@ -163,11 +166,27 @@ def _parts_of_one(
             reason = max(reasons, key=_tells)
             if reason.kind is Kind.UNEQUAL_HEADS and whole.op not in _MERGED:
                 continue  # the sum of two whole networks
+            if reason.detail == TWO_DIMENSIONS and whole.op in _MERGED:
+                continue  # two whole networks of the same queries
             if reason.kind is Kind.UNKNOWN_OPERATION:
                 kind = Kind.OPERATION_IN_LOOP if whole.op in _MERGED else Kind.SUMMED_APART
                 detail = reason.detail or operation_name(whole)
                 reason = Reason(kind, detail, reason.node or whole.origin)
             yield set(members), NearMiss(reason, locate(reason.node or whole.origin), whole)
+
+
+def _left_out(
+    sites: list[Site], above: dict[Value, list[Value]], tried: dict[Value, Site | Reason]
+) -> Iterator[tuple[set[Value], NearMiss]]:
+    """What is computed with a site's output and would be part of the site in another precision."""
+    for site in sites:
+        adds = False
+        for value in above[site.output]:
+            adds |= not (is_view(value) or is_cast(value))
+            reason = tried.get(value)
+            if adds and isinstance(reason, Reason) and reason.kind in _OF_PRECISION:
+                yield {site.output}, NearMiss(reason, locate(reason.node or value.origin), value)
+                break
 
 
 def _form(site: Site, with_query: bool) -> Any:
@@ -272,10 +291,17 @@ def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:
             continue
         if value.op in MERGES:
             if value is not first:
-                found.setdefault(value, first)
+                found.setdefault(_grown(value), first)
         elif value.op not in MATRIX_PRODUCTS:
             todo += [(reader, first) for reader in value.readers]
     return found
+
+
+def _grown(value: Value) -> Value:
+    """What a tensor that grows piece by piece has become in the end."""
+    while (whole := next((r for r in value.readers if grows_into(value, r)), None)) is not None:
+        value = whole
+    return value
 
 
 def _may_contain_site(gm: fx.GraphModule) -> bool:
@@ -287,7 +313,8 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
     """Live contractions with an operand that is computed by an activation.
 
     A softmax is taken for one between products with weights: of products of tokens with tokens, and
-    a softmax, attention is made.
+    a softmax, attention is made. Weights that are no parameters may be tokens; but attention
+    activates nothing after its softmax, and multiplies it with no other projection.
     """
     flags: dict[Value, int] = {}
     of_tokens: set[Value] = set()
@@ -308,14 +335,17 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         if value.op in MATRIX_PRODUCTS or _sums_a_product(value):
             activated = inherited & _ACTIVATED
             activated |= inherited & _SOFTENED and not of_tokens.issuperset(value.operands)
+            gated = _ATTENDING | _PROJECTED
+            activated |= any(flags.get(one, 0) & gated == gated for one in value.operands)
             if activated and copy.is_live(value):
                 yield value
             outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
         elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON or _keeps(value):
             flags[value] = inherited
-        elif value.op is aten._softmax.default and value in weighed:
-            flags[value] = _SOFTENED if inherited else 0
+        elif value.op is aten._softmax.default:
+            soft = _SOFTENED if value in weighed else _ATTENDING
+            flags[value] = soft if inherited else 0
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
         elif value.op == OPAQUE and value.subclass:
@@ -328,7 +358,7 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         elif _may_be_activation(value, flags):
             flags[value] = _ACTIVATED
         else:
-            flags[value] = 0
+            flags[value] = inherited if _keeps_form(value, flags) else 0
 
 
 def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> int:
@@ -336,7 +366,7 @@ def _passed_on(value: Value, copy: CanonicalCopy, flags: dict[Value, int]) -> in
 
     Such operations are an ``autograd.Function`` of gate and up projection, or a hook on a tensor.
     """
-    given = [one for one in copy.made_from.get(value, ()) if one.shape == value.shape]
+    given = [one for one in copy.made_from.get(value, value.operands) if one.shape == value.shape]
     activated = any(flags.get(one, 0) & _ACTIVATED for one in given)
     projected = sum(flags.get(one, 0) & _PROJECTED for one in given)
     return _ACTIVATED if activated or projected == 2 else _PROJECTED if projected == 1 else 0
@@ -363,6 +393,26 @@ def _keeps(value: Value) -> bool:
     rank = len(value.shape)
     dims = {dim % rank for dim in value.argument(1, "dim", None) or range(rank)}
     return rank - 1 not in dims
+
+
+def _keeps_form(value: Value, flags: dict[Value, int]) -> bool:
+    """Whether an operation of ATen returns numbers in the form of a projection or of hidden units.
+
+    A dimension may have become one, so as to be expanded again. What attends to tokens is none, and
+    a batch norm is for convolutions.
+    """
+    name = str(value.op)
+    if isinstance(value.op, str) or "attention" in name or "batch_norm" in name:
+        return False
+    if value.op.namespace != "aten" or not value.dtype.is_floating_point:
+        return False
+    shapes = [one.shape for one in value.operands if flags.get(one, 0)]
+    return any(
+        len(shape) == len(value.shape)
+        and all(mine in (1, other) for mine, other in zip(value.shape, shape, strict=True))
+        and value.shape[-1] == shape[-1]
+        for shape in shapes
+    )
 
 
 def _is_pointwise(value: Value) -> bool:
@@ -452,17 +502,25 @@ def _best(
 ) -> Site | Reason:
     """The site of the highest candidate that passes, or the most telling reason why none does."""
     reasons: list[Reason] = []
+    unfinished: list[Reason] = []
     for root in reversed(path):
         if root not in tried or (isinstance(tried[root], Reason) and _adds_to(root, outputs)):
             tried[root] = _try(root, outside, copy, outputs)
         result = tried[root]
         if isinstance(result, Site):
             return result
-        reasons.append(result)
-    best = max(reversed(reasons), key=_tells)
+        (unfinished if _is_unfinished(root) else reasons).append(result)
+    best = max(reversed(reasons or unfinished), key=_tells)
     if best.detail == TWO_DIMENSIONS:
         return _not_summed(path, reasons, copy) or best
     return best
+
+
+def _is_unfinished(value: Value) -> bool:
+    """Whether a buffer is written to again: that it is not full yet tells nothing."""
+    return value.op is SCATTER and any(
+        reader.op is SCATTER and reader.source is value for reader in value.readers
+    )
 
 
 def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -> Reason | None:

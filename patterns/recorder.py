@@ -7,14 +7,16 @@ It is a dispatch mode below autograd and functorch, so composite operations arri
     view            y = a[0]             the value, and where its tensor lies in memory
     view in place   a.t_()               another view for the same tensor
     write           a.add_(b)            the value of ``add``, as the new value of a's storage
-    unknown write   f(a, out=y)          an opaque value for y
+                    mm(a, b, out=y)      the value of ``mm``, as the new value of y's storage
+    unknown write   f([y, z])            an opaque value for y, and for z
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +47,26 @@ _SWAPS = frozenset(
     for packet in (torch.ops.aten.set_, torch.ops.aten.resize_)
     for name in packet.overloads()
 )
+
+
+class _Traits(NamedTuple):
+    """What the schema of an operation says of it."""
+
+    turns: bool  # a tensor into another view of its memory, or gives it other memory
+    writes: bool
+    views: bool
+    draws: bool  # random numbers
+
+
+@cache
+def _traits(func: Any) -> _Traits:
+    schema = func._schema
+    return _Traits(
+        turns=torch.Tag.inplace_view in func.tags or func in _SWAPS,
+        writes=schema.is_mutable,
+        views=any(result.alias_info is not None for result in schema.returns),
+        draws=torch.Tag.nondeterministic_seeded in func.tags,
+    )
 
 
 class Recorder(TorchDispatchMode):
@@ -90,15 +112,15 @@ class Recorder(TorchDispatchMode):
         Raises:
             UntraceableGraph: it changes a tensor in a way that is not followed.
         """
-        schema = call.func._schema
+        traits = _traits(call.func)
         undeclared = call.undeclared_writes()
-        if schema.is_mutable or undeclared or torch.Tag.nondeterministic_seeded in call.func.tags:
+        if traits.writes or undeclared or traits.draws:
             self.has_effects = True
-        if torch.Tag.inplace_view in call.func.tags or call.func in _SWAPS:
+        if traits.turns:
             self._record_view_in_place(call)
-        elif schema.is_mutable:
+        elif traits.writes:
             self._record_write(call)
-        elif any(r.alias_info is not None for r in schema.returns):
+        elif traits.views:
             self._record_view(call)
         else:
             self._record_pure(call)
@@ -108,8 +130,6 @@ class Recorder(TorchDispatchMode):
     def _record_pure(self, call: Call) -> None:
         args = map_tensors(self._memory.read, call.args)
         kwargs = map_tensors(self._memory.read, call.kwargs)
-        if call.func is _CAT and not kwargs:
-            args = _flattened(*args)
         for tensor, item in _results(call):
             if tensor not in self._memory:
                 value = self._values.value(call.func, args, kwargs, tensor, item=item)
@@ -163,6 +183,8 @@ class Recorder(TorchDispatchMode):
         elif functional is not None and target is not None and args and target is args[0]:
             read = map_tensors(memory.read, args), map_tensors(memory.read, kwargs)
             memory.write(target, self._values.value(functional, *read, target))
+        elif target is not None and (returned := self._returned_in(target, call)) is not None:
+            memory.write(target, returned)
         else:
             # Everything is read before any of it is written.
             before = map_tensors(memory.read, (args, tuple(kwargs.values())))
@@ -171,6 +193,29 @@ class Recorder(TorchDispatchMode):
             for tensor in tensors_in(call.result):
                 if tensor not in memory:
                     memory.allocate(tensor, memory.opaque(tensor, before))
+
+    def _returned_in(self, target: torch.Tensor, call: Call) -> Value | None:
+        """What an ``out=`` operation would return without it; None if its target is no such tensor.
+
+        It casts to the dtype of the target, resizes it, and may read what it has written.
+        """
+        functional, memory = _without_out(call.func), self._memory
+        options = {name: given for name, given in call.kwargs.items() if name != "out"}
+        if functional is None or call.kwargs.get("out") is not target:
+            return None
+        storage = memory.alias(target).storage
+        if any(memory.alias(x).storage is storage for x in tensors_in((call.args, options))):
+            return None
+        like = functional(*call.args, **options)
+        if not isinstance(like, torch.Tensor) or (like.dtype, like.device) != (
+            target.dtype,
+            target.device,
+        ):
+            return None
+        if sizes_of(like)[0] != memory.read(target).shape:
+            return None
+        args, kwargs = map_tensors(memory.read, call.args), map_tensors(memory.read, options)
+        return self._values.value(functional, args, kwargs, target)
 
 
 def _results(call: Call) -> Sequence[tuple[Any, int | None]]:
@@ -205,23 +250,26 @@ def _functional_form(func: Any) -> Any | None:
     return getattr(packet, overload, None)
 
 
+def _without_out(func: Any) -> Any | None:
+    """``aten.mm.out`` -> ``aten.mm.default``; None when there is no such operator."""
+
+    def arguments(schema: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in schema.arguments if not a.is_out]
+
+    packet = getattr(getattr(torch.ops, func.namespace), _names(func)[0])
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    alike = (
+        one
+        for one in overloads
+        if not one._schema.is_mutable and arguments(one._schema) == arguments(func._schema)
+    )
+    return next(alike, None)
+
+
 def _names(func: Any) -> tuple[str, str]:
     """``aten.add_.Tensor`` -> ``("add_", "Tensor")``"""
     name, _, overload = func.name().partition("::")[2].partition(".")
     return name, overload or "default"
-
-
-def _flattened(pieces: Sequence[Value], dim: int = 0) -> tuple[list[Value], int]:
-    """The arguments of ``cat``, an inner one along the same dimension replaced by its own."""
-    grad = torch.is_grad_enabled()
-    found: list[Value] = []
-    for piece in pieces:
-        rank = len(piece.shape)
-        grown = piece.op is _CAT and piece.argument(1, "dim", 0) % rank == dim % rank
-        alike = grown and piece.requires_grad_mode is grad
-        alike = alike and all(one.dtype is piece.dtype for one in piece.args[0])
-        found += piece.args[0] if alike else [piece]
-    return found, dim
 
 
 def _without_empty_pieces(call: Call) -> Call:

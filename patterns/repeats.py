@@ -75,6 +75,7 @@ class Program:
     calls: tuple[Call, ...]
     inputs: tuple[Like, ...]
     result: Like
+    offset: int | None = None  # of a result in the memory of the inputs, which are one tensor
 
     def over(self, inputs: Sequence[torch.Tensor], result: torch.Tensor) -> Iterator[Call]:
         """The calls on other inputs; what they make last is ``result``, the rest new stand-ins."""
@@ -101,7 +102,7 @@ def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
     tensors = tensors_in((args, kwargs))
     if not tensors or not all(isinstance(x, FakeTensor) for x in tensors):
         return None
-    if has_symbols([*args, *kwargs.values()]):
+    if has_symbols(args) or has_symbols(tuple(kwargs.values())):
         return None
     first = {id(x): place for place, x in reversed(list(enumerate(tensors)))}
 
@@ -115,13 +116,18 @@ def key_of(node: fx.Node, args: Any, kwargs: Any) -> Hashable | None:
 
 
 def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | None:
-    """The operations of a node, if they can be repeated: pure ones and views, in new memory."""
+    """The operations of a node, if they can be repeated: pure ones and views.
+
+    The result is in new memory, or a view of the one tensor that the node reads.
+    """
     if not isinstance(result, FakeTensor):
         return None
     inputs = tensors_in(arguments)
     known = {id(x) for x in inputs}
-    own = id(result) not in known and _fills_its_memory(result)
-    if not own or storage_identity(result) in {storage_identity(x) for x in inputs}:
+    if id(result) in known:
+        return None
+    is_view = storage_identity(result) in {storage_identity(x) for x in inputs}
+    if not (_shows_elements(result, inputs) if is_view else _fills_its_memory(result)):
         return None
     for call in calls:
         seeded = torch.Tag.nondeterministic_seeded in call.func.tags
@@ -141,6 +147,7 @@ def program(calls: Sequence[Call], arguments: Any, result: Any) -> Program | Non
         tuple(call.mapped(stand_in) for call in calls),
         tuple(map(stand_in, inputs)),
         stand_in(result),
+        int(result.storage_offset()) if is_view else None,
     )
 
 
@@ -148,6 +155,14 @@ def _is_torch(function: Any) -> bool:
     """Whether PyTorch defines a function. The model's own may do something else each time."""
     module = getattr(function, "__module__", None) or "torch"  # builtins may have none
     return module.partition(".")[0] in ("torch", "_operator")
+
+
+def _shows_elements(view: torch.Tensor, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether a view of what a node reads is known by shape, strides and offset."""
+    if len({id(x) for x in inputs}) != 1:
+        return False  # of which of them it is a view, may not be the same for another node
+    plain = not view.is_conj() and not view.is_neg() and not view.requires_grad
+    return plain and view.dtype is inputs[0].dtype
 
 
 def _fills_its_memory(x: torch.Tensor) -> bool:

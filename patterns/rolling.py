@@ -19,7 +19,9 @@ from .axes import (
     along,
     axis_form,
     contiguous_strides,
+    each_of,
     leaves,
+    run_length,
     same_steps,
     stride_order,
 )
@@ -157,6 +159,11 @@ def same_tensor(a: Value, b: Value) -> bool:
 def _stacked(copies: Sequence[Operand], position: Affine) -> Operand:
     """Different tensors, read alike: one tensor with a new first dimension."""
     values = [copy.value for copy in copies]
+    times = run_length([id(value) for value in values])
+    if 1 < times < len(values):  # the heads of a group share one
+        whole = each_of(position, len(values), times)
+        if whole is not None:
+            values, position = values[::times], whole
     first = values[0]
     for copy in copies[1:]:
         if copy.value.shape != first.shape or copy.value.dtype != first.dtype:

@@ -27,12 +27,14 @@ from mhf_compiler.compat import (
     device_mesh,
     example_of,
     exported_input,
+    fake_view,
     functorch_depth,
     grad_levels,
     has_examples_of_dynamo,
     has_symbols,
     is_traceable_wrapper_subclass,
     local_tensor,
+    new_fake,
     no_new_guards,
     storage_identity,
     unbacked_symbols,
@@ -166,6 +168,9 @@ class _Tracer(fx.Interpreter):
             return args[0]
         if switches_modes(n):
             return self.switches.run(n, args)
+        if getattr(n.target, "__name__", None) in _MARKS:
+            for tensor in tensors_in(args):
+                self._memory.read(tensor).requires_grad = True
         if isinstance(n.target, HigherOrderOperator):
             return self._opaque_call(n, (args, kwargs))
         return self._call(n, args, kwargs)
@@ -175,7 +180,7 @@ class _Tracer(fx.Interpreter):
         if self._sharded and self._depends_on_shards(node):
             return self._unknown_call(node, (args, kwargs))
         key = key_of(node, args, kwargs)
-        if key in self._programs:
+        if key in self._programs and not functorch_depth():
             return self._repeat(self._programs[key], (args, kwargs))
         if _is_unfollowed((args, kwargs)) or _makes_new_sizes(node, self.env):
             return self._unknown_call(node, (args, kwargs))
@@ -198,9 +203,12 @@ class _Tracer(fx.Interpreter):
 
     def _repeat(self, done: Program, arguments: Any) -> torch.Tensor:
         """What an equal node has done, over other arguments."""
-        like = done.result
-        result = torch.empty_strided(like.shape, like.strides, dtype=like.dtype, device=like.device)
-        for call in done.over(tensors_in(arguments), result):
+        like, inputs = done.result, tensors_in(arguments)
+        if done.offset is not None:
+            result = fake_view(inputs[0], like.shape, like.strides, done.offset)
+        else:
+            result = new_fake(inputs[0], like.shape, like.strides, like.dtype, like.device)
+        for call in done.over(inputs, result):
             self._recorder.record(call)
         return result
 

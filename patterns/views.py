@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import torch
 
-from .axes import Affine, Index, Size, along, at_most, multiply, quotient, through_reshape
+from .axes import Affine, Index, Size, along, at_most, multiply, plus, quotient, through_reshape
 from .canonical import COPY, Value
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def broadcast(index: Index, shape: Sequence[Size]) -> Index:
 
 def _together_again(value: Value, index: Index) -> tuple[Value, Index] | None:
     """What ``unbind``, ``chunk`` or slices took apart and ``stack`` or ``cat`` merge as it was."""
-    pieces: Sequence[Value] = value.args[0]
+    pieces = pieces_of(value)
     source = pieces[0].source if is_view(pieces[0]) else None
     for piece in pieces:
         one = is_view(piece) and piece.source is source
@@ -101,12 +101,76 @@ def _together_again(value: Value, index: Index) -> tuple[Value, Index] | None:
     return None if whole is None or None in reads else (source, whole)
 
 
+def grows_into(value: Value, whole: Value) -> bool:
+    """Whether one ``cat`` is a piece of another one that could take all pieces at once."""
+    if value.op is not aten.cat.default or whole.op is not aten.cat.default:
+        return False
+    rank = len(value.shape)
+    along_one = value.argument(1, "dim", 0) % rank == whole.argument(1, "dim", 0) % rank
+    same_mode = value.requires_grad_mode is whole.requires_grad_mode
+    alike = all(one.dtype is value.dtype for one in value.args[0])
+    return along_one and alike and (same_mode or not value.may_need_gradient())
+
+
+def all_pieces(value: Value) -> dict[Value, Size]:
+    """What ``cat`` or ``stack`` merges and where it begins.
+
+    Of a tensor that grows in a loop, these are the pieces and all the stages.
+    """
+    found: dict[Value, Size] = {}
+    start: Size = 0
+    for piece in value.args[0]:
+        found.setdefault(piece, start)
+        if grows_into(piece, value):
+            for inner, place in all_pieces(piece).items():
+                found.setdefault(inner, plus(start, place))
+        start = plus(start, _width(piece, value))
+    return found
+
+
+def pieces_of(value: Value) -> Sequence[Value]:
+    """What ``cat`` or ``stack`` merges: its arguments, or what grew if they differ in width."""
+    pieces = _filled(value)
+    if len({_width(piece, value) for piece in pieces}) == 1:
+        return pieces
+    return _grown_from(value)
+
+
+def stages_of(value: Value) -> set[Value]:
+    """The tensors that grew into a ``cat``, between it and ``pieces_of``."""
+    pieces = set(pieces_of(value))
+    return {one for one in all_pieces(value) if one.op is aten.cat.default and one not in pieces}
+
+
+def _grown_from(value: Value) -> list[Value]:
+    pieces: list[Value] = []
+    for piece in _filled(value):
+        pieces += _grown_from(piece) if grows_into(piece, value) else [piece]
+    return pieces
+
+
+def _filled(value: Value) -> Sequence[Value]:
+    """The arguments of ``cat`` or ``stack``, without the empty ones that loops start from."""
+    pieces: Sequence[Value] = value.args[0]
+    if any(piece.dtype is not value.dtype for piece in pieces):
+        return pieces
+    return [piece for piece in pieces if 0 not in piece.shape] or pieces
+
+
+def _width(piece: Value, whole: Value) -> Size:
+    """How many places a piece takes along the dimension that a ``cat`` or ``stack`` merges."""
+    if whole.op is aten.stack.default:
+        return 1
+    dim = whole.argument(1, "dim", 0) % len(whole.shape)
+    return piece.shape[dim] if len(piece.shape) == len(whole.shape) else 0
+
+
 def piece_index(value: Value, index: Index, dim: int) -> tuple[Affine, Index] | None:
-    """Which piece of a ``cat`` or ``stack`` an index reads, and where in it.
+    """Which of ``pieces_of`` a ``cat`` or ``stack`` an index reads, and where in it.
 
     None where the pieces differ in width or the index reads across their borders.
     """
-    pieces: Sequence[Value] = value.args[0]
+    pieces = pieces_of(value)
     if value.op is aten.stack.default:
         return index[dim], (*index[:dim], *index[dim + 1 :])
     if any(len(piece.shape) != len(value.shape) for piece in pieces):

@@ -1,4 +1,4 @@
-"""The quick tests and the compiled kernels, with every supported pair of PyTorch and Triton.
+"""The quick tests, the canary and the compiled kernels, with every pair of PyTorch and Triton.
 
     python -m tests.matrix              every pair, one after the other
     python -m tests.matrix 2.11 2.15    these
@@ -29,7 +29,7 @@ PAIRS = {
     "2.14.1": "3.8.0",
     "2.15.0": "3.9.0",
 }
-KERNELS = ["tests/lowering/test_kernels_compiled.py"]
+TRACED_AND_COMPILED = ["tests/test_canary.py", "tests/lowering/test_kernels_compiled.py"]
 
 
 @dataclass
@@ -90,7 +90,7 @@ def run(torch: str, triton: str, keep: bool) -> Run:
     """Make the environment of a pair, run its tests, and delete it again."""
     started = time.perf_counter()
     python = environment(torch, triton)
-    counts = tests(python, quick_tests()), tests(python, KERNELS)
+    counts = tests(python, quick_tests()), tests(python, TRACED_AND_COMPILED)
     if not keep:
         shutil.rmtree(python.parent.parent)
     return Run(torch, triton, *counts, (time.perf_counter() - started) / 60)
@@ -109,7 +109,7 @@ def main() -> int:
         if not options.torch or any(f"{torch}.".startswith(f"{x}.") for x in options.torch)
     }
     runs = [run(torch, triton, options.keep) for torch, triton in wanted.items()]
-    print("| torch | Triton | quick tests | kernels | minutes |")
+    print("| torch | Triton | quick tests | canary and kernels | minutes |")
     print("|---|---|---|---|---|")
     for x in runs:
         print(f"| {x.torch} | {x.triton} | {x.quick} | {x.kernels} | {x.minutes:.1f} |")

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import compile_time, cpu_path, ffn, grid, harness, results
+from benchmarks import compile_time, cpu_path, ffn, grid, harness, results, warm_start
 from benchmarks.harness import (
     Benchmark,
     Case,
@@ -289,6 +289,24 @@ def test_grid_judges_the_choice() -> None:
 def test_growth_is_a_power() -> None:
     rows = [{"operations": n, "seconds": 3 * n**1.5} for n in (10, 100, 1000)]
     assert compile_time.exponent(rows) == pytest.approx(1.5)
+
+
+def test_warm_starts_are_compared_without_the_cold_one() -> None:
+    def starts(*seconds: float, layers: int = 0, hits: int = 1) -> list[dict[str, float]]:
+        found = {"elapsed": 1.0, "hits": hits, "misses": 1 - hits, "sites_rewritten": layers}
+        return [{"seconds": one, **found} for one in seconds]
+
+    inductor = starts(9, 5, 4)
+    row = warm_start.compared({"inductor": inductor, "flashmhf": starts(3, 4.2, 6, layers=2)}, 2)
+    assert (row["inductor_cold"], row["inductor_warm"], row["flashmhf_warm"]) == (9, 4, 4.2)
+    assert (row["ratio"], row["met"]) == (pytest.approx(1.05), True)
+    for others in (
+        starts(3, 4.6, layers=2),  # too slow
+        starts(3, 4.2, layers=1),  # not all is rewritten
+        starts(3, 4.2, layers=2, hits=0),  # compiled again
+    ):
+        row = warm_start.compared({"inductor": inductor, "flashmhf": others}, 2)
+        assert not row["met"]
 
 
 def test_the_summary_of_the_cpu_path() -> None:

@@ -12,9 +12,10 @@ from torch import fx
 
 from ..compat import counters, disables_added_passes, run_pass, with_pass
 from ..errors import MhfCompilerWarning, fault
-from .cache_key import package_hash
+from ..options import Options
+from .cache_key import cache_key
 from .layouts import fix_layouts
-from .memory import is_call_of
+from .memory import calls_our_op
 from .norm_network import fuse_norm_network
 from .norm_router import fuse_norm_router
 from .outcome import Fusion, Obstacle
@@ -33,20 +34,21 @@ Tell = Callable[[Sequence[Fusion], Sequence[str]], None]
 
 
 def with_post_grad_passes(
-    gm: fx.GraphModule, config: dict[str, Any], *, strict: bool, tell: Tell | None = None
+    gm: fx.GraphModule, config: dict[str, Any], options: Options, *, tell: Tell | None = None
 ) -> dict[str, Any]:
     """Inductor's settings for one of Dynamo's graphs, with our passes if the graph has the op.
 
     Args:
         gm: the graph.
         config: the settings.
-        strict: raise if a pass fails, instead of undoing it with a warning.
+        options: the back end's. Under ``strict`` a pass that fails raises, instead of being undone
+            with a warning.
         tell: is called after the passes with what they did and declined, and with remarks; for
             training once for the forward graph and once for the backward graph. Not called if
             Inductor finds the compiled graph in its cache.
     """
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    if not any(is_call_of(node, "multi_head_ffn") for graph in graphs for node in graph.nodes):
+    if not any(calls_our_op(node) for graph in graphs for node in graph.nodes):
         return config
     if disables_added_passes():
         warnings.warn(
@@ -55,8 +57,14 @@ def with_post_grad_passes(
             MhfCompilerWarning,
             stacklevel=2,
         )
-    names = _FOR_TRAINING if torch.is_grad_enabled() else tuple(PASSES)
-    return with_pass(config, partial(run_passes, names, strict, tell), (package_hash(), *names))
+    names = passes_for(training=torch.is_grad_enabled())
+    run = partial(run_passes, names, options.strict, tell)
+    return with_pass(config, run, cache_key(options, names))
+
+
+def passes_for(*, training: bool) -> tuple[str, ...]:
+    """The names of the passes for graphs before and after which gradients are recorded, or not."""
+    return _FOR_TRAINING if training else tuple(PASSES)
 
 
 def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.Graph) -> None:

@@ -9,12 +9,15 @@ import torch
 from torch import fx
 
 from ..compat import auto_functionalized, named_arguments, statically_known_true, storage_of
+from ..lowering.ops import ALL
 from .outcome import Declined, Obstacle, require
 
 # Ops that Inductor cannot fuse, so that they write their results when they are called. Any other
 # node may be inlined into its readers, and would then read memory after the op has overwritten it.
 # That includes matrix products: Inductor turns a narrow one into multiplications and sums.
 _NEVER_INLINED = ("multi_head_ffn", "router_product")
+
+_OURS = frozenset({*ALL, *(op.default for op in ALL)})
 
 
 def is_call_of(node: fx.Node, *names: str) -> bool:
@@ -26,7 +29,7 @@ def is_call_of(node: fx.Node, *names: str) -> bool:
 def calls_our_op(node: fx.Node) -> bool:
     """Whether a node calls one of our ops, directly or in functional form."""
     functional = node.target is auto_functionalized
-    return getattr(node.args[0] if functional else node.target, "namespace", "") == "mhf_compiler"
+    return (node.args[0] if functional else node.target) in _OURS
 
 
 def _writes(node: fx.Node) -> bool:

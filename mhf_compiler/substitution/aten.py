@@ -1,8 +1,8 @@
 """What an edit has inserted, spelled as exported programs are: ATen operations with ``val``.
 
-The editor writes methods and functions of Python, as Dynamo does. An exported program consists of
-ATen operations, each with a fake tensor of what it returns, in the mode and over the symbolic sizes
-of the others.
+The editor writes functions of Python's and PyTorch's, as Dynamo does. An exported program consists
+of ATen operations, each with a fake tensor of what it returns, in the mode and over the symbolic
+sizes of the others.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from .emit import EditError
 
 aten = torch.ops.aten
 
-#: method -> ATen operation, and after how many arguments the rest is one list of sizes
-_METHODS: dict[str, tuple[OpOverload, int | None]] = {
-    "contiguous": (aten.contiguous.default, None),
-    "expand": (aten.expand.default, 1),
-    "flatten": (aten.flatten.using_ints, None),
-    "narrow": (aten.narrow.default, None),
-    "permute": (aten.permute.default, 1),
-    "reshape": (aten.reshape.default, 1),
-    "select": (aten.select.int, None),
-    "size": (aten.sym_size.int, None),
-    "squeeze": (aten.squeeze.dim, None),
-    "to": (aten.to.dtype, None),
-    "unflatten": (aten.unflatten.int, None),
-    "unsqueeze": (aten.unsqueeze.default, None),
+#: function -> ATen operation, with the same arguments
+_FUNCTIONS: dict[Any, OpOverload] = {
+    torch.broadcast_to: aten.expand.default,
+    torch.clone: aten.clone.default,
+    torch.flatten: aten.flatten.using_ints,
+    torch.narrow: aten.narrow.default,
+    torch.permute: aten.permute.default,
+    torch.reshape: aten.reshape.default,
+    torch.select: aten.select.int,
+    torch.squeeze: aten.squeeze.dim,
+    torch.stack: aten.stack.default,
+    torch.unflatten: aten.unflatten.int,
+    torch.unsqueeze: aten.unsqueeze.default,
 }
-_FUNCTIONS = {torch.clone: aten.clone.default, torch.stack: aten.stack.default}
 #: of tensors; of sizes they stay what they are
 _OPERATORS = {operator.add: aten.add.Tensor, operator.mul: aten.mul.Tensor}
 
@@ -64,7 +62,8 @@ def spell_in_aten(edit: Edit, copy: CanonicalCopy, shape_env: Any | None = None)
                     node.meta["val"] = _result(node)
             except Exception as error:
                 first, *_ = str(error).splitlines() or [type(error).__name__]
-                message = f"{node.target} cannot be written into an exported program: {first}"
+                name = getattr(node.target, "__name__", node.target)
+                message = f"{name} cannot be written into an exported program: {first}"
                 raise EditError(message, Kind.CHANGED_RESULT, site) from error
 
 
@@ -79,11 +78,7 @@ def _fake_mode(graph: fx.Graph) -> Any:
 
 def _spell(node: fx.Node) -> None:
     """Give a node an ATen operation as its target, unless it has one or computes a size."""
-    if node.op == "call_method":
-        target, listed = _METHODS[str(node.target)]
-        args = node.args if listed is None else (*node.args[:listed], list(node.args[listed:]))
-        node.op, node.target, node.args = "call_function", target, args
-    elif node.target in _FUNCTIONS:
+    if node.target in _FUNCTIONS:
         node.target = _FUNCTIONS[node.target]
     elif _reads_tensors(node) and node.target in _OPERATORS:
         node.target = _OPERATORS[node.target]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -34,11 +34,14 @@ from ..patterns import (
     Size,
     TensorView,
     Value,
+    all_pieces,
     at_most,
     multiply,
     plus,
     quotient,
 )
+
+aten = torch.ops.aten
 
 _ALIGNED_TOKENS = 8  # 16 bytes of 16-bit numbers
 
@@ -152,10 +155,13 @@ class Editor:
             output = self.call(operator.add, output, self.argument(site.bias))
         return output
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of a function of PyTorch's.
+
+        Not of a method: the check of AOTAutograd's cache would ask what it is a method of.
+        """
         with self.graph.inserting_after(self.last):
-            kind = "call_method" if isinstance(target, str) else "call_function"
-            self.last = self.graph.create_node(kind, target, args, kwargs)
+            self.last = self.graph.call_function(target, args, kwargs)
         for key in ("stack_trace", "nn_module_stack", BUCKET):
             if key in self.site.output_node.meta:
                 self.last.meta[key] = self.site.output_node.meta[key]
@@ -169,7 +175,7 @@ class Editor:
             return None
         node = self.argument(view)
         if dtype is not None and view.value.dtype is not dtype:
-            node = self.call("to", node, dtype)
+            node = self.call(aten.to.dtype, node, dtype)
         if view.scale != 1.0:
             node = self.call(operator.mul, node, view.scale)
         return node
@@ -181,7 +187,9 @@ class Editor:
         ):  # their product may leave the range of 16 bits where the output does not
             narrow = torch.bfloat16, torch.float16
             routers = [
-                self.call("to", node, torch.float32) if view.value.dtype in narrow else node
+                self.call(aten.to.dtype, node, torch.float32)
+                if view.value.dtype in narrow
+                else node
                 for node, view in zip(routers, site.routers, strict=True)
             ]
         product_ = routers[0] if routers else None
@@ -205,7 +213,7 @@ class Editor:
             return self.stacked(value)
         held = self._held_view(value)
         if held is not None:
-            return self.call("reshape", held, *(self.size(size) for size in value.shape))
+            return self.call(torch.reshape, held, [self.size(size) for size in value.shape])
         if isinstance(value.op, str):
             raise EditError(f"no node holds {value}")
         args, kwargs = self._plain(value.args), self._plain(value.kwargs)
@@ -248,10 +256,10 @@ class Editor:
         node = self._permute(node, [axes.index(axis) for axis in present])
         for position, axis in enumerate(wanted):
             if axis not in axes:
-                node = self.call("unsqueeze", node, position)
+                node = self.call(torch.unsqueeze, node, position)
         if len(present) != len(wanted):
             sizes = [-1 if axis in axes else self.size(axis.size) for axis in wanted]
-            node = self.call("expand", node, *sizes)
+            node = self.call(torch.broadcast_to, node, sizes)
         return self._group(node, view.dims)
 
     def _digits(self, node: fx.Node, view: TensorView, dim: int) -> tuple[fx.Node, list[Axis]]:
@@ -260,7 +268,7 @@ class Editor:
         terms = [(axis, step) for axis, step in form.terms if axis.size != 1]
         terms.sort(key=lambda term: _descending(term[1]))
         if not terms:
-            return self.call("select", node, dim, self.size(form.offset)), []
+            return self.call(torch.select, node, dim, self.size(form.offset)), []
         axes = [axis for axis, _ in terms]
         if len(terms) == 1 and terms[0][1] == 1 and form.offset == 0 and axes[0].size == size:
             return node, axes
@@ -268,7 +276,7 @@ class Editor:
         if part is not None:
             start, size = part
             offset -= start
-            node = self.call("narrow", node, dim, start, size)
+            node = self.call(torch.narrow, node, dim, start, size)
         sizes = _sizes_of_digits(size, [step for _, step in terms])
         if sizes is None:
             return self._strided(node, dim, terms, offset, size), axes
@@ -285,7 +293,7 @@ class Editor:
         """A dimension as several, one for each digit, narrowed to the part that is read."""
         if len(sizes) > 1:
             known = [s if isinstance(s, int) else None for s in sizes]
-            node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+            node = self.call(torch.unflatten, node, dim, self._one_unknown(sizes, known))
         for position, (axis, step) in enumerate(terms):
             at: Size = 0
             if offset != 0:
@@ -294,9 +302,9 @@ class Editor:
                 raise EditError("an argument is read in overlapping parts")
             if at != 0 or axis.size != sizes[position]:
                 where = (dim + position, self.size(at), self.size(axis.size))
-                node = self.call("narrow", node, *where)
+                node = self.call(torch.narrow, node, *where)
         if len(sizes) > len(terms):  # something is skipped inside the innermost axis
-            node = self.call("select", node, dim + len(terms), self.size(offset))
+            node = self.call(torch.select, node, dim + len(terms), self.size(offset))
         return node
 
     def _strided(
@@ -325,11 +333,11 @@ class Editor:
         for dim in reversed(range(4)):
             if not inner[dim]:
                 # Not a selection, whose gradient would be copied into a tensor of zeros.
-                node = self.call("squeeze", node, dim)
+                node = self.call(torch.squeeze, node, dim)
             elif len(inner[dim]) > 1:
                 sizes = [axis.size for axis in inner[dim]]
                 known = [size if isinstance(size, int) else None for size in sizes]
-                node = self.call("unflatten", node, dim, self._one_unknown(sizes, known))
+                node = self.call(torch.unflatten, node, dim, self._one_unknown(sizes, known))
         have = [axis for dim in inner for axis in dim]
         want = [axis for dim in site.output_dims for axis in dim if axis.size != 1]
         node = self._permute(node, [have.index(axis) for axis in want])
@@ -339,14 +347,11 @@ class Editor:
         """One of the values that the output concatenates, in a storage of its own."""
         merge = self.site.output
         dim = merge.argument(1, "dim", 0) % len(merge.shape)
-        place = merge.args[0].index(piece)
+        start = self.size(all_pieces(merge)[piece])
         if merge.op is torch.ops.aten.stack.default:
-            node = self.call("select", output, dim, place)
+            node = self.call(torch.select, output, dim, start)
         else:
-            start: Size = 0
-            for before in merge.args[0][:place]:
-                start = plus(start, before.shape[dim])
-            node = self.call("narrow", output, dim, self.size(start), self.size(piece.shape[dim]))
+            node = self.call(torch.narrow, output, dim, start, self.size(piece.shape[dim]))
         order = piece.memory_order()
         if order is None:
             raise EditError("the strides of a head's output cannot be kept")
@@ -370,13 +375,13 @@ class Editor:
         if order is None:
             raise EditError("the output's strides cannot be kept")
         node = self._permute(node, list(order))
-        node = self.call("contiguous", node)
+        node = self.call(aten.contiguous.default, node)
         return self._permute(node, [order.index(dim) for dim in range(len(order))])
 
     # Small steps.
 
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        return node if order == sorted(order) else self.call("permute", node, *order)
+        return node if order == sorted(order) else self.call(torch.permute, node, order)
 
     def _group(self, node: fx.Node, dims: Sequence[Sequence[Axis]]) -> fx.Node:
         """One dimension for each group of axes; a dimension of one for an empty group."""
@@ -385,9 +390,9 @@ class Editor:
             count = sum(axis.size != 1 for axis in dim)
             position -= count
             if count == 0:
-                node = self.call("unsqueeze", node, position)
+                node = self.call(torch.unsqueeze, node, position)
             elif count > 1:
-                node = self.call("flatten", node, position, position + count - 1)
+                node = self.call(torch.flatten, node, position, position + count - 1)
         return node
 
     def size(self, size: Size) -> Any:
@@ -409,7 +414,7 @@ class Editor:
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
         for value, holder in self.copy.sized_at(self.position):
             if symbol in value.shape:
-                return self.call("size", self.nodes[holder], value.shape.index(symbol))
+                return self.call(aten.sym_size.int, self.nodes[holder], value.shape.index(symbol))
         raise EditError(f"the size {symbol} is not known in the graph")
 
 

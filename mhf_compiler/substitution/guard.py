@@ -183,7 +183,7 @@ class _Guard:
             self.found[node] = self._run(node)
         except Exception as error:
             first, *_ = str(error).splitlines() or [type(error).__name__]
-            message = f"{node.target} does not run: {first}"
+            message = f"{getattr(node.target, '__name__', node.target)} does not run: {first}"
             kind = Kind.NOT_ON_SHARDS if self.sharded else Kind.CHANGED_RESULT
             raise EditError(message, kind, site) from error
         self.blamed[node] = site

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import no_fake_mode
-from ..debug.accuracy import compare
+from ..debug.accuracy import compare, seed_generators
 from ..debug.extract import Given, Sizes, Spelling
 from ..patterns import COPY, STACK, CanonicalCopy, Site, Value
 from .emit import Editor
@@ -105,7 +105,7 @@ class _Alone(Editor):
         if value in self.results:
             return self.results[value]
         if value.op == COPY:  # into a tensor of another dtype
-            return self.call("to", self.value(value.source), value.dtype)
+            return self.call(torch.ops.aten.to.dtype, self.value(value.source), value.dtype)
         return self._recompute(value)
 
     def _held_view(self, value: Value) -> None:
@@ -134,7 +134,7 @@ def _samples(given: Sequence[Given], training: bool) -> Iterator[tuple[str, list
             made.append(tensor)
         return made
 
-    torch.manual_seed(0)
+    seed_generators(0)
     yield "random numbers", filled(lambda x: x)
     yield "zeros", filled(lambda x: x.zero_())
     yield "large numbers", filled(lambda x: x.mul_(_LARGE))

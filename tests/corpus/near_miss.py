@@ -1161,6 +1161,22 @@ class ReadThroughTwoViews(PerHead):
 
 
 @declined(Kind.MIXED_PRECISION, precision=torch.bfloat16)
+class EinsumOfThreeUnderAutocast(SubNetworks):
+    """Autocast casts the product of router and weights, which is computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = []
+            for e in range(E):
+                r = torch.sigmoid(torch.einsum("blhd,hd->blh", q, self.route[:, e])).float()
+                hidden = F.silu(project(q, self.gate[:, e])) * project(q, self.up[:, e])
+                down = self.down[:, e].permute(2, 0, 1)
+                out.append(torch.einsum("ohf,blh,blhf->blho", down, r, hidden))
+            return sum(out)
+
+
+@declined(Kind.MIXED_PRECISION, precision=torch.bfloat16)
 class MixedPrecision(PerHead):
     """The gate projection is computed in bfloat16, the rest in float32."""
 

@@ -1523,3 +1523,70 @@ class GluOfMergedProjections(PerHead):
         gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
         hidden = F.glu(torch.cat([up, gate], -1))
         return torch.einsum("blhf,hfd->blhd", hidden, self.down)
+
+
+# Heads that share weights in groups, and outputs that grow piece by piece.
+
+
+@mhf("in one tensor", groups=2)
+@mhf("in tensors of their own", groups=2, arguments={"apart": True})
+class LoopOverGroupedHeads(PerHead):
+    """Two heads in a row read the same weights."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        weights = self.gate, self.up, self.down
+        del self.gate, self.up, self.down
+        self.gate, self.up, self.down = (
+            nn.ParameterList(nn.Parameter(part.data) for part in w[:2])
+            if apart
+            else nn.Parameter(w.data[:2])
+            for w in weights
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h, q in enumerate(x.chunk(H, -1)):
+            at = h // 2
+            heads.append((F.silu(q @ self.gate[at]) * (q @ self.up[at])) @ self.down[at])
+        return torch.cat(heads, -1)
+
+
+class _Growing(PerHead):
+    """The output of each head is appended to those before."""
+
+    def stages(self, x: Tensor, weights: tuple[Tensor, ...]) -> list[Tensor]:
+        stages: list[Tensor] = []
+        for q, gate, up, down in zip(x.chunk(H, -1), *weights, strict=True):
+            y = (F.silu(q @ gate) * (q @ up)) @ down
+            stages.append(torch.cat([stages[-1], y], -1) if stages else y)
+        return stages
+
+
+@mhf()
+class GrowingOfWhichTheMiddleIsReturned(_Growing):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        *_, middle, _, last = self.stages(x, (self.gate, self.up, self.down))
+        return last, middle
+
+
+@mhf()
+class GrowingFromNothing(_Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = x[..., :0]
+        last = self.stages(x, (self.gate, self.up, self.down))[-1]
+        return torch.cat([nothing, torch.cat([nothing, last], -1)], -1)
+
+
+@mhf()
+class GrownAndConcatenatedWithItsInput(_Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.stages(x, (self.gate, self.up, self.down))[-1], x], -1)
+
+
+@mhf(count=2)
+class TwoGrownNetworks(_Growing):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate, self.up, self.down
+        first = self.stages(x, weights)[-1]
+        return torch.cat([first, self.stages(x, tuple(w.flip(0) for w in weights))[-1]], -1)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhf_compiler.debug.accuracy import seed_generators
 from mhf_compiler.lowering.reference import multi_head_ffn_reference
 
 from .spelling import SIZES, TOKENS, Assignment, Dims, Named, Writer, size
@@ -276,7 +277,7 @@ class Program:
         return vars(module)
 
     def build(self) -> nn.Module:
-        torch.manual_seed(self.seed)
+        seed_generators(self.seed)
         model: nn.Module = self.namespace()["Model"](**self.weights())
         model.to(self.dtype)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

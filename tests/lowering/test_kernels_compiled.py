@@ -57,10 +57,13 @@ def assembler(architecture: int) -> tuple[int, ...]:
     return tuple(map(int, found.groups()))
 
 
-# Assemblers before 13.3 may write over registers that a matrix instruction is still to read. Later
-# ones may share registers, and keep a few values more in local memory, here counted in accesses.
+# Assemblers before 13.3 may write over registers that a matrix instruction is still to read.
 CAREFUL = assembler(90) >= (13, 3)
-FEW_IN_LOOPS = {90: 66, 100: 8} if CAREFUL else {90: 0, 100: 0}
+
+# What newer versions keep in local memory, by architecture: on Hopper in accesses between matrix
+# instructions, on Blackwell in bytes. Triton 3.6 and 3.7 keep nothing.
+_SPILLS = {"3.8": {90: 104, 100: 8}, "3.9": {90: 66, 100: 8}}
+FEW_IN_LOOPS = _SPILLS.get(triton.__version__[:3], {90: 0, 100: 0})
 
 
 @dataclass

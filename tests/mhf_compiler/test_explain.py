@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import mhf_compiler
 from mhf_compiler import Report
@@ -342,6 +342,34 @@ def test_the_model_is_left_as_it_was():
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     compiled = torch.compile(model, backend="flashmhf", options=ALWAYS | {"fallback": "eager"})
     torch.testing.assert_close(compiled(x), before)
+
+
+class Pair(nn.Module):
+    """Two networks, with a graph break between them if there is no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Heads(), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("place", ["", "second"])
+def test_a_model_compiled_in_place(place: str):
+    """It is seen as it was before, and is compiled afterwards as it was."""
+    model, x = Pair(), tokens()
+    part = model.get_submodule(place)
+    compiled: list[fx.GraphModule] = []
+    part.compile(backend=lambda gm, inputs: compiled.append(gm) or gm.forward)
+    assert len(mhf_compiler.explain(model, options=ALWAYS)(x).rewritten) == 2
+    assert not compiled
+    with pytest.raises(Exception, match="multiply up to the size of dim 2"):
+        mhf_compiler.explain(model)(torch.randn(2, 6, 31))
+    model(x)
+    assert len(compiled) == (1 if place else 2)
 
 
 def test_explain_twice_says_the_same():

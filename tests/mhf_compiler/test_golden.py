@@ -70,14 +70,14 @@ r = torch.sigmoid(matmul)
 sum_1 = r.sum(-1, keepdim = True)
 clamp_min = sum_1.clamp_min(1e-20)
 r_1 = r / clamp_min
-unflatten = k.unflatten(0, (4, 3, 5))
-unflatten_1 = v.unflatten(0, (4, 3, 5))
-unflatten_2 = u.unflatten(0, (4, 3, 5))
-permute = r_1.permute(0, 2, 1, 3)
+unflatten = torch.unflatten(k, 0, (4, 3, 5))
+unflatten_1 = torch.unflatten(v, 0, (4, 3, 5))
+unflatten_2 = torch.unflatten(u, 0, (4, 3, 5))
+permute = torch.permute(r_1, [0, 2, 1, 3])
 multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(rms_norm, unflatten,
     unflatten_2, unflatten_1, permute, None, None, None, activation = 'silu', k_scale = 1.0,
     u_scale = 1.0, out_scale = 1.0, out_order = None, out_dtype = None)
-flatten = multi_head_ffn_default.flatten(2, 3)
+flatten = torch.flatten(multi_head_ffn_default, 2, 3)
 linear_1 = torch._C._nn.linear(flatten, merge_weight, merge_bias)
 return (linear_1,)""",
     )
@@ -93,13 +93,13 @@ r = torch.sigmoid(einsum_2)
 sum_1 = r.sum(-1, keepdim = True)
 add = sum_1 + 1e-06
 truediv = r / add
-unflatten = x.unflatten(2, (4, 8))
-permute = gate.permute(0, 1, 3, 2)
-permute_1 = up.permute(0, 1, 3, 2)
+unflatten = torch.unflatten(x, 2, (4, 8))
+permute = torch.permute(gate, [0, 1, 3, 2])
+permute_1 = torch.permute(up, [0, 1, 3, 2])
 multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(unflatten, permute,
     permute_1, down, truediv, None, None, None, activation = 'silu', k_scale = 1.0, u_scale =
     1.0, out_scale = 1.0, out_order = None, out_dtype = None)
-flatten_1 = multi_head_ffn_default.flatten(2, 3)
+flatten_1 = torch.flatten(multi_head_ffn_default, 2, 3)
 return (flatten_1,)""",
     )
 
@@ -109,21 +109,21 @@ def test_a_module_list():
     assert_expected_inline(
         graph(POSITIVE["ListOfHeads-cat"]),
         """\
-unflatten = x.unflatten(2, (4, 8))
+unflatten = torch.unflatten(x, 2, (4, 8))
 stack = torch.stack([heads_0_gate_weight, heads_1_gate_weight, heads_2_gate_weight,
     heads_3_gate_weight])
-unsqueeze = stack.unsqueeze(1)
+unsqueeze = torch.unsqueeze(stack, 1)
 stack_1 = torch.stack([heads_0_down_weight, heads_1_down_weight, heads_2_down_weight,
     heads_3_down_weight])
-permute = stack_1.permute(0, 2, 1)
-unsqueeze_1 = permute.unsqueeze(1)
+permute = torch.permute(stack_1, [0, 2, 1])
+unsqueeze_1 = torch.unsqueeze(permute, 1)
 stack_2 = torch.stack([heads_0_up_weight, heads_1_up_weight, heads_2_up_weight,
     heads_3_up_weight])
-unsqueeze_2 = stack_2.unsqueeze(1)
+unsqueeze_2 = torch.unsqueeze(stack_2, 1)
 multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(unflatten, unsqueeze,
     unsqueeze_2, unsqueeze_1, None, None, None, None, activation = 'silu', k_scale = 1.0,
     u_scale = 1.0, out_scale = 1.0, out_order = None, out_dtype = None)
-flatten = multi_head_ffn_default.flatten(2, 3)
+flatten = torch.flatten(multi_head_ffn_default, 2, 3)
 return (flatten,)""",
     )
 
@@ -132,29 +132,29 @@ def test_a_grouped_convolution():
     assert_expected_inline(
         graph(POSITIVE["GroupedConvolution"]),
         """\
-unflatten = x.unflatten(1, (4, 8))
-permute = unflatten.permute(0, 3, 1, 2)
-select = gate_weight.select(2, 0)
-unflatten_1 = select.unflatten(0, (4, 5))
-unsqueeze = unflatten_1.unsqueeze(1)
-select_1 = down_weight.select(2, 0)
-unflatten_2 = select_1.unflatten(0, (4, 8))
-permute_1 = unflatten_2.permute(0, 2, 1)
-unsqueeze_1 = permute_1.unsqueeze(1)
-select_2 = up_weight.select(2, 0)
-unflatten_3 = select_2.unflatten(0, (4, 5))
-unsqueeze_2 = unflatten_3.unsqueeze(1)
-unflatten_4 = gate_bias.unflatten(0, (4, 5))
-unsqueeze_3 = unflatten_4.unsqueeze(1)
-unflatten_5 = up_bias.unflatten(0, (4, 5))
-unsqueeze_4 = unflatten_5.unsqueeze(1)
-unflatten_6 = down_bias.unflatten(0, (4, 8))
-unsqueeze_5 = unflatten_6.unsqueeze(1)
+unflatten = torch.unflatten(x, 1, (4, 8))
+permute = torch.permute(unflatten, [0, 3, 1, 2])
+select = torch.select(gate_weight, 2, 0)
+unflatten_1 = torch.unflatten(select, 0, (4, 5))
+unsqueeze = torch.unsqueeze(unflatten_1, 1)
+select_1 = torch.select(down_weight, 2, 0)
+unflatten_2 = torch.unflatten(select_1, 0, (4, 8))
+permute_1 = torch.permute(unflatten_2, [0, 2, 1])
+unsqueeze_1 = torch.unsqueeze(permute_1, 1)
+select_2 = torch.select(up_weight, 2, 0)
+unflatten_3 = torch.unflatten(select_2, 0, (4, 5))
+unsqueeze_2 = torch.unsqueeze(unflatten_3, 1)
+unflatten_4 = torch.unflatten(gate_bias, 0, (4, 5))
+unsqueeze_3 = torch.unsqueeze(unflatten_4, 1)
+unflatten_5 = torch.unflatten(up_bias, 0, (4, 5))
+unsqueeze_4 = torch.unsqueeze(unflatten_5, 1)
+unflatten_6 = torch.unflatten(down_bias, 0, (4, 8))
+unsqueeze_5 = torch.unsqueeze(unflatten_6, 1)
 multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(permute, unsqueeze,
     unsqueeze_2, unsqueeze_1, None, unsqueeze_3, unsqueeze_4, unsqueeze_5, activation = 'silu',
     k_scale = 1.0, u_scale = 1.0, out_scale = 1.0, out_order = [0, 2, 3, 1], out_dtype = None)
-permute_2 = multi_head_ffn_default.permute(0, 2, 3, 1)
-flatten = permute_2.flatten(1, 2)
+permute_2 = torch.permute(multi_head_ffn_default, [0, 2, 3, 1])
+flatten = torch.flatten(permute_2, 1, 2)
 return (flatten,)""",
     )
 
@@ -164,16 +164,16 @@ def test_vmap():
     assert_expected_inline(
         graph(POSITIVE["VmapOverHeads"]),
         """\
-unflatten = x.unflatten(2, (4, 8))
-permute = gate.permute(0, 2, 1)
-unsqueeze = permute.unsqueeze(1)
-unsqueeze_1 = down.unsqueeze(1)
-permute_1 = up.permute(0, 2, 1)
-unsqueeze_2 = permute_1.unsqueeze(1)
+unflatten = torch.unflatten(x, 2, (4, 8))
+permute = torch.permute(gate, [0, 2, 1])
+unsqueeze = torch.unsqueeze(permute, 1)
+unsqueeze_1 = torch.unsqueeze(down, 1)
+permute_1 = torch.permute(up, [0, 2, 1])
+unsqueeze_2 = torch.unsqueeze(permute_1, 1)
 multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(unflatten, unsqueeze,
     unsqueeze_2, unsqueeze_1, None, None, None, None, activation = 'silu', k_scale = 1.0,
     u_scale = 1.0, out_scale = 1.0, out_order = None, out_dtype = None)
-flatten_1 = multi_head_ffn_default.flatten(2, 3)
+flatten_1 = torch.flatten(multi_head_ffn_default, 2, 3)
 return (flatten_1,)""",
     )
 

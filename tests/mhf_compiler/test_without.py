@@ -9,31 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.networks import HEADS
+from support.private_names import COMPAT, private_names
 
-import mhf_compiler.compat
-from mhf_compiler import options, without
-
-COMPAT = Path(mhf_compiler.compat.__file__)
-#: what the fallback itself is called by; these are documented
-DOCUMENTED = {"torch._inductor.compile", "torch._dynamo.lookup_backend"}
-
-
-def private_names(tree: ast.Module) -> Iterator[tuple[str, ast.alias | ast.Attribute]]:
-    """Every private name, as it is written, with the node that can be misspelled."""
-    inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
-            yield from ((f"{node.module}:{alias.name}", alias) for alias in node.names)
-        elif isinstance(node, ast.Attribute) and id(node) not in inner:
-            name = ast.unparse(node)
-            if name.startswith("torch.") and "._" in name and name not in DOCUMENTED:
-                yield name, node
+import mhf_compiler
+from mhf_compiler import MhfCompilerWarning, options, without
 
 
 def sources() -> dict[str, str]:
@@ -182,3 +166,16 @@ def test_strict_raises(attempts: dict[bool, Told]):
 
 def test_every_option_of_ours_is_kept_from_inductor():
     assert set(without._OURS) == set(options._OURS)
+
+
+def test_options_for_inductor_are_then_those_of_the_user(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "mhf_compiler.inductor", None)  # cannot be imported
+    given = {"rewrite": "always", "mode": "max-autotune-no-cudagraphs", "max-fusion-size": 8}
+    with pytest.warns(MhfCompilerWarning, match="nothing is rewritten: ModuleNotFoundError"):
+        settings = mhf_compiler.inductor_options(given)
+    assert settings["max_autotune"] is True
+    assert settings["max_fusion_size"] == 8
+    assert set(settings) <= set(torch._inductor.list_options())
+    assert "pre_grad_custom_pass" not in settings
+    with pytest.raises(ImportError, match=r"mhf_compiler\.inductor"):
+        mhf_compiler.inductor_options({"strict": True})

@@ -23,6 +23,7 @@ from mhf_compiler.patterns.canonical import (
 )
 from mhf_compiler.patterns.reasons import Unreadable
 from mhf_compiler.patterns.tracer import trace
+from mhf_compiler.patterns.views import all_pieces, pieces_of
 
 aten = torch.ops.aten
 
@@ -60,7 +61,7 @@ def x() -> Tensor:
 # Decomposition and merging.
 
 
-def test_a_tensor_that_grows_is_one_cat():
+def test_a_tensor_that_grows_is_read_piece_by_piece():
     def grown(a: Tensor, b: Tensor) -> Tensor:
         out = a.new_empty(0)  # without a dimension to be concatenated along
         for piece in (a, b, a):
@@ -69,7 +70,9 @@ def test_a_tensor_that_grows_is_one_cat():
 
     result = Copied(grown, x(), x()).result
     assert result.op is aten.cat.default
-    assert [piece.op for piece in result.args[0]] == [INPUT] * 3
+    assert [piece.op for piece in pieces_of(result)] == [INPUT] * 3
+    a, b, _ = pieces_of(result)
+    assert [all_pieces(result)[piece] for piece in (a, b)] == [0, 6]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_a_tensor_that_grows_is_one_cat():
     ids=["other dimension", "cast in between", "another dtype inside"],
 )
 def test_a_cat_of_something_else_stays_two(grown: Callable[..., Tensor]):
-    first = Copied(grown, x(), x()).result.args[0][0]
+    first = pieces_of(Copied(grown, x(), x()).result)[0]
     assert first.op is not INPUT
 
 
@@ -247,11 +250,36 @@ def test_a_copy_is_cast_and_broadcast():
     assert (value.source.op, value.source.shape) == (INPUT, (6,))
 
 
-def test_an_operation_that_writes_what_is_not_known_gives_an_opaque_value():
-    def function(a: Tensor, b: Tensor) -> Tensor:
+def test_what_is_written_to_out_is_what_would_be_returned():
+    def function(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         out = a.sin()
+        before = out.view(-1)
         torch.add(a, b, out=out)
-        return out
+        return out, before
+
+    added, view = Copied(function, x(), x()).results
+    assert added.op is aten.add.Tensor
+    assert [operand.op for operand in added.operands] == [INPUT, INPUT]
+    assert view.source is added
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        lambda a: a.double(),
+        lambda a: a.new_empty(0),
+        lambda a: a,
+    ],
+    ids=["another dtype", "another size", "an operand"],
+)
+def test_an_operation_that_writes_what_is_not_known_gives_an_opaque_value(
+    out: Callable[[Tensor], Tensor],
+):
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        read = a.sin()
+        written = out(read)
+        torch.add(read, b, out=written)
+        return written
 
     assert Copied(function, x(), x()).result.op == OPAQUE
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpus.cases import TOKENS, E, H, PerHead, SubNetworks, d, split_heads
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 import mhf_compiler
-from mhf_compiler.patterns import Kind
+from mhf_compiler.options import parse_options
+from mhf_compiler.patterns import Kind, Unreadable
+from mhf_compiler.substitution.graph import rewrite_graph
 
 Mixing = Callable[[Tensor], Tensor]
 
@@ -322,6 +325,10 @@ class MixedUnits(PerHead):
         return self.of_hidden(gate * (q @ self.up)) @ self.down
 
 
+def largest(hidden: Tensor) -> Tensor:
+    return hidden / hidden.max(2, keepdim=True).values
+
+
 def averaged(hidden: Tensor) -> Tensor:
     return hidden.mean(2, keepdim=True).expand(hidden.shape)
 
@@ -342,6 +349,14 @@ def shifted(hidden: Tensor) -> Tensor:
         ),
         (F.silu, averaged, Kind.NOT_A_PRODUCT, "hidden.mean(2, keepdim=True)", "mean"),
         (F.silu, shifted, Kind.NOT_A_PRODUCT, "hidden - hidden.amax(-1", "amax"),
+        (F.silu, largest, Kind.NOT_A_PRODUCT, "hidden / hidden.max(2", "max.dim"),
+        (
+            F.silu,
+            lambda hidden: hidden.sort(2).values,
+            Kind.UNKNOWN_OPERATION,
+            "lambda hidden: hidden.sort(2)",
+            "sort",
+        ),
         (
             F.silu,
             lambda hidden: F.normalize(hidden, dim=-1),
@@ -350,12 +365,22 @@ def shifted(hidden: Tensor) -> Tensor:
             "clamp_min",
         ),
     ],
-    ids=["softmax", "mean over tokens", "largest unit", "normalised"],
+    ids=["softmax", "mean over tokens", "largest unit", "largest token", "sorted", "normalised"],
 )
 def test_what_mixes_units_or_tokens(
     gate: Mixing, hidden: Mixing, kind: Kind, code: str, detail: str
 ):
     assert_said(MixedUnits(gate, hidden), kind, code, detail, rewritten=0)
+
+
+def test_a_softmax_between_weights_in_buffers():
+    """No parameters: they might be tokens, but what is multiplied with an up projection is none."""
+    model = MixedUnits(lambda gate: gate.softmax(-1), lambda hidden: hidden)
+    for name, tensor in [*model.named_parameters()]:
+        delattr(model, name)
+        model.register_buffer(name, tensor.data)
+    code = "lambda gate: gate.softmax(-1)"
+    assert_said(model, Kind.UNKNOWN_OPERATION, code, "softmax", rewritten=0)
 
 
 class Attention(PerHead):
@@ -366,6 +391,19 @@ class Attention(PerHead):
         return (q @ k.mT).softmax(-1) @ v
 
 
+class AttentionToACache(PerHead):
+    """Keys and values are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.randn(2, H, 9, d))
+        self.register_buffer("values", torch.randn(2, H, 9, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2) @ self.gate @ self.down
+        return F.dropout((q @ self.keys.mT).softmax(-1) * 2.0, 0.0) @ self.values
+
+
 class Pooled(PerHead):
     """The mean of all tokens is classified."""
 
@@ -374,11 +412,156 @@ class Pooled(PerHead):
         return hidden.mean(2) @ self.down[0]
 
 
-@pytest.mark.parametrize("model", [Attention, Pooled])
+@pytest.mark.parametrize("model", [Attention, AttentionToACache, Pooled])
 def test_products_that_are_no_feed_forward_network(model: Callable[[], nn.Module]):
     report = mhf_compiler.explain(model(), options={"rewrite": "always"})(torch.randn(TOKENS))
     assert report.rewritten == []
     assert report.declined == []
+
+
+# Numbers and sizes that Dynamo takes for variables.
+
+
+class Tempered(PerHead):
+    """A number scales the gates, and the heads of a loop are written to a buffer."""
+
+    temperature = 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = torch.zeros_like(q)
+        for h in range(H):
+            gate = q[:, :, h] @ self.gate[h] * self.temperature
+            out[:, :, h] = (F.silu(gate) * (q[:, :, h] @ self.up[h])) @ self.down[h]
+        return out
+
+
+class FlatHeads(PerHead):
+    """The number of heads follows from the width of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (-1, d))
+        hidden = F.silu(torch.einsum("blhd,hdf->blhf", q, self.gate))
+        return torch.einsum("blhf,hfd->blhd", hidden, self.down)
+
+
+def declined_dynamically(model: nn.Module) -> list[tuple[Kind, str]]:
+    """The reasons where all sizes and numbers are variables, with their lines."""
+    reports = []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        reports.append(rewrite_graph(gm, parse_options(None, {"rewrite": "always"})))
+        return gm.forward
+
+    torch.compile(model, backend=backend, dynamic=True)(torch.randn(TOKENS))
+    (report,) = reports
+    assert report.rewritten == []
+    return [
+        (site.reason.kind, site.location.code)
+        for site in report.declined
+        if site.reason and site.location
+    ]
+
+
+def test_a_number_that_is_a_variable():
+    """Not that the buffer is not full after the first head."""
+    ((kind, code),) = declined_dynamically(Tempered())
+    assert kind is Kind.VARYING_NUMBER
+    assert "self.temperature" in code
+
+
+def test_a_number_of_heads_that_is_a_variable():
+    ((kind, _),) = declined_dynamically(FlatHeads())
+    assert kind in (Kind.UNSUPPORTED_PROBLEM, Kind.TOKEN_DEPENDENT_WEIGHTS)
+
+
+class WideBiasBeforeTheRouter(SubNetworks):
+    """One head; its sub-networks without their bias, router and sum are rewritten as heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(E, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x[..., :d].bfloat16()
+        gate, up, down = (w[0].bfloat16() for w in (self.gate, self.up, self.down))
+        route = torch.sigmoid(q.float() @ self.route[0].T)
+        hidden = F.silu(torch.einsum("bld,edf->blef", q, gate))
+        hidden = hidden * torch.einsum("bld,edf->blef", q, up)
+        y = torch.einsum("blef,efd->bled", hidden, down) + self.bias
+        return (y * route[..., None]).sum(2)
+
+
+def test_a_bias_that_keeps_the_router_out():
+    said = "a bias in torch.float32"
+    assert_said(WideBiasBeforeTheRouter(), Kind.MIXED_PRECISION, "+ self.bias", said, 1)
+
+
+# Gradients, and results in memory that is given.
+
+
+class HalfWithoutGradients(PerHead):
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).transpose(1, 2)
+        with torch.no_grad():
+            gate = F.silu(q @ self.gate)
+        return (gate * (q @ self.up)) @ self.down
+
+
+def test_gradients_that_nothing_wants_are_not_cut():
+    cut = "(gate * (q @ self.up))"
+    assert_said(HalfWithoutGradients(), Kind.GRADIENTS_CUT, cut, "", 0)
+    frozen = HalfWithoutGradients().requires_grad_(False)
+    report = mhf_compiler.explain(frozen, options={"rewrite": "always"})(torch.randn(TOKENS))
+    assert len(report.rewritten) == 1
+    wanted = torch.randn(TOKENS, requires_grad=True)
+    report = mhf_compiler.explain(frozen, options={"rewrite": "always"})(wanted)
+    assert [site.reason.kind for site in report.declined if site.reason] == [Kind.GRADIENTS_CUT]
+
+
+class IntoABuffer(PerHead):
+    """The last product writes to a part of a buffer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = q.new_zeros(H, x.shape[0] * x.shape[1], d)
+        for h in range(H):
+            head = q[:, :, h].flatten(0, 1)
+            hidden = F.silu(head @ self.gate[h]) * (head @ self.up[h])
+            torch.mm(hidden, self.down[h], out=out[h])
+        return out * 2.0
+
+
+def test_products_that_write_to_what_they_are_given():
+    model, x = IntoABuffer(), torch.randn(TOKENS)
+    options = {"rewrite": "always", "strict": True, "verify": True, "fallback": "eager"}
+    with torch.no_grad():
+        assert len(mhf_compiler.explain(model, options=options)(x).rewritten) == 1
+        found = torch.compile(model, backend="flashmhf", options=options)(x)
+        torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
+
+
+# Inner graphs.
+
+
+class SummedProducts(PerHead):
+    """Products of elements that are summed, in a checkpoint under inference mode."""
+
+    def network(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu((q[..., None] * self.gate).sum(-2))
+        return (hidden[..., None] * self.down).sum(-2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return checkpoint(self.network, x, use_reentrant=False)
+
+
+def test_an_inner_graph_that_is_not_read_is_told_of_however_it_spells_products():
+    with pytest.warns(mhf_compiler.MhfCompilerWarning, match="SEVERAL_MODES"):
+        report = mhf_compiler.explain(SummedProducts())(torch.randn(TOKENS))
+    unread = [unread.reason for graph in report.graphs for unread in graph.unread]
+    assert [reason.kind for reason in unread if reason] == [Unreadable.SEVERAL_MODES]
 
 
 # In place, and in transforms.

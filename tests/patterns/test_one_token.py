@@ -76,6 +76,25 @@ def test_biases_of_parameters(spelling: Callable[[Biased, Tensor], Tensor], leng
     torch.testing.assert_close(found, module(q))
 
 
-def test_what_depends_on_the_token_is_no_bias() -> None:
-    module, q = Biased(bias_from_the_input), torch.randn(1, 1, H, d)
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("spelling", [batched, loop])
+def test_biases_in_buffers(spelling: Callable[[Biased, Tensor], Tensor], length: int) -> None:
+    module, q = Biased(spelling), torch.randn(1, length, H, d)
+    bias = module.down_bias.data
+    del module.down_bias
+    module.register_buffer("down_bias", bias)
+    assert len(explain(module, options={"rewrite": "always"})(q).rewritten) == 1
+    options = {"rewrite": "always", "strict": True, "verify": True, "fallback": "eager"}
+    found = torch.compile(module, backend="flashmhf", options=options)(q)
+    torch.testing.assert_close(found, module(q))
+
+
+def added_input(m: Biased, q: Tensor) -> Tensor:
+    hidden = F.gelu(torch.einsum("blhd,hefd->blhef", q, m.up) + m.up_bias)
+    return (torch.einsum("blhef,hefd->blhed", hidden, m.down) + q.unsqueeze(3)).sum(3)
+
+
+@pytest.mark.parametrize("spelling", [bias_from_the_input, added_input])
+def test_what_depends_on_the_token_is_no_bias(spelling: Callable[[Biased, Tensor], Tensor]) -> None:
+    module, q = Biased(spelling), torch.randn(1, 1, H, d)
     assert not explain(module, options={"rewrite": "always"})(q).rewritten

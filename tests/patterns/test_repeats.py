@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mhf_compiler.patterns import tracer
-from mhf_compiler.patterns.canonical import CanonicalCopy, Value
+from mhf_compiler.patterns.canonical import INPUT, CanonicalCopy, Value
 from mhf_compiler.patterns.repeats import Program
 from mhf_compiler.patterns.tracer import trace
 
@@ -76,7 +76,10 @@ def described(copy: CanonicalCopy) -> list[Any]:
     reads = [(reader.name, names(seen)) for reader, seen in copy.reads.items()]
     pure = sorted(node.name for node in copy.pure)
     written = [(node.name, plain(found)) for node, found in copy.written.items()]
-    return [values, reads, pure, written, names(copy.value_of), sorted(plain([*copy.escaping]))]
+    memories = [memory for _, memory in copy.returned]
+    returned = [(node.name, memories.index(memory)) for node, memory in copy.returned]
+    escaping = sorted(plain([*copy.escaping]))
+    return [values, reads, pure, written, names(copy.value_of), escaping, returned]
 
 
 def tower(x: Tensor, w: Tensor) -> Tensor:
@@ -117,7 +120,36 @@ def sliced(x: Tensor, w: Tensor) -> Tensor:
     return x
 
 
-PROGRAMS = [tower, one_and_two, transposed, filled, updated, sliced]
+def shown(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Views of several tensors, some of which are then written, through a view or beside it."""
+    left, right = x.unflatten(0, (2, 3)), w.unflatten(0, (2, 3))
+    y, z = x.clone().unflatten(0, (2, 3)), w.clone().unflatten(0, (2, 3))
+    y[0].mul_(2)
+    z[0].add_(y[0])
+    first, second = z[0], z[1]
+    second.copy_(left[0])
+    return left[1], right[1], first.T.sin() + second.T, y[1], z[1].T, z[0]
+
+
+def shown_as_another(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    """Views of which two tensors decide: one is looked at, the other tells how."""
+    y, z = x[0].view_as(w[1]), w[0].view_as(x[1])
+    rows, again = x[0].unflatten(0, (2, 3)), x[0].unflatten(0, (2, 3))
+    rows[0].mul_(2)
+    return y, z, again[0].sum() + again[1].sum()
+
+
+def shown_otherwise(x: Tensor, w: Tensor) -> Tensor:
+    """Views that shape and strides alone do not tell."""
+    y, z = torch.complex(x, w), torch.complex(w, x)
+    parts = [one.conj().imag + torch.view_as_real(one).sum(-1) for one in (y, z)]
+    return parts[0] + parts[1] + x.view(torch.int32) + w.view(torch.int32)
+
+
+PROGRAMS = [
+    *(tower, one_and_two, transposed, filled, updated, sliced),
+    *(shown, shown_as_another, shown_otherwise),
+]
 
 
 @pytest.mark.parametrize("function", PROGRAMS, ids=lambda function: function.__name__)
@@ -187,7 +219,11 @@ def test_writes_are_made_each_time(runs: Runs, function: Callable[[Tensor], Tens
 
 
 def test_views_show_their_own_tensor(runs: Runs) -> None:
-    assert taken_over(runs, lambda x, y: (x.T, y.T), torch.randn(6, 6), torch.randn(6, 6)) == 0
+    copy = trace(graph_of(lambda x, y: (x.t(), y.t()), torch.randn(6, 6), torch.randn(6, 6)))
+    assert runs.taken_over == 1
+    views = [value for value in copy.values if value.op is not INPUT]
+    assert [value.source.origin.op for value in views] == ["placeholder"] * 2
+    assert len({value.source for value in views}) == len({memory for _, memory in copy.returned})
 
 
 def test_functions_of_others_are_run(runs: Runs) -> None:

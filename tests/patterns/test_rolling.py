@@ -103,7 +103,18 @@ def test_offsets_in_arithmetic_progression_become_an_axis(order: Sequence[int], 
     assert len(explain(model, heads()).rewritten) == 1
 
 
-@pytest.mark.parametrize("order", [(0, 1, 3, 2), (3, 2, 1, 0), (0, 1, 2, 4), (0, 1, 0, 1)])
+@pytest.mark.parametrize("order", [(0, 0, 1, 1), (1, 1, 4, 4), (2, 2, 2, 2)])
+def test_offsets_that_are_repeated_alike_are_groups_of_heads(order: Sequence[int]):
+    model = OneTensor(order, 5)
+    site = site_of(model, heads())
+    assert (site.heads, site.groups) == (N, len({*order}))
+    assert all(view.value.op != STACK for view in site.views().values())
+    assert len(explain(model, heads()).rewritten) == 1
+
+
+@pytest.mark.parametrize(
+    "order", [(0, 1, 3, 2), (3, 2, 1, 0), (0, 1, 2, 4), (0, 1, 0, 1), (0, 0, 0, 1), (1, 1, 0, 0)]
+)
 def test_other_offsets_are_declined(order: Sequence[int]):
     (miss,) = explain(OneTensor(order, 5), heads()).declined
     assert miss.reason is not None

@@ -20,7 +20,8 @@ from torch._inductor.utils import fresh_cache
 import mhf_compiler
 from mhf_compiler.compat import counters
 from mhf_compiler.errors import MhfCompilerWarning
-from mhf_compiler.passes import cache_key, manager
+from mhf_compiler.options import Options
+from mhf_compiler.passes import manager
 from mhf_compiler.passes.manager import PASSES, run_passes, with_post_grad_passes
 from mhf_compiler.passes.outcome import Fusion, Obstacle
 from mhf_compiler.substitution.graph import PASS
@@ -272,29 +273,8 @@ def test_what_was_compiled_is_found_again():
 def test_a_graph_without_the_op_is_inductors_alone():
     config: dict[str, Any] = {"max_autotune": False}
     assert (
-        with_post_grad_passes(torch.fx.symbolic_trace(nn.Linear(3, 3)), config, strict=True)
-        is config
+        with_post_grad_passes(torch.fx.symbolic_trace(nn.Linear(3, 3)), config, Options()) is config
     )
-
-
-def test_every_source_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = Path(__file__).parents[3]
-    expected = {
-        path
-        for folder in ("mhf_compiler", "patterns", "lowering")
-        for path in (root / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h")
-    }
-    assert set(cache_key.sources()) == expected
-    one = tmp_path / "one.py"
-    monkeypatch.setattr(cache_key, "sources", lambda: [one])
-    hashes = set()
-    for text in ("x = 1", "x = 2", "x = 1"):
-        one.write_text(text)
-        cache_key.package_hash.cache_clear()
-        hashes.add(cache_key.package_hash())
-    cache_key.package_hash.cache_clear()
-    assert len(hashes) == 2
 
 
 # A pass that fails.

@@ -14,7 +14,7 @@ from mhf_compiler.substitution.edit import rewrite
 
 OP = torch.ops.mhf_compiler.multi_head_ffn.default
 VIEWS = {"view", "unflatten", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "select"}
-VIEWS |= {"narrow", "expand", "mT", "t", "reshape", "size", "getitem", "getattr"}
+VIEWS |= {"narrow", "broadcast_to", "expand", "mT", "t", "reshape", "size", "getitem", "getattr"}
 
 H, d, f = 4, 8, 5
 

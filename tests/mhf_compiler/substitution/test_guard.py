@@ -63,19 +63,21 @@ def _reads(editor: Editor, role: str) -> fx.Node:
 
 
 BROKEN: dict[str, tuple[Breaks, str]] = {
-    "dtype": (lambda e, out: e.call("to", out, torch.float64), "dtype of"),
-    "shape": (lambda e, out: e.call("flatten", out, 2), "shape of"),
+    "dtype": (lambda e, out: e.call(torch.Tensor.to, out, torch.float64), "dtype of"),
+    "shape": (lambda e, out: e.call(torch.flatten, out, 2), "shape of"),
     "strides": (
         lambda e, out: e.call(torch.clone, out, memory_format=torch.contiguous_format),
         "strides of",
     ),
-    "device": (lambda e, out: e.call("to", out, "meta"), "device of"),
-    "gradient": (lambda e, out: e.call("detach", out), "requires_grad of"),
+    "device": (lambda e, out: e.call(torch.Tensor.to, out, "meta"), "device of"),
+    "gradient": (lambda e, out: e.call(torch.detach, out), "requires_grad of"),
     "memory of an input": (
-        lambda e, out: e.call("transpose", e.call("view", _reads(e, "query"), 2, 6, H, d), 1, 2),
+        lambda e, out: e.call(
+            torch.transpose, e.call(torch.Tensor.view, _reads(e, "query"), 2, 6, H, d), 1, 2
+        ),
         "share memory",
     ),
-    "an error": (lambda e, out: e.call("view", out, 7, 11), "view does not run"),
+    "an error": (lambda e, out: e.call(torch.Tensor.view, out, 7, 11), "view does not run"),
 }
 
 
@@ -129,7 +131,9 @@ def test_a_wrong_edit_is_declined_and_the_others_stay(broken: str):
 def test_equal_layers_are_all_declined(monkeypatch: pytest.MonkeyPatch):
     """What is found for one layer holds for the others, which are not run again."""
     insert = Editor.insert
-    monkeypatch.setattr(Editor, "insert", lambda e: e.call("to", insert(e), torch.float64))
+    monkeypatch.setattr(
+        Editor, "insert", lambda e: e.call(torch.Tensor.to, insert(e), torch.float64)
+    )
     model = nn.Sequential(*(nn.Sequential(Heads(), nn.Flatten(2)) for _ in range(3)))
     report = mhf_compiler.explain(model, options={"rewrite": "always"})(torch.randn(TOKENS))
     kinds = [site.reason and site.reason.kind for site in report.declined]
@@ -142,7 +146,9 @@ def test_a_wrong_product_keeps_its_spelling_and_the_network_is_rewritten(
 ):
     product = Editor.router_product
     monkeypatch.setattr(
-        Editor, "router_product", lambda e, *args: e.call("to", product(e, *args), torch.bfloat16)
+        Editor,
+        "router_product",
+        lambda e, *args: e.call(torch.Tensor.to, product(e, *args), torch.bfloat16),
     )
     x = torch.randn(TOKENS, dtype=torch.bfloat16)
     report = mhf_compiler.explain(Routed(), options={"rewrite": "always"})(x)
