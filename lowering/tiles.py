@@ -144,7 +144,7 @@ _BLACKWELL: _Table = _HOPPER | {
 _AMPERE: _Table = {
     64: {
         "forward": (128, 64, 8, 3),
-        "dq": (64, 64, 4, 3),
+        "dq": (64, 32, 4, 3),
         "dv": (64, 128, 8, 3),
         "dk_du": (64, 64, 4, 2),
     },
@@ -180,6 +180,10 @@ _SMALL_AMPERE: _Table = {
         "dv": (16, 32, 4, 2),
         "dk_du": (16, 32, 4, 2),
     },
+}
+_SMALL_BLACKWELL: _Table = _SMALL_AMPERE | {
+    # 64 tokens spill, and with 8 warps half of them multiply what others do as well.
+    64: _SMALL_AMPERE[64] | {"dk_du": (32, 64, 4, 2)},
 }
 _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll into registers
     64: {
@@ -251,9 +255,29 @@ def specialised(
         return None
     for family, rules in _FAMILIES.items():
         tile = rules[kernel](sizes) if kernel in rules else None
-        if tile is not None:
+        if tile is not None and (family, kernel, _kind(sizes)) not in _refused:
             return Choice(family, tile)
     return None
+
+
+_refused: set[tuple[str, Kernel, Sizes]] = set()
+
+
+def refuse(family: str, kernel: Kernel, sizes: Sizes) -> None:
+    """Leave a family's kernel out from now on, for all problems with such widths and weights."""
+    _refused.add((family, kernel, _kind(sizes)))
+    specialised.cache_clear()
+
+
+def refuse_none() -> None:
+    """Undo every `refuse`."""
+    _refused.clear()
+    specialised.cache_clear()
+
+
+def _kind(sizes: Sizes) -> Sizes:
+    """What a kernel's code depends on of the sizes, its tile apart."""
+    return sizes._replace(tokens=0, heads=sizes.heads // sizes.groups, groups=1)
 
 
 @lru_cache
@@ -354,7 +378,7 @@ def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:
     """The card's own row for such heads, followed by those of the other cards."""
     tables = [_table(sizes.dtype.itemsize, sizes.capability)]
     if sizes.dtype.itemsize <= 2:
-        tables += [_HOPPER, _BLACKWELL, _AMPERE, _SMALL_AMPERE]
+        tables += [_HOPPER, _BLACKWELL, _AMPERE, _SMALL_AMPERE, _SMALL_BLACKWELL]
     return [_row(table, kernel, sizes.head_dim) for table in tables]
 
 
@@ -372,6 +396,8 @@ def _table(itemsize: int, capability: tuple[int, int]) -> _Table:
         return _FLOAT32
     if capability[0] in (9, 10):
         return _HOPPER if capability[0] == 9 else _BLACKWELL
+    if capability[0] == 12:
+        return _SMALL_BLACKWELL
     return _AMPERE if capability == (8, 0) else _SMALL_AMPERE
 
 

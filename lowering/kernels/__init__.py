@@ -3,6 +3,7 @@
     dispatch.py     from an op to its kernels, by the choice that lowering/tiles.py makes
     operands.py     tensors as kernels take them: descriptors, or pointers and strides
     launch.py       from operands to a launch
+    verdicts.py     whether a kernel computes what it should on this card
     replay.py       launches that are repeated for other tensors
     compat.py       what Triton names differently by version
     loads.py        tiles in and out of memory, inside the kernels

@@ -1,5 +1,7 @@
 """Triton's names that differ between its versions, and defaults of its that we do not take."""
 
+import re
+
 from triton.experimental.gluon.language import shared_memory_descriptor
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -14,3 +16,13 @@ reinterpret = (
 
 #: Options of every launch. From Triton 3.10 on, products and sums are fused only if asked for.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+def assembler(capability: tuple[int, int]) -> str:
+    """The assembler that Triton uses for a card, with its version."""
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    major, minor = capability
+    told = get_ptxas_version(10 * major + minor)
+    found = re.search(r"V[\d.]+", told)
+    return f"ptxas {found[0] if found else told}"

@@ -15,6 +15,7 @@ from .plain.forward import run_forward
 from .plain.norm_router import run_norm_and_route
 from .replay import repeat
 from .tuning import store
+from .verdicts import WrongKernelError, trusts_network
 
 __all__ = ["backward", "forward", "normed_forward", "specialised_backward", "specialised_forward"]
 
@@ -90,13 +91,16 @@ def specialised_backward(
     return _run(specialised(kernel, sizes), kernel, problem, grad_out, gradients)
 
 
-def _run(choice: Choice | None, kernel: Kernel, *arguments: Any) -> bool:
-    """Run the kernel that was chosen, if there is one and it takes the tensors."""
+def _run(choice: Choice | None, kernel: Kernel, problem: Problem, *tensors: Any) -> bool:
+    """Run the kernel that was chosen, if there is one that is trusted and takes the tensors."""
     if choice is None:
         return False
     # Imported by the first call that needs it: other devices need not have Gluon.
     family = import_module(f".{choice.family}", __package__)
-    return bool(getattr(family, f"run_{kernel}")(*arguments, choice.tile))
+    run = getattr(family, f"run_{kernel}")
+    if not trusts_network(choice.family, kernel, run, choice.tile, problem, *tensors):
+        return False
+    return bool(run(problem, *tensors, choice.tile))
 
 
 def _run_forward(problem: Problem, out: Tensor) -> None:
@@ -126,8 +130,15 @@ def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> N
 def _run_plain(kernel: Kernel, problem: Problem, run: Any, *tensors: Any) -> None:
     """Run plain Triton's kernel with the tile that tuning found, or with the shipped one."""
     row = store.row_for(kernel, problem)
+    tile = portable(kernel, problem.sizes, row)
+    # The sum of a bias multiplies nothing.
+    compares = run is not run_dv_bias
+    if compares and not trusts_network("plain", kernel, run, tile, problem, *tensors):
+        tile, row = portable(kernel, problem.sizes), None
+        if not trusts_network("plain", kernel, run, tile, problem, *tensors):
+            raise WrongKernelError(kernel)
     try:
-        run(problem, *tensors, portable(kernel, problem.sizes, row))
+        run(problem, *tensors, tile)
     except triton.OutOfResources:
         if row is None:
             raise

@@ -63,6 +63,14 @@ def load_weights(W, strides, g, e, f0, F: tl.constexpr, D: tl.constexpr, BF: tl.
         return W.load([g, e, f0, 0]).reshape(BF, BD)
     elif LAYOUT == "columns":
         return W.load([g, e, 0, f0]).reshape(BD, BF).T
+    elif LAYOUT == "column pointers":
+        # As it lies, and then transposed: read transposed, a tile whose two products want it either
+        # way is not loaded ahead, but kept in registers.
+        f = f0 + tl.arange(0, BF)
+        c = tl.arange(0, BD)
+        W += tl.cast(g, tl.int64) * strides[0] + tl.cast(e, tl.int64) * strides[1]
+        pointers = W + c.to(tl.int64)[:, None] * strides[3] + f.to(tl.int64)[None, :] * strides[2]
+        return tl.load(pointers, mask=(c < D)[:, None] & (f < F)[None, :], other=0.0).T
     else:
         f = f0 + tl.arange(0, BF)
         c = tl.arange(0, BD)

@@ -6,6 +6,7 @@ layout by which the kernel reads it.
     "pointer"  any strides: 64-bit offsets and masks
     "rows"     a tensor descriptor whose last axis is the head width
     "columns"  a tensor descriptor over weights stored (.., d, f): the tile arrives transposed
+    "column pointers"  the same without a descriptor, which only some cards have
 
 Descriptors (TMA from sm_90 on) fill what lies outside the tensor with zeros and drop what is stored
 there, so ragged lengths, hidden sizes and head widths need no mask. They ask for 16-byte alignment;
@@ -96,6 +97,8 @@ def weight_operand(x: Tensor | None, tile: Tile) -> Operand:
         descriptor = _describe(x, shape, [g, e, c, f], [1, 1, bd, tile.hidden])
         if descriptor is not None:
             return Operand(descriptor, None, "columns")
+    elif f == 1 and c != 1 and x.element_size() == 2:
+        return Operand(x, (g, e, f, c), "column pointers")
     return Operand(x, (g, e, f, c), "pointer")
 
 

@@ -10,8 +10,8 @@ was given, and allocate workspaces, which are allocated again each time. Nothing
 """
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,17 @@ def record(compiled: Any, programs: int, arguments: list[Any]) -> None:
     launches = getattr(_thread, "launches", None)
     if launches is not None:
         launches.append((compiled, programs, arguments))
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Launches that are no part of the call that is being recorded, if one is."""
+    launches = getattr(_thread, "launches", None)
+    _thread.launches = None
+    try:
+        yield
+    finally:
+        _thread.launches = launches
 
 
 def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:

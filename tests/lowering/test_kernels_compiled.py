@@ -38,10 +38,13 @@ pytestmark = [
 ]
 
 # Shared memory that one block may have, in KiB.
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 # Warp-group matrix products and tile loads by descriptor; elsewhere, the warp's and asynchronous.
 INSTRUCTIONS = {90: ("HGMMA", "UTMALDG"), 100: ("UTCHMMA", "UTMALDG")}
+
+# Of cards that multiply by the same instructions, one.
+KINDS_OF_CARDS = [80, 86, 90, 100, 120]
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -247,6 +250,18 @@ def test_weights_stored_by_columns(compile_all: Compile) -> None:
         assert binary.spilled_in_loops() <= max(2, FEW_IN_LOOPS[90]), name
         for instruction in INSTRUCTIONS[90]:
             assert binary.count(instruction), f"{name}: {instruction}"
+
+
+def test_weights_stored_by_columns_are_loaded_ahead(compile_all: Compile) -> None:
+    """Without descriptors too: not kept in registers until both of their products are computed."""
+    for name, binary in compile_all(86, by_columns=True).items():
+        assert binary.spilled() == 0, name
+        assert binary.count("LDGSTS"), name
+
+
+def test_narrow_heads_stay_in_registers(compile_all: Compile) -> None:
+    for name, binary in compile_all(120, d=64).items():
+        assert binary.spilled() == 0, name
 
 
 @dataclass
@@ -521,7 +536,7 @@ def router_products(d: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "d", "dtype"),
-    pairs(SHARED_MEMORY, [32, 128, 256], [torch.bfloat16, torch.float16]),
+    pairs(KINDS_OF_CARDS, [32, 128, 256], [torch.bfloat16, torch.float16]),
 )
 def test_router_products(architecture: int, d: int, dtype: torch.dtype, pretend: Pretend) -> None:
     """On matrix units, in registers, at the most sub-networks that are taken."""
@@ -552,11 +567,11 @@ def test_sums_stay_in_tensor_memory(options: dict[str, Any], pretend: Pretend) -
         check_tensor_memory(code)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sums_of_a_router_stay_in_tensor_memory(dtype: torch.dtype, pretend: Pretend) -> None:
+def test_sums_of_a_router_stay_in_tensor_memory(pretend: Pretend) -> None:
+    """Of float16, which takes the most products."""
     driver = pretend(100)
-    router_products(128, dtype)
-    norm_and_route(128, dtype, torch.float32)
+    router_products(128, torch.float16)
+    norm_and_route(128, torch.float16, torch.float32)
     assert len(driver.intermediate) == 3
     for code in driver.intermediate.values():
         check_tensor_memory(code)
@@ -584,7 +599,7 @@ DTYPES = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "dtypes", "d"), pairs(SHARED_MEMORY, DTYPES, [32, 128]))
+@pytest.mark.parametrize(("architecture", "dtypes", "d"), pairs(KINDS_OF_CARDS, DTYPES, [32, 128]))
 def test_norm_and_router(
     architecture: int, dtypes: tuple[torch.dtype, torch.dtype], d: int, pretend: Pretend
 ) -> None:

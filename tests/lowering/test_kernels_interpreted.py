@@ -134,7 +134,11 @@ def loaded_by(names: str, cases: dict[str, list]) -> pytest.MarkDecorator:
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory holds NaN: what a kernel does not write is noticed."""
     empty_like = torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda x: empty_like(x).fill_(float("nan")))
+
+    def poisoned(x: Tensor, **options) -> Tensor:
+        return empty_like(x, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -228,12 +232,17 @@ class TestKernels:
             if fits:
                 torch.testing.assert_close(out, torch.full_like(out, 102.4), rtol=2e-3, atol=0)
 
-    @pytest.mark.parametrize("hidden", [21, 24], ids=["misaligned", "aligned"])
-    def test_weights_stored_by_columns(self, hidden: int) -> None:
-        tensors = make(SHAPE._replace(f=hidden), absent=BIASES)
+    # In 16 bits, pointers to columns are those of tiles that are transposed once they are loaded.
+    @pytest.mark.parametrize(
+        ("hidden", "dtype"),
+        [(21, torch.float32), (24, torch.float32), (21, torch.float16)],
+        ids=["misaligned", "aligned", "float16"],
+    )
+    def test_weights_stored_by_columns(self, hidden: int, dtype: torch.dtype) -> None:
+        tensors = make(SHAPE._replace(f=hidden), dtype, absent=BIASES)
         for name in ("k", "u", "v"):
             tensors[name] = stored_as(tensors[name], (0, 1, 3, 2))
-        check(tensors)
+        check(tensors, tolerance=1e-6 if dtype == torch.float32 else 2e-3)
 
     def test_packed_weights(self) -> None:
         tensors = make(SMALL)
@@ -466,6 +475,95 @@ class TestChosenTiles:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_chosen_tiles(self, shape: Shape) -> None:
         check(make(shape))
+
+
+@pytest.fixture
+def comparing(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels are compared as on a card; those that passed are listed."""
+    from mhf_compiler.lowering.kernels import verdicts
+
+    passed: list[str] = []
+    agree = verdicts._judge
+
+    def judge(claim, *rest):
+        right = agree(claim, *rest)
+        passed.extend([claim.kernel] * right)
+        return right
+
+    monkeypatch.setattr(verdicts, "_compares", lambda device: True)
+    monkeypatch.setattr(verdicts, "_path", lambda claim: None)
+    monkeypatch.setattr(verdicts, "_judge", judge)
+    # Of what could not be compared.
+    monkeypatch.setattr(verdicts.log, "warning", lambda text, *rest: pytest.fail(text % rest))
+    verdicts.forget()
+    yield passed
+    verdicts.forget()
+
+
+@pytest.mark.usefixtures("bfloat16_products")
+class TestComparisons:
+    """Each kernel passes its own before a first launch, and a wrong one does not."""
+
+    __test__ = INTERPRETING
+
+    @loaded_by(
+        "dtype, absent",
+        {
+            "descriptors": [(torch.float16, ())],
+            "pointers": [(torch.bfloat16, ("u", "u_bias", "r")), (torch.float32, ())],
+        },
+    )
+    @pytest.mark.usefixtures("tile")
+    def test_network(
+        self, dtype: torch.dtype, absent: tuple[str, ...], comparing: list[str]
+    ) -> None:
+        tensors = make(SHAPE, dtype, absent)
+        tensors["v"] = stored_as(tensors["v"], (0, 1, 3, 2))
+        grad_out = torch.randn(2, 19, 2, 24).to(dtype)
+        actual(tensors, grad_out, "gelu", torch.empty(2, 19, 2, 24, dtype=dtype))
+        assert comparing == ["forward", "dv", "dk_du", "dq"]
+
+    @pytest.mark.parametrize("tile", ["descriptors"], indirect=True)
+    @pytest.mark.usefixtures("tile")
+    def test_one_wrong_tile_is_noticed(
+        self, comparing: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.kernels.verdicts import WrongKernelError
+
+        run_dq = dispatch.run_dq
+
+        def wrong(problem, grad_out, gradients, tile):
+            run_dq(problem, grad_out, gradients, tile)
+            gradients.q[:, :16].mul_(0.5)
+
+        monkeypatch.setattr(dispatch, "run_dq", wrong)
+        tensors = make(SMALL, torch.float16)
+        problem = Problem(*(tensors[name] for name in NAMES), **SCALES)
+        gradients = problem.new_gradients([True, *[False] * 7])
+        with (
+            pytest.warns(RuntimeWarning, match="'dq' does not compute"),
+            pytest.raises(WrongKernelError),
+        ):
+            dispatch.backward(problem, torch.randn(1, 17, 1, 8).half(), gradients)
+        assert not comparing
+
+    @pytest.mark.parametrize(
+        ("dtype", "weights"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)]
+    )
+    def test_router(self, dtype: torch.dtype, weights: torch.dtype, comparing: list[str]) -> None:
+        from mhf_compiler.lowering.kernels.plain import norm_router, router
+
+        q, weight = torch.randn(1, 9, 2, 8).to(dtype), torch.randn(2, 8, 3).to(weights)
+        grad = torch.randn(1, 9, 2, 3)
+        out = torch.empty_like(grad)
+        router.forward(q, weight, out)
+        router.backward(grad, q, weight, [True, False])
+        router.backward_onto(q.clone(), grad, q, weight, True)
+        formula = Formula(1e-6, False, "normalised", 0.0, 0.0, dtype)
+        normed = NormedRouter(torch.rand(8), weight, formula)
+        norm_router.norm_and_route(q, normed, torch.empty(1, 9, 2, 3, dtype=dtype))
+        assert comparing == ["router", "router backward", "router backward", "norm and route"]
 
 
 @pytest.mark.usefixtures("bfloat16_products", "poison")

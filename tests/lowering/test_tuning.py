@@ -250,7 +250,7 @@ def test_what_other_code_found_is_stale(
     if what == "triton":
         monkeypatch.setattr(triton, "__version__", "3.99")
     else:
-        monkeypatch.setattr(store, "_kernels_hash", lambda: "edited")
+        monkeypatch.setattr(store, "kernels_hash", lambda: "edited")
     card = Card(a_key())
     card.tune(tmp_path)
     assert card.trials == 1
@@ -259,7 +259,7 @@ def test_what_other_code_found_is_stale(
 def test_every_source_that_times_depend_on_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or b"")
-    store._kernels_hash.__wrapped__()
+    store.kernels_hash.__wrapped__()
     lowering = Path(mhf_compiler.lowering.__file__).parent
     assert {*(lowering / "kernels").rglob("*.py"), lowering / "tiles.py"} <= set(read)
 

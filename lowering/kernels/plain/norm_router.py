@@ -10,8 +10,10 @@ a program goes on to further tokens of its head, and loads the next while it com
 A program reads a tile of tokens before it writes the first of them, and no other program's.
 """
 
+import math
 from functools import partial
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,11 +24,13 @@ from ...tiles import Tile
 from ..launch import launch
 from ..operands import Operand, norm_operand, token_axes
 from ..replay import repeat
+from ..verdicts import Results, small_router
 from .router import (
     exact_product,
     load_head,
     load_router_weights,
     product_constants,
+    require,
     store_head,
 )
 
@@ -46,6 +50,8 @@ def norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
 def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     """The same, with the launch described again."""
     norm_weight, weight, formula = router
+    norm = None if norm_weight is None else (norm_weight.dtype, norm_weight.dim())
+    require("norm and route", q, weight, (norm, formula), partial(_compare, router))
     axes = token_axes(q, r)
     constants = product_constants(q, weight)
     operands = {
@@ -68,6 +74,17 @@ def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     programs = heads * min(tiles, max(1, _PROGRAMS * multiprocessors(q.device) // heads))
     tile = Tile(_TOKENS, constants["BE"], 4, 2, descriptors=False)
     launch(norm_and_route_kernel, programs, tile, q.device, operands, scalars)
+
+
+def _compare(router: NormedRouter, q: Tensor, weight: Tensor) -> Results:
+    from ...ops.norm_router import norm_and_route_on_cpu
+
+    small = small_router(router, q)
+    r = q.new_empty((*q.shape[:3], weight.shape[2]), dtype=router.formula.r_dtype)
+    expected = q.clone(), torch.empty_like(r)
+    norm_and_route_on_cpu(expected[0], small, expected[1])
+    run_norm_and_route(q, small, r.fill_(math.nan))
+    return [(q, expected[0]), (r.to(q.dtype), expected[1])]
 
 
 @triton.jit

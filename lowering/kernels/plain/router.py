@@ -13,7 +13,9 @@ in order.
 All those parts take registers, so heads are read in blocks of at most 64 columns.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -26,11 +28,13 @@ from ..launch import launch, sums_lie_apart
 from ..loads import token_pointers
 from ..operands import Operand, token_axes
 from ..replay import repeat
+from ..verdicts import Few, Results, WrongKernelError, lies, random_on, trusts
 from .sums import add_product_apart
 
 PART_ROWS = 32  # of a router that is cut: no product has more sub-networks
 
 _TOKENS = 64  # of a tile
+_FEW_TOKENS = 5 * _TOKENS // 2  # of a comparison
 _COLUMNS = 64
 _CUT_COLUMNS = 32  # that a program cuts
 _PROGRAMS = 4  # of the backward kernel on each multiprocessor: its loads overlap
@@ -42,6 +46,7 @@ def forward(q: Tensor, weight: Tensor, out: Tensor) -> None:
         return
 
     def run() -> None:
+        require("router", q, weight, (), _compare_forward)
         axes = token_axes(q, out)
         tile, operands, scalars = _shared(q, weight)
         operands |= {"Out": Operand(out, axes.strides(out), None)}
@@ -93,24 +98,68 @@ def _run_backward(
     blocks = triton.cdiv(head_dim, _COLUMNS)
     parts = max(1, min(tiles, _PROGRAMS * multiprocessors(q.device) // (heads * blocks)))
     shape = (heads, parts, head_dim, sub_networks)
-    partial = q.new_empty(shape, dtype=torch.float32) if needs_weight else None
+    sums = q.new_empty(shape, dtype=torch.float32) if needs_weight else None
 
     def run() -> None:
+        wanted = (dq is not None, needs_weight, onto)
+        require("router backward", q, weight, wanted, partial(_compare_backward, wanted))
         tile, operands, scalars = _shared(q, weight)
-        if onto and q.dtype == torch.float16 and capability(q.device)[0] == 8:
+        if onto and q.dtype == torch.float16 and capability(q.device)[0] in (8, 12):
             scalars["BM"] = _TOKENS // 2  # with both parts of Q, and dQ, whole tiles spill
         operands |= {
             "Q": Operand(q, axes.strides(q), None),
             "Grad": Operand(grad_out, axes.strides(grad_out), None),
             "dQ": Operand(dq, None if dq is None else axes.strides(dq), None),
-            "Part": Operand(partial, None, None),
+            "Part": Operand(sums, None, None),
         }
         scalars |= {"B": axes.batch, "L": axes.length, "PARTS": parts, "ONTO": onto}
         programs = heads * parts * blocks
         launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
 
-    repeat(("router backward", onto), (grad_out, q, weight, dq, partial), run)
-    return None if partial is None else partial.view(groups, -1, head_dim, sub_networks).sum(1)
+    repeat(("router backward", onto), (grad_out, q, weight, dq, sums), run)
+    return None if sums is None else sums.view(groups, -1, head_dim, sub_networks).sum(1)
+
+
+def require(
+    kernel: str,
+    q: Tensor,
+    weight: Tensor,
+    about: Hashable,
+    compare: Callable[[Tensor, Tensor], Results],
+) -> None:
+    """Raise WrongKernelError unless a kernel of such queries and weights is right on this card.
+
+    `compare` gets few queries of one group of heads, and its weights.
+    """
+    share = q.shape[2] // weight.shape[0]
+    about = (lies(q), lies(weight), share, tuple(weight.shape[1:]), about)
+
+    def on_few() -> Results:
+        random, few = random_on(q.device), Few(_FEW_TOKENS, share)
+        return compare(few.of_tokens(q, random), few.of_weights(weight, random))
+
+    if not trusts("plain", kernel, about, q.device, on_few):
+        raise WrongKernelError(kernel)
+
+
+def _compare_forward(q: Tensor, weight: Tensor) -> Results:
+    out = q.new_full((*q.shape[:3], weight.shape[2]), math.nan, dtype=torch.float32)
+    forward(q, weight, out)
+    return [(out, q.double() @ weight.double())]
+
+
+def _compare_backward(wanted: tuple[bool, bool, bool], q: Tensor, weight: Tensor) -> Results:
+    needs_q, needs_weight, onto = wanted
+    grad = random_on(q.device)(torch.float32, *q.shape[:3], weight.shape[2])
+    dq = q.clone() if onto else torch.full_like(q, math.nan)
+    total = _run_backward(grad, q, weight, dq if needs_q else None, needs_weight, onto=onto)
+    results: Results = []
+    if needs_q:
+        expected = grad.double() @ weight.double().mT
+        results.append((dq, expected + q.double() if onto else expected))
+    if total is not None:
+        results.append((total, torch.einsum("blhd,blhe->de", q.double(), grad.double())[None]))
+    return results
 
 
 def _shared(q: Tensor, weight: Tensor) -> tuple[Tile, dict[str, Operand], dict[str, object]]:

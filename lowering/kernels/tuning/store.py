@@ -101,12 +101,12 @@ def _use(key: TuningKey, row: Row | None) -> None:
 
 
 def _path(key: TuningKey, folder: Path) -> Path:
-    depends_on = (key, triton.__version__, _kernels_hash())
+    depends_on = (key, triton.__version__, kernels_hash())
     return folder / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:32]}.json"
 
 
 @lru_cache
-def _kernels_hash() -> str:
+def kernels_hash() -> str:
     """Of the kernels' source, the shipped rows and the rules of tuning included."""
     sources = [Path(tiles.__file__), *sorted(Path(__file__).parents[1].rglob("*.py"))]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()
