@@ -160,9 +160,11 @@ def assign_roles(term: Term, root: Index) -> Roles:
     inside |= _inside_tokens(term, root, [a for a in tokens if a not in inside], groups, out_width)
     sharers = tuple(a for a in tokens if a in inside)
     down_order = in_reading_order(hidden, down.index)
+    # Those that the gate's weights do not read, as heads in groups, stay as the query has them.
+    heads = in_reading_order([a for a in order if a in groups], gate.query.index)
     return Roles(
         tokens=tuple(a for a in tokens if a not in inside),
-        groups=in_reading_order(tuple(groups), gate.weight.index),
+        groups=in_reading_order(heads, gate.weight.index),
         sharers=in_reading_order(sharers, gate.query.index),
         sub_networks=in_reading_order(sub_networks, down.index),
         hidden=down_order,

@@ -169,9 +169,7 @@ def _reason_against(value: Value) -> Declined | None:
         return Declined(Kind.UNKNOWN_OPERATION, "a part is overwritten", value.origin)
     check_subclass(value)
     if value.op == OPAQUE:
-        target = value.origin.target
-        builtin = getattr(target, "__module__", "torch") in (None, "builtins")
-        name = str(getattr(target, "__name__", target) if builtin else target)
+        name = operation_name(value)
         kind = Kind.OWN_BACKWARD if name in _OWN_BACKWARDS else Kind.UNKNOWN_OPERATION
         return Declined(kind, name, value.origin)
     if not isinstance(value.op, str):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import BuiltinFunctionType
+
 import torch
 
-from .canonical import COPY, Value
+from .canonical import COPY, OPAQUE, Value
 from .meaning import POINTWISE
 from .views import is_view
 
@@ -34,6 +36,11 @@ _FULLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default
 
 def operation_name(value: Value) -> str:
     """The operation of a value, as a report names it."""
+    if value.op == OPAQUE:
+        target = value.origin.target
+        module = getattr(target, "__module__", "torch")
+        builtin = module in (None, "builtins") or isinstance(target, BuiltinFunctionType)
+        return str(getattr(target, "__name__", target) if builtin else target)
     return str(value.op).removeprefix("aten.").removesuffix(".default")
 
 

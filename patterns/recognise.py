@@ -348,13 +348,16 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
             flags[value] = soft if inherited else 0
         elif _is_pointwise(value):
             flags[value] = _ACTIVATED if inherited else 0
-        elif value.op == OPAQUE and value.subclass:
-            if inherited & _ACTIVATED and is_product_call(value.origin) and copy.is_live(value):
-                yield value
-            product = is_product_call(value.origin)
-            flags[value] = _PROJECTED if product else _ACTIVATED if inherited else 0
         elif value.op == OPAQUE:
-            flags[value] = _passed_on(value, copy, flags)
+            product = is_product_call(value.origin)
+            if product and inherited & _ACTIVATED and copy.is_live(value):
+                yield value  # of a subclass, or written over one of its operands
+            if product:
+                flags[value] = _PROJECTED
+            elif value.subclass:
+                flags[value] = _ACTIVATED if inherited else 0
+            else:
+                flags[value] = _passed_on(value, copy, flags)
         elif _may_be_activation(value, flags):
             flags[value] = _ACTIVATED
         else:

@@ -541,6 +541,29 @@ def test_products_that_write_to_what_they_are_given():
         torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-5)
 
 
+class OverAnOperand(PerHead):
+    """The last product adds to a buffer that it also writes to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        out = q.new_ones(H, x.shape[0] * x.shape[1], d)
+        for h in range(H):
+            head = q[:, :, h].flatten(0, 1)
+            hidden = F.silu(head @ self.gate[h]) * (head @ self.up[h])
+            torch.addmm(out[h], hidden, self.down[h], out=out[h])
+        return out * 2.0
+
+
+def test_products_that_write_over_what_they_read_are_told_of():
+    model, x = OverAnOperand(), torch.randn(TOKENS)
+    with torch.no_grad():
+        report = mhf_compiler.explain(model, options={"rewrite": "always"})(x)
+    assert report.rewritten == []
+    (reason,) = [site.reason for site in report.declined]
+    assert reason is not None
+    assert (reason.kind, reason.detail) == (Kind.OPERATION_IN_LOOP, "addmm")
+
+
 # Inner graphs.
 
 

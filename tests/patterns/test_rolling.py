@@ -112,6 +112,33 @@ def test_offsets_that_are_repeated_alike_are_groups_of_heads(order: Sequence[int
     assert len(explain(model, heads()).rewritten) == 1
 
 
+class Nested(nn.Module):
+    """Eight heads: four share a gate, two an up projection, and each has its own way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.up, self.down = (
+            nn.ParameterList(torch.randn(*shape) / 4 for _ in range(count))
+            for count, shape in ((2, (d, f)), (4, (d, f)), (8, (f, d)))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = [
+            (F.silu(q @ self.gate[n // 4]) * (q @ self.up[n // 2])) @ self.down[n]
+            for n, q in enumerate(x.chunk(8, -1))
+        ]
+        return torch.cat(pieces, -1)
+
+
+def test_groups_may_lie_within_groups():
+    """However often it is read: no order is left to where objects happen to lie in memory."""
+    x = torch.randn(2, 6, 8 * d)
+    for site in [site_of(Nested(), x) for _ in range(8)]:
+        assert (site.heads, site.groups) == (8, 8)
+    assert len(explain(Nested(), x).rewritten) == 1
+
+
 @pytest.mark.parametrize(
     "order", [(0, 1, 3, 2), (3, 2, 1, 0), (0, 1, 2, 4), (0, 1, 0, 1), (0, 0, 0, 1), (1, 1, 0, 0)]
 )
