@@ -97,6 +97,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     for piece in pieces:
         check_piece(piece, reading, root, copy)
     check_apart(term, pieces)
+    check_gradients_apart(pieces, root, copy)
     return _site(term, roles, reading, root, copy, pieces)
 
 
@@ -495,6 +496,38 @@ def check_apart(term: Term, pieces: tuple[Value, ...]) -> None:
         if not operand.value.ancestors().isdisjoint(pieces):
             detail = "one head reads what another one has made"
             raise Declined(Kind.UNEQUAL_HEADS, detail, operand.value.origin)
+
+
+def check_gradients_apart(pieces: tuple[Value, ...], root: Value, copy: CanonicalCopy) -> None:
+    """Where a head has a gradient, the merged output has one.
+
+    Else the other heads would get zeros where eager gives them none, which an optimizer tells
+    apart.
+    """
+    wanted = root.requires_grad_mode and root.may_need_gradient()
+    if not wanted or _has_gradient(root, None, copy):
+        return
+    if any(_has_gradient(piece, root, copy) for piece in pieces):
+        raise Declined(Kind.GRADIENTS_CUT, "of the merged heads", root.origin)
+
+
+def _has_gradient(value: Value, but: Value | None, copy: CanonicalCopy) -> bool:
+    """Whether a result of the graph has a gradient of the value, not through ``but``."""
+    seen: set[Value] = set()
+    todo = [value]
+    while todo:
+        current = todo.pop()
+        if current in seen or current is but or current.op is torch.ops.aten.detach.default:
+            continue
+        seen.add(current)
+        if current.op != OPAQUE and not (
+            current.requires_grad_mode and current.dtype.is_floating_point
+        ):
+            continue
+        if current in copy.escaping:
+            return True
+        todo += [reader for reader in current.readers if copy.is_live(reader)]
+    return False
 
 
 def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:

@@ -99,6 +99,10 @@ class Editor:
             output = self.router_product(site, out_order)
         if order is None:
             output = self._with_strides(output, site.output)
+        if self.copy.shares_what_is_returned(site.output):
+            # Returned next to a view or a detached alias of it. AOTAutograd makes these again from
+            # what they are views of, and fails where the output is a view itself.
+            output = self.call(torch.clone, output)
         places = self._sum_of_parts()
         return output if places is None else self.call(redistributed, output, places)
 

@@ -407,3 +407,73 @@ def test_an_input_that_becomes_another_view():
 
     x, y = torch.randn(SHAPE).double(), torch.randn(SHAPE).double()
     same(run, lambda: (x.clone(), y.clone()))
+
+
+# Gradients that are none, and not zeros: an optimizer leaves such a parameter alone.
+
+
+class Heads(torch.nn.Module):
+    """Parameters of its own for each head; ``merge`` makes the results of what the heads make."""
+
+    def __init__(self, merge: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.merge = merge
+        self.gate, self.up = (
+            torch.nn.ParameterList(torch.randn(d, f).double() / 2 for _ in range(H))
+            for _ in range(2)
+        )
+        self.down = torch.nn.ParameterList(torch.randn(f, d).double() / 2 for _ in range(H))
+
+    def forward(self, x: Tensor) -> Any:
+        heads = zip(x.chunk(H, -1), self.gate, self.up, self.down, strict=True)
+        return self.merge([(F.silu(q @ k) * (q @ u)) @ v for q, k, u, v in heads])
+
+
+def without_gradients(outs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat(outs, -1) * 2
+
+
+@pytest.mark.parametrize(
+    ("merge", "sites"),
+    [
+        (lambda outs: (torch.cat(outs, -1), outs[1]), 1),
+        (lambda outs: (torch.cat(outs, -1).detach(), outs[1].detach()), 1),
+        (lambda outs: (torch.cat(outs, -1).detach() * 2, outs[1] * 2), 0),
+        (lambda outs: (torch.cat(outs, -1).argmax(-1), outs[1] * 2), 0),
+        (lambda outs: (without_gradients(outs), outs[1] * 2), 0),
+    ],
+    ids=["both", "neither", "detached", "indices", "no_grad"],
+)
+def test_parameters_without_a_gradient(merge: Callable[[list[Tensor]], Any], sites: int) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Heads(merge)
+        call = flashmhf(model) if compiled else model
+        results = [x for x in tensors_in(call(torch.randn(SHAPE).double())) if x.requires_grad]
+        sum([x.sum() for x in results], torch.zeros((), requires_grad=True)).backward()
+        found.append([None if p.grad is None else p.grad for p in model.parameters()])
+    assert tally().sites == sites
+    expected, ours = found
+    assert [x is None for x in ours] == [x is None for x in expected]
+    torch.testing.assert_close(
+        [x for x in ours if x is not None], [x for x in expected if x is not None]
+    )
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_detached_alias_is_returned_next_to_the_output(dim: int, training: bool) -> None:
+    model = Heads(lambda outs: (y := torch.cat(outs, dim), y.detach()))
+    x = torch.randn(L, H * d, requires_grad=training, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        y, kept = flashmhf(model)(x)
+        expected, _ = model(x)
+    assert tally().sites == 1
+    torch.testing.assert_close(y, expected)
+    assert y.requires_grad is training
+    assert not kept.requires_grad
+    assert y.stride() == expected.stride()
+    kept.zero_()
+    assert not y.any()
