@@ -520,9 +520,8 @@ def _has_gradient(value: Value, but: Value | None, copy: CanonicalCopy) -> bool:
         if current in seen or current is but or current.op is torch.ops.aten.detach.default:
             continue
         seen.add(current)
-        if current.op != OPAQUE and not (
-            current.requires_grad_mode and current.dtype.is_floating_point
-        ):
+        recorded = current.requires_grad_mode and current.dtype.is_floating_point
+        if current.op in LIKES or not (recorded or current.op == OPAQUE):
             continue
         if current in copy.escaping:
             return True

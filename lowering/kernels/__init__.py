@@ -5,7 +5,7 @@
     launch.py       from operands to a launch
     verdicts.py     whether a kernel computes what it should on this card
     replay.py       launches that are repeated for other tensors
-    compat.py       what Triton names differently by version
+    compat.py       what Triton does not document, and options of every launch
     loads.py        tiles in and out of memory, inside the kernels
     activations.py  the activations and their slopes
     splitting.py    tiles cut along the hidden units, and the sum of their parts

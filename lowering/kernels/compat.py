@@ -1,18 +1,9 @@
-"""Triton's names that differ between its versions, and defaults of its that we do not take."""
+"""What Triton does not document, and defaults of its that we do not take.
+
+Gluon's names are in hopper/compat.py: other cards do not load it.
+"""
 
 import re
-
-from triton.experimental.gluon.language import shared_memory_descriptor
-from triton.experimental.gluon.language.nvidia.hopper import tma
-
-#: the tensor copy engine's copies: `async_copy_…` before Triton 3.8, and gone from 3.9 on
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-#: (buffer, dtype, shape, layout): a buffer of shared memory as another one. Private before 3.9.
-reinterpret = (
-    getattr(shared_memory_descriptor, "reinterpret", None) or shared_memory_descriptor._reinterpret
-)
 
 #: Options of every launch. From Triton 3.10 on, products and sums are fused only if asked for.
 OPTIONS = {"enable_fp_fusion": True}

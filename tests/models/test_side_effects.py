@@ -442,8 +442,10 @@ def without_gradients(outs: list[Tensor]) -> Tensor:
         (lambda outs: (torch.cat(outs, -1).detach() * 2, outs[1] * 2), 0),
         (lambda outs: (torch.cat(outs, -1).argmax(-1), outs[1] * 2), 0),
         (lambda outs: (without_gradients(outs), outs[1] * 2), 0),
+        (lambda outs: (torch.zeros_like(torch.cat(outs, -1) * 2), outs[1] * 2), 0),
+        (lambda outs: ((torch.cat(outs, -1) > 0).double(), outs[1] * 2), 0),
     ],
-    ids=["both", "neither", "detached", "indices", "no_grad"],
+    ids=["both", "neither", "detached", "indices", "no_grad", "zeros alike", "a mask"],
 )
 def test_parameters_without_a_gradient(merge: Callable[[list[Tensor]], Any], sites: int) -> None:
     found = []

@@ -47,7 +47,6 @@ from ...device import multiprocessors
 from ...problem import Gradients, Problem
 from ...tiles import HopperBackwardTile, Tile
 from ..activations import activate, activate_with_slope
-from ..compat import async_load, async_store, reinterpret
 from ..launch import start
 from ..loads import store_weights
 from ..operands import (
@@ -58,6 +57,7 @@ from ..operands import (
     token_operand,
     weight_operand,
 )
+from .compat import async_load, async_store, reinterpret
 
 _CONSUMERS = gl.constexpr(2)  # warpgroups that compute; one more warp moves tiles
 _ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the kernel of dQ, else hidden units

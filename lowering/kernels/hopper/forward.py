@@ -53,7 +53,6 @@ from ...device import multiprocessors
 from ...problem import NormedRouter, Problem
 from ...tiles import HopperForwardTile, Tile, padded_width
 from ..activations import activate
-from ..compat import async_load, async_store, reinterpret
 from ..launch import allows_approximation, launch
 from ..operands import (
     Operand,
@@ -65,6 +64,7 @@ from ..operands import (
     weight_operand,
 )
 from ..splitting import add_parts, split_last_round
+from .compat import async_load, async_store, reinterpret
 from .routing import (
     Routing,
     load_router,

@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Formula, NormedRouter
-from ..compat import async_load, reinterpret
 from ..operands import Operand, norm_operand
 from ..plain.router import PART_ROWS, cut_router, parts_of
+from .compat import async_load, reinterpret
 
 _DTYPES = {torch.float32: gl.float32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _ROWS = gl.constexpr(PART_ROWS)  # of a part
