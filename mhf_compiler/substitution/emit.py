@@ -249,11 +249,17 @@ class Editor:
     def argument(self, view: TensorView) -> fx.Node:
         """The view operations that turn its value into ``view``."""
         node = self.value(view.value)
+        groups = _groups(view.dims)
+        spare = [dim for dim in range(len(view.index)) if _has_one_element(view, dim)]
+        kept = dict(zip(spare, _place_ones(groups, len(spare)), strict=False))
         axes: list[Axis] = []
         for dim in reversed(range(len(view.index))):
-            node, found = self._digits(node, view, dim)
+            if dim in kept:
+                found = [kept[dim]]
+            else:
+                node, found = self._digits(node, view, dim)
             axes = found + axes
-        wanted = [axis for dim in view.dims for axis in dim if axis.size != 1]
+        wanted = [axis for group in groups for axis in group]
         present = [axis for axis in wanted if axis in axes]
         if len(present) != len(axes) or len(set(axes)) != len(axes):
             raise EditError("an argument is read along a diagonal")
@@ -264,7 +270,7 @@ class Editor:
         if len(present) != len(wanted):
             sizes = [-1 if axis in axes else self.size(axis.size) for axis in wanted]
             node = self.call(torch.broadcast_to, node, sizes)
-        return self._group(node, view.dims)
+        return self._group(node, groups)
 
     def _digits(self, node: fx.Node, view: TensorView, dim: int) -> tuple[fx.Node, list[Axis]]:
         """Dimension ``dim`` of the value, split into the axes along which it is read."""
@@ -333,7 +339,10 @@ class Editor:
     def output(self, node: fx.Node) -> fx.Node:
         """The op's four dimensions, in the shape of the value that it replaces."""
         site = self.site
-        inner = [[a for a in dim if a.size != 1] for dim in site.result_dims]
+        inner, groups = _groups(site.result_dims), _groups(site.output_dims)
+        spare = [dim for dim in range(4) if not inner[dim]]
+        for dim, axis in zip(spare, _place_ones(groups, len(spare)), strict=False):
+            inner[dim] = [axis]
         for dim in reversed(range(4)):
             if not inner[dim]:
                 # Not a selection, whose gradient would be copied into a tensor of zeros.
@@ -343,9 +352,9 @@ class Editor:
                 known = [size if isinstance(size, int) else None for size in sizes]
                 node = self.call(torch.unflatten, node, dim, self._one_unknown(sizes, known))
         have = [axis for dim in inner for axis in dim]
-        want = [axis for dim in site.output_dims for axis in dim if axis.size != 1]
+        want = [axis for group in groups for axis in group]
         node = self._permute(node, [have.index(axis) for axis in want])
-        return self._group(node, site.output_dims)
+        return self._group(node, groups)
 
     def piece(self, output: fx.Node, piece: Value) -> fx.Node:
         """One of the values that the output concatenates, in a storage of its own."""
@@ -387,11 +396,10 @@ class Editor:
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
         return node if order == sorted(order) else self.call(torch.permute, node, order)
 
-    def _group(self, node: fx.Node, dims: Sequence[Sequence[Axis]]) -> fx.Node:
+    def _group(self, node: fx.Node, groups: list[list[Axis]]) -> fx.Node:
         """One dimension for each group of axes; a dimension of one for an empty group."""
-        position = sum(axis.size != 1 for dim in dims for axis in dim)
-        for dim in reversed(dims):
-            count = sum(axis.size != 1 for axis in dim)
+        position = sum(map(len, groups))
+        for count in map(len, reversed(groups)):
             position -= count
             if count == 0:
                 node = self.call(torch.unsqueeze, node, position)
@@ -437,6 +445,31 @@ def _sizes_of_digits(size: Size, steps: list[Size]) -> list[Size] | None:
             return None
         sizes.append(digit)
     return sizes
+
+
+def _groups(dims: Sequence[Sequence[Axis]]) -> list[list[Axis]]:
+    """The axes of each dimension that have several elements, outermost first."""
+    return [[axis for axis in dim if axis.size != 1] for dim in dims]
+
+
+def _place_ones(groups: list[list[Axis]], count: int) -> list[Axis]:
+    """New axes of one element for the first of the empty groups, ``count`` at most.
+
+    They stand for dimensions that a tensor has already. Such a dimension is kept rather than taken
+    away and added again: Inductor may give an added one another stride. Where the tensor is saved
+    for a backward graph, AOTAutograd then takes its strides, and symbols in them, for constants.
+    """
+    placed = []
+    for group in groups:
+        if not group and len(placed) < count:
+            group.append(Axis(1))
+            placed.append(group[0])
+    return placed
+
+
+def _has_one_element(view: TensorView, dim: int) -> bool:
+    terms = view.index[dim].resolved().terms
+    return view.value.shape[dim] == 1 and all(axis.size == 1 for axis, _ in terms)
 
 
 def _aligned_by_tokens(site: RouterProduct) -> bool:

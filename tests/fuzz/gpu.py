@@ -40,6 +40,11 @@ USES = 6  # programs that share a network
 _DRAWS = 3  # of inputs, for each program and each of its two runs
 _MOST_HIDDEN = 2e8  # hidden units in all, so that eager's fit and are quick
 
+# A gradient that comes from fewer weights of a router than this, such as those of one token, is as
+# exact as their roundings happen to be. So eager's error is the largest of so many draws.
+_FEW = 64
+_MORE_DRAWS = 16
+
 _WORST = 4  # times the largest error of a token in eager's: its worst may be another one
 
 # What an error may be in addition to twice eager's, which can be 0.
@@ -307,23 +312,29 @@ def _check(sizes: Sizes, use: Use, device: str, lock: Path, seed: int) -> None:
         options["mode"] = "reduce-overhead"
     compiled = torch.compile(model, backend="flashmhf", options=options)
 
+    shape = use.batch, use.length, sizes.heads * sizes.head_dim
     cases = []
     for _ in range(_DRAWS):
-        x = torch.randn(
-            use.batch, use.length, sizes.heads * sizes.head_dim, device=device, dtype=sizes.dtype
-        )
+        x = torch.randn(shape, device=device, dtype=sizes.dtype)
         exact = _step(wide, wide, x.to(exactly), use, autocast=False)
         cases.append((x, exact, _step(model, model, x, use, use.autocast)))
+    usual = [0.0] * len(cases[0][1])
+    if use.batch * use.length * sizes.heads * sizes.sub_networks < _FEW:
+        for _ in range(_MORE_DRAWS):
+            x = torch.randn(shape, device=device, dtype=sizes.dtype)
+            exact = _step(wide, wide, x.to(exactly), use, autocast=False)
+            errors = _differences(_step(model, model, x, use, use.autocast), exact)
+            usual = [max(pair) for pair in zip(usual, errors, strict=True)]
     _step(compiled, model, cases[0][0], use, use.autocast)  # compiles, and holds nobody up
     beside_others: list[Values] = []
     with locked(lock, fcntl.LOCK_SH):
         for x, exact, eager in cases:
             beside_others.append(_step(compiled, model, x, use, use.autocast))
-            _compare(beside_others[-1], eager, exact, sizes, use)
+            _compare(beside_others[-1], eager, exact, usual, sizes, use)
     with locked(lock, fcntl.LOCK_EX):
         for (x, exact, eager), before in zip(cases, beside_others, strict=True):
             found = _step(compiled, model, x, use, use.autocast)
-            _compare(found, eager, exact, sizes, use)
+            _compare(found, eager, exact, usual, sizes, use)
             _compare_bits(found, before)
 
 
@@ -359,11 +370,27 @@ def _step(
     return [None if value is None else value.detach().clone() for value in seen]
 
 
-def _compare(found: Values, eager: Values, exact: Values, sizes: Sizes, use: Use) -> None:
-    """Raise where a value's error is more than twice eager's: of all, or of some of its rows."""
+def _differences(values: Values, exact: Values) -> list[float]:
+    """The norm of each value's error."""
+    return [
+        0.0 if value is None or wide is None else (value.to(wide.dtype) - wide).norm().item()
+        for value, wide in zip(values, exact, strict=True)
+    ]
+
+
+def _compare(
+    found: Values, eager: Values, exact: Values, usual: list[float], sizes: Sizes, use: Use
+) -> None:
+    """Raise where a value's error is more than twice eager's: of all, or of some of its rows.
+
+    ``usual`` holds errors of eager's on other inputs, which are allowed too: 0 where this one tells
+    enough.
+    """
     rounding = 2e-3 if use.autocast else _ROUNDING[sizes.dtype]
     outputs = 2 if use.returns == "queries too" else 1
-    for number, (value, plain, wide) in enumerate(zip(found, eager, exact, strict=True)):
+    for number, (value, plain, wide, other) in enumerate(
+        zip(found, eager, exact, usual, strict=True)
+    ):
         if value is None or plain is None or wide is None:
             if (value is None) != (plain is None):
                 raise AssertionError(f"value {number} is None for one of eager and compiled")
@@ -379,7 +406,7 @@ def _compare(found: Values, eager: Values, exact: Values, sizes: Sizes, use: Use
         if wide.norm() < 1e-3 * wide.numel() ** 0.5:
             continue  # nothing but rounding, such as the router's gradient for one sub-network
         error, eagers = _error(value, wide), _error(plain, wide)
-        if not error <= 2 * eagers + rounding:
+        if not error <= 2 * max(eagers, other / wide.norm().item()) + rounding:
             raise AssertionError(f"value {number} has error {error:.1e}, eager {eagers:.1e}")
         if number < outputs and value.dim() == 3:
             _compare_tokens(value, plain, wide, rounding)

@@ -34,11 +34,11 @@ def test_a_wrong_value_is_seen():
     sizes, use = gpu.draw(0)
     exact = torch.randn(100)
     eager = exact * (1 + 1e-4)
-    gpu._compare([eager], [eager], [exact], sizes, use)
+    gpu._compare([eager], [eager], [exact], [0.0], sizes, use)
     with pytest.raises(AssertionError, match="value 0 has error"):
-        gpu._compare([exact * 1.1], [eager], [exact], sizes, use)
+        gpu._compare([exact * 1.1], [eager], [exact], [0.0], sizes, use)
     with pytest.raises(AssertionError, match="value 0 has infinities or NaN"):
-        gpu._compare([exact * float("nan")], [eager], [exact], sizes, use)
+        gpu._compare([exact * float("nan")], [eager], [exact], [0.0], sizes, use)
 
 
 def test_one_wrong_token_and_other_bits_are_seen():
@@ -47,8 +47,17 @@ def test_one_wrong_token_and_other_bits_are_seen():
     eager = exact * (1 + 2e-3)
     wrong = eager.clone()
     wrong[2, 7] *= 1.1  # a thousandth of the error that all may have
-    gpu._compare([eager], [eager], [exact], sizes, use)
+    gpu._compare([eager], [eager], [exact], [0.0], sizes, use)
     with pytest.raises(AssertionError, match="token 2007 has error"):
-        gpu._compare([wrong], [eager], [exact], sizes, use)
+        gpu._compare([wrong], [eager], [exact], [0.0], sizes, use)
     with pytest.raises(AssertionError, match="value 0 differs from run to run"):
         gpu._compare_bits([wrong], [eager])
+
+
+def test_errors_of_eager_on_other_inputs_are_allowed_too():
+    sizes, use = gpu.draw(0)
+    exact = torch.randn(100)
+    other = (0.1 * exact).norm().item()
+    gpu._compare([exact * 1.15], [exact], [exact], [other], sizes, use)
+    with pytest.raises(AssertionError, match="value 0 has error"):
+        gpu._compare([exact * 1.3], [exact], [exact], [other], sizes, use)

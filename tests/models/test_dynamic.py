@@ -67,7 +67,7 @@ def graphs_for(
         return compiled(x)
 
     for batch, length in sizes:
-        x = tokens(batch, length)
+        x = tokens(batch, length, next(model.parameters()).dtype)
         assert_close(step(call, model, [x]), step(model, model, [x]))
     return graphs_compiled()
 
@@ -140,3 +140,35 @@ def test_inductor_compiles_no_more_graphs():
 
 def inductor(model: nn.Module, **how: Any) -> Model:
     return torch.compile(model, backend="inductor", **how)
+
+
+class HeadsOutermost(nn.Module):
+    """One sequence whose queries and router lie head by head in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (
+            nn.Parameter(torch.randn(shape) / 4)
+            for shape in [(4, 2, 8, 6), (4, 2, 8, 6), (4, 2, 6, 8)]
+        )
+        self.router = nn.Parameter(torch.randn(4, 8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2).contiguous().transpose(1, 2)
+        shares = torch.einsum("blhd,hde->blhe", q, self.router).sigmoid()
+        shares = shares / shares.sum(-1, keepdim=True)
+        y = torch.zeros_like(q, dtype=torch.float32)
+        for e in range(2):
+            gate = torch.einsum("blhd,hdf->blhf", q, self.gate[:, e]).relu()
+            hidden = gate * torch.einsum("blhd,hdf->blhf", q, self.up[:, e])
+            part = torch.einsum("blhf,hfd->blhd", hidden, self.down[:, e])
+            y = y + shares[..., e, None].float() * part.float()
+        return x + y.to(x.dtype).flatten(2)
+
+
+def test_what_is_saved_for_the_backward_graph_fixes_no_size():
+    """Its strides include those of the batch, which has one sequence only."""
+    model = HeadsOutermost().bfloat16()
+    sizes = [(1, LENGTH), (1, LENGTH + 4)]
+    assert graphs_for(model, flashmhf, sizes, mark=(1,), options={"fallback": "inductor"}) == 1
+    assert tally() == Tally(sites=1)
