@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from typing import Any
 
@@ -132,17 +133,28 @@ def _places(x: torch.Tensor) -> list[Any]:
     return [x.storage_offset(), x.shape[-1], *(number for pair in long for number in pair)]
 
 
+def strides_are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of equal shapes have equal strides, except in dimensions of size one."""
+    return all(
+        statically_known_true(size == 1) or statically_known_true(step == step_)
+        for size, step, step_ in zip(one.shape, one.stride(), other.stride(), strict=True)
+    )
+
+
 def takes_the_same_memory(node: fx.Node, new: Any) -> bool:
-    """Whether two tensors have equal layouts, and the first fills its storage."""
+    """Whether two tensors have equal layouts, and the first fills its storage.
+
+    Strides of dimensions of size one do not count.
+    """
     old = node.meta.get("val")
     if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
         return False
     if old.dtype is not new.dtype or old.device != new.device or old.dim() != new.dim():
         return False
     size = old.untyped_storage().nbytes()
-    equal = zip((*old.shape, *old.stride()), (*new.shape, *new.stride()), strict=True)
     return (
-        all(statically_known_true(one == other) for one, other in equal)
+        all(map(statically_known_true, map(operator.eq, old.shape, new.shape)))
+        and strides_are_equal(old, new)
         and statically_known_true(old.storage_offset() == 0)
         and statically_known_true(size == old.numel() * old.element_size())
     )

@@ -48,7 +48,14 @@ from .functional import (
     runs,
     viewed,
 )
-from .memory import Memory, is_call_of, takes_the_same_memory, unit_view_of, views_down_to
+from .memory import (
+    Memory,
+    is_call_of,
+    strides_are_equal,
+    takes_the_same_memory,
+    unit_view_of,
+    views_down_to,
+)
 from .outcome import Declined, Fusion, Obstacle, declined, fused, require
 
 _DEVICES = ("cuda",)  # on a CPU Inductor's own loops are as good
@@ -254,7 +261,7 @@ def _routings_of(product: fx.Node) -> Iterator[_Routing]:
     views = tuple(views_down_to(logits))
     last = _Routing(logits, views, inside=(product, *views[:-1]))
     for longer in _activations(last):
-        if _lies_alike(longer.result, logits):
+        if strides_are_equal(_example(longer.result), _example(logits)):
             yield longer
 
 
@@ -307,15 +314,6 @@ def _normalised(last: _Routing) -> _Routing | None:
         sum_floor=float(floor),
         sum_eps=float(eps),
         inside=tuple(inside),
-    )
-
-
-def _lies_alike(result: fx.Node, logits: fx.Node) -> bool:
-    """Whether a result has the strides of the logits, except in dimensions of size one."""
-    one, other = _example(result), _example(logits)
-    return all(
-        statically_known_true(size == 1) or statically_known_true(step == step_)
-        for size, step, step_ in zip(one.shape, one.stride(), other.stride(), strict=True)
     )
 
 

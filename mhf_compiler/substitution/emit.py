@@ -250,15 +250,16 @@ class Editor:
         """The view operations that turn its value into ``view``."""
         node = self.value(view.value)
         groups = _groups(view.dims)
-        spare = [dim for dim in range(len(view.index)) if _has_one_element(view, dim)]
-        kept = dict(zip(spare, _place_ones(groups, len(spare)), strict=False))
         axes: list[Axis] = []
         for dim in reversed(range(len(view.index))):
-            if dim in kept:
-                found = [kept[dim]]
-            else:
-                node, found = self._digits(node, view, dim)
+            node, found = self._digits(node, view, dim)
             axes = found + axes
+        outermost = _outermost(view)
+        if outermost in axes:
+            for one in _place_ones(groups):
+                position = axes.index(outermost)
+                node = self.call(torch.unsqueeze, node, position)
+                axes.insert(position, one)
         wanted = [axis for group in groups for axis in group]
         present = [axis for axis in wanted if axis in axes]
         if len(present) != len(axes) or len(set(axes)) != len(axes):
@@ -340,9 +341,6 @@ class Editor:
         """The op's four dimensions, in the shape of the value that it replaces."""
         site = self.site
         inner, groups = _groups(site.result_dims), _groups(site.output_dims)
-        spare = [dim for dim in range(4) if not inner[dim]]
-        for dim, axis in zip(spare, _place_ones(groups, len(spare)), strict=False):
-            inner[dim] = [axis]
         for dim in reversed(range(4)):
             if not inner[dim]:
                 # Not a selection, whose gradient would be copied into a tensor of zeros.
@@ -452,24 +450,31 @@ def _groups(dims: Sequence[Sequence[Axis]]) -> list[list[Axis]]:
     return [[axis for axis in dim if axis.size != 1] for dim in dims]
 
 
-def _place_ones(groups: list[list[Axis]], count: int) -> list[Axis]:
-    """New axes of one element for the first of the empty groups, ``count`` at most.
-
-    They stand for dimensions that a tensor has already. Such a dimension is kept rather than taken
-    away and added again: Inductor may give an added one another stride. Where the tensor is saved
-    for a backward graph, AOTAutograd then takes its strides, and symbols in them, for constants.
-    """
-    placed = []
+def _place_ones(groups: list[list[Axis]]) -> list[Axis]:
+    """New axes of one element in the groups that are empty."""
+    ones = []
     for group in groups:
-        if not group and len(placed) < count:
+        if not group:
             group.append(Axis(1))
-            placed.append(group[0])
-    return placed
+            ones += group
+    return ones
 
 
-def _has_one_element(view: TensorView, dim: int) -> bool:
-    terms = view.index[dim].resolved().terms
-    return view.value.shape[dim] == 1 and all(axis.size == 1 for axis, _ in terms)
+def _outermost(view: TensorView) -> Axis | None:
+    """The axis with the largest stride, where sizes are symbols and dimensions of one are added.
+
+    Only next to it such a dimension gets the stride that Inductor gives it in a tensor with the
+    same order of strides. If a tensor that is saved for the backward graph got other strides than
+    the fake one has, AOTAutograd would take them, and so the symbols, for constants.
+    """
+    if all(isinstance(size, int) for size in view.value.shape):
+        return None
+    for dim in view.value.memory_order() or ():
+        form = view.index[dim].resolved()
+        axes = [(step, axis) for axis, step in form.terms if axis.size != 1]
+        if axes:
+            return min(axes, key=lambda pair: _descending(pair[0]))[1]
+    return None
 
 
 def _aligned_by_tokens(site: RouterProduct) -> bool:

@@ -134,23 +134,27 @@ def test_a_grouped_convolution():
         """\
 unflatten = torch.unflatten(x, 1, (4, 8))
 permute = torch.permute(unflatten, [0, 3, 1, 2])
-unflatten_1 = torch.unflatten(gate_weight, 0, (4, 5))
-permute_1 = torch.permute(unflatten_1, [0, 3, 1, 2])
-unflatten_2 = torch.unflatten(down_weight, 0, (4, 8))
-permute_2 = torch.permute(unflatten_2, [0, 3, 2, 1])
-unflatten_3 = torch.unflatten(up_weight, 0, (4, 5))
-permute_3 = torch.permute(unflatten_3, [0, 3, 1, 2])
+select = torch.select(gate_weight, 2, 0)
+unflatten_1 = torch.unflatten(select, 0, (4, 5))
+unsqueeze = torch.unsqueeze(unflatten_1, 1)
+select_1 = torch.select(down_weight, 2, 0)
+unflatten_2 = torch.unflatten(select_1, 0, (4, 8))
+permute_1 = torch.permute(unflatten_2, [0, 2, 1])
+unsqueeze_1 = torch.unsqueeze(permute_1, 1)
+select_2 = torch.select(up_weight, 2, 0)
+unflatten_3 = torch.unflatten(select_2, 0, (4, 5))
+unsqueeze_2 = torch.unsqueeze(unflatten_3, 1)
 unflatten_4 = torch.unflatten(gate_bias, 0, (4, 5))
-unsqueeze = torch.unsqueeze(unflatten_4, 1)
+unsqueeze_3 = torch.unsqueeze(unflatten_4, 1)
 unflatten_5 = torch.unflatten(up_bias, 0, (4, 5))
-unsqueeze_1 = torch.unsqueeze(unflatten_5, 1)
+unsqueeze_4 = torch.unsqueeze(unflatten_5, 1)
 unflatten_6 = torch.unflatten(down_bias, 0, (4, 8))
-unsqueeze_2 = torch.unsqueeze(unflatten_6, 1)
-multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(permute, permute_1,
-    permute_3, permute_2, None, unsqueeze, unsqueeze_1, unsqueeze_2, activation = 'silu',
+unsqueeze_5 = torch.unsqueeze(unflatten_6, 1)
+multi_head_ffn_default = torch.ops.mhf_compiler.multi_head_ffn.default(permute, unsqueeze,
+    unsqueeze_2, unsqueeze_1, None, unsqueeze_3, unsqueeze_4, unsqueeze_5, activation = 'silu',
     k_scale = 1.0, u_scale = 1.0, out_scale = 1.0, out_order = [0, 2, 3, 1], out_dtype = None)
-permute_4 = torch.permute(multi_head_ffn_default, [0, 2, 3, 1])
-flatten = torch.flatten(permute_4, 1, 2)
+permute_2 = torch.permute(multi_head_ffn_default, [0, 2, 3, 1])
+flatten = torch.flatten(permute_2, 1, 2)
 return (flatten,)""",
     )
 

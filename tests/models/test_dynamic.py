@@ -143,7 +143,7 @@ def inductor(model: nn.Module, **how: Any) -> Model:
 
 
 class HeadsOutermost(nn.Module):
-    """One sequence whose queries and router lie head by head in memory."""
+    """Queries and router lie head by head in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,9 +166,10 @@ class HeadsOutermost(nn.Module):
         return x + y.to(x.dtype).flatten(2)
 
 
-def test_what_is_saved_for_the_backward_graph_fixes_no_size():
-    """Its strides include those of the batch, which has one sequence only."""
+@pytest.mark.parametrize("dim", [0, 1], ids=["one token each", "one sequence"])
+def test_what_is_saved_for_the_backward_graph_fixes_no_size(dim: int):
+    """Its strides include those of the dimension of one."""
     model = HeadsOutermost().bfloat16()
-    sizes = [(1, LENGTH), (1, LENGTH + 4)]
-    assert graphs_for(model, flashmhf, sizes, mark=(1,), options={"fallback": "inductor"}) == 1
+    sizes = [(7, 1), (11, 1)] if dim == 0 else [(1, 7), (1, 11)]
+    assert graphs_for(model, flashmhf, sizes, mark=(dim,), options={"fallback": "inductor"}) == 1
     assert tally() == Tally(sites=1)
