@@ -14,6 +14,10 @@ import torch
 
 TESTS = Path(__file__).parent
 
+# An einsum of three operands contracts them from left to right, unless opt_einsum happens to be
+# installed: the programs of the tests are the same everywhere.
+torch.backends.opt_einsum.enabled = False
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(

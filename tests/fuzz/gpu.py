@@ -278,6 +278,7 @@ class Finding:
     seed: int
     reasons: tuple[str, ...] = ()  # why networks were declined
     error: str = ""
+    without: str = ""  # what is wrong with Inductor alone, if anything is wrong
 
 
 def check(seed: int, device: str, lock: Path) -> Finding:
@@ -285,32 +286,54 @@ def check(seed: int, device: str, lock: Path) -> Finding:
     sizes, use = draw(seed)
     torch._dynamo.reset()
     counters.clear()
-    error, tally = "", counters["flashmhf"]
-    try:
-        _check(sizes, use, device, lock, seed)
-    except Exception as raised:
-        place = traceback.extract_tb(raised.__traceback__)[-1]
-        told = " ".join(str(raised).split())[:200]
-        error = f"{type(raised).__name__}: {told} ({Path(place.filename).name}:{place.lineno})"
+    tally = counters["flashmhf"]
+    options = {"rewrite": "always", "strict": True}
+    error = _error_of(sizes, use, device, lock, seed, backend="flashmhf", options=options)
     declined = [name for name in tally if name.startswith("declined.")]
     reasons = tuple(name.removeprefix("declined.") for name in declined)
     networks = 1 + use.twice
     if not error and tally["sites_rewritten"] != networks and not set(reasons) & EXPECTED:
         error = f"missed: {tally['sites_rewritten']} of {networks} networks rewritten, {reasons}"
-    return Finding(seed, reasons, error)
+    without = ""
+    if error:
+        torch._dynamo.reset()
+        without = _error_of(sizes, use, device, lock, seed, backend="inductor", options={})
+    return Finding(seed, reasons, error, without)
 
 
-def _check(sizes: Sizes, use: Use, device: str, lock: Path, seed: int) -> None:
+def _error_of(*program: Any, **compilation: Any) -> str:
+    """What is wrong with a program, compiled so: "" if nothing is."""
+    try:
+        _check(*program, **compilation)
+    except Exception as raised:
+        place = traceback.extract_tb(raised.__traceback__)[-1]
+        told = " ".join(str(raised).split())[:200]
+        return f"{type(raised).__name__}: {told} ({Path(place.filename).name}:{place.lineno})"
+    return ""
+
+
+def _check(
+    sizes: Sizes,
+    use: Use,
+    device: str,
+    lock: Path,
+    seed: int,
+    *,
+    backend: str,
+    options: dict[str, Any],
+) -> None:
     torch.manual_seed(seed)
     model = Model(sizes, use).to(device, sizes.dtype)
     # What eager is judged by as well: in its own dtype it would be without any error.
     exactly = torch.float64 if sizes.dtype is torch.float32 else torch.float32
     wide = Model(sizes, use).to(device, exactly)
     wide.load_state_dict({name: p.to(exactly) for name, p in model.state_dict().items()})
-    options: dict[str, Any] = {"rewrite": "always", "strict": True}
     if use.mode.endswith("graphs"):
-        options["mode"] = "reduce-overhead"
-    compiled = torch.compile(model, backend="flashmhf", options=options)
+        graphs = (
+            {"mode": "reduce-overhead"} if backend == "flashmhf" else {"triton.cudagraphs": True}
+        )
+        options = options | graphs
+    compiled = torch.compile(model, backend=backend, options=options)
 
     shape = use.batch, use.length, sizes.heads * sizes.head_dim
     cases = []
@@ -486,13 +509,16 @@ def main() -> int:
                 for finding in found:
                     if finding.error:
                         print(f"seed {finding.seed}: {finding.error}")
+                        print(f"  Inductor alone: {finding.without or 'right'}")
                         print(f"  {draw(finding.seed)}", flush=True)
-    failed = [finding for finding in findings if finding.error]
+    failed = [finding for finding in findings if finding.error and not finding.without]
+    others = sum(bool(finding.without) for finding in findings)
     modes = Counter(draw(finding.seed)[1].mode for finding in findings)
     reasons = Counter(reason for finding in findings for reason in finding.reasons)
     print(
         f"{len(findings)} programs, seeds {seeds.start} to {seeds.stop - 1}: {len(failed)} wrong "
-        f"or missed, {time.time() - begun:.0f} s, {options.workers} workers; {dict(modes)}; "
+        f"or missed, {others} with Inductor alone as well, {time.time() - begun:.0f} s, "
+        f"{options.workers} workers; {dict(modes)}; "
         f"declined: {dict(reasons)}"
     )
     return 1 if failed or not findings else 0

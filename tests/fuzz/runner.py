@@ -82,6 +82,7 @@ def _start() -> None:
     of it for what the imports have made.
     """
     torch.set_num_threads(1)
+    torch.backends.opt_einsum.enabled = False  # or a seed's program depends on what is installed
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -47,6 +47,15 @@ def test_every_site_is_found_and_computes_the_same(case: Case):
     assert counters["flashmhf"]["sites_rewritten"] == len(case.sites)
 
 
+@pytest.mark.parametrize("name", ["RouterInsideLastEinsum", "RouterByEinsum"])
+def test_einsums_contracted_in_another_order(name: str, monkeypatch: pytest.MonkeyPatch):
+    """As where opt_einsum is installed, which is asked for the cheapest order."""
+    pytest.importorskip("opt_einsum")
+    monkeypatch.setattr(torch.backends.opt_einsum, "enabled", True)
+    monkeypatch.setattr(torch.backends.opt_einsum, "strategy", "optimal")
+    assert len(assert_compiled_right(POSITIVE[name]).rewritten) == 1
+
+
 @near_miss
 def test_near_misses_are_declined_with_the_reason_and_compute_the_same(case: Case):
     # AOTAutograd is left out: it would trace, and train, what stays Dynamo's graph.

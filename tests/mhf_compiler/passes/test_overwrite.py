@@ -280,7 +280,8 @@ def test_the_gradient_takes_that_of_the_results_place(run: Run, calls: int):
 UNTRAINED: dict[str, tuple[Run, str | None]] = {
     "read later": (before, "READ_LATER"),
     "read late": (late, "READ_LATER"),
-    "from outside": (lambda m, x: m.network(m.queries(x)), "DIFFERENT_LAYOUT"),
+    # Its strides, which are judged first, are not the same in all releases of PyTorch.
+    "from outside": (lambda m, x: m.network(m.queries(x)), "INPUT or DIFFERENT_LAYOUT"),
     "expanded": (lambda m, x: m.network(m.queries(x)).sum(), "DIFFERENT_LAYOUT"),
     "the query needs none": (lambda m, x: m.project(m.network(m.queries(x).detach())), None),
     "in another dtype": (
@@ -295,7 +296,9 @@ def test_the_gradient_of_the_result_stays(run: Run, obstacle: str | None):
     counts = train(run, **NO_CPP).counts
     assert counts[OVER_GRADIENT] == 0
     assert counts[f"{OVER_GRADIENT}_declined"] == (obstacle is not None)
-    assert obstacle is None or counts[f"{OVER_GRADIENT}_declined.{obstacle}"] == 1
+    if obstacle is not None:
+        told = [counts[f"{OVER_GRADIENT}_declined.{name}"] for name in obstacle.split(" or ")]
+        assert sum(told) == 1
 
 
 def weigh(module: Network, q: Tensor, of_router: Tensor) -> Tensor:
