@@ -1,14 +1,15 @@
 """The cost model of ``rewrite="auto"``: whether the op is faster than the original spelling.
 
-Both ways are estimated from sizes alone. The original, in its best case (batched products compiled
-by Inductor), is limited by its passes over the hidden units, which it writes to memory and reads
-again. Weights that lie in separate modules cannot be batched: the original runs a kernel for each
-of them, and the op copies them together. The op never writes the hidden units. Its forward pass is
-limited by the weights when tokens are few, since enough programs share them, and by the matrix
-units when tokens are many; its backward pass by how many programs there are to keep the card busy,
-too, and by the latency of one step of a program's loop. In a small training step the host that
-launches the kernels is the limit, except inside a CUDA graph. Constants were fitted to
-``python -m benchmarks run grid`` on an H200; other cards are scaled by what their driver reports.
+Both ways are estimated from sizes and from how many products the original consists of. Compiled by
+Inductor, it is limited by its passes over the hidden units, which it writes to memory and reads
+again. Inductor does not batch products: a loop over sub-networks, or over weights in separate
+modules, runs kernels for each of them. The op copies weights of separate modules together, and
+never writes the hidden units. Its forward pass is limited by the weights when tokens are few, since
+enough programs share them, and by the matrix units when tokens are many; its backward pass by how
+many programs there are to keep the card busy, too, and by the latency of one step of a program's
+loop. In a small training step the host that launches the kernels is the limit, except inside a CUDA
+graph. Constants were fitted to ``python -m benchmarks run grid`` on an H200; other cards are scaled
+by what their driver reports.
 
 On a CPU nothing overlaps, so times add up, and each way has a price for a call. The op computes in
 float32 whatever the dtype, and the two cores that the constants were fitted to have products for
@@ -119,8 +120,9 @@ def _original(w: Workload, device: Device) -> float:
 
 
 def _original_kernels(w: Workload) -> int:
-    """One for each product of each piece, and what each piece has in addition to its products."""
-    products, pieces = sum(w.products), max(w.products)
+    """One for each product, and what each round of products has in addition."""
+    products = w.written or sum(w.products)  # none are written where sums of products are
+    pieces = -(-products // len(w.products))
     kernels = products + pieces + 1  # the hidden units; the results are brought together
     if w.training:
         # The hidden units; what a token's networks weigh; the two gradients of the query, added.
@@ -249,7 +251,8 @@ def _estimate_on_a_cpu(w: Workload) -> Estimate:
     original = times * products * _tokens(w) * flops / (_CORES.products[half] * threads)
     original += passes * _hidden_bytes(w) / (_CORES.bandwidth * threads)
     original += times * weights / (_CORES.weights[w.training] * threads)
-    added = _original_kernels(w) - _original_kernels(replace(w, pieces=(1, 1, 1)))
+    batched = replace(w, pieces=(1, 1, 1), written=0)
+    added = _original_kernels(w) - _original_kernels(batched)
     original += _CORES.graph[w.training] + added * _CORES.kernel
     return Estimate(rewritten, original)
 

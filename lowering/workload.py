@@ -27,8 +27,9 @@ class Workload:
 
     If the number of tokens is ``dynamic``, ``sizes`` has many, since that is where rewriting
     matters. ``pieces`` counts the tensors that each of gate, up and down lies in: one, or as many
-    as there are modules in a list. The original spelling runs a product for each of them; for the
-    op they are copied together before each call.
+    as there are modules in a list; for the op they are copied together before each call.
+    ``written`` counts the products of the original spelling, which may take the sub-networks of one
+    tensor one by one; 0 stands for one for each piece.
     """
 
     sizes: Sizes  # of no card
@@ -38,6 +39,7 @@ class Workload:
     training: bool
     dynamic: bool = False
     pieces: tuple[int, int, int] = (1, 1, 1)  # gate, up, down
+    written: int = 0
     captured: bool = False  # launched from a CUDA graph, where the host costs nothing
 
     @property

@@ -14,6 +14,7 @@ from torch import fx
 
 from .axes import Axis, Index, Size, product
 from .canonical import Value
+from .products import MATRIX_PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Site:
     def routed(self) -> bool:
         """Whether sub-networks are weighted per token (the paper's R)."""
         return bool(self.routers)
+
+    @property
+    def products(self) -> int:
+        """How many matrix products the graph computes that the op would compute itself."""
+        return sum(value.op in MATRIX_PRODUCTS for value in self.replaces)
 
     def views(self) -> dict[str, TensorView]:
         """The tensor arguments by role, without the absent ones."""

@@ -134,6 +134,7 @@ def workload_of(site: Site, options: Options, training: bool) -> Workload:
             1 if site.up is None else _pieces(site.up.value),
             _pieces(site.down.value),
         ),
+        written=site.products,
         captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
 

@@ -20,6 +20,7 @@ from mhf_compiler.patterns import Site, TensorView, Value, find_sites
 B, L, H, E, d, f = 2, 6, 4, 3, 8, 5
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
+Look = Callable[[Site, dict[Value, str]], Any]
 Strides = tuple[tuple[int, int], ...]  # (size, distance in memory) of the runs of one dimension
 
 
@@ -48,19 +49,24 @@ class SubNetworks(PerHead):
 
 def described(model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The one site of a model, as what can be compared with the site of another spelling."""
-    found: list[dict[str, Any]] = []
+    return seen(_description, model, dtype)
+
+
+def seen(look: Look, model: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
+    """What is seen of the one site of a model, while there is its graph."""
+    found: list[Any] = []
 
     def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         findings = find_sites(gm)
         assert findings.copy is not None
         names = {value: str(node.name) for value, node in findings.copy.inputs()}
-        found.extend(_description(site, names) for site in findings.sites)
+        found.extend(look(site, names) for site in findings.sites)
         assert not findings.near_misses
         return gm.forward
 
     torch.compile(model, backend=backend)(torch.randn(B, L, H * d, dtype=dtype))
-    (description,) = found
-    return description
+    (one,) = found
+    return one
 
 
 def _description(site: Site, names: dict[Value, str]) -> dict[str, Any]:
@@ -266,3 +272,19 @@ NETWORKS: list[Forward] = [
 @pytest.mark.parametrize("spelling", NETWORKS, ids=lambda spelling: spelling.__name__)
 def test_spellings_of_sub_networks_give_one_site(spelling: Forward):
     assert described(SubNetworks(spelling)) == described(SubNetworks(networks_by_einsum))
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (PerHead(by_einsum), 3),
+        (PerHead(by_a_loop), 3 * H),
+        (SubNetworks(networks_by_einsum), 3),
+        (SubNetworks(networks_in_a_loop), 3 * E),
+        (SubNetworks(heads_and_networks_in_loops), 3 * H * E),
+    ],
+    ids=["heads at once", "loop over heads", "all at once", "loop over networks", "two loops"],
+)
+def test_products_are_counted_as_they_are_written(model: nn.Module, count: int):
+    """The compiler does not batch them: each is a kernel."""
+    assert seen(lambda site, names: site.products, model) == count
