@@ -158,15 +158,17 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--recompute", action="store_true", help="checkpoint each layer")
+    parser.add_argument("--written", type=int, default=100, help="bytes to generate in the end")
     parser.add_argument("--out", type=Path, default=Path("runs/hf_causal_lm"))
     options = parser.parse_args(arguments)
 
     shape = {"hidden_size": 128, "intermediate_size": 256, "mhffnmoe_num_experts": 4}
-    depth = {"num_hidden_layers": 3, "num_attention_heads": 4}
+    depth = {"num_hidden_layers": options.layers, "num_attention_heads": 4}
     bytes_only = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
     model = FlashMHFForCausalLM(FlashMHFConfig(**shape, **depth, **bytes_only))
     text = Windows(load_text()[0], options.length)
@@ -189,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(options.out).eval()
     model.compile(backend="flashmhf")
     how = {"cache_implementation": "static", "disable_compile": True}  # by generate, with Inductor
-    tokens = model.generate(torch.tensor([list(PROMPT)]), max_new_tokens=100, **how)
+    tokens = model.generate(torch.tensor([list(PROMPT)]), max_new_tokens=options.written, **how)
     print(bytes(tokens[0].tolist()).decode(errors="replace"))
 
 

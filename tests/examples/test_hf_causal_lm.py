@@ -211,9 +211,9 @@ def test_the_script(
     """From the report to the text, with nothing in place of Inductor."""
     pytest.importorskip("accelerate")
     monkeypatch.setattr(compat, "compile_graph", lambda name, gm, *others: gm.forward)
-    example.main(
-        ["--steps", "2", "--batch", "2", "--length", "16", "--recompute", "--out", str(tmp_path)]
-    )
+    sizes = {"layers": 1, "steps": 2, "batch": 2, "length": 16, "written": 3}
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    example.main([*options, "--recompute", f"--out={tmp_path}"])
     printed = capsys.readouterr().out
     assert "MH-FFNs" in printed
     assert example.PROMPT.decode() in printed
