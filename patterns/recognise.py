@@ -39,6 +39,8 @@ _SOON = 24  # operations
 _PROJECTED, _ACTIVATED, _SOFTENED, _ATTENDING = 1, 2, 4, 8
 #: why a network keeps its biases, routers or sums to itself, which are then not part of the site
 _OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT16_RANGE})
+#: of what activates no projection, which tells nothing where it is a projection itself
+_OF_HIDDEN_UNITS = frozenset({Kind.NOT_A_PRODUCT, Kind.ADDED_PROJECTIONS})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -117,7 +119,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
     for miss in missed:
-        projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
+        projects = miss.anchor in inner and miss.reason.kind in _OF_HIDDEN_UNITS
         if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
             reported.setdefault(paths[miss.anchor][-1], miss)
     apart = _why_apart(findings.sites, above, tried, copy)
@@ -574,13 +576,15 @@ def _tells(reason: Reason) -> tuple[int, bool]:
     """How telling a reason is: least for a candidate that is too high.
 
     For one that is too low, before the sum over sub-networks, weights and tokens share dimensions;
-    that is telling only if no other candidate got further.
+    that is telling only if no other candidate got further. A projection that is added explains why
+    the candidates below it are no site, as it reads hidden units as well.
     """
-    weak: dict[Kind | Unreadable, int] = {
+    ranks: dict[Kind | Unreadable, int] = {
         Kind.UNKNOWN_OPERATION: 0,
         Kind.PLAIN_FFN: 1,
         Kind.NOT_A_PRODUCT: 2,
         Kind.TOKEN_DEPENDENT_WEIGHTS: 3,
+        Kind.ADDED_PROJECTIONS: 5,
     }
-    rank = weak.get(reason.kind, 4)
+    rank = ranks.get(reason.kind, 4)
     return rank, rank == 0 and reason.detail != ""
