@@ -21,7 +21,7 @@ from torch import fx
 
 from .axes import Axis, axis_form
 from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
-from .checks import TWO_DIMENSIONS, build_site
+from .checks import TWO_DIMENSIONS, build_site, check_form
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
@@ -112,7 +112,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 findings.sites.append(found)
                 path = paths[anchor]
                 above[found.output] = path[path.index(found.output) + 1 :]
-        else:
+        elif not _computes_gradients(anchor):
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
             missed.append(NearMiss(found, where, anchor))
     missed = _as_loops(missed, paths, copy)
@@ -436,6 +436,11 @@ def _is_outer_product(value: Value) -> bool:
     return contraction is not None and contraction.is_product
 
 
+def _computes_gradients(anchor: Value) -> bool:
+    """Whether it is a product of the backward pass that ``torch.func.grad`` puts into a graph."""
+    return getattr(anchor.origin.target, "__name__", "") == "_autograd_grad"
+
+
 def _projections_of(anchor: Value) -> set[Value]:
     """The contractions that an anchor reads through views and pointwise operations."""
     return {value for value in _read_pointwise(anchor) if value.op in MATRIX_PRODUCTS}
@@ -561,15 +566,19 @@ def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
 def _try(
     root: Value, outside: frozenset[Value], copy: CanonicalCopy, outputs: frozenset[Value]
 ) -> Site | Reason:
-    if copy.made_by(root) is None:
-        transformed = copy.levels.get(root.origin, ()) is None
-        kind = Kind.FUNCTION_TRANSFORM if transformed else Kind.UNKNOWN_OPERATION
+    held = copy.made_by(root) is not None
+    levels = copy.levels.get(root.origin, ())
+    if not held and not levels:
+        kind = Kind.FUNCTION_TRANSFORM if levels is None else Kind.UNKNOWN_OPERATION
         return Reason(kind, "", root.origin)
     try:
         reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
-        return build_site(reading, root, copy)
+        if held:
+            return build_site(reading, root, copy)
+        check_form(reading, root)
     except Declined as declined:
         return declined.reason
+    return Reason(Kind.FUNCTION_TRANSFORM, "", root.origin)  # no node has it without its gradients
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:
