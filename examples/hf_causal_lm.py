@@ -167,10 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/hf_causal_lm"))
     options = parser.parse_args(arguments)
 
-    shape = {"hidden_size": 128, "intermediate_size": 256, "mhffnmoe_num_experts": 4}
-    depth = {"num_hidden_layers": options.layers, "num_attention_heads": 4}
-    bytes_only = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None}
-    model = FlashMHFForCausalLM(FlashMHFConfig(**shape, **depth, **bytes_only))
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+    sizes |= {"num_hidden_layers": options.layers, "mhffnmoe_num_experts": 4}
+    sizes |= {"vocab_size": VOCABULARY, "eos_token_id": None}
+    model = FlashMHFForCausalLM(FlashMHFConfig(**sizes))
     text = Windows(load_text()[0], options.length)
     print(mhf_compiler.explain(model)(text.tokens[: options.batch]))
 

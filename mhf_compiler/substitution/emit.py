@@ -459,7 +459,7 @@ def _place_ones(groups: list[list[Axis]], count: int) -> list[Axis]:
     away and added again: Inductor may give an added one another stride. Where the tensor is saved
     for a backward graph, AOTAutograd then takes its strides, and symbols in them, for constants.
     """
-    placed = []
+    placed: list[Axis] = []
     for group in groups:
         if not group and len(placed) < count:
             group.append(Axis(1))

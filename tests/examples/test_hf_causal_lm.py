@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inductor import NO_CPP, no_caches
 from torch import Tensor
 
 import mhf_compiler
@@ -144,6 +145,15 @@ def test_accelerate_knows_no_back_end_but_its_own(example: ModuleType, tmp_path:
     settings = {"torch_compile_backend": "flashmhf"}
     with pytest.raises(ValueError, match="FLASHMHF"):
         trainer_of(example, model_of(example), tmp_path, **settings)
+
+
+def test_the_trainer_compiles_with_passes_of_inductors(example: ModuleType, tmp_path: Path):
+    """``torch_compile`` names Inductor and takes no options: they are set for the process."""
+    options = mhf_compiler.inductor_options({"rewrite": "always"}) | NO_CPP
+    with torch._inductor.config.patch(options), no_caches():
+        trainer = trainer_of(example, model_of(example), tmp_path, torch_compile=True)
+        trainer.train()
+    assert rewritten() == LAYERS * graphs() > 0
 
 
 def test_checkpointing_by_the_models_own_switch(example: ModuleType):
