@@ -76,17 +76,7 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     Raises:
         Declined: a check failed.
     """
-    term = one_query(reading.term)
-    roles = assign_roles(term, reading.index)
-    check_weights(term, roles)
-    check_static_sizes(term, roles)
-    check_router(term, roles)
-    check_biases(term, roles)
-    check_widths(roles)
-    check_multi_head(roles)
-    check_dtypes(term, root)
-    check_rounding(term, reading, root)
-    check_range(term)
+    term, roles = check_form(reading, root)
     check_gradients(reading, root, copy)
     check_no_escape(reading, root, copy)
     check_memory(term.operands().values(), root, copy)
@@ -99,6 +89,26 @@ def build_site(reading: Reading, root: Value, copy: CanonicalCopy) -> Site:
     check_apart(term, pieces)
     check_gradients_apart(pieces, root, copy)
     return _site(term, roles, reading, root, copy, pieces)
+
+
+def check_form(reading: Reading, root: Value) -> tuple[Term, Roles]:
+    """Prove that a reading computes what an MH-FFN does, wherever it stands.
+
+    Raises:
+        Declined: a check failed.
+    """
+    term = one_query(reading.term)
+    roles = assign_roles(term, reading.index)
+    check_weights(term, roles)
+    check_static_sizes(term, roles)
+    check_router(term, roles)
+    check_biases(term, roles)
+    check_widths(roles)
+    check_multi_head(roles)
+    check_dtypes(term, root)
+    check_rounding(term, reading, root)
+    check_range(term)
+    return term, roles
 
 
 def one_query(term: Term) -> Term:

@@ -470,6 +470,22 @@ def _with_query_of(gate: Projection, up: Projection) -> Projection:
     return replace(up, query=renamed(gate.query, to_mine))
 
 
+def _projected_by(value: Value) -> Value | None:
+    """What a product with weights projects, if the value is one but for numbers and views."""
+    while value.op in _PRODUCTS and len(value.operands) == 1:
+        value = value.source
+    value = _before_views(value)
+    projected = [one for one in map(_before_views, value.operands) if not _may_be_weight(one)]
+    return projected[0] if value.op in MATRIX_PRODUCTS and len(projected) == 1 else None
+
+
+def _before_views(value: Value) -> Value:
+    """A value before its views and casts."""
+    while is_view(value) or is_cast(value):
+        value = value.source
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class _Addend:
     """``sign * value``, read at an index, as a part of the sum that ``addition`` computes."""
@@ -541,8 +557,25 @@ class _Sum:
         contraction = reader.accumulated(value, index)
         if contraction is not None:
             return self._take_product(addend.sign, contraction, index)
-        self.terms.append(scaled(reader.output(value, index), addend.sign))
+        try:
+            self.terms.append(scaled(reader.output(value, index), addend.sign))
+        except Declined:
+            if self._is_adapter(value):
+                raise Declined(Kind.ADDED_PROJECTIONS, node=value.origin) from None
+            raise
         return []
+
+    def _is_adapter(self, value: Value) -> bool:
+        """Whether two matrices in a row project what another product projects at once."""
+        narrow = _projected_by(value)
+        source = None if narrow is None else _projected_by(narrow)
+        if source is None:
+            return False
+        sources = {source}
+        if source.op is aten.mul.Tensor:  # perhaps by the mask of a dropout
+            sources.update(map(_before_views, source.operands))
+        products = (one for one in self.inside if one.op in MATRIX_PRODUCTS)
+        return sum(not sources.isdisjoint(map(_before_views, p.operands)) for p in products) > 1
 
     def _operands(self, sign: float, value: Value, index: Index) -> list[_Addend]:
         """What an addition or subtraction adds."""

@@ -285,7 +285,7 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
     for factor in sympy.Mul.make_args(product):
         projections = [s for s in factor.free_symbols if s.name.startswith("p")]
         if len(projections) > 1:
-            raise Declined(Kind.NOT_A_PRODUCT, _added_up(factor))
+            raise Declined(Kind.ADDED_PROJECTIONS if _adds_up(factor) else Kind.NOT_A_PRODUCT)
         if projections:
             groups.setdefault(projections[0], []).append(factor)
         elif isinstance(factor, sympy.Symbol):
@@ -314,13 +314,13 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
     return Hidden(activation, gate, up, tuple(order), float(scale))
 
 
-def _added_up(factor: Expression) -> str:
-    """The detail of a reason: a factor depends on several projections."""
+def _adds_up(factor: Expression) -> bool:
+    """Whether a factor depends on several projections because they are added, as LoRA does."""
     for part in sympy.preorder_traversal(factor):
         terms = [x for x in part.args if any(s.name.startswith("p") for s in x.free_symbols)]
-        if part.is_Add and len(terms) > 1 and all(len(x.free_symbols) == 1 for x in terms):
-            return "projections are added, as by LoRA: merge their weights"
-    return ""
+        if part.is_Add and len(terms) > 1 and all(x.as_coeff_Mul()[1].is_Symbol for x in terms):
+            return True
+    return False
 
 
 def _counted(gates: int, lines: int) -> str:

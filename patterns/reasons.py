@@ -78,6 +78,11 @@ class Kind(Explained):
         "the hidden units are no product of an activation and a projection",
         "write hidden = act(gate) * up, or hidden = act(gate)",
     )
+    ADDED_PROJECTIONS = (
+        "two projections of the same input are added where an MH-FFN has one, as by a LoRA adapter "
+        "that is not merged",
+        "merge the adapter (merge_and_unload in PEFT), or add the weights before the product",
+    )
     ESCAPING_INTERMEDIATE = (
         "an intermediate result of the feed-forward network is also read elsewhere",
         "remove the other reader, or compute what it needs from inputs or outputs",

@@ -21,7 +21,7 @@ from torch import fx
 
 from .axes import Axis, axis_form
 from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
-from .checks import TWO_DIMENSIONS, build_site
+from .checks import TWO_DIMENSIONS, build_site, check_form
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
@@ -39,6 +39,8 @@ _SOON = 24  # operations
 _PROJECTED, _ACTIVATED, _SOFTENED, _ATTENDING = 1, 2, 4, 8
 #: why a network keeps its biases, routers or sums to itself, which are then not part of the site
 _OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT16_RANGE})
+#: of what activates no projection, which tells nothing where it is a projection itself
+_OF_HIDDEN_UNITS = frozenset({Kind.NOT_A_PRODUCT, Kind.ADDED_PROJECTIONS})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -110,14 +112,14 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 findings.sites.append(found)
                 path = paths[anchor]
                 above[found.output] = path[path.index(found.output) + 1 :]
-        else:
+        elif not _computes_gradients(anchor):
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
             missed.append(NearMiss(found, where, anchor))
     missed = _as_loops(missed, paths, copy)
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
     for miss in missed:
-        projects = miss.anchor in inner and miss.reason.kind is Kind.NOT_A_PRODUCT
+        projects = miss.anchor in inner and miss.reason.kind in _OF_HIDDEN_UNITS
         if not projects and not any(_belongs_to(site, miss.anchor) for site in findings.sites):
             reported.setdefault(paths[miss.anchor][-1], miss)
     apart = _why_apart(findings.sites, above, tried, copy)
@@ -434,6 +436,11 @@ def _is_outer_product(value: Value) -> bool:
     return contraction is not None and contraction.is_product
 
 
+def _computes_gradients(anchor: Value) -> bool:
+    """Whether it is a product of the backward pass that ``torch.func.grad`` puts into a graph."""
+    return getattr(anchor.origin.target, "__name__", "") == "_autograd_grad"
+
+
 def _projections_of(anchor: Value) -> set[Value]:
     """The contractions that an anchor reads through views and pointwise operations."""
     return {value for value in _read_pointwise(anchor) if value.op in MATRIX_PRODUCTS}
@@ -559,28 +566,34 @@ def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
 def _try(
     root: Value, outside: frozenset[Value], copy: CanonicalCopy, outputs: frozenset[Value]
 ) -> Site | Reason:
-    if copy.made_by(root) is None:
-        transformed = copy.levels.get(root.origin, ()) is None
-        kind = Kind.FUNCTION_TRANSFORM if transformed else Kind.UNKNOWN_OPERATION
+    held = copy.made_by(root) is not None
+    levels = copy.levels.get(root.origin, ())
+    if not held and not levels:
+        kind = Kind.FUNCTION_TRANSFORM if levels is None else Kind.UNKNOWN_OPERATION
         return Reason(kind, "", root.origin)
     try:
         reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
-        return build_site(reading, root, copy)
+        if held:
+            return build_site(reading, root, copy)
+        check_form(reading, root)
     except Declined as declined:
         return declined.reason
+    return Reason(Kind.FUNCTION_TRANSFORM, "", root.origin)  # no node has it without its gradients
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:
     """How telling a reason is: least for a candidate that is too high.
 
     For one that is too low, before the sum over sub-networks, weights and tokens share dimensions;
-    that is telling only if no other candidate got further.
+    that is telling only if no other candidate got further. A projection that is added explains why
+    the candidates below it are no site, as it reads hidden units as well.
     """
-    weak: dict[Kind | Unreadable, int] = {
+    ranks: dict[Kind | Unreadable, int] = {
         Kind.UNKNOWN_OPERATION: 0,
         Kind.PLAIN_FFN: 1,
         Kind.NOT_A_PRODUCT: 2,
         Kind.TOKEN_DEPENDENT_WEIGHTS: 3,
+        Kind.ADDED_PROJECTIONS: 5,
     }
-    rank = weak.get(reason.kind, 4)
+    rank = ranks.get(reason.kind, 4)
     return rank, rank == 0 and reason.detail != ""

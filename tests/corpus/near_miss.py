@@ -31,7 +31,7 @@ def swiglu(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return project(F.silu(project(q, gate)) * project(q, up), down)
 
 
-@declined(Kind.NOT_A_PRODUCT)
+@declined(Kind.ADDED_PROJECTIONS)
 class LoraBesideTheGate(PerHead):
     """A product of two narrow matrices is added to the gate, and not to its weights."""
 
@@ -43,6 +43,36 @@ class LoraBesideTheGate(PerHead):
         q = split_heads(x)
         gate = project(q, self.gate) + project(project(q, self.narrow), self.wide)
         return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.ADDED_PROJECTIONS)
+class LoraBesideTheDownProjection(PerHead):
+    """The hidden units are multiplied by two narrow matrices as well, and both results added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = weight(H, f, 2), weight(H, 2, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden, self.down) + project(project(hidden, self.narrow), self.wide) / 2
+
+
+@declined(Kind.ADDED_PROJECTIONS)
+class LoraInALoop(PerHead):
+    """The same for each head by itself, scaled before it is added, with the adapter first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = weight(H, f, 2), weight(H, 2, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h, q in enumerate(split_heads(x).unbind(2)):
+            hidden = F.silu(q @ self.gate[h]) * (q @ self.up[h])
+            heads.append(0.5 * (hidden @ self.narrow[h] @ self.wide[h]) + hidden @ self.down[h])
+        return torch.cat(heads, -1)
 
 
 @declined(Kind.UNSUPPORTED_PROBLEM, shapes=((B, 0, H * d),))

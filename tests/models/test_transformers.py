@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mhf_compiler
+from mhf_compiler.patterns import Kind
 from models.harness import (
     OPTIONS,
     assert_same_steps,
@@ -176,6 +178,77 @@ def test_generate_that_compiles_by_itself():
     found = model.generate(tokens, **how, compile_config=config)
     assert found.tolist() == expected.tolist()
     assert replaced() >= 2
+
+
+# The kernel mapping: ``kernelize`` puts an op from the Hub in place of a layer's forward method.
+
+
+@torch.library.custom_op("mhf_tests::silu_and_mul", mutates_args=())
+def silu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@torch.library.custom_op("mhf_tests::heads_mlp", mutates_args=())
+def heads_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    q = x.unflatten(-1, (gate_up.shape[0], -1)).transpose(1, 2)
+    return (silu_and_mul(q @ gate_up) @ down).transpose(1, 2).flatten(2)
+
+
+@silu_and_mul.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@heads_mlp.register_fake
+def _(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class SiluAndMul(torch.nn.Module):
+    """A layer that the mapping knows: the halves of gate and up projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+class PackedHeads(torch.nn.Module):
+    """Heads with one product for gate and up projection."""
+
+    def __init__(self, heads: int = 4, hidden: int = 6) -> None:
+        super().__init__()
+        width = WIDTH // heads
+        self.heads, self.act = heads, SiluAndMul()
+        self.gate_up = torch.nn.Parameter(torch.randn(heads, width, 2 * hidden) / 2)
+        self.down = torch.nn.Parameter(torch.randn(heads, hidden, width) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return (self.act(q @ self.gate_up) @ self.down).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("replaced_part", ["nothing", "the activation", "the network"])
+def test_layers_that_the_kernel_mapping_has_replaced(replaced_part: str):
+    """An op of somebody else's inside the network is the reason; in place of it, it is the network.
+
+    The mapping sets the ``forward`` of each layer of a class, as here.
+    """
+    model, tokens = language_model(2).eval(), prompt()
+    for layer in model.model.layers:
+        mlp = layer.mlp = PackedHeads().double()
+        if replaced_part == "the activation":
+            mlp.act.forward = silu_and_mul
+        elif replaced_part == "the network":
+            mlp.forward = lambda x, mlp=mlp: heads_mlp(x, mlp.gate_up, mlp.down)
+    with torch.no_grad():
+        expected = logits_of(model)(tokens)
+        torch.testing.assert_close(logits_of(flashmhf(model))(tokens), expected)
+        assert replaced() == (2 if replaced_part == "nothing" else 0)
+        report = mhf_compiler.explain(model, options=OPTIONS)(tokens, use_cache=False)
+    reasons = [miss.reason for miss in report.declined if "silu_and_mul" in miss.reason.detail]
+    assert [one.kind for one in reasons] == [Kind.UNKNOWN_OPERATION] * len(reasons)
+    assert len(reasons) == (2 if replaced_part == "the activation" else 0)
 
 
 def test_explain():

@@ -223,12 +223,10 @@ NO_PRODUCTS = {
     "two sorts": lambda gate, up: F.silu(gate) * torch.tanh(up),
     "a sum": lambda gate, up: F.silu(gate) + up,
     "activated afterwards": lambda gate, up: F.silu(gate * up),
-    "a sum inside": lambda gate, up: F.silu(gate + up),
     "up squared": lambda gate, up: F.silu(gate) * up**2,
     "up shifted": lambda gate, up: F.silu(gate) * (up + 1),
     "a residual": lambda gate, up: F.silu(gate) * up + gate,
     "a quotient": lambda gate, up: F.silu(gate) / up,
-    "a part of gate again": lambda gate, up: F.silu(gate) * (gate + up),
 }
 
 
@@ -237,6 +235,17 @@ def test_what_is_no_product_of_an_activation_and_a_projection(
     hidden: Callable[[Tensor, Tensor], Tensor],
 ):
     assert reason(hidden) in (Kind.NOT_A_PRODUCT, Kind.UNKNOWN_ACTIVATION)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        lambda gate, up: F.silu(gate + up),
+        lambda gate, up: F.silu(gate) * (gate + 2 * up),
+    ],
+)
+def test_projections_that_are_added(hidden: Callable[[Tensor, Tensor], Tensor]):
+    assert reason(hidden) is Kind.ADDED_PROJECTIONS
 
 
 @pytest.mark.parametrize(
