@@ -104,6 +104,9 @@ CASES: dict[str, tuple[nn.Module, dict[str, int], int]] = {
     "overwritten": (Overwritten(), HEADS, 0),
 }
 
+#: where DTensor places gradients in ways of its own, or does not flatten what is cut, before 2.13
+NEWER = ("hidden units", "tokens", "sequences")
+
 
 def placed(model: nn.Module, cuts: dict[str, int], mesh: DeviceMesh) -> nn.Module:
     model = copy.deepcopy(model)
@@ -167,7 +170,8 @@ def main(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     for name in CASES:
-        check(name, mesh, "aot_eager")
+        if name not in NEWER or torch.__version__ >= (2, 13):
+            check(name, mesh, "aot_eager")
     check("heads", mesh, "inductor")
     dist.destroy_process_group()
 
