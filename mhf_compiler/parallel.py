@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 from typing import Any, TypeAlias
 
@@ -93,6 +94,9 @@ class HeadParallel(ParallelStyle):  # type: ignore[misc]
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self._check(module, device_mesh)
         distribute_module(module, device_mesh, self._divide)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(_placed_as, parameter.placements))
         module.register_forward_pre_hook(self._enter, with_kwargs=True)
         module.register_forward_hook(self._leave)
         self._mesh = device_mesh
@@ -163,6 +167,11 @@ class HeadParallel(ParallelStyle):  # type: ignore[misc]
         if type(output) in (tuple, list):
             return type(output)(self._leave(module, args, x) for x in output)
         return output
+
+
+def _placed_as(places: Sequence[Placement], gradient: Tensor) -> Tensor:
+    """A gradient placed as its parameter: of one that all heads share, each device has a part."""
+    return gradient.redistribute(placements=places) if isinstance(gradient, DTensor) else gradient
 
 
 def _replicated(value: Any, mesh: DeviceMesh, outside: Sequence[Placement]) -> Any:
