@@ -97,9 +97,8 @@ class HeadParallel(ParallelStyle):  # type: ignore[misc]
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(partial(_placed_as, parameter.placements))
-        module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        module.register_forward_pre_hook(partial(self._enter, device_mesh), with_kwargs=True)
         module.register_forward_hook(self._leave)
-        self._mesh = device_mesh
         return module
 
     def _check(self, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -144,23 +143,22 @@ class HeadParallel(ParallelStyle):  # type: ignore[misc]
                 module.register_parameter(name, made)
 
     def _enter(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        mesh: DeviceMesh,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, dict[str, Any]]:
-        outside: list[Placement] = [Shard(1)] if self.sequence_parallel else [Replicate()]
-        given = list(args)
-        for position, value in enumerate(given):
-            given[position] = _replicated(value, self._mesh, outside)
-            outside = [Replicate()]
-        named = {}
-        for key, value in kwargs.items():
-            named[key] = _replicated(value, self._mesh, outside)
-            outside = [Replicate()]
-        return tuple(given), named
+        outside: Placement = Shard(1) if self.sequence_parallel else Replicate()
+        placed = [outside, *(Replicate() for _ in (*args, *kwargs))]
+        values = (*args, *kwargs.values())
+        given = [_replicated(x, mesh, place) for x, place in zip(values, placed, strict=False)]
+        return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, DTensor):
-            outside = [Shard(1)] if self.sequence_parallel else [Replicate()]
-            output = output.redistribute(placements=outside)
+            outside = Shard(1) if self.sequence_parallel else Replicate()
+            output = output.redistribute(placements=[outside])
             return output.to_local() if self.use_local_output else output
         if isinstance(output, dict):
             return type(output)({k: self._leave(module, args, x) for k, x in output.items()})
@@ -174,12 +172,12 @@ def _placed_as(places: Sequence[Placement], gradient: Tensor) -> Tensor:
     return gradient.redistribute(placements=places) if isinstance(gradient, DTensor) else gradient
 
 
-def _replicated(value: Any, mesh: DeviceMesh, outside: Sequence[Placement]) -> Any:
+def _replicated(value: Any, mesh: DeviceMesh, outside: Placement) -> Any:
     """An argument as a replicated DTensor; ``outside`` is how a plain tensor is placed."""
     if not isinstance(value, Tensor):
         return value
     if not isinstance(value, DTensor):
-        value = DTensor.from_local(value, mesh, outside, run_check=False)
+        value = DTensor.from_local(value, mesh, [outside], run_check=False)
     return value.redistribute(mesh, [Replicate()])
 
 
@@ -256,7 +254,7 @@ def head_parallel_plan(
         )
         for place in places
     }
-    return plan[""] if "" in plan else plan
+    return plan.get("", plan)
 
 
 # Where the heads are.
@@ -307,13 +305,22 @@ class _Network:
 
 
 def _networks(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Network]:
-    """The sites of all graphs of a model."""
+    """The sites of all graphs of a model, once for each call of a graph.
+
+    Where graphs end, layers of one form share theirs, and only its inputs say which layer it is.
+    """
     found: list[_Network] = []
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True))
-        found.extend(_networks_of(gm, inputs))
-        return gm.forward
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        sites = list(_sites(gm, {node: node for node in placeholders}))
+
+        def run(*inputs: Any) -> Any:
+            given = dict(zip(placeholders, inputs, strict=True))
+            found.extend(_network(site, heads, given) for site, heads in sites)
+            return gm.forward(*inputs)
+
+        return run
 
     torch.compiler.reset()
     try:
@@ -324,29 +331,46 @@ def _networks(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     return found
 
 
-def _networks_of(gm: fx.GraphModule, inputs: Mapping[fx.Node, Any]) -> Iterator[_Network]:
-    """The sites of a graph and of those inside of it; ``inputs`` are the graph's."""
+#: how heads lie in inputs of a site, each with the input of the whole graph, or the tensor
+_Sources: TypeAlias = "list[tuple[Heads, Any]]"
+
+
+def _sites(
+    gm: fx.GraphModule, outside: Mapping[fx.Node, fx.Node]
+) -> Iterator[tuple[Site, _Sources]]:
+    """The sites of a graph and of those inside of it.
+
+    ``outside`` are the inputs of the whole graph that those of this one are.
+    """
     for inner, modes in inner_graphs(gm):
         if isinstance(modes, Modes):
             with modes.entered():
-                yield from _networks_of(inner, _inner_inputs(gm, inner, inputs))
+                yield from _sites(inner, _passed_on(gm, inner, outside))
     for site in find_sites(gm, shape_env_in(gm)).sites:
-        known: list[tuple[nn.Parameter, Heads]] = []
-        others: list[Heads] = []
+        sources: _Sources = []
         for heads in find_heads(site):
             node = heads.value.origin
-            tensor = _attribute(gm, node) if node.op == "get_attr" else inputs.get(node)
-            if isinstance(tensor, nn.Parameter):
-                known.append((tensor, heads))
-            else:
-                others.append(heads)
-        yield _Network(site, known, others)
+            is_attribute = node.op == "get_attr"
+            sources.append((heads, _attribute(gm, node) if is_attribute else outside.get(node)))
+        yield site, sources
 
 
-def _inner_inputs(
-    gm: fx.GraphModule, inner: fx.GraphModule, inputs: Mapping[fx.Node, Any]
-) -> dict[fx.Node, Any]:
-    """What the inputs of an inner graph are, as far as its call passes on those of the graph."""
+def _network(site: Site, sources: _Sources, given: Mapping[fx.Node, Any]) -> _Network:
+    known: list[tuple[nn.Parameter, Heads]] = []
+    others: list[Heads] = []
+    for heads, source in sources:
+        tensor = given.get(source) if isinstance(source, fx.Node) else source
+        if isinstance(tensor, nn.Parameter):
+            known.append((tensor, heads))
+        else:
+            others.append(heads)
+    return _Network(site, known, others)
+
+
+def _passed_on(
+    gm: fx.GraphModule, inner: fx.GraphModule, outside: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """The inputs of the whole graph that a call of an inner one passes on."""
     placeholders = inner.graph.find_nodes(op="placeholder")
     for node in gm.graph.find_nodes(op="get_attr"):
         if getattr(gm, str(node.target), None) is inner:
@@ -354,9 +378,9 @@ def _inner_inputs(
                 given = call.args[call.args.index(node) + 1 :] if node in call.args else ()
                 if len(given) == len(placeholders):
                     return {
-                        place: inputs[one]
+                        place: outside[one]
                         for place, one in zip(placeholders, given, strict=True)
-                        if isinstance(one, fx.Node) and one in inputs
+                        if isinstance(one, fx.Node) and one in outside
                     }
     return {}
 
@@ -438,10 +462,14 @@ def _module_of(model: nn.Module, site: Site, weights: Sequence[str]) -> str:
     path, *others = (name.rpartition(".")[0] for name in weights)
     while any(_inside(f"{other}.", path) is None for other in others):
         path = path.rpartition(".")[0]
-    classes = classes_around(site)
-    while path and type(model.get_submodule(path)).__name__ not in classes:
-        path = path.rpartition(".")[0]
-    return path
+    classes = classes_around(site)  # without that of a module whose graph begins in it
+    paths = [path]
+    while paths[-1]:
+        paths.append(paths[-1].rpartition(".")[0])
+    modules = [(path, type(model.get_submodule(path))) for path in paths]
+    running = [path for path, kind in modules if kind.__name__ in classes]
+    callable_ = [path for path, kind in modules if kind.forward is not nn.Module.forward]
+    return (running or callable_ or [""])[0]
 
 
 def _inside(name: str, path: str) -> str | None:

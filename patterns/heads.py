@@ -79,14 +79,21 @@ def _inputs(role: str, value: Value, index: Index, heads: Sequence[Axis]) -> Ite
             seen.add(value)
             if value.op == INPUT:
                 yield _of_input(role, value, index, heads)
-            elif value.op == STACK and _mention(index[:1], heads):
-                yield from (Heads(role, part, None, alone=True) for part in _made_of(value))
+            elif _mention(_piece(value, index), heads):
+                inputs = (one for one in value.ancestors() if one.op == INPUT)
+                yield from (Heads(role, one, None, alone=True) for one in inputs)
             else:
                 todo += _operands(value, index)
 
 
-def _made_of(value: Value) -> list[Value]:
-    return [one for one in value.ancestors() if one.op == INPUT]
+def _piece(value: Value, index: Index) -> Index:
+    """Which of the tensors that are merged an index reads."""
+    if value.op == STACK:
+        return index[:1]
+    if value.op not in MERGES or through_view(value, index) is not None:
+        return ()
+    read = piece_index(value, index, value.argument(1, "dim", 0) % len(value.shape))
+    return () if read is None else read[:1]
 
 
 def _of_input(role: str, value: Value, index: Index, heads: Sequence[Axis]) -> Heads:
@@ -184,9 +191,7 @@ def _output_projections(site: Site) -> Iterator[tuple[Value, Index, tuple[Axis, 
                 todo.append((reader, distance + 1))
 
 
-def _summed_over_heads(
-    value: Value, site: Site
-) -> Iterator[tuple[Value, Index, tuple[Axis, ...]]]:
+def _summed_over_heads(value: Value, site: Site) -> Iterator[tuple[Value, Index, tuple[Axis, ...]]]:
     contraction = as_contraction(value, _index_of(value))
     if contraction is None:
         return
