@@ -22,7 +22,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from byte_lm import ByteLM, Size, batches, cross_entropy, load_text
+from byte_lm import ByteLM, Model, Size, batches, cross_entropy, load_text
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -64,7 +64,7 @@ def make_mesh(options: argparse.Namespace, device: str) -> DeviceMesh:
     return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
 
 
-def parallelized(model: ByteLM, mesh: DeviceMesh, options: argparse.Namespace) -> nn.Module:
+def parallelized(model: ByteLM, mesh: DeviceMesh, options: argparse.Namespace) -> Model:
     """What to call in place of the model: heads are divided first, layers compiled before FSDP."""
     settings = {"rewrite": options.rewrite} if options.backend == "flashmhf" else None
     compiles: dict[str, Any] = {"backend": options.backend, "options": settings}
@@ -80,7 +80,8 @@ def parallelized(model: ByteLM, mesh: DeviceMesh, options: argparse.Namespace) -
     for block in model.blocks:
         block.compile(**compiles)
         fully_shard(block, mesh=mesh["dp"], mp_policy=policy)
-    return fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+    fully_shard(model, mesh=mesh["dp"], mp_policy=policy)
+    return model
 
 
 def main() -> None:
@@ -118,8 +119,8 @@ def main() -> None:
     first = 0
     if options.checkpoint is not None and (options.checkpoint / ".metadata").exists():
         states = get_state_dict(model, optimizer, options=flat)
-        state = dict(zip(STATE, (*states, 0), strict=True))
-        dcp.load(state, checkpoint_id=options.checkpoint)
+        state: dict[str, Any] = dict(zip(STATE, (*states, 0), strict=True))
+        dcp.load(state, checkpoint_id=options.checkpoint)  # type: ignore[attr-defined]
         weights, moments, first = (state[key] for key in STATE)
         set_state_dict(
             model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=flat
@@ -147,7 +148,7 @@ def main() -> None:
     if options.checkpoint is not None:
         states = get_state_dict(model, optimizer, options=flat)
         state = dict(zip(STATE, (*states, max(first, options.steps)), strict=True))
-        dcp.save(state, checkpoint_id=options.checkpoint)
+        dcp.save(state, checkpoint_id=options.checkpoint)  # type: ignore[attr-defined]
     dist.destroy_process_group()
 
 

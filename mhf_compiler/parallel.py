@@ -47,7 +47,7 @@ class HeadParallelError(ValueError):
     """The heads of a network cannot be divided between devices; the message says why."""
 
 
-class HeadParallel(ParallelStyle):  # type: ignore[misc]
+class HeadParallel(ParallelStyle):
     """Divides the heads of the MH-FFNs of one module between the devices of a mesh.
 
     A style for ``torch.distributed.tensor.parallel.parallelize_module``. The named parameters
@@ -95,7 +95,7 @@ class HeadParallel(ParallelStyle):  # type: ignore[misc]
         self._check(module, device_mesh)
         distribute_module(module, device_mesh, self._divide)
         for parameter in module.parameters():
-            if parameter.requires_grad:
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
                 parameter.register_hook(partial(_placed_as, parameter.placements))
         module.register_forward_pre_hook(partial(self._enter, device_mesh), with_kwargs=True)
         module.register_forward_hook(self._leave)

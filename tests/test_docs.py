@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import mhf_compiler
 from mhf_compiler import Options, compat, lowering
@@ -82,7 +85,22 @@ def keep_as_it_is(name: str, gm: torch.fx.GraphModule, *others: Any) -> Any:
     return gm.forward
 
 
-@pytest.mark.parametrize("name", ["quick-start", "numerics", "deployment"])
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As ``torchrun --nproc-per-node 1`` would start it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", ["quick-start", "numerics", "deployment", "several-gpus"])
 def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its blocks as one module, as a reader would put them together, and the tests among them."""
     monkeypatch.setattr(compat, "compile_graph", keep_as_it_is)
@@ -96,6 +114,10 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     page = load(path, monkeypatch)
     for title in [title for title in vars(page) if title.startswith("test_")]:
         getattr(page, title)()
+    if name == "several-gpus":
+        page.save(tmp_path / "checkpoint")
+        expected, loaded = page.make().state_dict(), page.load(tmp_path / "checkpoint").state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     torch.compiler.reset()
 
 
