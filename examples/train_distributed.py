@@ -7,6 +7,7 @@
 dimensions of a mesh. The model and the text are those of ``byte_lm.py``. It runs on GPUs with NCCL
 where there are any, otherwise on CPUs with gloo, and goes on from its checkpoint if it finds one,
 whatever the number of processes that wrote it and the way in which they divided the model.
+Layers of one form share a graph under FSDP: what is rewritten there is counted once for all.
 """
 
 from __future__ import annotations
@@ -31,14 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mhf_compiler.parallel import parallelize_heads
 
-WAYS = ("ddp", "fsdp", "tp", "fsdp+tp")
 STATE = ("model", "optimizer", "step")  # the keys of a checkpoint
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--parallel", choices=WAYS, default="fsdp")
-    parser.add_argument("--tp", type=int, help="devices that divide heads; all, or 2 in fsdp+tp")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp", "tp", "fsdp+tp"), default="fsdp")
+    parser.add_argument("--tp", type=int, default=2, help="devices that divide heads in fsdp+tp")
     parser.add_argument("--backend", choices=("flashmhf", "inductor", "eager"), default="flashmhf")
     parser.add_argument("--rewrite", choices=("auto", "always"), default="auto", help="of flashmhf")
     parser.add_argument("--layers", type=int, default=3)
@@ -55,19 +55,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_mesh(options: argparse.Namespace, device: str) -> DeviceMesh:
-    """Processes by (dp, tp): those along dp have data of their own, those along tp heads."""
-    world = dist.get_world_size()
-    tp = {"tp": options.tp or world, "fsdp+tp": options.tp or 2}.get(options.parallel, 1)
-    if world % tp:
-        raise SystemExit(f"--tp: {tp} devices do not divide {world} processes")
-    return init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp"))
-
-
 def parallelized(model: ByteLM, mesh: DeviceMesh, options: argparse.Namespace) -> Model:
     """What to call in place of the model: heads are divided first, layers compiled before FSDP."""
-    settings = {"rewrite": options.rewrite} if options.backend == "flashmhf" else None
-    compiles: dict[str, Any] = {"backend": options.backend, "options": settings}
+    compiles: dict[str, Any] = {"backend": options.backend, "disable": options.backend == "eager"}
+    if options.backend == "flashmhf":
+        compiles["options"] = {"rewrite": options.rewrite}
     if mesh["tp"].size() > 1:
         tokens = torch.zeros(1, 16, dtype=torch.long, device=model.head.weight.device)
         parallelize_heads(model, mesh["tp"], tokens)
@@ -87,32 +79,33 @@ def parallelized(model: ByteLM, mesh: DeviceMesh, options: argparse.Namespace) -
 def main() -> None:
     options = parse()
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda" if on_gpu else "cpu")
     if on_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    mesh = make_mesh(options, device.type)
+    world = dist.get_world_size()
+    tp = {"tp": world, "fsdp+tp": options.tp}.get(options.parallel, 1)
+    if world % tp or options.batch % (world // tp):
+        raise SystemExit(f"--tp {tp} must divide {world} processes, and these --batch")
+    # Processes along dp have data of their own, those along tp heads.
+    mesh = init_device_mesh(device.type, (world // tp, tp), mesh_dim_names=("dp", "tp"))
     replicas, replica = mesh["dp"].size(), mesh["dp"].get_local_rank()
     say = print if dist.get_rank() == 0 else lambda *args, **kwargs: None
 
-    width = options.heads * options.head_dim
-    size = Size(
-        width, options.layers, options.heads, options.heads, options.sub_networks, options.hidden,
-        options.batch // replicas, options.length, options.steps, options.learning_rate,
-    )  # fmt: skip
+    width, batch = options.heads * options.head_dim, options.batch // replicas
+    shape = (options.heads, options.heads, options.sub_networks, options.hidden)
+    training = (batch, options.length, options.steps, options.learning_rate)
+    size = Size(width, options.layers, *shape, *training)
     torch.manual_seed(0)
     with device:
         model = ByteLM(size)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {mesh}")
     call = parallelized(model, mesh, options)
-    # Its fast loops take tensors of one mesh at a time.
-    groups: dict[object, list[nn.Parameter]] = {}
+    groups: dict[object, list[nn.Parameter]] = {}  # fused loops take tensors of one mesh at a time
     for parameter in model.parameters():
         groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    parameters = [{"params": group} for group in groups.values()]
-    optimizer = torch.optim.AdamW(
-        parameters, options.learning_rate, fused=on_gpu, foreach=not on_gpu
-    )
+    lists = [{"params": group} for group in groups.values()]
+    optimizer = torch.optim.AdamW(lists, options.learning_rate, fused=on_gpu)
 
     # By the names of parameters: another way to divide the model has other groups.
     flat = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -122,13 +115,12 @@ def main() -> None:
         state: dict[str, Any] = dict(zip(STATE, (*states, 0), strict=True))
         dcp.load(state, checkpoint_id=options.checkpoint)  # type: ignore[attr-defined]
         weights, moments, first = (state[key] for key in STATE)
-        set_state_dict(
-            model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=flat
-        )
+        weights = {"model_state_dict": weights, "optim_state_dict": moments}
+        set_state_dict(model, optimizer, **weights, options=flat)
         say(f"resumed at step {first} from {options.checkpoint}")
 
-    source = batches(load_text()[0], size.batch, size.length, seed=replica)
-    source = itertools.islice(source, first, options.steps)
+    endless = batches(load_text()[0], batch, options.length, seed=replica)
+    source = itertools.islice(endless, first, options.steps)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
     begin, counted = time.perf_counter(), first
     for step, (tokens, targets) in enumerate(source, first + 1):
@@ -141,9 +133,9 @@ def main() -> None:
             value = loss.item()  # waits for the device
             seconds = time.perf_counter() - begin
             rate = (step - counted) * options.batch * options.length / seconds
-            memory = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_gpu else ""
+            peak = f", peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if on_gpu else ""
             sites = torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"]
-            say(f"step {step}: loss {value:.4f}, {rate:.0f} tokens/s{memory}, {sites} rewritten")
+            say(f"step {step}: loss {value:.4f}, {rate:.0f} tokens/s{peak}, {sites} rewritten")
             begin, counted = time.perf_counter(), step
     if options.checkpoint is not None:
         states = get_state_dict(model, optimizer, options=flat)
