@@ -260,33 +260,53 @@ def head_parallel_plan(
 # Where the heads are.
 
 
-@dataclass
-class _Place:
-    """A module, and its parameters with heads.
+@dataclass(frozen=True)
+class _Cut:
+    """The dimension of a parameter along which blocks of heads follow each other, and how many.
 
-    Attributes:
-        path: of the module, from the model.
-        dims: the dimension of heads of each parameter, by its name in the module.
-        heads: what the number of devices has to divide.
+    ``required`` are the weights of a network; of others, DTensor computes the whole as well.
     """
 
-    path: str
-    dims: dict[str, int] = field(default_factory=dict)
-    heads: int = 0
+    dim: int
+    count: int
+    required: bool
 
-    def add(self, name: str, dim: int, count: int, *, required: bool) -> None:
-        """Divide a parameter along a dimension of so many heads.
+
+@dataclass
+class _Place:
+    """A module, and how its parameters with heads are cut, by their names in it."""
+
+    path: str
+    cuts: dict[str, _Cut] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> int:
+        """What the number of devices has to divide."""
+        return gcd(*(cut.count for cut in self.cuts.values() if cut.required))
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The dimension of heads of each parameter that is cut."""
+        heads = self.heads
+        return {name: cut.dim for name, cut in self.cuts.items() if cut.count % heads == 0}
+
+    def add(self, name: str, cut: _Cut) -> None:
+        """Cut a parameter.
 
         Raises:
-            HeadParallelError: it is required, and divided along another dimension.
+            HeadParallelError: it is required that it is cut, in two ways.
         """
-        if self.dims.setdefault(name, dim) == dim:
-            self.heads = gcd(self.heads, count)
-        elif required:
+        known = self.cuts.setdefault(name, cut)
+        if cut.required and known.required and cut.dim != known.dim:
             raise HeadParallelError(
                 f"{self.path or 'the model'}: networks use {name} with heads along its dimension "
-                f"{self.dims[name]} and along {dim}: allowed is one dimension"
+                f"{known.dim} and along {cut.dim}: allowed is one dimension"
             )
+        if cut.required and known.dim != cut.dim:
+            self.cuts[name] = cut
+        elif known.dim == cut.dim:
+            required = cut.required or known.required
+            self.cuts[name] = _Cut(cut.dim, gcd(cut.count, known.count), required)
 
 
 @dataclass(frozen=True)
@@ -410,7 +430,7 @@ def _places(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
             own = [_inside(name, path) for name in names.get(id(parameter), [])]
             # A parameter that is used elsewhere, too, stays whole.
             if len(own) == 1 and own[0] is not None and heads.dim is not None:
-                place.add(own[0], heads.dim, heads.count, required=heads.role in _WEIGHTS)
+                place.add(own[0], _Cut(heads.dim, heads.count, heads.role in _WEIGHTS))
         yield place
 
 
@@ -486,8 +506,8 @@ def _merged(places: list[_Place]) -> list[_Place]:
         for outer in merged:
             prefix = _inside(f"{place.path}.", outer.path) if place.path != outer.path else ""
             if prefix is not None:
-                for name, dim in place.dims.items():
-                    outer.add(prefix + name, dim, place.heads, required=True)
+                for name, cut in place.cuts.items():
+                    outer.add(prefix + name, cut)
                 break
         else:
             merged.append(place)
