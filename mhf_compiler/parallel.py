@@ -52,8 +52,8 @@ class HeadParallel(ParallelStyle):
 
     A style for ``torch.distributed.tensor.parallel.parallelize_module``. The named parameters
     become DTensors that are ``Shard`` along the dimension of their heads, all others of the module
-    ``Replicate``. Tensors that the module is called with become replicated DTensors, and the
-    tensors that it returns are gathered. ``head_parallel_plan`` makes these styles.
+    ``Replicate``. Tensors that the module is called with become replicated DTensors, and those
+    that it returns are gathered and plain. ``head_parallel_plan`` makes these styles.
 
     Args:
         dims: for each parameter with heads, by its name in the module, the dimension along which
@@ -62,7 +62,6 @@ class HeadParallel(ParallelStyle):
             divides it.
         sequence_parallel: whether the first argument, and what the module returns, are shards
             of sequences, along dimension 1 of ``[B, L, ...]``.
-        use_local_output: whether the module returns plain tensors instead of DTensors.
         path: what error messages call the module.
 
     Raises:
@@ -77,14 +76,12 @@ class HeadParallel(ParallelStyle):
         heads: int,
         *,
         sequence_parallel: bool = False,
-        use_local_output: bool = True,
         path: str = "",
     ) -> None:
         super().__init__()
         self.dims = dict(dims)
         self.heads = heads
         self.sequence_parallel = sequence_parallel
-        self.use_local_output = use_local_output
         self.path = path
 
     def __repr__(self) -> str:
@@ -158,8 +155,7 @@ class HeadParallel(ParallelStyle):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, DTensor):
             outside = Shard(1) if self.sequence_parallel else Replicate()
-            output = output.redistribute(placements=[outside])
-            return output.to_local() if self.use_local_output else output
+            return output.redistribute(placements=[outside]).to_local()
         if isinstance(output, dict):
             return type(output)({k: self._leave(module, args, x) for k, x in output.items()})
         if type(output) in (tuple, list):

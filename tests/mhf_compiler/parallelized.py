@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from mhf_compiler.compat import counters
 from mhf_compiler.parallel import HeadParallelError, head_parallel_plan, parallelize_heads
 
-H, E, f, d = 4, 3, 24, 16
+H, E, f, d = 4, 2, 24, 16
 LAYERS = 2
 ALWAYS = {"rewrite": "always", "strict": True}
 
