@@ -38,16 +38,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from tqdm import tqdm
 
 Model = Callable[[Tensor], Tensor]
 
@@ -197,7 +191,7 @@ class MultiHeadFFN(nn.Module):
         up_weight = self.up_weight.view(shape)
         down_weight = self.down_weight.view(shape)
 
-        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)  # [B, L, H, d]
+        out = torch.zeros_like(q, dtype=torch.float32)  # [B, L, H, d]
         for e in range(self.sub_networks):
             gate = torch.einsum("blhd,hfd->blhf", q, gate_weight[:, e])
             up = torch.einsum("blhd,hfd->blhf", q, up_weight[:, e])
@@ -350,6 +344,9 @@ def sample(model: Model, prompt: bytes, count: int, length: int, device: torch.d
 
 
 def train(backend: str, options: argparse.Namespace) -> Run:
+    import psutil  # what the model and the text do not need is imported where it is used
+    from tqdm import tqdm
+
     size, device = options.shape, torch.device(options.device)
     steps = size.steps
     warmup_steps = min(WARMUP_STEPS, steps - 1)
@@ -481,6 +478,10 @@ def environment(device: str) -> dict[str, str]:
 
 def print_table(runs: Sequence[Run], device: str) -> None:
     on_gpu = device.startswith("cuda")
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(
         title=f"byte-level FlashMHF language model on {environment(device)['device']}",
         box=box.SIMPLE_HEAD,
@@ -522,6 +523,8 @@ def print_table(runs: Sequence[Run], device: str) -> None:
 
 def draw(runs: Sequence[Run], tolerance: float, path: Path) -> None:
     """The loss curves, and below them how far each is from the eager one."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     styles = {"eager": ("-", 4.0), "inductor": ("-", 1.8), "flashmhf": ("--", 1.2)}

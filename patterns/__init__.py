@@ -14,12 +14,14 @@ The files, in the order in which a graph passes through them:
     grammar        a value read as the output of an MH-FFN
     checks         the proof that it is one; reasons: why it is not
     routers        what computes a site's router from widened queries
+    heads          along which dimension of each parameter its heads lie
     recognise      the entry point; site: what it returns
 """
 
 from .axes import Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
+from .heads import Heads, find_heads
 from .modes import Modes, inner_graphs
 from .operations import is_cast
 from .products import is_product_call, is_summed_product_call
@@ -40,6 +42,7 @@ __all__ = [
     "Axis",
     "CanonicalCopy",
     "Findings",
+    "Heads",
     "Kind",
     "Location",
     "Modes",
@@ -53,6 +56,7 @@ __all__ = [
     "Value",
     "all_pieces",
     "at_most",
+    "find_heads",
     "find_router_products",
     "find_sites",
     "inner_graphs",

@@ -61,6 +61,8 @@ _UPDATES = frozenset(
         *("imod", "ipow", "ilshift", "irshift", "iand", "ior", "ixor", "iconcat"),
     }
 )
+#: of these, those that compute elements in the place of the first argument's
+_SUMS_UP = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +260,28 @@ class _Tracer(fx.Interpreter):
         if meshes <= {None}:
             return False
         return (
-            len(meshes) > 1 or _may_write(node) or _is_about_shards(node) or functorch_depth() > 0
+            len(meshes) > 1
+            or (_may_write(node) and not self._overwrites_its_own(node))
+            or _is_about_shards(node)
+            or functorch_depth() > 0
+        )
+
+    def _overwrites_its_own(self, node: fx.Node) -> bool:
+        """Whether a node overwrites a tensor that nothing else reads, and no part of another.
+
+        A view of a DTensor may be a copy, of which a write would not be seen in the tensor.
+        """
+        target = node.args[0] if node.args else None
+        name = str(getattr(node.target, "__name__", node.target))
+        if not isinstance(target, fx.Node) or name not in _SUMS_UP:
+            return False
+        alias = self._memory.alias(self.env[target])
+        nodes = {target, *alias.storage.nodes}
+        return (
+            not alias.chain
+            and not alias.storage.is_outside
+            and all(one.op not in ("placeholder", "get_attr") for one in nodes)
+            and all(len(one.users) == 1 for one in nodes)
         )
 
     def _example(self, node: fx.Node) -> Any:

@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import mhf_compiler
 from mhf_compiler import Options, compat, lowering
@@ -91,7 +94,27 @@ def can_run(block: str) -> bool:
     return all(importlib.util.find_spec(package) for package in needed)
 
 
-@pytest.mark.parametrize("name", ["quick-start", "numerics", "deployment", "hugging-face"])
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As ``torchrun --nproc-per-node 1`` would start it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+PAGES = [
+    *("quick-start", "numerics", "deployment", "hugging-face"),
+    pytest.param("several-gpus", marks=pytest.mark.usefixtures("one_process")),
+]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Its blocks as one module, as a reader would put them together, and the tests among them."""
     monkeypatch.setattr(compat, "compile_graph", keep_as_it_is)
@@ -107,6 +130,10 @@ def test_the_code_of_a_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.
     page = load(path, monkeypatch)
     for title in [title for title in vars(page) if title.startswith("test_")]:
         getattr(page, title)()
+    if name == "several-gpus":
+        page.save(tmp_path / "checkpoint")
+        expected, loaded = page.make().state_dict(), page.load(tmp_path / "checkpoint").state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     torch.compiler.reset()
 
 

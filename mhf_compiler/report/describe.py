@@ -225,13 +225,23 @@ def _modules(node: fx.Node) -> list[tuple[str, str]]:
 
 def _module_of_site(site: Site) -> tuple[str | None, str | None]:
     """The innermost module that contains all projections; views may be outside of it."""
+    stack = _stack_of_site(site)
+    return stack[-1] if stack else (None, None)
+
+
+def classes_around(site: Site) -> set[str]:
+    """The names of the classes of all modules that contain all projections of a site."""
+    return {name for _, name in _stack_of_site(site)}
+
+
+def _stack_of_site(site: Site) -> list[tuple[str, str]]:
     nodes = {value.origin for value in site.replaces}
     products = [node for node in nodes if is_product_call(node)]
     common: list[tuple[str, str]] | None = None
     for node in products or [site.output_node]:
         stack = _modules(node)
         common = stack if common is None else list(_common(common, stack))
-    return common[-1] if common else (None, None)
+    return common or []
 
 
 def _common(

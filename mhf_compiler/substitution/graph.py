@@ -169,7 +169,7 @@ def _rewrite_module(
         else:
             with modes.entered():
                 _rewrite_module(inner, options, report, kept, training)
-    findings = find_sites(gm, _shape_env(gm))
+    findings = find_sites(gm, shape_env_in(gm))
     decisions = [
         _on_shards(decide(site, options, training), gm, findings) for site in findings.sites
     ]
@@ -234,7 +234,7 @@ def _site_report(decision: Decision) -> SiteReport:
     )
 
 
-def _shape_env(gm: fx.GraphModule) -> Any | None:
+def shape_env_in(gm: fx.GraphModule) -> Any | None:
     """The shape environment of the symbolic sizes in this graph; None if there are none.
 
     Fake tensors with an environment cost a third more, and most graphs need none.
@@ -265,7 +265,7 @@ def _write(
         for d in accepted
     }
     try:
-        gm.graph, products = _with_products(gm.graph, products, copy, _shape_env(gm))
+        gm.graph, products = _with_products(gm.graph, products, copy, shape_env_in(gm))
     except EditError as error:
         if error.site not in products:
             raise

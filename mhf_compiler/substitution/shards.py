@@ -28,7 +28,7 @@ from ..compat import (
     redistributed,
 )
 from ..debug.extract import Sizes, Spelling
-from ..patterns import RESHAPES, CanonicalCopy, Site, Value
+from ..patterns import RESHAPES, CanonicalCopy, Site, Value, uncast
 from .verify import arguments, replacement
 
 _Outcome = tuple[dict[str, Any], dict[str, int]]  # placements and collectives, by name
@@ -50,8 +50,9 @@ def objection(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None
     from ..lowering.ops import know_dtensor
 
     know_dtensor()
-    if torch.__version__ < "2.13":  # as versions, not as text
-        # Gradients of the operations that einsum is made of are placed otherwise than einsum's own.
+    if torch.__version__ < "2.13" and not _weights_are_cut(site, copy):  # as versions, not as text
+        # Gradients of the operations that einsum is made of are placed otherwise than einsum's own,
+        # unless their weights are cut.
         return f"torch {torch.__version__} places gradients in ways of its own, 2.13 is needed"
     sizes = Sizes(gm)
     original = Spelling(site, dict.fromkeys(arguments(site), ""), sizes)
@@ -79,18 +80,30 @@ def _given(value: Value, site: Site, copy: CanonicalCopy) -> Tensor:
     Raises:
         ValueError: it is not known how the value is placed.
     """
-    position = copy.positions[site.output_node]
-    # Of a linear layer, only a view of its product is held.
-    views = [view for view in value.readers if view.op in RESHAPES]
-    holders = (copy.holder_at(one, position) for one in (value, *views))
-    holder = next((node for node in holders if node is not None), None)
-    example = None if holder is None else example_of(holder)
-    if example is None or device_mesh(example) is None or example.dtype is not value.dtype:
+    example = _example(value, site, copy)
+    if device_mesh(example) is None or example.dtype is not value.dtype:
         raise ValueError(f"it is not known how {value.origin} is placed")
     local = local_tensor(example)
     made = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=local.device)
     whole = dtensor_of(made, example).reshape(value.shape)
     return whole.detach().requires_grad_(example.requires_grad)
+
+
+def _example(value: Value, site: Site, copy: CanonicalCopy) -> Any:
+    """What a node that holds a value, or a view of it, looks like; None if none does."""
+    position = copy.positions[site.output_node]
+    # Of a linear layer, only a view of its product is held.
+    views = [view for view in value.readers if view.op in RESHAPES]
+    holders = (copy.holder_at(one, position) for one in (value, *views))
+    holder = next((node for node in holders if node is not None), None)
+    return None if holder is None else example_of(holder)
+
+
+def _weights_are_cut(site: Site, copy: CanonicalCopy) -> bool:
+    """Whether all weights are cut along every dimension of the mesh."""
+    weights = [view.value for view in (site.gate, site.up, site.down) if view is not None]
+    places = [place_numbers(_example(uncast(value), site, copy)) for value in weights]
+    return all(found and all(isinstance(place, int) for place in found) for found in places)
 
 
 def _outcomes(
