@@ -119,7 +119,7 @@ def test_parameters_with_heads(ways: tuple[Callable, ...], expected: dict):
 
 def test_a_parameter_of_one_head():
     def of_each(m: Any, q: Tensor) -> Tensor:
-        return torch.einsum("blhd,hde->blhe", q, torch.stack([*m.heads])).sigmoid()
+        return torch.einsum("blhd,hde->blhe", q, torch.stack(list(m.heads))).sigmoid()
 
     assert found(projected, of_each, merged) == WEIGHTS | INTO | OUT | {
         f"heads.{head}": (None, 1) for head in range(H)
