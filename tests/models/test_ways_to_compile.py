@@ -1,12 +1,15 @@
-"""What torch.compile offers beside a call: regions that share a graph, stances, threads."""
+"""What torch.compile offers beside a call: regions that share a graph, stances, threads, files."""
 
 from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from support.inductor import NO_CPP
 from torch import Tensor, nn
 
 from models.harness import assert_same_steps, flashmhf, graphs_compiled, tally
@@ -73,4 +76,22 @@ def test_threads_that_call_one_model():
         found = list(pool.map(lambda x: gradient(compiled, x), inputs * 3))
     for gradients in (found[:4], found[4:8], found[8:]):
         torch.testing.assert_close(gradients, expected)
+    assert tally().sites == 1
+
+
+def test_compiled_ahead_of_time(tmp_path: Path):
+    """``aot_compile`` gives a function that can be saved, and is loaded without a compilation."""
+    model, x = LoopFFN().eval(), tokens().float()
+    options: Any = {"fallback": "inductor", **NO_CPP}
+    forward: Any = flashmhf(model.forward, fullgraph=True, options=options)
+    if not hasattr(forward, "aot_compile") or not hasattr(torch.compiler, "load_compiled_function"):
+        pytest.skip("this PyTorch has no aot_compile")
+    with torch.no_grad():
+        compiled = forward.aot_compile(((x,), {}))
+        assert tally().sites == 1
+        torch.testing.assert_close(compiled(model, x), model(x))
+        compiled.save_compiled_function(str(tmp_path / "model"))
+        with open(tmp_path / "model", "rb") as file:
+            loaded = torch.compiler.load_compiled_function(file)
+        torch.testing.assert_close(loaded(model, x), model(x))
     assert tally().sites == 1
