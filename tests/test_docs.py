@@ -108,10 +108,10 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-PAGES = ["quick-start", "numerics", "deployment", "hugging-face", "several-gpus"]
+WITH_CODE = ["quick-start", "numerics", "deployment", "hugging-face", "several-gpus"]
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", WITH_CODE)
 def test_the_code_of_a_page_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ):
