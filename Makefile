@@ -42,7 +42,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	  echo 'Python 3.11 to 3.13 with its venv module is needed, and none is on the PATH' >&2; exit 1; \
 	fi; \
 	if [ $$base != $(VENV)/bin/python ]; then $$base -m venv --clear $(VENV); fi
-	$(VENV)/bin/python -m pip install --no-compile --constraint constraints.txt --editable '.[demo,test,docs,dev]'
+	$(VENV)/bin/python -m pip install --no-compile --constraint constraints.txt --editable '.[demo,test,docs,dev,hf]'
 	@touch $@
 
 .PHONY: setup

@@ -25,6 +25,7 @@ import transformers
 from byte_lm import PROMPT, VOCABULARY, load_text
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers import initialization
 
 import mhf_compiler
 
@@ -125,7 +126,7 @@ class FlashMHFModel(transformers.LlamaModel):
         super()._init_weights(module)
         if isinstance(module, MultiHeadFFN):
             for weight in module.parameters(recurse=False):
-                transformers.initialization.normal_(weight, std=self.config.initializer_range)
+                initialization.normal_(weight, std=self.config.initializer_range)
 
 
 class FlashMHFForCausalLM(transformers.LlamaForCausalLM):
