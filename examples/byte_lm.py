@@ -477,11 +477,11 @@ def environment(device: str) -> dict[str, str]:
 
 
 def print_table(runs: Sequence[Run], device: str) -> None:
-    on_gpu = device.startswith("cuda")
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
+    on_gpu = device.startswith("cuda")
     table = Table(
         title=f"byte-level FlashMHF language model on {environment(device)['device']}",
         box=box.SIMPLE_HEAD,

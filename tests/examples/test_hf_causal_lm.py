@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,15 +45,6 @@ def load(name: str) -> ModuleType:
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    torch.manual_seed(0)
-    yield
-    torch.compiler.reset()
 
 
 def config_of(example: ModuleType, **changes: Any) -> Any:

@@ -1,19 +1,3 @@
-"""Every test starts with nothing compiled and nothing counted."""
+from support.compiler import fresh_compiler
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-from mhf_compiler.compat import counters
-from mhf_compiler.errors import forget_warnings
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    forget_warnings()
-    counters.clear()
-    torch.manual_seed(0)
-    yield
-    torch.compiler.reset()
+__all__ = ["fresh_compiler"]

@@ -1,16 +1,3 @@
-"""What the tests of the recogniser share."""
+from support.compiler import fresh_compiler
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-from mhf_compiler.compat import counters
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
+__all__ = ["fresh_compiler"]

@@ -52,21 +52,19 @@ class Looped(Network):
         for e in range(E):
             gate = torch.einsum("blhd,hfd->blhf", q, self.gate[:, e])
             hidden = F.silu(gate) * torch.einsum("blhd,hfd->blhf", q, self.up[:, e])
-            out = out + torch.einsum("blhf,hfd->blhd", hidden, self.down[:, e])
+            out = self.add(out, torch.einsum("blhf,hfd->blhd", hidden, self.down[:, e]))
         return self.out(out.flatten(2))
 
+    def add(self, out: Tensor, part: Tensor) -> Tensor:
+        return out + part
 
-class LoopedInPlace(Network):
+
+class LoopedInPlace(Looped):
     """The same, which adds up in place."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.into(x).unflatten(-1, (H, d))
-        out = torch.zeros_like(q)
-        for e in range(E):
-            gate = torch.einsum("blhd,hfd->blhf", q, self.gate[:, e])
-            hidden = F.silu(gate) * torch.einsum("blhd,hfd->blhf", q, self.up[:, e])
-            out += torch.einsum("blhf,hfd->blhd", hidden, self.down[:, e])
-        return self.out(out.flatten(2))
+    def add(self, out: Tensor, part: Tensor) -> Tensor:
+        out += part
+        return out
 
 
 class Moved(Network):

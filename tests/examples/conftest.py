@@ -1,0 +1,3 @@
+from support.compiler import fresh_compiler
+
+__all__ = ["fresh_compiler"]
