@@ -54,6 +54,7 @@ __all__ = [
     "cache_folder",
     "compile_graph",
     "compiled_in_place_set_aside",
+    "computes_gradients",
     "copy_dynamo_metadata",
     "counters",
     "device_mesh",
@@ -248,6 +249,11 @@ def no_new_guards(shape_env: Any | None) -> Iterator[None]:
             stack.enter_context(shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(enable_python_dispatcher())
         yield
+
+
+def computes_gradients(node: torch.fx.Node) -> bool:
+    """Whether a node of Dynamo's graph is the backward pass of a ``torch.func.grad``."""
+    return getattr(node.target, "__name__", "") == "_autograd_grad"
 
 
 def functorch_depth() -> int:

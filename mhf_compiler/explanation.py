@@ -68,11 +68,18 @@ def reported(
             report.graphs.append(graph)
         return gm.forward
 
-    torch.compiler.reset()
     forget_warnings()
+    call_once(model, collect, *args, **kwargs)
+    return report
+
+
+def call_once(
+    model: Callable[..., Any], collect: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """Give the graphs of a model to a back end of our own, and leave nothing of it behind."""
+    torch.compiler.reset()
     try:
         with compiled_in_place_set_aside(model):
             torch.compile(model, backend=collect)(*args, **kwargs)
     finally:
         torch.compiler.reset()
-    return report

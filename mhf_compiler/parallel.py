@@ -17,7 +17,6 @@ from functools import partial
 from math import gcd
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, fx, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
@@ -30,7 +29,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from .compat import compiled_in_place_set_aside
+from .explanation import call_once
 from .patterns import Heads, Modes, Site, find_heads, find_sites, inner_graphs
 from .report.describe import classes_around
 from .substitution.graph import shape_env_in
@@ -338,12 +337,7 @@ def _networks(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
         return run
 
-    torch.compiler.reset()
-    try:
-        with compiled_in_place_set_aside(model):
-            torch.compile(model, backend=collect)(*args, **kwargs)
-    finally:
-        torch.compiler.reset()
+    call_once(model, collect, *args, **kwargs)
     return found
 
 

@@ -34,7 +34,7 @@ from .axes import (
     through_reshape,
 )
 from .canonical import COPY, INPUT, SCATTER, Value, written_range
-from .casts import above_views, through_casts
+from .casts import above_views, through_casts, uncast
 from .contractions import Contraction, Operand, as_contraction, summed_index
 from .hidden import HiddenReader, check_bounds, check_subclass
 from .meaning import read_hidden
@@ -474,16 +474,9 @@ def _projected_by(value: Value) -> Value | None:
     """What a product with weights projects, if the value is one but for numbers and views."""
     while value.op in _PRODUCTS and len(value.operands) == 1:
         value = value.source
-    value = _before_views(value)
-    projected = [one for one in map(_before_views, value.operands) if not _may_be_weight(one)]
+    value = uncast(value)
+    projected = [one for one in map(uncast, value.operands) if not _may_be_weight(one)]
     return projected[0] if value.op in MATRIX_PRODUCTS and len(projected) == 1 else None
-
-
-def _before_views(value: Value) -> Value:
-    """A value before its views and casts."""
-    while is_view(value) or is_cast(value):
-        value = value.source
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -573,9 +566,9 @@ class _Sum:
             return False
         sources = {source}
         if source.op is aten.mul.Tensor:  # perhaps by the mask of a dropout
-            sources.update(map(_before_views, source.operands))
+            sources.update(map(uncast, source.operands))
         products = (one for one in self.inside if one.op in MATRIX_PRODUCTS)
-        return sum(not sources.isdisjoint(map(_before_views, p.operands)) for p in products) > 1
+        return sum(not sources.isdisjoint(map(uncast, p.operands)) for p in products) > 1
 
     def _operands(self, sign: float, value: Value, index: Index) -> list[_Addend]:
         """What an addition or subtraction adds."""

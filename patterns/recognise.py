@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhf_compiler.compat import computes_gradients
+
 from .axes import Axis, axis_form
 from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site, check_form
@@ -112,7 +114,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 findings.sites.append(found)
                 path = paths[anchor]
                 above[found.output] = path[path.index(found.output) + 1 :]
-        elif not _computes_gradients(anchor):
+        elif not computes_gradients(anchor.origin):
             where = locate(found.node or anchor.origin) or locate(anchor.origin)
             missed.append(NearMiss(found, where, anchor))
     missed = _as_loops(missed, paths, copy)
@@ -434,11 +436,6 @@ def _sums_a_product(value: Value) -> bool:
 def _is_outer_product(value: Value) -> bool:
     contraction = as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape))
     return contraction is not None and contraction.is_product
-
-
-def _computes_gradients(anchor: Value) -> bool:
-    """Whether it is a product of the backward pass that ``torch.func.grad`` puts into a graph."""
-    return getattr(anchor.origin.target, "__name__", "") == "_autograd_grad"
 
 
 def _projections_of(anchor: Value) -> set[Value]:
