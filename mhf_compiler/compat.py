@@ -727,6 +727,13 @@ def realize_to_strides(node: torch.fx.Node) -> None:
     node.meta["inductor_realize_to_strides"] = True
 
 
+def packages_ahead_of_time() -> bool:
+    """Whether Inductor is making a package that runs without this process, as AOTInductor does."""
+    from torch._inductor.virtualized import V
+
+    return bool(V.aot_compilation)
+
+
 def named_arguments(node: torch.fx.Node) -> dict[str, Any]:
     """The arguments of an op's call by name, defaults included."""
     parameters = node.target._schema.arguments  # type: ignore[union-attr]
@@ -774,7 +781,7 @@ def compile_graph(
 
 
 def tell_inductor_of(ops: Sequence[Any], mutating: Sequence[Any]) -> None:
-    """Make Inductor treat custom ops, packets of one overload each, as they need to be.
+    """Make Inductor treat custom ops, packets of our two overloads each, as they need to be.
 
     Those that are ``mutating`` write to their first argument. For the rest of this process.
 
@@ -827,7 +834,8 @@ def _overwrite_without_a_copy(ops: Sequence[Any]) -> None:
         return constrain_to_fx_strides(node, *args, **kwargs)
 
     for op in ops:
-        make_fallback(op.default, layout_constraint=in_memory, warn=False)
+        for overload in (op.default, op.compiled):
+            make_fallback(overload, layout_constraint=in_memory, warn=False)
 
 
 def register_shardings(op: OpOverload, shardings: Callable[..., Iterator[Any]]) -> None:

@@ -17,7 +17,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compat import current_stream, launch_compiled
 from .operands import DESCRIPTOR_ALIGNMENT
+
+
+class _Address(int):
+    """An address, which Triton takes for a pointer or for the tensor of a descriptor."""
+
+    __slots__ = ()
+
+    def data_ptr(self) -> int:
+        return self
+
+
+class _Slot(NamedTuple):
+    """A parameter of a kernel that a tensor's address goes to, alone or in a descriptor."""
+
+    position: int
+    tensor: int  # its number: the call's tensors, and the workspaces after them
+    prototype: Any  # a descriptor without its tensor; None for a pointer
+    descriptors: dict[int, Any]  # by address: weights and workspaces keep theirs
 
 
 class _Step(NamedTuple):
@@ -26,7 +45,7 @@ class _Step(NamedTuple):
     compiled: Any
     programs: int
     arguments: list[Any]  # in the kernel's order, without what the slots fill
-    slots: list[tuple[int, int, Any]]  # position, number of the tensor, descriptor to copy if any
+    slots: list[_Slot]
 
 
 class _Steps(NamedTuple):
@@ -35,8 +54,10 @@ class _Steps(NamedTuple):
 
 
 _MOST_REPEATS = 1024
+_MOST_DESCRIPTORS = 64  # of a slot
 _repeats: dict[Hashable, _Steps] = {}
-_thread = threading.local()  # its launches: those recorded since `repeat` began
+# its launches: those recorded since `repeat` began; context_of: the device it last got one of
+_thread = threading.local()
 
 
 def record(compiled: Any, programs: int, arguments: list[Any]) -> None:
@@ -58,37 +79,69 @@ def unrecorded() -> Iterator[None]:
 
 
 def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:
-    """Call `run`, or repeat what it launched for `what` and tensors that look the same."""
-    present = [x for x in tensors if x is not None]
-    device = present[0].device
-    # A tensor in two places is not recorded: other calls may have two there.
-    if device.type != "cuda" or len({id(x) for x in present}) < len(present):
+    """Call `run`, or repeat what it launched for `what` and tensors that look the same.
+
+    The first of the tensors must be there.
+    """
+    first = tensors[0]
+    assert first is not None
+    device = first.device
+    if device.type != "cuda":
         run()
         return
-    key = (what, device, *map(_likeness, tensors))
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    # All of the tensors that a choice of kernels may depend on.
+    likeness = [
+        None if x is None else (x.shape, x.stride(), x.dtype, address % DESCRIPTOR_ALIGNMENT == 0)
+        for x, address in zip(tensors, addresses, strict=True)
+    ]
+    key = (what, device, *likeness)
     steps = _repeats.get(key)
     if steps is None:
-        _thread.launches = []
-        try:
-            run()
-            steps = _steps(_thread.launches, tensors)
-        finally:
-            _thread.launches = None
-        if steps is not None:
-            if len(_repeats) >= _MOST_REPEATS:
-                _repeats.clear()
-            _repeats[key] = steps
+        _run_recorded(key, tensors, run)
         return
-    memory = [*tensors]
-    for shape, strides, dtype in steps.workspaces:
-        memory.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+    workspaces = [  # kept until all is launched
+        torch.empty_strided(shape, strides, dtype=dtype, device=device)
+        for shape, strides, dtype in steps.workspaces
+    ]
+    addresses += [x.data_ptr() for x in workspaces]
     with current_device(device):
+        stream = current_stream(device)
         for step in steps.launches:
-            arguments = step.arguments.copy()
-            for position, number, prototype in step.slots:
-                x = memory[number]
-                arguments[position] = x if prototype is None else _described(prototype, x)
-            step.compiled[(step.programs, 1, 1)](*arguments)
+            launch_compiled(step.compiled, step.programs, stream, _arguments(step, addresses))
+
+
+def _run_recorded(key: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:
+    """Call `run`, and keep what it launches."""
+    present = [id(x) for x in tensors if x is not None]
+    if len(set(present)) < len(present):  # which place of a tensor an address goes to is not known
+        run()
+        return
+    _thread.launches = []
+    try:
+        run()
+        steps = _steps(_thread.launches, tensors)
+    finally:
+        _thread.launches = None
+    if steps is not None:
+        if len(_repeats) >= _MOST_REPEATS:
+            _repeats.clear()
+        _repeats[key] = steps
+
+
+def _arguments(step: _Step, addresses: Sequence[int]) -> list[Any]:
+    """The arguments of a launch on tensors at these addresses."""
+    arguments = step.arguments.copy()
+    for position, number, prototype, descriptors in step.slots:
+        found: Any = (address := addresses[number])
+        if prototype is not None:
+            found = descriptors.get(address)
+            if found is None:
+                if len(descriptors) >= _MOST_DESCRIPTORS:
+                    descriptors.clear()
+                found = descriptors[address] = _described(prototype, _Address(address))
+        arguments[position] = found
+    return arguments
 
 
 def recorded(run: Callable[[], object]) -> Callable[[], None]:
@@ -115,13 +168,6 @@ def forget_repeats() -> None:
     _repeats.clear()
 
 
-def _likeness(x: Tensor | None) -> Hashable:
-    """All of a tensor that a choice of kernels may depend on."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0
-
-
 def _steps(
     record: list[tuple[Any, int, list[Any]]], tensors: Sequence[Tensor | None]
 ) -> _Steps | None:
@@ -145,13 +191,13 @@ def _steps(
                 workspaces.append(x)
             prototype = None if x is value else _described(value, None)
             arguments[position] = None  # keeps no tensor alive
-            slots.append((position, numbers[id(x)], prototype))
+            slots.append(_Slot(position, numbers[id(x)], prototype, {}))
         launches.append(_Step(compiled, programs, arguments, slots))
     return _Steps(launches, [(x.shape, x.stride(), x.dtype) for x in workspaces])
 
 
-def _described(prototype: Any, x: Tensor | None) -> Any:
-    """A descriptor like `prototype` for another tensor, which has been found to suit it."""
+def _described(prototype: Any, x: _Address | None) -> Any:
+    """A descriptor like `prototype` of other memory, which has been found to suit it."""
     descriptor = object.__new__(type(prototype))
     descriptor.__dict__.update(prototype.__dict__)
     descriptor.base = x
@@ -166,5 +212,7 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
         return torch.cuda.device(device)
     # A thread begins without a context, autograd's too. Triton brings it with a kernel that it
     # loads or launches, but encodes tensor descriptors before that.
-    torch.cuda.set_device(device)
+    if getattr(_thread, "context_of", None) != device:
+        torch.cuda.set_device(device)
+        _thread.context_of = device
     return nullcontext()

@@ -28,32 +28,51 @@ _T = TypeVar("_T")
 
 Compute = Callable[..., Any] | None
 
+_LIBRARY = torch.library.Library("mhf_compiler", "FRAGMENT")
+
 #: the schemas of all ops, by name
 registered: dict[str, str] = {}
 
 
 def register(
-    name: str, schema: str, operator: Callable[..., Any], *, cpu: Compute, cuda: Compute
+    name: str,
+    schema: str,
+    operator: Callable[..., Any],
+    *,
+    check: Callable[..., None],
+    cpu: Compute,
+    cuda: Compute,
 ) -> str:
     """Define an op, for CPU, CUDA and fake tensors; returns its qualified name.
 
     ``operator`` takes what computes the op on a device, followed by the op's arguments as they were
     passed: trailing ones that have their default value may be missing. On fake tensors it gets
-    None, and makes results of the right shapes and strides.
-    """
-    qualified = f"mhf_compiler::{name}"
+    None, and makes results of the right shapes and strides. Before that, ``check`` takes the
+    arguments, and raises if the op does not.
 
-    def on(compute: Compute) -> Callable[..., Any]:
+    The overload ``compiled`` is for graphs whose arguments were checked, and whose gradients were
+    taken, before: it does without the check, and without the dispatch keys of autograd and
+    autocast, each of which takes the host as long as the launch of a kernel.
+    """
+
+    def on(compute: Compute, *, checked: bool) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
+            if checked:
+                check(*arguments)
             return operator(compute, *arguments)
 
         call.__name__ = call.__qualname__ = name
         return call
 
-    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualified, "cpu", on(cpu))
-    torch.library.impl(qualified, "cuda", on(cuda))
-    torch.library.register_fake(qualified, on(None))
+    qualified = f"mhf_compiler::{name}"
+    # A call that names no overload gets the one that was defined first.
+    for overload, checked in ((qualified, True), (f"{qualified}.compiled", False)):
+        torch.library.define(overload, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(overload, "cpu", on(cpu, checked=checked))
+        torch.library.impl(overload, "cuda", on(cuda, checked=checked))
+        torch.library.register_fake(overload, on(None, checked=checked))
+    for key in ("Autograd", "AutocastCPU", "AutocastCUDA"):
+        _LIBRARY.impl(f"{name}.compiled", torch.library.fallthrough_kernel, key)
     registered[name] = schema
     return qualified
 
@@ -168,6 +187,8 @@ def empty_like_in_order(
 
 def with_strides_of(x: Tensor, gradient: Tensor) -> Tensor:
     """The gradient with the strides that the shape function promised for it."""
+    if gradient.is_contiguous() and x.is_contiguous():
+        return gradient
     promised = torch.empty_like(x, device="meta")  # no memory only to ask for strides
     if gradient.stride() == promised.stride():
         return gradient

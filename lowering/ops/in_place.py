@@ -27,22 +27,29 @@ from .network import AFTER_Q, Backward, Forward, compute_backward, compute_forwa
 from .router import add_gradients_on_cpu, check_product
 
 
-def _forward(compute: Forward | None, *arguments: Any) -> None:
+def _check_forward(*arguments: Any) -> None:
     problem, _ = Problem.split(arguments)
     check_arguments(problem)
     check_device(problem.q)
+
+
+def _forward(compute: Forward | None, *arguments: Any) -> None:
+    problem, _ = Problem.split(arguments)
     if compute is not None:
         overwrite(problem.q, problem.tensors[1:], partial(compute_forward, compute, problem))
 
 
+def _check_backward(grad_out: Tensor, *arguments: Any) -> None:
+    problem, (needs,) = Problem.split(arguments)
+    check_arguments(problem)
+    check_device(problem.q)
+    check_backward_arguments(grad_out, problem, needs)
+    if not needs[0] or grad_out.dtype != problem.q.dtype:
+        raise ArgumentError("grad_out must have the dtype of q, and needs must ask for q's")
+
+
 def _backward(compute: Backward | None, grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     problem, (needs,) = Problem.split(arguments)
-    q = problem.q
-    check_arguments(problem)
-    check_device(q)
-    check_backward_arguments(grad_out, problem, needs)
-    if not needs[0] or grad_out.dtype != q.dtype:
-        raise ArgumentError("grad_out must have the dtype of q, and needs must ask for q's")
     gradients = problem.new_gradients(needs, q=grad_out)
     if compute is not None:
         overwrite(
@@ -50,7 +57,16 @@ def _backward(compute: Backward | None, grad_out: Tensor, *arguments: Any) -> tu
             problem.tensors,
             lambda dq: compute_backward(compute, problem, grad_out, gradients._replace(q=dq)),
         )
-    return tuple(q.new_empty(0) if x is None else x for x in gradients[1:])
+    return tuple(problem.q.new_empty(0) if x is None else x for x in gradients[1:])
+
+
+def _check_router(dq: Tensor, grad_out: Tensor, q: Tensor, weight: Tensor, _: bool) -> None:
+    check_product(q, weight)
+    if dq.shape != q.shape or dq.dtype != q.dtype or dq.device != q.device:
+        raise ArgumentError(
+            f"dq is {dq.dtype} of shape {tuple(dq.shape)} on {dq.device}, must be as q: "
+            f"{q.dtype} of shape {tuple(q.shape)} on {q.device}"
+        )
 
 
 def _router(
@@ -61,12 +77,6 @@ def _router(
     weight: Tensor,
     needs_weight: bool,
 ) -> Tensor:
-    check_product(q, weight)
-    if dq.shape != q.shape or dq.dtype != q.dtype or dq.device != q.device:
-        raise ArgumentError(
-            f"dq is {dq.dtype} of shape {tuple(dq.shape)} on {dq.device}, must be as q: "
-            f"{q.dtype} of shape {tuple(q.shape)} on {q.device}"
-        )
     if compute is None:
         return torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     others = (grad_out, q, weight)
@@ -78,6 +88,7 @@ register(
     "multi_head_ffn_over_query",
     f"(Tensor(a!) q, {AFTER_Q}) -> ()",
     _forward,
+    check=_check_forward,
     cpu=cpu.forward,
     cuda=kernels("dispatch.forward"),
 )
@@ -86,6 +97,7 @@ register(
     f"(Tensor(a!) grad_out, Tensor q, {AFTER_Q}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
+    check=_check_backward,
     cpu=cpu.backward,
     cuda=kernels("dispatch.backward"),
 )
@@ -93,6 +105,7 @@ register(
     "router_product_backward_onto",
     "(Tensor(a!) dq, Tensor grad_out, Tensor q, Tensor weight, bool needs_weight) -> Tensor",
     _router,
+    check=_check_router,
     cpu=add_gradients_on_cpu,
     cuda=kernels("plain.router.backward_onto"),
 )

@@ -137,12 +137,17 @@ def compute_backward(
         compute(problem, grad_out, gradients)
 
 
-def _forward(compute: Forward | None, *arguments: Any) -> Tensor:
+def _check_forward(*arguments: Any) -> None:
     problem, others = Problem.split(arguments)
     out_order, out_dtype = (*others, None, None)[:2]
     check_arguments(problem, out_order=out_order, out_dtype=out_dtype)
     check_device(problem.q, out_dtype)
     refuse_forward_mode(problem.q, "multi_head_ffn", _REFERENCE)
+
+
+def _forward(compute: Forward | None, *arguments: Any) -> Tensor:
+    problem, others = Problem.split(arguments)
+    out_order, out_dtype = (*others, None, None)[:2]
     q = problem.q
     out = empty_like_in_order(q, q.shape, out_order, out_dtype or q.dtype)
     if compute is not None:
@@ -150,11 +155,15 @@ def _forward(compute: Forward | None, *arguments: Any) -> Tensor:
     return out
 
 
-def _backward(compute: Backward | None, grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+def _check_backward(grad_out: Tensor, *arguments: Any) -> None:
     problem, (needs,) = Problem.split(arguments)
     check_arguments(problem)
     check_device(problem.q)
     check_backward_arguments(grad_out, problem, needs)
+
+
+def _backward(compute: Backward | None, grad_out: Tensor, *arguments: Any) -> list[Tensor]:
+    problem, (needs,) = Problem.split(arguments)
     gradients = problem.new_gradients(needs)
     if compute is not None:
         compute_backward(compute, problem, grad_out, gradients)
@@ -168,6 +177,7 @@ _FORWARD = register(
     "float u_scale=1.0, float out_scale=1.0, int[]? out_order=None, "
     "ScalarType? out_dtype=None) -> Tensor",
     _forward,
+    check=_check_forward,
     cpu=cpu.forward,
     cuda=kernels("dispatch.forward"),
 )
@@ -175,6 +185,7 @@ _BACKWARD = register(
     "multi_head_ffn_backward",
     f"(Tensor grad_out, Tensor q, {AFTER_Q}, bool[] needs) -> Tensor[]",
     _backward,
+    check=_check_backward,
     cpu=cpu.backward,
     cuda=kernels("dispatch.backward"),
 )

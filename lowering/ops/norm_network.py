@@ -91,8 +91,7 @@ def trial_run(
     trial(device, run)
 
 
-def _normed_forward(
-    compute: Callable[[Problem, NormedRouter], None] | None,
+def _values(
     q: Tensor,
     norm_weight: Tensor | None,
     router: Tensor,
@@ -100,23 +99,35 @@ def _normed_forward(
     u: Tensor | None,
     v: Tensor,
     *constants: Any,
-) -> None:
+) -> tuple[Problem, NormedRouter]:
+    """The op's arguments as values."""
     count = len(Formula._fields)
-    normed_router = NormedRouter(norm_weight, router, Formula(*constants[:count]))
     activation, *scales = constants[count:]
     problem = Problem(q, k, u, v, None, None, None, None, activation, *scales)
-    check_normed_router(q, normed_router)
+    return problem, NormedRouter(norm_weight, router, Formula(*constants[:count]))
+
+
+def _check(*arguments: Any) -> None:
+    problem, normed_router = _values(*arguments)
+    check_normed_router(problem.q, normed_router)
     check_arguments(problem)
-    check_device(q)
-    if router.shape[2] != k.shape[1]:
+    check_device(problem.q)
+    weight, sub_networks = normed_router.weight, problem.k.shape[1]
+    if weight.shape[2] != sub_networks:
         raise ArgumentError(
-            f"router has shape {tuple(router.shape)}, must have shape (G, d, E) "
-            f"for the E={k.shape[1]} sub-networks of k"
+            f"router has shape {tuple(weight.shape)}, must have shape (G, d, E) "
+            f"for the E={sub_networks} sub-networks of k"
         )
+
+
+def _normed_forward(
+    compute: Callable[[Problem, NormedRouter], None] | None, q: Tensor, *others: Any
+) -> None:
     if compute is not None and q.numel():
+        problem, normed_router = _values(q, *others)
         overwrite(
             q,
-            (norm_weight, router, k, u, v),
+            others[:5],  # norm_weight, router, k, u, v
             lambda result: compute(problem._replace(q=result), normed_router),
             reads=True,
         )
@@ -136,6 +147,7 @@ register(
     "float norm_eps, bool rounds_first, str routing, float sum_floor, float sum_eps, "
     "ScalarType r_dtype, str activation, float k_scale, float u_scale, float out_scale) -> ()",
     _normed_forward,
+    check=_check,
     cpu=_compute_on_cpu,
     cuda=kernels("dispatch.normed_forward"),
 )

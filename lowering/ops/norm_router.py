@@ -85,6 +85,12 @@ def check_normed_router(q: Tensor, router: NormedRouter) -> None:
         raise ArgumentError(f"r_dtype must be float32, bfloat16 or float16, got {formula.r_dtype}")
 
 
+def _check(q: Tensor, norm_weight: Tensor | None, weight: Tensor, *others: Any) -> None:
+    formula, out_order = _formula(*others)
+    check_normed_router(q, NormedRouter(norm_weight, weight, formula))
+    check_product(q, weight, out_order)
+
+
 def _norm_and_route(
     compute: Callable[[Tensor, NormedRouter, Tensor], None] | None,
     q: Tensor,
@@ -94,8 +100,6 @@ def _norm_and_route(
 ) -> Tensor:
     formula, out_order = _formula(*others)
     router = NormedRouter(norm_weight, weight, formula)
-    check_normed_router(q, router)
-    check_product(q, weight, out_order)
     r = empty_like_in_order(q, (*q.shape[:3], weight.shape[2]), out_order, formula.r_dtype)
     if compute is not None:
         overwrite(q, (norm_weight, weight), lambda normed: compute(normed, router, r), reads=True)
@@ -133,6 +137,7 @@ register(
     "str routing, float sum_floor, float sum_eps, ScalarType r_dtype, int[]? out_order=None) "
     "-> Tensor",
     _norm_and_route,
+    check=_check,
     cpu=norm_and_route_on_cpu,
     cuda=kernels("plain.norm_router.norm_and_route"),
 )

@@ -121,20 +121,26 @@ def check_product(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = N
         raise ArgumentError(f"out_order must be a permutation of (0, 1, 2, 3), got {out_order}")
 
 
+def _check_forward(q: Tensor, weight: Tensor, out_order: Sequence[int] | None = None) -> None:
+    refuse_forward_mode(q, "router_product", _PLAIN)
+    check_product(q, weight, out_order)
+
+
 def _forward(
     compute: Callable[[Tensor, Tensor, Tensor], None] | None,
     q: Tensor,
     weight: Tensor,
     out_order: Sequence[int] | None = None,
 ) -> Tensor:
-    if compute is not None:
-        refuse_forward_mode(q, "router_product", _PLAIN)
-    check_product(q, weight, out_order)
     shape = (*q.shape[:3], weight.shape[2])
     out = empty_like_in_order(q, shape, out_order, torch.float32)
     if compute is not None:
         compute(q, weight, out)
     return out
+
+
+def _check_backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
+    check_product(q, weight)
 
 
 def _backward(
@@ -144,7 +150,6 @@ def _backward(
     weight: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    check_product(q, weight)
     wanted = [x for x, needed in zip((q, weight), needs, strict=True) if needed]
     if compute is None:
         return [torch.empty_like(x) for x in wanted]
@@ -199,6 +204,7 @@ _FORWARD = register(
     "router_product",
     "(Tensor q, Tensor weight, int[]? out_order=None) -> Tensor",
     _forward,
+    check=_check_forward,
     cpu=product_on_cpu,
     cuda=kernels("plain.router.forward"),
 )
@@ -206,6 +212,7 @@ _BACKWARD = register(
     "router_product_backward",
     "(Tensor grad_out, Tensor q, Tensor weight, bool[] needs) -> Tensor[]",
     _backward,
+    check=_check_backward,
     cpu=_backward_on_cpu,
     cuda=kernels("plain.router.backward"),
 )

@@ -19,6 +19,7 @@ from .memory import calls_our_op
 from .norm_network import fuse_norm_network
 from .norm_router import fuse_norm_router
 from .outcome import Fusion, Obstacle
+from .overloads import call_without_checks
 from .overwrite import overwrite_dead_buffers
 
 #: In this order: queries that were normalised are dead after the op, too. Inductor disables a pass
@@ -68,7 +69,8 @@ def passes_for(*, training: bool) -> tuple[str, ...]:
 
 
 def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.Graph) -> None:
-    """Run passes over a graph, count what they did, and fix the layouts for our ops.
+    """Run passes over a graph, count what they did, fix the layouts for our ops, and call them
+    without checks.
 
     The layouts are needed for correct results. So that step is none of the passes that can be
     disabled, and if it fails the back end compiles the original graph.
@@ -82,6 +84,7 @@ def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.
         else:
             fusions += found
     fix_layouts(graph)
+    call_without_checks(graph)
     _count(fusions)
     if tell is not None:
         tell(fusions, notes)

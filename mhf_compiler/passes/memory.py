@@ -18,13 +18,13 @@ from .outcome import Declined, Obstacle, require
 # That includes matrix products: Inductor turns a narrow one into multiplications and sums.
 _NEVER_INLINED = ("multi_head_ffn", "router_product")
 
-_OURS = frozenset({*ALL, *(op.default for op in ALL)})
+_OURS = frozenset({*ALL, *(op.default for op in ALL), *(op.compiled for op in ALL)})
 
 
 def is_call_of(node: fx.Node, *names: str) -> bool:
     """Whether a node calls one of these ops, which are defined when the first site is found."""
     found = (getattr(torch.ops.mhf_compiler, name, None) for name in names)
-    return any(node.target in (op, op.default) for op in found if op is not None)
+    return any(node.target in (op, op.default, op.compiled) for op in found if op is not None)
 
 
 def calls_our_op(node: fx.Node) -> bool:

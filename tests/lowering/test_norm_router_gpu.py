@@ -158,9 +158,9 @@ def test_whole_models(networks: Any, tokens: tuple[int, int]) -> None:
         right = run(x)
         found, (code,) = run_and_get_code(model, x)
         again = model(x)
-    assert code.count("mhf_compiler.norm_and_route.default(") == 2
-    assert code.count("mhf_compiler.multi_head_ffn_over_query.default(") == 2
-    assert "mhf_compiler.router_product.default(" not in code
+    assert code.count("mhf_compiler.norm_and_route.compiled(") == 2
+    assert code.count("mhf_compiler.multi_head_ffn_over_query.compiled(") == 2
+    assert "mhf_compiler.router_product." not in code
     assert (found - right).norm() <= 2e-2 * right.norm()
     assert found.equal(again)
     assert x.equal(before)

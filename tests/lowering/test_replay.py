@@ -1,14 +1,19 @@
 """How launches are cut into parts and written down, without a GPU."""
 
+import threading
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mhf_compiler.lowering.kernels import replay
+from mhf_compiler.lowering.kernels.compat import launch_compiled
 from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
-from mhf_compiler.lowering.kernels.replay import _described, _steps, current_device
+from mhf_compiler.lowering.kernels.replay import _arguments, _steps, current_device
 
 
 @pytest.mark.parametrize(
@@ -40,11 +45,45 @@ def test_steps_hold_no_tensor() -> None:
     assert launch.arguments == [None, None, None, 5, None]
     assert [slot[:2] for slot in launch.slots] == [(0, 1), (1, 1), (2, 2)]
     assert steps.workspaces == [(torch.Size([8]), (1,), torch.float32)]
-    other = torch.zeros(16, 16)
-    again = _described(launch.slots[1][2], other)
-    assert type(again) is TensorDescriptor
-    assert again.base is other
-    assert again.block_shape == [8, 8]
+
+
+def test_a_launch_gets_the_addresses_of_its_call() -> None:
+    x, workspace = torch.zeros(16, 16), torch.zeros(8)
+    descriptor = TensorDescriptor.from_tensor(x, [8, 8])
+    steps = _steps([("compiled", 3, [x, descriptor, workspace, 5, None])], [None, x])
+    assert steps is not None
+    (launch,) = steps.launches
+    pointer, described, other, *constants = _arguments(launch, [0, 4096, 512])
+    assert (pointer, other, constants) == (4096, 512, [5, None])
+    assert type(described) is TensorDescriptor
+    assert described.base.data_ptr() == 4096
+    assert described.block_shape == [8, 8]
+    assert _arguments(launch, [0, 4096, 1024])[1] is described  # made once for an address
+    assert _arguments(launch, [0, 8192, 512])[1].base.data_ptr() == 8192
+
+
+class Compiled:
+    """Stands for a kernel that Triton has compiled; notes how it is launched."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.launched: list[object] = []
+
+    def run(self, *arguments: object) -> None:
+        self.launched.append(arguments)
+
+    def __getitem__(self, grid: object) -> object:
+        return lambda *arguments, stream: self.launched.append((grid, stream, arguments))
+
+
+def test_a_launch_calls_no_hooks_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = Compiled()
+    launch_compiled(compiled, 3, 77, [4096, 5])
+    assert compiled.launched == [(3, 1, 1, 77, "function", "metadata", None, None, None, 4096, 5)]
+    monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    launch_compiled(compiled, 3, 77, [4096, 5])
+    assert compiled.launched[1:] == [((3, 1, 1), 77, (4096, 5))]  # Triton's own call, with hooks
 
 
 def test_a_view_of_an_argument_is_no_workspace() -> None:
@@ -57,7 +96,13 @@ def test_the_current_device_brings_its_context(monkeypatch: pytest.MonkeyPatch) 
     bound = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
-    with current_device(torch.device("cuda", 0)):
-        assert bound == [torch.device("cuda", 0)]
+    monkeypatch.setattr(replay, "_thread", threading.local())
+    for _ in range(2):  # once for a thread
+        with current_device(torch.device("cuda", 0)):
+            assert bound == [torch.device("cuda", 0)]
+    thread = threading.Thread(target=lambda: current_device(torch.device("cuda", 0)))
+    thread.start()
+    thread.join()
+    assert len(bound) == 2
     with current_device(torch.device("cpu")):
-        assert len(bound) == 1
+        assert len(bound) == 2

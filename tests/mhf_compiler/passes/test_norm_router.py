@@ -123,8 +123,8 @@ def test_nothing_is_copied():
     code = infer(lambda m, x: m.rest(m.norm(m.queries(x)))).code
     assert code.count(" = empty_strided_cpu(") == 2
     assert "copy_" not in code
-    query = [line.split(".default(")[1].split(", arg")[0] for line in code.splitlines()
-             if f"{CALL}.default(" in line or f"{OVER_QUERY}.default(" in line]  # fmt: skip
+    query = [line.split(".compiled(")[1].split(", arg")[0] for line in code.splitlines()
+             if f"{CALL}.compiled(" in line or f"{OVER_QUERY}.compiled(" in line]  # fmt: skip
     assert query[0] == query[1]
 
 
