@@ -89,15 +89,15 @@ fuzz-gpu: $(READY)  ## the same number through Inductor and our kernels, on a GP
 MUTANTS_ARGS ?=
 .PHONY: mutants
 mutants: build/mutants/reach.json  ## break every check and gradient in turn: a test must notice
-	$(PYTHON) -m tests.mutants $(MUTANTS_ARGS)
+	$(PYTHON) -m tests.mutants --jobs $(WORKERS) $(MUTANTS_ARGS)
 
 build/mutants/reach.json:
 	$(MAKE) mutants-record
 
 .PHONY: mutants-record
 mutants-record: $(READY)  ## record which tests run which statements, for `make mutants`
-	$(PYTHON) -m tests.mutants --record --limit 0
-	TRITON_INTERPRET=1 $(PYTHON) -m tests.mutants --record --limit 0
+	$(PYTHON) -m tests.mutants --record --limit 0 --jobs $(WORKERS)
+	TRITON_INTERPRET=1 $(PYTHON) -m tests.mutants --record --limit 0 --jobs $(WORKERS)
 
 .PHONY: test-gpu
 test-gpu: $(READY)  ## the tests that need a CUDA device; fails where there is none

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from random import Random
 
 import pytest
@@ -21,10 +20,13 @@ import pytest
 from .equivalent import EQUIVALENT
 from .points import KERNELS, ROOT, Mutant, mutants
 from .reach import RECORD, RECORD_INTERPRETED, TESTS, TESTS_INTERPRETED, Reach, Recorder
+from .results import CAUGHT, OPEN, Results, name_in, rows
 from .running import Outcome, Server
+from .sharing import Crew
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-SURVIVORS = ROOT / "build" / "mutants" / "survivors"
+OUTCOMES = ROOT / "build" / "mutants" / "outcomes.tsv"
+OUTCOMES_INTERPRETED = OUTCOMES.with_stem("outcomes_interpreted")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,10 +42,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="a random sample of so many")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument(
-        "--tests", type=int, default=16, help="at most so many that compile no graph, for a change"
+        "--tests", type=int, default=16, help="about so many are run at most, for a change"
     )
-    parser.add_argument("--survivors", action="store_true", help="those of the last run again")
+    parser.add_argument("--survivors", action="store_true", help="those that nothing has caught")
     parser.add_argument("--list", action="store_true", help="print the changes, run nothing")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes, each of which has a part of the tests"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1440, help="stop after so many; what is known is kept"
+    )
     parser.add_argument(
         "--record", nargs="*", metavar="TEST", help="first record what these tests reach; none: all"
     )
@@ -54,64 +62,82 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
     """The changes that the options ask for, but for those that are known to change nothing."""
     found = [mutant for mutant in mutants(options.only) if mutant.name not in EQUIVALENT]
     if options.survivors:
-        last = {line for file in SURVIVORS.glob("*.txt") for line in file.read_text().splitlines()}
-        found = [mutant for mutant in found if mutant.name in last]
+        known = [*rows(OUTCOMES), *rows(OUTCOMES_INTERPRETED)]
+        survived = {name_in(row) for row in known if row["state"] != CAUGHT}
+        found = [mutant for mutant in found if mutant.name in survived]
     if options.limit is not None and options.limit < len(found):
         kept = set(Random(options.seed).sample(range(len(found)), options.limit))
         found = [mutant for i, mutant in enumerate(found) if i in kept]
     return found
 
 
-def show(mutant: Mutant, outcome: Outcome) -> None:
-    word = f"caught by {outcome.by}" if outcome.caught else f"SURVIVED: {outcome.by}"
-    print(f"{mutant.path}:{mutant.line} {mutant.function}  [{outcome.seconds:.1f} s] {word}")
-    if not outcome.caught:
+def show(mutant: Mutant, state: str, outcome: Outcome) -> None:
+    print(f"{mutant.path}:{mutant.line} {mutant.function}  [{outcome.seconds:.1f} s] {state}")
+    if state == CAUGHT:
+        print(f"    by {outcome.by}", flush=True)
+    else:
         print(f"    {mutant.before}\n    {mutant.after}")
-    sys.stdout.flush()
+        print(
+            f"    {len(outcome.passed)} tests pass, {outcome.alike} read their graphs as before, "
+            f"{outcome.left} are left out",
+            flush=True,
+        )
 
 
-def keep(survivors: list[Mutant]) -> None:
-    """Write down what survived, for --survivors."""
-    SURVIVORS.mkdir(parents=True, exist_ok=True)
-    file = SURVIVORS / ("interpreted.txt" if INTERPRETING else "compiled.txt")
-    file.write_text("".join(f"{mutant.name}\n" for mutant in survivors))
+def warm_up(crew: Crew, tests: list[str], recorder: Recorder | None) -> None:
+    """Run tests as they are, and save what they reach, now and then."""
+    start = saved = time.monotonic()
+    for ran in crew.warm_up(tests):
+        if time.monotonic() > saved + 30:
+            saved = time.monotonic()
+            print(f"{ran} of {len(tests)} tests ran", flush=True)
+            if recorder is not None:
+                recorder.save()
+    if recorder is not None:
+        recorder.save()
+    print(f"{len(crew.owner)} tests ran in {time.monotonic() - start:.0f} s", flush=True)
 
 
-def run_all(todo: list[Mutant], limit: int, recorded: list[str] | None) -> list[Mutant]:
+def run_all(todo: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
     """Run the tests for each change, print what happens, and return the survivors."""
+    until = time.monotonic() + 60 * options.minutes
     file = RECORD_INTERPRETED if INTERPRETING else RECORD
-    recorder = None if recorded is None else Recorder(file)
-    survivors: list[Mutant] = []
+    recorder = None if options.record is None else Recorder(file)
+    results = Results(OUTCOMES_INTERPRETED if INTERPRETING else OUTCOMES, todo)
 
     def work(server: Server) -> None:
-        if recorder is not None:
-            server.warm_up(list(server.items))
-            recorder.end()
-        reach = Reach(file)
-        tests = {mutant: reach.tests_for(mutant) for mutant in todo}
+        tests = list(server.items)
         if recorder is None:
-            needed = {test for found in tests.values() for test in found}
-            server.warm_up([test for test in server.items if test in needed])
-        start, total = time.monotonic(), Counter(mutant.path for mutant in todo)
-        for mutant in todo:
-            outcome = server.run(mutant, tests[mutant], limit)
-            show(mutant, outcome)
-            if not outcome.caught:
-                survivors.append(mutant)
-                keep(survivors)
-        lost = Counter(mutant.path for mutant in survivors)
-        for path, count in total.items():
-            print(f"{path}: {count - lost[path]} of {count} caught")
-        seconds = (time.monotonic() - start) / max(len(todo), 1)
-        print(f"{len(todo) - len(survivors)} of {len(todo)} caught, {seconds:.1f} s each")
+            reach = Reach(file)
+            needed = {test for mutant in todo for test in reach.tests_for(mutant)}
+            tests = [test for test in tests if test in needed]
+        with Crew(server, recorder, todo, options.jobs, until) as crew:
+            warm_up(crew, tests, recorder)
+            if not todo:
+                return
+            if recorder is not None:
+                reach = Reach(file)
+            ranked = [[t for t in reach.tests_for(m) if t in server.items] for m in todo]
+            results.begin([len(tests) for tests in ranked])
+            limit = -(-options.tests // options.jobs)
+            for number, outcome in crew.ask(ranked, reach.seconds, limit):
+                if results.state(number) != CAUGHT:
+                    results.add(number, outcome)
+                    if results.state(number) in (CAUGHT, OPEN):
+                        show(todo[number], results.state(number), results.outcomes[number])
+            results.write()
+        for number, mutant in enumerate(todo):
+            if results.state(number) not in (CAUGHT, OPEN):
+                show(mutant, results.state(number), results.outcomes[number])
+        print(results.by_file())
 
-    options = ["-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-m", "not gpu"]
-    files = recorded or (TESTS_INTERPRETED if INTERPRETING else TESTS)
+    selected = ["-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-m", "not gpu"]
+    files = options.record or (TESTS_INTERPRETED if INTERPRETING else TESTS)
     plugins = [Server(work), *([] if recorder is None else [recorder])]
-    status = pytest.main([*options, *files], plugins=plugins)
+    status = pytest.main([*selected, *files], plugins=plugins)
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"the tests could not be collected: {status!r}")
-    return survivors
+    return results.survivors()
 
 
 def main() -> int:
@@ -130,7 +156,7 @@ def main() -> int:
         return 0
     mine = [mutant for mutant in found if mutant.path.startswith(KERNELS) is INTERPRETING]
     wanted = mine or options.record is not None
-    survivors = run_all(mine, options.tests, options.record) if wanted else []
+    survivors = run_all(mine, options) if wanted else []
     status = int(bool(survivors))
     if len(mine) < len(found) and not INTERPRETING:  # Triton decides at its import
         command = [sys.executable, "-m", "tests.mutants", *sys.argv[1:]]

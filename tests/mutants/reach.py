@@ -114,7 +114,6 @@ class Recorder:
         self.file = file
         self.reached: set[str] = set()
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-        self.saved = time.monotonic()
         self.passed = True
         setattr(builtins, _REACHED, self.reached.add)
         setattr(builtins, _WAS, self.was)
@@ -133,8 +132,6 @@ class Recorder:
                 "seconds": round(time.monotonic() - start, 3),
                 "reached": sorted(self.reached),
             }
-        if time.monotonic() > self.saved + 60:
-            self.save()
 
     def was(self, keys: tuple[str, str], value: Any) -> Any:
         """Note whether a value is true, and return it."""
@@ -148,13 +145,11 @@ class Recorder:
         self.passed = self.passed and not (report.failed or report.skipped)
 
     def save(self) -> None:
-        self.saved = time.monotonic()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.known))
 
     def end(self) -> None:
-        """Save, and note nothing any more."""
-        self.save()
+        """Note nothing any more."""
         setattr(builtins, _REACHED, lambda key: None)
         setattr(builtins, _WAS, lambda keys, value: value)
 
@@ -166,6 +161,8 @@ class Reach:
         record = json.loads(file.read_text())
         self.seconds: dict[str, float] = {test: at["seconds"] for test, at in record.items()}
         reached: dict[str, set[str]] = {test: set(at["reached"]) for test, at in record.items()}
+        #: changed function -> test -> the number of its way through it and what it calls
+        self.ways: dict[tuple[str, str], dict[str, int]] = {}
         self.by_statement: dict[str, set[str]] = {}
         #: function -> test -> what it reaches there
         self.by_function: dict[str, dict[str, set[str]]] = {}
@@ -175,10 +172,12 @@ class Reach:
                 function = self.by_function.setdefault(key.split(": ")[0], {})
                 function.setdefault(test, set()).add(key)
         # Tests that go where few others do, for the time that they take.
-        self.worth = {
+        worth = {
             test: sum(1 / len(self.by_statement[key]) for key in keys) / (self.seconds[test] + 0.3)
             for test, keys in reached.items()
         }
+        ranked = sorted(worth, key=lambda test: (-worth[test], test))
+        self.rank = {test: place for place, test in enumerate(ranked)}
 
     def tests_for(self, mutant: Mutant) -> list[str]:
         """Tests that run the changed statement, the most telling ones first.
@@ -198,26 +197,34 @@ class Reach:
         else:
             found = set(self.by_function.get(mutant.function, ()))
         beyond = found & self.by_statement.get(mutant.beyond, set())
-        first, second = (
-            self._by_turns(tests, self._called_in(mutant)) for tests in (beyond, found - beyond)
-        )
+        ways = self._ways(mutant)
+        first, second = (self._by_turns(tests, ways) for tests in (beyond, found - beyond))
         turns = zip_longest(first, second)
         return [test for turn in turns for test in turn if test is not None]
 
-    def _called_in(self, mutant: Mutant) -> list[str]:
-        """The changed function, and those that it may call, by their names."""
-        changed = dict(functions(ast.parse(mutant.text)))[mutant.function]
-        names = _names(changed)
-        called = (name for name in self.by_function if name.rpartition(".")[2] in names)
-        return list(dict.fromkeys((mutant.function, *called)))
+    def _ways(self, mutant: Mutant) -> dict[str, int]:
+        """Tests that go the same way through the changed function and those that it may call."""
+        known = self.ways.get((mutant.path, mutant.function))
+        if known is not None:
+            return known
+        names = _names(dict(functions(ast.parse(mutant.text)))[mutant.function])
+        reached = [
+            tests
+            for function, tests in self.by_function.items()
+            if function == mutant.function or function.rpartition(".")[2] in names
+        ]
+        numbers: dict[frozenset[str], int] = {}
+        ways: dict[str, int] = {}
+        for test in set().union(*reached):
+            way = frozenset().union(*(tests.get(test, ()) for tests in reached))
+            ways[test] = numbers.setdefault(way, len(numbers))
+        return self.ways.setdefault((mutant.path, mutant.function), ways)
 
-    def _by_turns(self, tests: set[str], called: list[str]) -> list[str]:
-        ways: dict[frozenset[str], list[str]] = {}
-        reached = [self.by_function.get(function, {}) for function in called]
-        for test in sorted(tests, key=lambda test: (-self.worth[test], test)):
-            way = frozenset(key for keys in reached for key in keys.get(test, ()))
-            ways.setdefault(way, []).append(test)
-        turns = zip_longest(*ways.values())
+    def _by_turns(self, tests: set[str], ways: dict[str, int]) -> list[str]:
+        found: dict[int | None, list[str]] = {}
+        for test in sorted(tests, key=self.rank.__getitem__):
+            found.setdefault(ways.get(test), []).append(test)
+        turns = zip_longest(*found.values())
         return [test for turn in turns for test in turn if test is not None]
 
     def _around(self, mutant: Mutant) -> set[str]:

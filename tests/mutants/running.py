@@ -1,23 +1,25 @@
 """Tests under a change: a process for each, forked from one that has collected all tests.
 
-The parent imports PyTorch, the package and the tests, once, and runs one test for each file of
-tests that it needs first, so that what PyTorch starts up with is paid for. A child puts the changed
-function's code in the place of the old one's, empties the caches of the package, and runs tests
-until one fails. So a change costs what its tests do.
+The parent has imported PyTorch, the package and the tests, and run its tests as they are, so that
+what PyTorch starts up with is paid for. A child puts the changed function's code in the place of
+the old one's, empties the caches of the package, and runs tests until one fails. So a change costs
+what its tests do.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import json
 import linecache
 import os
+import resource
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -35,17 +37,31 @@ _PACKAGE = "mhf_compiler"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a change.
+    """What tests made of a change.
 
     Attributes:
-        caught: whether anything went wrong with it.
-        by: the test that failed, or what else happened.
+        by: the test that failed, or what else happened to the process; empty if nothing did.
+        alike: how many tests have graphs that are read as before, so that they were not run.
+        passed: the tests that were run and pass; those with graphs read them differently.
+        left: how many tests there was no time for.
         seconds: what it took.
     """
 
-    caught: bool
-    by: str
-    seconds: float
+    by: str = ""
+    alike: int = 0
+    passed: tuple[str, ...] = ()
+    left: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        """Of more tests, asked in another process."""
+        return Outcome(
+            self.by or other.by,
+            self.alike + other.alike,
+            self.passed + other.passed,
+            self.left + other.left,
+            self.seconds + other.seconds,
+        )
 
 
 def clear_caches() -> None:
@@ -119,7 +135,6 @@ class Server:
         self.work = work
         self.failed = ""
         self.graphs: dict[str, list[KeptGraph]] = {}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = {item.nodeid: item for item in session.items}
@@ -133,11 +148,11 @@ class Server:
     def warm_up(self, tests: list[str]) -> None:
         """Run tests as they are, so that PyTorch has started whatever they need; keep their graphs.
 
-        A test that fails is not run again.
+        A test that fails is not run again. ``freeze`` has to follow the last of them.
         """
         for test, following in zip(tests, [*tests[1:], None], strict=True):
             with kept_graphs() as graphs:
-                self._run(self.items[test], following and self.items[following])
+                self._run(self.items[test], self.items[following] if following else None)
             if self.failed:
                 print(f"{test} fails without a change")
                 del self.items[test]
@@ -147,76 +162,81 @@ class Server:
                 graph.said = graph.read()
             once = {graph.said: graph for graph in graphs}  # explained and compiled: the same
             self.graphs[test] = [graph for graph in once.values() if graph.read() == graph.said]
+
+    def freeze(self) -> None:
+        """Get ready for changes."""
         self.memory = Memory()
 
     def _run(self, item: pytest.Item, following: pytest.Item | None) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
-    def run(self, mutant: Mutant, tests: list[str], limit: int) -> Outcome:
+    def run(self, mutant: Mutant, tests: list[str], limit: int, seconds: int) -> Outcome:
         """Run tests with the change in a process of its own, up to the first that fails.
 
         Those whose graphs it reads as before are not run. Of those whose graphs it reads in another
-        way, and of those without any, at most ``limit`` are.
+        way, and of those without any, at most ``limit`` are. What computes for longer than
+        ``seconds`` counts as noticed.
         """
         start = time.monotonic()
-        self.log.seek(0)
-        self.log.truncate()
         sys.stdout.flush()
-        process = os.fork()
-        if process == 0:
-            os._exit(self._child(mutant, [t for t in tests if t in self.items], limit))
-        status = _wait(process, start + TIMEOUT)
-        seconds = time.monotonic() - start
+        with tempfile.TemporaryFile("w+") as log:
+            process = os.fork()
+            if process == 0:
+                resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+                os._exit(self._child(mutant, tests, limit, log.fileno()))
+            status = _wait(process, start + TIMEOUT)
+            log.seek(0)
+            said = log.read()
+        took = time.monotonic() - start
         if status is None:
-            return Outcome(True, f"no end after {TIMEOUT} s", seconds)
+            return Outcome(f"no end after {TIMEOUT} s", seconds=took)
         if os.WIFSIGNALED(status):
-            return Outcome(True, signal.Signals(os.WTERMSIG(status)).name, seconds)
-        self.log.seek(0)
-        said = self.log.read()
+            return Outcome(signal.Signals(os.WTERMSIG(status)).name, seconds=took)
         if os.WEXITSTATUS(status) == _BROKEN:
-            raise RuntimeError(f"{mutant.name}:\n{said[-2000:]}")
-        return Outcome(status != 0, said.rpartition("OUTCOME ")[2].strip(), seconds)
+            print(f"cannot be made: {mutant.name}:\n{said[-2000:]}", flush=True)
+            return Outcome(left=len(tests), seconds=took)
+        outcome = said.rpartition(_TOLD)[2]
+        if _TOLD not in said:
+            return Outcome("the process ended", seconds=took)
+        told = json.loads(outcome)
+        return Outcome(told["by"], told["alike"], tuple(told["passed"]), told["left"], took)
 
-    def _child(self, mutant: Mutant, tests: list[str], limit: int) -> int:
+    def _child(self, mutant: Mutant, tests: list[str], limit: int, log: int) -> int:
         os.setsid()
         for stream in (1, 2):
-            os.dup2(self.log.fileno(), stream)
+            os.dup2(log, stream)
         try:
             self.memory.change(mutant)
         except BaseException as error:
             print(repr(error), flush=True)
             return _BROKEN
         until = time.process_time() + READING
-        alike = ran = 0
+        alike = left = 0
         different: list[str] = []
+        others: list[str] = []
         try:
             for test in tests:
-                graphs = self.graphs.get(test, [])
-                if graphs:
-                    if time.process_time() > until or len(different) >= limit:
-                        continue
-                    if all(graph.read() == graph.said for graph in graphs):
-                        alike += 1
-                        continue
-                    different.append(test)
-                elif ran >= limit:
+                graphs = self.graphs[test]
+                ran = different if graphs else others
+                if len(ran) >= limit or (graphs and time.process_time() > until):
+                    left += 1
                     continue
-                else:
-                    ran += 1
+                if graphs and all(graph.read() == graph.said for graph in graphs):
+                    alike += 1
+                    continue
+                ran.append(test)
                 self._run(self.items[test], None)
                 if self.failed:
                     break
         except BaseException as error:  # a fork returns nowhere
             self.failed = repr(error)
-        said = self.failed or (
-            f"{ran} tests pass, and the graphs of {alike} others are read as before; "
-            f"those of {', '.join(different) or 'none'} are not, and pass, too"
-        )
-        print(f"\nOUTCOME {said}", flush=True)
-        return int(bool(self.failed))
+        outcome = Outcome(self.failed, alike, (*different, *others), left)
+        print(f"\n{_TOLD}{json.dumps(asdict(outcome))}", flush=True)
+        return 0
 
 
 _BROKEN = 99
+_TOLD = "OUTCOME "
 
 
 def _wait(process: int, until: float) -> int | None:
