@@ -33,27 +33,45 @@ from .workload import Workload
 _T = TypeVar("_T")
 
 _TIE = 1.05
+_TIE_THAT_SAVES_MEMORY = 1.1
 _FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated seconds for one call, rewritten and not."""
+    """Estimated seconds and bytes for one call, rewritten and not.
+
+    The bytes are those of the result and of what is stored on the way to it. In training that is
+    what is kept for the backward pass. Arguments and their gradients are not among it: both ways
+    have them.
+    """
 
     rewritten: float
     original: float
+    rewritten_bytes: float = 0.0
+    original_bytes: float = 0.0
+
+    @property
+    def saves_memory(self) -> bool:
+        """Whether the op takes less than half of the original's memory."""
+        return self.rewritten_bytes < self.original_bytes / 2
 
     @property
     def pays(self) -> bool:
-        """A tie goes to the op, which needs a fraction of the memory."""
-        return self.rewritten <= _TIE * self.original
+        """A tie goes to the op, and is wider where the op saves memory."""
+        tie = _TIE_THAT_SAVES_MEMORY if self.saves_memory else _TIE
+        return self.rewritten <= tie * self.original
 
     def __str__(self) -> str:
         return (
-            f"an estimated {self.rewritten * 1e3:.3g} ms rewritten, "
-            f"{self.original * 1e3:.3g} ms as it is"
+            f"an estimated {_scaled(self.rewritten, self.rewritten_bytes)} rewritten, "
+            f"{_scaled(self.original, self.original_bytes)} as it is"
         )
+
+
+def _scaled(seconds: float, count: float) -> str:
+    return f"{seconds * 1e3:.3g} ms and {count / 2**20:.3g} MiB"
 
 
 class Shares(NamedTuple):
@@ -94,12 +112,30 @@ class Device:
 
 def estimate(workload: Workload) -> Estimate:
     """Estimate both ways of running a workload."""
+    memory = _rewritten_bytes(workload), _original_bytes(workload)
     if workload.device.type == "cpu":
-        return _estimate_on_a_cpu(workload)
+        return Estimate(*_on_a_cpu(workload), *memory)
     device = _device(workload.device.type, workload.device.index, workload.sizes.dtype)
     if device is None:
-        return Estimate(0.0, 0.0)
-    return Estimate(_rewritten(workload, device), _original(workload, device))
+        return Estimate(0.0, 0.0, *memory)
+    return Estimate(_rewritten(workload, device), _original(workload, device), *memory)
+
+
+def _rewritten_bytes(w: Workload) -> float:
+    """The result, and copies of weights that lie in several tensors, with their gradients."""
+    return _result_bytes(w) + w.copied * _weight_bytes(w) * (2 if w.training else 1)
+
+
+def _original_bytes(w: Workload) -> float:
+    """The result, and the hidden units: what each product of the width makes of them.
+
+    In training the products and the activated units are kept for the backward pass. In inference a
+    loop has the memory of one round, and activates where the product lies.
+    """
+    projections = len(w.products) - 1
+    if w.training:
+        return _result_bytes(w) + (projections + 1) * _hidden_bytes(w)
+    return _result_bytes(w) + projections * _hidden_bytes(w) / _rounds(w)
 
 
 def _original(w: Workload, device: Device) -> float:
@@ -121,13 +157,22 @@ def _original(w: Workload, device: Device) -> float:
 
 def _original_kernels(w: Workload) -> int:
     """One for each product, and what each round of products has in addition."""
-    products = w.written or sum(w.products)  # none are written where sums of products are
-    pieces = -(-products // len(w.products))
-    kernels = products + pieces + 1  # the hidden units; the results are brought together
+    products, rounds = _written(w), _rounds(w)
+    kernels = products + rounds + 1  # the hidden units; the results are brought together
     if w.training:
         # The hidden units; what a token's networks weigh; the two gradients of the query, added.
-        kernels += 2 * products + (1 + w.sizes.routed + w.sizes.gated) * pieces
+        kernels += 2 * products + (1 + w.sizes.routed + w.sizes.gated) * rounds
     return kernels
+
+
+def _written(w: Workload) -> int:
+    """The products of the original's forward pass; none are written where sums of products are."""
+    return w.written or sum(w.products)
+
+
+def _rounds(w: Workload) -> int:
+    """How often the original goes from the width to hidden units and back."""
+    return -(-_written(w) // len(w.products))
 
 
 def _rewritten(w: Workload, device: Device) -> float:
@@ -201,6 +246,10 @@ def _hidden_bytes(w: Workload) -> float:
     return float(_tokens(w) * _units(w) * w.sizes.dtype.itemsize)
 
 
+def _result_bytes(w: Workload) -> float:
+    return float(_tokens(w) * w.sizes.heads * w.sizes.head_dim * w.out_dtype.itemsize)
+
+
 def _weight_bytes(w: Workload) -> float:
     return float(math.prod(w.sizes.weight_shape) * w.sizes.dtype.itemsize)
 
@@ -230,8 +279,8 @@ _CORES = Cores(
 )
 
 
-def _estimate_on_a_cpu(w: Workload) -> Estimate:
-    """Both ways on as many threads as PyTorch has: products, passes over memory, and the call."""
+def _on_a_cpu(w: Workload) -> tuple[float, float]:
+    """The seconds of both ways on as many threads as PyTorch has: products, passes over memory, and the call."""
     threads, products = torch.get_num_threads(), len(w.products)
     half = w.sizes.dtype.itemsize < 4
     flops = 2.0 * _units(w) * w.sizes.head_dim  # of one product, for each token
@@ -254,11 +303,11 @@ def _estimate_on_a_cpu(w: Workload) -> Estimate:
     batched = replace(w, pieces=(1, 1, 1), written=0)
     added = _original_kernels(w) - _original_kernels(batched)
     original += _CORES.graph[w.training] + added * _CORES.kernel
-    return Estimate(rewritten, original)
+    return rewritten, original
 
 
 #: of an H200's host
-_HOST = Host(step=8.7e-4, weight=3.3e-5, kernel=2e-5, op=1.75e-4, idle=2.5e-4)
+_HOST = Host(step=8.7e-4, weight=3.3e-5, kernel=2e-5, op=1.9e-4, idle=2.5e-4)
 #: of an H200; the widest heads' backward pass is plain Triton's
 _HOPPER_SHARES = {
     32: Shares(0.65, 0.42, 0.19),

@@ -253,6 +253,45 @@ def test_what_pays(rewritten: float, original: float, pays: bool):
     assert Estimate(rewritten, original).pays is pays
 
 
+@pytest.mark.parametrize(
+    ("seconds", "rewritten_bytes", "pays"),
+    [(1.05, 3.0, True), (1.06, 3.0, False), (1.06, 1.9, True), (1.1, 1.9, True), (1.11, 0.0, False)],
+)
+def test_a_tie_is_wider_where_memory_is_saved(seconds: float, rewritten_bytes: float, pays: bool):
+    assert Estimate(seconds, 1.0, rewritten_bytes, 4.0).pays is pays
+
+
+def test_an_estimate_names_time_and_memory():
+    said = str(Estimate(0.012345, 0.00456, 3 * 2**20, 2**29))
+    assert said == "an estimated 12.3 ms and 3 MiB rewritten, 4.56 ms and 512 MiB as it is"
+
+
+@everywhere
+def test_the_original_stores_hidden_units(workload: Workload):
+    """In training those of all sub-networks; in inference a loop those of one."""
+    units = workload.sizes.tokens * 4 * 4 * 192 * workload.sizes.dtype.itemsize
+    result = workload.sizes.tokens * 4 * 64 * workload.sizes.dtype.itemsize
+    infer, train = (changed(workload, training=training) for training in (False, True))
+    for case, expected in [
+        (infer, 2 * units),
+        (changed(infer, gated=False), units),
+        (changed(infer, written=3 * 4), 2 * units / 4),
+        (train, 3 * units),
+        (changed(train, written=3 * 4), 3 * units),
+    ]:
+        found = estimate(case)
+        assert (found.rewritten_bytes, found.original_bytes) == (result, result + expected)
+
+
+@everywhere
+def test_copies_of_weights_take_memory(workload: Workload):
+    weights = 4 * 4 * 192 * 64 * workload.sizes.dtype.itemsize
+    apart = changed(workload, training=False, pieces=(4, 1, 4))
+    plain = estimate(changed(apart, pieces=(1, 1, 1))).rewritten_bytes
+    assert estimate(apart).rewritten_bytes == plain + 2 * weights
+    assert estimate(changed(apart, training=True)).rewritten_bytes == plain + 4 * weights
+
+
 def test_there_is_nothing_to_try_on_a_cpu():
     """Nor is the op called, whatever the sizes."""
     trial_run(changed(CPU, tokens=1 << 40, heads=1 << 10))
