@@ -280,7 +280,10 @@ _CORES = Cores(
 
 
 def _on_a_cpu(w: Workload) -> tuple[float, float]:
-    """The seconds of both ways on as many threads as PyTorch has: products, passes over memory, and the call."""
+    """The seconds of both ways, on as many threads as PyTorch has.
+
+    They are those of products, of passes over memory, and of the call.
+    """
     threads, products = torch.get_num_threads(), len(w.products)
     half = w.sizes.dtype.itemsize < 4
     flops = 2.0 * _units(w) * w.sizes.head_dim  # of one product, for each token

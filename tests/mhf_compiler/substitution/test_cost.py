@@ -255,7 +255,7 @@ def test_what_pays(rewritten: float, original: float, pays: bool):
 
 @pytest.mark.parametrize(
     ("seconds", "rewritten_bytes", "pays"),
-    [(1.05, 3.0, True), (1.06, 3.0, False), (1.06, 1.9, True), (1.1, 1.9, True), (1.11, 0.0, False)],
+    [(1.05, 3.0, True), (1.06, 3.0, False), (1.06, 1.9, True), (1.1, 1.9, True), (1.11, 0, False)],
 )
 def test_a_tie_is_wider_where_memory_is_saved(seconds: float, rewritten_bytes: float, pays: bool):
     assert Estimate(seconds, 1.0, rewritten_bytes, 4.0).pays is pays
