@@ -52,11 +52,11 @@ class FlashMHF(nn.Module):
         return x + self.merge(y.flatten(2))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write the package and the ops")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder, dtype = arguments.folder, getattr(torch, arguments.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -71,12 +71,17 @@ def main() -> None:
         report = mhf_compiler.Report()
         program = mhf_compiler.rewrite(program, options={"rewrite": "always"}, report=report)
         print(report)
-        package = str(folder / "model.pt2")
-        torch._inductor.aoti_compile_and_package(program, package_path=package)
+        # The program finds the dtype of its inputs in the package.
+        metadata = {"aot_inductor.metadata": {"dtype": arguments.dtype}}
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(folder / "model.pt2"), inductor_configs=metadata
+        )
 
-        # What the program is to compute, by the model as it is written.
-        inputs = [tokens(length) for length in (2, 16, 77, LONGEST)]
-        torch.save([[x, model(x)] for x in inputs], folder / "samples.pt")
+        # What the program is to compute, by the model as it is written: sizes and numbers.
+        with (folder / "samples.bin").open("wb") as file:
+            for x in (tokens(length) for length in (2, 16, 77, LONGEST)):
+                for part in (torch.tensor(x.shape), x.float(), model(x).float()):
+                    file.write(part.numpy().tobytes())
 
     print(mhf_compiler.build_ops(folder / "ops"))
 
