@@ -46,7 +46,7 @@ endif()
 if(NOT Torch_VERSION VERSION_EQUAL "{torch}")
   set(mhf_compiler_FOUND FALSE)
   set(mhf_compiler_NOT_FOUND_MESSAGE
-      "the ops were built for PyTorch {torch}, this is ${{Torch_VERSION}}: build them with its Python")
+      "the ops were built for PyTorch {torch}, this is ${{Torch_VERSION}}: build them again")
   return()
 endif()
 if(NOT TARGET mhf_compiler::ops)

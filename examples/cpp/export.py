@@ -7,7 +7,7 @@
     build/cpp/run build/cpp
 
 The first command needs this package and a C++ compiler, the next two need CMake and PyTorch's C++
-libraries, which any installation of PyTorch has. What they make needs neither Python nor a compiler.
+libraries, which any installation of PyTorch has. The last needs neither Python nor a compiler.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LONGEST = 512  # of a sequence, in tokens
 class FlashMHF(nn.Module):
     """Heads with several SwiGLUs each, weighted by a router in float32."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         shape = (HEADS, NETWORKS, HIDDEN, WIDTH)
         self.norm = nn.RMSNorm(MODEL)

@@ -53,7 +53,11 @@ def folder(ops_library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def output_of(*command: str | Path, **options: object) -> str:
     done = subprocess.run(
-        list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        list(map(str, command)),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

@@ -121,7 +121,8 @@ WRONG = {
 def answers(ops_library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("answers")
     calls = {
-        name: ("multi_head_ffn", tuple(given.values())) for name, given in (NETWORKS | WRONG).items()
+        name: ("multi_head_ffn", tuple(given.values()))
+        for name, given in (NETWORKS | WRONG).items()
     }
     calls |= {name: ("router_product", given) for name, given in ROUTERS.items()}
     calls["q is Float"] = ("router_product", routed(torch.float32, torch.float32))
