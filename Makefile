@@ -125,7 +125,7 @@ ruff: $(READY)  ## ruff alone: its rules, and its formatting
 typecheck: $(READY)  ## mypy alone
 	@rm -rf build/typecheck && mkdir -p build/typecheck/mhf_compiler
 	@ln -s "$(CURDIR)"/mhf_compiler/* "$(CURDIR)"/{patterns,lowering} build/typecheck/mhf_compiler/
-	$(PYTHON) -m mypy build/typecheck/mhf_compiler examples/*.py \
+	$(PYTHON) -m mypy build/typecheck/mhf_compiler examples/{,cpp/}*.py \
 	  | sed -E 's#^build/typecheck/mhf_compiler/(patterns|lowering)/#\1/#; s#^build/typecheck/##'
 
 .PHONY: docs

@@ -5,6 +5,7 @@
     mhf_compiler.explain(model)(*args)           what is rewritten, and why the rest is not
     mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
     mhf_compiler.rewrite(exported_program)       an exported program with the op in it
+    mhf_compiler.build_ops(folder)               the op for C++ programs without Python
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
 
 The package has three parts: this one is what a user touches, ``patterns`` knows what an MH-FFN is,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .explanation import explain
     from .exported import rewrite
     from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
+    from .lowering.library import build_ops
     from .options import OptionError, Options
     from .passes.outcome import Fusion, Obstacle
     from .patterns import Kind as DeclineKind
@@ -53,6 +55,7 @@ __all__ = [
     "SiteReport",
     "__version__",
     "assert_rewritten",
+    "build_ops",
     "explain",
     "flashmhf",
     "inductor_options",
@@ -77,6 +80,7 @@ _HOMES = {  # name -> module, and its name there if that is another
     "Report": "report",
     "SiteReport": "report",
     "assert_rewritten": "testing",
+    "build_ops": "lowering.library",
     "explain": "explanation",
     "multi_head_ffn": "lowering",
     "multi_head_ffn_reference": "lowering",

@@ -51,6 +51,7 @@ __all__ = [
     "TorchDispatchMode",
     "auto_functionalized",
     "bucket_cut",
+    "build_cpp",
     "cache_folder",
     "compile_graph",
     "compiled_in_place_set_aside",
@@ -914,6 +915,27 @@ def reset_cuda_graphs() -> None:
 
 class DamagedLibrary(OSError):
     """A library in the cache is not what was built."""
+
+
+def build_cpp(source: Path, library: Path) -> Path:
+    """Build a C++ library of PyTorch operators for this machine, by Inductor's toolchain.
+
+    It is linked as a model that AOTInductor packages: to nothing of Python.
+    """
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    # A program that links the library looks for it by this name, not by its path.
+    named = f"-Wl,-soname,{library.name}"
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), aot_mode=True, extra_flags=[named])
+    builder = CppBuilder(
+        name=library.stem,
+        sources=str(source),
+        BuildOption=options,
+        output_dir=str(library.parent),
+    )
+    builder.build()
+    return Path(builder.get_target_file_path())
 
 
 def load_cpp(source: str) -> ctypes.CDLL:

@@ -197,3 +197,13 @@ def test_the_reference_has_every_public_name(site: Path):
     text = (site / "api.html").read_text()
     for name in mhf_compiler.__all__:
         assert name.startswith("__") or f'id="mhf_compiler.{name}"' in text, name
+
+
+def test_the_cpp_of_a_page_is_that_of_the_example():
+    """Which is built and run by tests/examples/test_cpp.py."""
+    text = (DOCS / "deployment.md").read_text()
+    blocks = re.findall(r"^```(cmake|cpp)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    files = {"cmake": "CMakeLists.txt", "cpp": "main.cpp"}
+    assert {language for language, _ in blocks} == set(files)
+    for language, block in blocks:
+        assert block in (ROOT / "examples" / "cpp" / files[language]).read_text()

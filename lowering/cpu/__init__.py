@@ -2,6 +2,7 @@
 
     compiled.py    calls blocks.cpp, which Inductor's C++ toolchain builds at the first call
     blocks.cpp     blocks of tokens and hidden units that stay in the caches
+    library.cpp    the same for programs without Python, see lowering/library.py
     products.h     its matrix products
     activations.h  the activations and their slopes
     blocked.py     the same in PyTorch's operations, where there is no compiler, or too few tokens

@@ -11,14 +11,23 @@ from torch import Tensor
 
 from ..problem import Gradients, Problem
 
-__all__ = ["backward", "forward", "problem", "takes"]
+__all__ = [
+    "ACTIVATIONS",
+    "PRODUCTS_OF_THREAD",
+    "backward",
+    "forward",
+    "problem",
+    "read",
+    "source",
+    "takes",
+]
 
 _SOURCES = ("products.h", "activations.h", "blocks.cpp")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh")
 _ALIGNMENT = 64  # bytes, of every buffer
 _TOKENS = 16  # of one head, below which another thread is not worth it
-_PRODUCTS = 1 << 19  # of numbers, some 20 us of a thread's time: so much for each
+PRODUCTS_OF_THREAD = 1 << 19  # of numbers, some 20 us of a thread's time: so much for each
 
 
 class _View(ctypes.Structure):
@@ -57,7 +66,7 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
     from mhf_compiler import compat
 
     try:
-        library = compat.load_cpp("\n".join(map(_read, _SOURCES)))
+        library = compat.load_cpp(source())
         for function in (library.multi_head_ffn_forward, library.multi_head_ffn_backward):
             function.argtypes = (ctypes.POINTER(_Call), ctypes.c_void_p)
             function.restype = ctypes.c_int64
@@ -75,7 +84,13 @@ def _built() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _read(name: str) -> str:
+def source() -> str:
+    """The C++ of both passes."""
+    return "\n".join(map(read, _SOURCES))
+
+
+def read(name: str) -> str:
+    """A file of this folder."""
     return Path(__file__).with_name(name).read_text()
 
 
@@ -84,7 +99,7 @@ def takes(q: Tensor, activation: str) -> bool:
     batch, length, heads, _ = q.shape
     pieces = heads * -(-batch * length // _TOKENS)
     few = pieces < torch.get_num_threads()
-    return activation in _ACTIVATIONS and not few and _library() is not None
+    return activation in ACTIVATIONS and not few and _library() is not None
 
 
 def forward(problem: Problem, out: Tensor) -> None:
@@ -103,7 +118,7 @@ def _call(problem: Problem, out: Tensor, gradients: Gradients) -> _Call:
     compute = torch.promote_types(q.dtype, torch.float32)
     return _Call(
         *(*q.shape, *k.shape[:3]),
-        *(_DTYPES.index(compute), _ACTIVATIONS.index(activation), _threads(q, k)),
+        *(_DTYPES.index(compute), ACTIVATIONS.index(activation), _threads(q, k)),
         *scales,
         *map(_view, (*_four(problem.tensors), out, *_four(gradients))),
     )
@@ -111,7 +126,7 @@ def _call(problem: Problem, out: Tensor, gradients: Gradients) -> _Call:
 
 def _threads(q: Tensor, k: Tensor) -> int:
     products = q.numel() * k.shape[1] * k.shape[2]
-    return max(1, min(torch.get_num_threads(), products // _PRODUCTS))
+    return max(1, min(torch.get_num_threads(), products // PRODUCTS_OF_THREAD))
 
 
 def _four(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

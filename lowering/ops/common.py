@@ -64,6 +64,11 @@ def register(
         call.__name__ = call.__qualname__ = name
         return call
 
+    if hasattr(torch.ops.mhf_compiler, name):
+        raise ImportError(
+            f"mhf_compiler::{name} is defined already, by the C++ library of the ops: "
+            "import mhf_compiler before the library is loaded, or not at all"
+        )
     qualified = f"mhf_compiler::{name}"
     # A call that names no overload gets the one that was defined first.
     for overload, checked in ((qualified, True), (f"{qualified}.compiled", False)):

@@ -1,4 +1,4 @@
-"""The command line: ``explain``, ``bench``, ``info`` and ``doctor``.
+"""The command line: ``explain``, ``bench``, ``build-ops``, ``info`` and ``doctor``.
 
 Exit codes: 0 success; 1 nothing was rewritten under ``--strict``, ``bench --site`` found wrong
 numbers, or ``doctor`` found something; 2 the request cannot be carried out, with one line why.
@@ -129,6 +129,19 @@ def bench(
         click.echo(
             f"{times.what:<18} {old * 1e3:10.3f} ms {new * 1e3:10.3f} ms {times.speed_up:8.2f} x"
         )
+
+
+@commands.command()
+@click.argument("folder", type=click.Path(file_okay=False))
+def build_ops(folder: str) -> None:
+    """Build the ops as a C++ library for the CPU, for programs without Python.
+
+    CMake finds it with FOLDER in CMAKE_PREFIX_PATH. Prints the path of the library.
+    """
+    from ..lowering import library
+
+    with _problems():
+        click.echo(library.build_ops(folder))
 
 
 @commands.command()

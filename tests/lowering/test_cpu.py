@@ -238,7 +238,7 @@ def threads():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_threads(monkeypatch, threads, count: int, groups: int, length: int):
     """A thread takes whole groups of heads, or a part of a group's tokens, or finds none left."""
-    monkeypatch.setattr(compiled, "_PRODUCTS", 1)
+    monkeypatch.setattr(compiled, "PRODUCTS_OF_THREAD", 1)
     threads(count)
     tensors = leaves(make(SHAPE._replace(B=2, L=length, H=12, d=3, G=groups)))
     assert_same(tensors, **SCALES)

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import mhf_compiler.__main__
 import mhf_compiler.cli.doctor
+from mhf_compiler import compat
 from mhf_compiler.cli.commands import commands
 from mhf_compiler.cli.doctor import Check
 from mhf_compiler.cli.inputs import GivenError, TensorSpec, parse_tensor
@@ -214,6 +215,28 @@ def test_bench_needs_the_device(arguments: Sequence[str], monkeypatch: pytest.Mo
     assert done.stderr == "Error: device 'cuda': torch sees no CUDA device\n"
 
 
+def test_build_ops_prints_the_path_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def build(source: Path, library: Path) -> Path:
+        library.write_text("built")
+        return library
+
+    monkeypatch.setattr(compat, "build_cpp", build)
+    done = call("build-ops", str(tmp_path / "new"))
+    assert done.exit_code == 0
+    assert Path(done.stdout.strip()).read_text() == "built"
+
+
+def test_build_ops_says_in_one_line_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(source: Path, library: Path) -> Path:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(compat, "build_cpp", fail)
+    done = call("build-ops", str(tmp_path))
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert "no compiler" in line
+
+
 def test_info_says_what_runs_and_why_not(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = call("info").stdout
@@ -290,7 +313,7 @@ def test_a_version_out_of_range_is_said(monkeypatch: pytest.MonkeyPatch):
     assert str(mhf_compiler.cli.doctor._in_range("torch")).startswith("torch is 1.0: pip install")
 
 
-@pytest.mark.parametrize("command", ["explain", "bench", "info", "doctor"])
+@pytest.mark.parametrize("command", ["explain", "bench", "build-ops", "info", "doctor"])
 def test_every_command_has_help(command: str):
     done = call(command, "--help")
     assert done.exit_code == 0
