@@ -1,6 +1,6 @@
 """One process of several that call the ops with DTensors; `test_sharding.py` starts it.
 
-    python sharded.py RANK WORLD STORE FOLDER_OF_TESTS
+    python sharded.py RANK WORLD FOLDER
 
 Results and gradients are compared with those of plain tensors, for every placement of the arguments
 that the ops compute on without communication, and for others, which are redistributed.
@@ -199,9 +199,10 @@ def check_router(mesh: DeviceMesh) -> None:
         assert (found[0], communicated) == (result, 0)
 
 
-def main(rank: int, world: int, store: str) -> None:
+def main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (2,) * (world.bit_length() - 1))
     check_without_communication(mesh)
     check_any_placement(mesh)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.ranks import run_ranks
 
 from mhf_compiler.lowering.ops.sharding import shardings
 
@@ -151,17 +152,7 @@ def test_only_the_gradients_that_are_needed():
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes(world: int, tmp_path: Path):
     """Four are a mesh of two by two."""
-    program = Path(__file__).parent / "sharded.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), str(world), tmp_path / "store"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, errors
+    run_ranks(Path(__file__).parent / "sharded.py", world, tmp_path)
 
 
 def python(program: str) -> None:

@@ -4,8 +4,6 @@ The weights of every network here are larger than a bucket, so that without care
 """
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -316,46 +315,6 @@ def test_a_fault_leaves_dynamos_parts_as_they_are(monkeypatch: pytest.MonkeyPatc
 
 # Two processes.
 
-TWO = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[3])
-from test_buckets import ALWAYS, LAYERS, Tower, step
-from torch.nn.parallel import DistributedDataParallel
-from mhf_compiler.compat import counters
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-torch.manual_seed(0)
-model, xs = Tower(), torch.randn(2, 3, 5, 128)
-ddp = DistributedDataParallel(model, bucket_cap_mb=1)
-compiled = torch.compile(ddp, backend="flashmhf", options=ALWAYS)
-for _ in range(2):  # DDP arranges its buckets again after the first
-    found = step(compiled, ddp, xs[rank])[1:]
-plain = Tower()
-plain.load_state_dict(model.state_dict())
-expected = [sum(pair) / 2 for pair in zip(*(step(plain, plain, x)[1:] for x in xs))]
-torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-assert counters["flashmhf"]["sites_rewritten"] == LAYERS, counters["flashmhf"]
-dist.destroy_process_group()
-"""
-
 
 def test_two_processes(tmp_path: Path):
-    """Gradients are the mean of those of both halves of the batch."""
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                TWO,
-                str(rank),
-                str(tmp_path / "store"),
-                str(Path(__file__).parent),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    run_ranks(Path(__file__).parent / "bucketed.py", 2, tmp_path)

@@ -1,8 +1,6 @@
 """Heads divided between devices: which parameters are cut and how, in one process or several."""
 
 import runpy
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,25 +27,11 @@ Network, made, example = (MODELS[name] for name in ("Network", "made", "example"
 H, f, d = 4, 24, 16
 
 
-def run(world: int, folder: Path) -> None:
-    """Run ``parallelized.py`` in several processes."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, str(rank), str(world), folder],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, errors
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have written, after they have checked values and gradients."""
     folder = tmp_path_factory.mktemp("two")
-    run(2, folder)
+    run_ranks(PROGRAM, 2, folder)
     return folder
 
 
@@ -62,7 +47,7 @@ def test_a_checkpoint_of_two_processes_in_one(folder: Path):
 
 
 def test_fsdp_and_heads_in_four_processes(folder: Path):
-    run(4, folder)
+    run_ranks(PROGRAM, 4, folder)
 
 
 # One process: the plan.

@@ -1,6 +1,6 @@
 """One process of two that compile models with DTensor parameters; `test_shards.py` starts it.
 
-python sharded.py RANK WORLD STORE
+python sharded.py RANK WORLD FOLDER
 """
 
 import copy
@@ -187,9 +187,10 @@ def check(name: str, mesh: DeviceMesh, fallback: str) -> None:
     torch.compiler.reset()
 
 
-def main(rank: int, world: int, store: str) -> None:
+def main(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     for name in CASES:
         if name not in NEWER or torch.__version__ >= (2, 13):

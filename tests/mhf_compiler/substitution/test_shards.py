@@ -1,13 +1,12 @@
 """Models with DTensor parameters: what is rewritten and what is not, in one process or two."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -21,17 +20,7 @@ PLACES_ALIKE = torch.__version__ >= (2, 13)
 
 
 def test_two_processes(tmp_path: Path):
-    program = Path(__file__).parent / "sharded.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, program, str(rank), "2", tmp_path / "store"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    run_ranks(Path(__file__).parent / "sharded.py", 2, tmp_path)
 
 
 # One process: what a graph of DTensors is read as.
