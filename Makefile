@@ -3,6 +3,9 @@
 #
 #     make test-gpu PYTHON=/path/to/python
 
+# Dozens of tests start a process: each would compile PyTorch's Python sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
