@@ -20,7 +20,9 @@ _IMPORTED = (
 # Source, since the processes cannot import this module before their path has been set: what lies
 # next to the program, as for any script, and this package.
 _START = """
-import runpy, sys, traceback
+import gc, runpy, sys, traceback
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 sys.argv = {argv!r}
 sys.path += {path!r}
 try:
