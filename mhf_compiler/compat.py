@@ -80,6 +80,7 @@ __all__ = [
     "local_tensor",
     "make_fx",
     "named_arguments",
+    "names_of_self",
     "new_fake",
     "no_fake_mode",
     "no_new_guards",
@@ -333,6 +334,25 @@ def source_name(node: torch.fx.Node) -> str | None:
     if source is None:
         return None
     return str(source.name() if callable(source.name) else source.name)
+
+
+def names_of_self() -> tuple[str, ...]:
+    """What the frame that Dynamo is compiling calls the module that it is a method of.
+
+    Code of torch's own modules is compiled through a function that calls them ``fn``.
+    """
+    from torch._dynamo.symbolic_convert import tls
+
+    frame = getattr(tls, "current_tx", None)
+    if frame is None:
+        return ("self", "fn")
+    found = {"self", "fn"}
+    for name, value in frame.f_locals.items():
+        if isinstance(value, torch.nn.Module) and name not in found:
+            code = getattr(type(value).forward, "__code__", None)
+            if code is not None and code.co_varnames[:1] == (name,):
+                found.add(name)
+    return tuple(sorted(found))
 
 
 def reason_of_graph_break(gm: torch.fx.GraphModule) -> tuple[str, FrameSummary | None] | None:

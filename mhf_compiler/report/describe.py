@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..compat import reason_of_graph_break, source_name
+from ..compat import names_of_self, reason_of_graph_break, source_name
 from ..patterns import (
     STACK,
     Location,
@@ -29,7 +30,16 @@ from ..patterns import (
     is_product_call,
     locate,
 )
-from .values import Argument, GraphBreak, Operation, RegionNode, SiteReport, UnreadGraph, Work
+from .values import (
+    Argument,
+    GraphBreak,
+    Module,
+    Operation,
+    RegionNode,
+    SiteReport,
+    UnreadGraph,
+    Work,
+)
 
 if TYPE_CHECKING:
     from ..lowering.cost import Estimate
@@ -112,6 +122,12 @@ def unread_graph(reason: Reason) -> UnreadGraph:
     return UnreadGraph(replace(reason, node=None), where)
 
 
+def modules_of(gm: fx.GraphModule) -> list[Module]:
+    """The modules whose operations are in a graph, in their order."""
+    found = {path: kind for node in gm.graph.nodes for path, kind in _modules(node)}
+    return [Module(path, kind) for path, kind in found.items()]
+
+
 def operation(node: fx.Node) -> Operation:
     """A node as a report shows it: its call, source line and innermost module."""
     stack = _modules(node)
@@ -183,6 +199,7 @@ def _arguments(site: Site) -> Iterator[Argument]:
             shape=tuple(size if isinstance(size, int) else str(size) for size in view.shape),
             dtype=str(view.value.dtype).removeprefix("torch."),
             location=locate(value.origin) if computed else None,
+            tensors=tuple(_names_of(value)),
         )
 
 
@@ -196,22 +213,39 @@ def _before_views(value: Value) -> Value:
 
 def name_of(value: Value) -> str:
     """The model's name for it: the path of a parameter, the variable of a computed value."""
+    return shortened([*_names_of(value)])
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The names of stacked tensors as one text; of many, the first and the last."""
+    if len(names) > _MOST_NAMES:
+        return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
+    return ", ".join(names)
+
+
+def _names_of(value: Value) -> Iterator[str]:
+    """The names of all tensors of a stack, which may be nested; that of any other value."""
     if value.op == STACK:
-        names = [name_of(_before_views(part)) for part in value.args]
-        if len(names) > _MOST_NAMES:
-            return f"{names[0]} ... {names[-1]} ({len(names)} tensors)"
-        return ", ".join(names)
-    if not value.operands:
-        return readable(source_name(value.origin) or str(value.origin.target))
-    return value.origin.name
+        for part in value.args:
+            yield from _names_of(_before_views(part))
+    elif not value.operands:
+        yield readable(source_name(value.origin) or str(value.origin.target))
+    else:
+        yield value.origin.name
 
 
 def readable(source: str) -> str:
     """``ffn.gate`` for ``L['self']._modules['ffn']._parameters['gate']``, as Dynamo has it."""
+    return _readable(source, names_of_self())
+
+
+@lru_cache(maxsize=4096)
+def _readable(source: str, selves: tuple[str, ...]) -> str:
     text = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", source)
     text = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", text)
     text = re.sub(r"^[LG]\.", "", text)
-    return re.sub(r"^(?:self|fn)\.(?=.)", "", text)  # Dynamo calls torch's own modules fn
+    first, dot, rest = text.partition(".")
+    return rest if dot and rest and first in selves else text
 
 
 # Modules and operations.

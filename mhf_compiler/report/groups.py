@@ -6,10 +6,17 @@ share a row of the table, a paragraph and a picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import takewhile
+from operator import or_
 
-from .values import SiteReport
+from ..patterns import Location
+from .paths import Coverage, compressed, coverage
+from .values import GraphReport, SiteReport
 
 _MOST_NUMBERS = 4
 _ACTIVATIONS = ("Q", "R", "X")  # named by the graph, with a number that differs by layer
@@ -17,11 +24,17 @@ _ACTIVATIONS = ("Q", "R", "X")  # named by the graph, with a number that differs
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that are equal except for the module that they belong to."""
+    """Sites that are equal except for the module that they belong to.
+
+    Attributes:
+        first: one of them.
+        modules: the module at each call of each of them; None for the model itself.
+        numbers: positions in the list that was grouped.
+    """
 
     first: SiteReport
     modules: tuple[str | None, ...]
-    numbers: tuple[int, ...] = ()  # positions in the list that was grouped
+    numbers: tuple[int, ...] = ()
 
     @property
     def numbered(self) -> str:
@@ -34,12 +47,15 @@ class Group:
         return f"{shown} and {more} more" if more > 0 else shown
 
     @property
+    def paths(self) -> list[str]:
+        """The paths of their modules, each once."""
+        return [path for path in dict.fromkeys(self.modules) if path is not None]
+
+    @property
     def where(self) -> str:
-        """The first module, and how many others there are."""
-        others = len(self.modules) - 1
-        if self.first.module is None:
-            return f"{others + 1} times" if others else ""
-        return f"{self.first.module} and {others} more" if others else self.first.module
+        """Their modules in one expression; how often it is called, if it is one."""
+        often = f"{len(self.modules)} times" if len(self.paths) < 2 <= len(self.modules) else ""
+        return ", ".join(filter(None, [compressed(self.paths), often]))
 
 
 def grouped(sites: Sequence[SiteReport]) -> list[Group]:
@@ -48,17 +64,77 @@ def grouped(sites: Sequence[SiteReport]) -> list[Group]:
     for number, site in enumerate(sites):
         found.setdefault(_without_module(site), []).append(number)
     return [
-        Group(sites[same[0]], tuple(sites[number].module for number in same), tuple(same))
+        Group(
+            sites[same[0]],
+            tuple(module for number in same for module in sites[number].modules),
+            tuple(same),
+        )
         for same in found.values()
     ]
 
 
+def coverages(graphs: Sequence[GraphReport]) -> list[Coverage]:
+    """Of which modules the networks are rewritten, whatever their sizes, and of how many."""
+    known = [module.path for graph in graphs for module in graph.modules]
+    calls: dict[Location | None, Counter[str]] = {}  # two in one module are no two calls of it
+    for graph in graphs:
+        for location, found in _calls(graph.rewritten).items():
+            # The same code compiled twice is not called twice, unless its calls were followed.
+            followed = any(site.runs for site in graph.rewritten)
+            before = calls.get(location, Counter())
+            calls[location] = before + found if followed else before | found
+    return coverage(reduce(or_, calls.values(), Counter()), known)
+
+
+def _calls(sites: Iterable[SiteReport]) -> dict[Location | None, Counter[str]]:
+    """How often each module is called, by line of the source."""
+    found: dict[Location | None, Counter[str]] = {}
+    for site in sites:
+        named = [path for path in site.modules if path is not None]
+        found.setdefault(site.location, Counter()).update(named)
+    return found
+
+
 def _without_module(site: SiteReport) -> SiteReport:
     """The site without what differs between instances of its module's class."""
-    prefix = f"{site.module}."
+    weights = [argument for argument in site.arguments if argument.role not in _ACTIVATIONS]
+    prefix = _common_parent([name for argument in weights for name in argument.tensors])
+    numbers: dict[str, int] = {}
     arguments = tuple(
-        replace(argument, name=argument.name.replace(prefix, ""))
-        for argument in site.arguments
-        if argument.role not in _ACTIVATIONS
+        replace(one, name="", tensors=_without_numbers(one.tensors, prefix, numbers))
+        for one in weights
     )
-    return replace(site, module=None, arguments=arguments, operation=None, region=())
+    return replace(
+        site,
+        module=None,
+        runs=(),
+        reason=site.reason and replace(site.reason, detail=_cut(site.reason.detail, prefix)),
+        arguments=arguments,
+        lowered=tuple(_cut(sentence, prefix) for sentence in site.lowered),
+        operation=None,
+        region=(),
+    )
+
+
+def _common_parent(names: Iterable[str]) -> str:
+    """The path of the innermost module that has all of these parameters, with a dot at its end."""
+    parents = [name.split(".")[:-1] for name in names]
+    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    return "".join(f"{parts[0]}." for parts in same)
+
+
+def _without_numbers(names: Iterable[str], prefix: str, numbers: dict[str, int]) -> tuple[str, ...]:
+    """Names below a module; of places in its lists, only in which order they come."""
+
+    def numbered(part: str) -> str:
+        return f"#{numbers.setdefault(part, len(numbers))}" if part.isdecimal() else part
+
+    parts = (_cut(name.removeprefix(prefix), "").split(".") for name in names)
+    return tuple(".".join(map(numbered, path)) for path in parts)
+
+
+def _cut(text: str, prefix: str) -> str:
+    """A text without the path of a module, and without the numbers that a graph gives to values."""
+    if prefix:
+        text = re.sub(rf"(?<![\w.]){re.escape(prefix)}", "", text)
+    return re.sub(r"(?<=\w)_\d+\b", "", text)

@@ -17,7 +17,9 @@ from typing import Any
 from ..passes.outcome import Obstacle
 from ..patterns import Reason
 from .dot import draw
+from .groups import coverages
 from .page import notebook, page
+from .paths import Coverage
 from .text import headline, printed
 from .values import (
     GraphBreak,
@@ -61,6 +63,11 @@ class Report:
     def graph_breaks(self) -> list[GraphBreak]:
         """The ends of graphs before the end of the model."""
         return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """Which modules have rewritten networks, and of how many; each prints as one sentence."""
+        return coverages(self.graphs)
 
     @property
     def graph_before(self) -> str:

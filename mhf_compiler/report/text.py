@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
-from .groups import Group, grouped
+from .groups import Group, coverages, grouped
 from .values import (
     GraphReport,
     Operation,
@@ -32,7 +32,7 @@ Graphs = Sequence[GraphReport]
 def printed(graphs: Graphs) -> str:
     """All that is known of the graphs."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    parts = [headline(graphs)]
+    parts = ["\n".join([headline(graphs), *(f"  {line}" for line in coverage_lines(graphs))])]
     unread = Counter(all_unread(graphs))
     if unread:
         listed = "\n".join(_unread(one, count) for one, count in unread.items())
@@ -60,6 +60,11 @@ def headline(graphs: Graphs) -> str:
         f"{_count(all_rewritten(graphs), 'MH-FFN')} rewritten, "
         f"{len(all_declined(graphs))} declined, in {_count(graphs, 'graph')}"
     )
+
+
+def coverage_lines(graphs: Graphs) -> list[str]:
+    """Where the rewritten networks are, and of how many layers; a line for each kind."""
+    return list(dict.fromkeys(visible(one) for one in coverages(graphs)))
 
 
 def why_nothing(graphs: Graphs) -> str:
@@ -122,7 +127,8 @@ def _details(group: Group) -> str:
     wide = max((len(name) for name, _ in listed), default=0)
     for name, text in listed:
         whole = name in _WHOLE
-        first, *others = [text] if whole else textwrap.wrap(text, _WIDTH - wide - 8)
+        width = _WIDTH - wide - 8
+        first, *others = [text] if whole else textwrap.wrap(text, width, break_on_hyphens=False)
         lines.append(f"    {name.ljust(wide)}  {first}".rstrip())
         lines += [f"    {' ' * wide}  {other}" for other in others]
     return "\n".join(lines)
@@ -133,8 +139,10 @@ def rows(group: Group) -> list[tuple[str, str]]:
     site = group.first
     found = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
     if group.where:
-        named = f"{group.where} ({site.module_class})" if site.module_class else group.where
-        found = [("module", named), *found]
+        kind = f" ({site.module_class})" if site.module_class else ""
+        found = [("module", f"{group.where}{kind}"), *found]
+    if len(group.paths) > 1:
+        found.append(("modules", ", ".join(group.paths)))
     return [(name, visible(text)) for name, text in found]
 
 

@@ -1,6 +1,7 @@
 """What a report holds, as plain values.
 
     GraphReport          one graph: its code before and after, its sites
+      Module             a module whose operations are in it
       Fusion             what a pass after autograd did at one place, or why not (passes/outcome.py)
       SiteReport         one MH-FFN that was rewritten, or one near-miss
         Argument         a tensor of the formula, by the model's own name for it
@@ -32,6 +33,7 @@ class Argument:
         shape: shape of the op's argument; a dynamic size is the name of its symbol.
         dtype: of the tensor in the model, such as ``"float32"``.
         location: where it is computed; None for parameters and inputs.
+        tensors: the names of the tensors that it is read from; several if it is stacked.
     """
 
     role: str
@@ -39,6 +41,7 @@ class Argument:
     shape: tuple[int | str, ...]
     dtype: str
     location: Location | None = None
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,19 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Module:
+    """A module of the model whose operations are in a graph.
+
+    Attributes:
+        path: its path in the model, such as ``"layers.0.ffn"``.
+        module_class: its class name.
+    """
+
+    path: str
+    module_class: str
+
+
+@dataclass(frozen=True)
 class GraphBreak:
     """Why Dynamo ended a graph before the end of the model.
 
@@ -130,6 +146,8 @@ class SiteReport:
         reason: why it was declined; None if it was rewritten.
         module: path of the innermost module that contains all of it, such as ``"layers.0.ffn"``.
         module_class: class name of that module.
+        runs: that module at each call of the graph, which several modules of one class may share;
+            empty if the calls were not followed, as in a compilation.
         formula: what was matched, over the roles of ``arguments``.
         arguments: the tensors of the formula.
         lowered: what runs instead, one sentence each.
@@ -153,6 +171,7 @@ class SiteReport:
     reason: Reason | None = None
     module: str | None = None
     module_class: str | None = None
+    runs: tuple[str | None, ...] = ()
     formula: str | None = None
     arguments: tuple[Argument, ...] = ()
     lowered: tuple[str, ...] = ()
@@ -161,6 +180,11 @@ class SiteReport:
     region: tuple[RegionNode, ...] = ()
     scales: tuple[float, float, float] = (1.0, 1.0, 1.0)
     device: str | None = None
+
+    @property
+    def modules(self) -> tuple[str | None, ...]:
+        """The module at each call of the graph; one if the calls were not followed."""
+        return self.runs or (self.module,)
 
     @property
     def place(self) -> str:
@@ -212,6 +236,7 @@ class GraphReport:
         declined: the near-misses, each with its reason.
         unread: why it, or graphs inside of it, were not analysed; empty if all were.
         notes: further remarks, one sentence each.
+        modules: those whose operations it has, in their order, also such as have no network.
         products: all its matrix products, if none belongs to a site or a near-miss.
         graph_break: why it ended before the end of the model, if it did.
         fusions: what the passes after autograd did and declined; None if they did not run, because
@@ -226,6 +251,7 @@ class GraphReport:
     declined: list[SiteReport] = field(default_factory=list)
     unread: list[UnreadGraph] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    modules: list[Module] = field(default_factory=list)
     products: list[Operation] = field(default_factory=list)
     graph_break: GraphBreak | None = None
     fusions: list[Fusion] | None = None

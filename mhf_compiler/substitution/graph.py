@@ -41,6 +41,7 @@ from ..patterns import (
 from ..report.describe import (
     graph_break,
     matrix_products,
+    modules_of,
     near_miss_report,
     site_report,
     unread_graph,
@@ -86,6 +87,7 @@ def rewrite_graph(
         with no_saved_tensor_hooks(), _no_collection():
             _rewrite_all(gm, options, report, keep, training)
     with only_reporting("the report of a graph"):
+        report.modules = modules_of(gm)
         report.graph_break = graph_break(gm)
         announce(report)
     return report

@@ -19,6 +19,7 @@ from mhf_compiler import Report
 from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind, Location
+from mhf_compiler.report.page import page
 
 ALWAYS = {"rewrite": "always"}
 
@@ -129,6 +130,7 @@ def test_the_printed_report_of_rewritten_networks():
         normalised(report),
         """\
 2 MH-FFNs rewritten, 0 declined, in 1 graph
+  {0,2}: 2 of 3 modules (not 1)
 
 Rewritten
   site  source  module  heads  head dim  sub-networks  hidden units  router
@@ -190,6 +192,7 @@ def test_the_printed_report_of_both():
         normalised(report),
         """\
 1 MH-FFN rewritten, 1 declined, in 1 graph
+  0: 1 of 2 modules (not 1)
 
 Rewritten
   site  source  module  heads  head dim  sub-networks  hidden units  router
@@ -266,6 +269,64 @@ def test_a_near_miss_lies_where_it_is_decided():
     line = line_of("# of OtherQuery")
     assert miss.location == Location(__file__, line, "forward", miss.location.code)
     assert "self.query(x.cos()) @ self.up" in miss.location.code
+
+
+class Lists(nn.Module):
+    """Networks in lists, a dict, and lists of lists; it does not call itself self."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList([Heads(), Heads()]) for _ in range(2))
+        self.named = nn.ModuleDict({"x": Heads()})
+
+    def forward(module, x: Tensor) -> Tensor:
+        for stage in module.stages:
+            for network in stage:
+                x = network(x)
+        return module.named["x"](x)
+
+
+class PerHead(nn.Module):
+    """Each head has modules of its own, in lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(8, 5, bias=False) for _ in range(4))
+        self.downs = nn.ModuleList(nn.Linear(5, 8, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = zip(x.chunk(4, -1), self.ups, self.downs, strict=True)
+        return torch.cat([down(up(q).relu()) for q, up, down in heads], -1)
+
+
+class Repeated(nn.Module):
+    """One module called three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.ffn(self.ffn(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentences"),
+    [
+        (lambda: nn.Sequential(Heads(), Heads(), Heads()), ["{0-2}: all 3 modules"]),
+        (lambda: nn.Sequential(PerHead(), PerHead(), PerHead()), ["{0-2}: all 3 modules"]),
+        (Lists, ["stages.{0,1}.{0,1}: all 4 modules", "named.x"]),
+        (lambda: nn.Sequential(Lists(), Heads()), ["0.stages.{0,1}.{0,1}: all 4 modules"]),
+        (Repeated, ["ffn: 3 times"]),
+    ],
+)
+def test_equal_layers_are_one_row_and_a_sentence(make: Callable[[], nn.Module], sentences: Any):
+    report = explain(make())
+    assert len(re.findall("formula", str(report))) == 1
+    assert [str(one) for one in report.coverage][: len(sentences)] == sentences
+    for shown in (str(report), report._repr_html_(), page(report.graphs)):
+        for site in report.rewritten:
+            assert site.module in shown
 
 
 # The graphs.
