@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; one clear line if its library is missing."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells when it starts
     try:
         from .cli.commands import commands
     except ModuleNotFoundError as error:

@@ -6,14 +6,20 @@ that a machine that becomes slower slows both down.
 
 from __future__ import annotations
 
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ..debug.accuracy import Difference, compare, tensors_of
 from ..debug.extract import Part, cut
@@ -102,9 +108,24 @@ class Subject:
                 found.append(Times(what, seconds))
         return found
 
-    def _once(self, way: str, backward: bool) -> float:
+    def peaks(self, *, training: bool) -> dict[str, int]:
+        """Bytes that one call needs at most, beyond what is there before it, by way.
+
+        With ``training``, both passes. Both ways have to be compiled.
+        """
+        found = {}
+        with torch.set_grad_enabled(training):
+            for way in WAYS:
+                self._forget_gradients()
+                found[way] = peak_memory(partial(self._once, way, training))
+        return found
+
+    def _forget_gradients(self) -> None:
         for x in self.leaves:
             x.grad = None
+
+    def _once(self, way: str, backward: bool) -> float:
+        self._forget_gradients()
         _wait()
         start = time.perf_counter()
         outputs = tensors_of(self.compiled[way](*self.args, **self.kwargs))
@@ -118,6 +139,24 @@ class Subject:
 def steps(*, training: bool, rounds: int) -> int:
     """How often ``Subject.times`` ticks."""
     return (1 + training) * rounds * len(WAYS)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's allocators hand out at once during a call."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    found = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
+    return max(accumulate(size for _, size in found), default=0)
 
 
 def _wait() -> None:

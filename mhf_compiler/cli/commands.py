@@ -106,9 +106,11 @@ def bench(
     If something is trained, the forward pass and both passes are timed; with --no-grad, or if
     nothing is, the forward pass in inference. A site is timed as the model spells it and as the op.
     If their numbers differ by more than rounding nothing is timed, and the exit code is 1.
+    The peak memory is the most that one call allocates beyond what is there before it.
     """
     import torch
 
+    from ..report.text import scaled
     from .bench import Subject, check_rewritten, steps
 
     with _problems(), torch.set_grad_enabled(not no_grad):
@@ -123,12 +125,18 @@ def bench(
             length=steps(training=training, rounds=rounds), label="timing"
         ) as bar:
             found = subject.times(training=training, rounds=rounds, tick=lambda: bar.update(1))
+        peaks = subject.peaks(training=training)
     click.echo(f"{f'median of {rounds}':<18} {'as written':>13} {'rewritten':>13} {'speed-up':>10}")
     for times in found:
         old, new = times.median("as written"), times.median("rewritten")
         click.echo(
             f"{times.what:<18} {old * 1e3:10.3f} ms {new * 1e3:10.3f} ms {times.speed_up:8.2f} x"
         )
+    old, new = peaks.values()
+    ratio = f"{old / new:8.2f} x" if new else ""
+    click.echo(
+        f"{'peak memory':<18} {scaled(old, 'B'):>13} {scaled(new, 'B'):>13} {ratio}".rstrip()
+    )
 
 
 @commands.command()

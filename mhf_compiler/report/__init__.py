@@ -4,6 +4,7 @@ values      the plain values that a report holds
 describe    makes them from graphs, in the words of the model's author
 groups      puts equal sites of several layers together
 paths       paths of modules, many in one expression
+totals      sums over all sites
 text, page, dot    renderings of graphs: text, HTML, pictures
 report      ``Report``, on top of the renderings
 logs        counters, log lines and trace artifacts during a compilation
@@ -13,6 +14,7 @@ from ..passes.outcome import Fusion
 from ..patterns import Location, Reason
 from .paths import Coverage
 from .report import SCHEMA, Report
+from .totals import Totals
 from .values import (
     Argument,
     GraphBreak,
@@ -39,6 +41,7 @@ __all__ = [
     "RegionNode",
     "Report",
     "SiteReport",
+    "Totals",
     "UnreadGraph",
     "Work",
 ]

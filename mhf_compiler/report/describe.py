@@ -56,6 +56,7 @@ _LETTERS = {
     "down_bias": "bV",
     "residual": "X",
 }
+_WEIGHTS = tuple(role for role in _LETTERS if role not in ("query", "residual"))
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
 _MOST_NODES = 160  # of a region; a larger picture is unreadable
@@ -200,7 +201,16 @@ def _arguments(site: Site) -> Iterator[Argument]:
             dtype=str(view.value.dtype).removeprefix("torch."),
             location=locate(value.origin) if computed else None,
             tensors=tuple(_names_of(value)),
+            copied_bytes=_copied_bytes(role, view),
         )
+
+
+def _copied_bytes(role: str, view: TensorView) -> float:
+    """Of the weights that a call copies to have them in one tensor."""
+    if role not in _WEIGHTS or view.value.op != STACK or len(view.value.args) < 2:
+        return 0.0
+    sizes = [size for size in view.shape if isinstance(size, int)]
+    return float(math.prod(sizes) * view.value.dtype.itemsize)
 
 
 def _before_views(value: Value) -> Value:
@@ -389,6 +399,7 @@ def _work(workload: Workload, estimate: Estimate | None) -> Work:
         flops=2.0 * projections * units * s.head_dim,
         bytes=float(ends + (weights + routers) * s.dtype.itemsize),
         hidden_bytes=float(units * s.dtype.itemsize),
+        kept_bytes=float((projections - 1) * units * s.dtype.itemsize * workload.training),
         rewritten=estimate.rewritten if estimate is not None and known else None,
         original=estimate.original if estimate is not None and known else None,
     )

@@ -21,6 +21,7 @@ from .groups import coverages
 from .page import notebook, page
 from .paths import Coverage
 from .text import headline, printed
+from .totals import Totals, totals
 from .values import (
     GraphBreak,
     GraphReport,
@@ -68,6 +69,11 @@ class Report:
     def coverage(self) -> list[Coverage]:
         """Which modules have rewritten networks, and of how many; each prints as one sentence."""
         return coverages(self.graphs)
+
+    @property
+    def totals(self) -> Totals:
+        """What all rewritten networks need together, in one call of the model."""
+        return totals(self.graphs)
 
     @property
     def graph_before(self) -> str:

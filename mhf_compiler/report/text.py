@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
 from .groups import Group, coverages, grouped
+from .totals import totals
 from .values import (
+    Argument,
     GraphReport,
     Operation,
     SiteReport,
@@ -32,7 +34,8 @@ Graphs = Sequence[GraphReport]
 def printed(graphs: Graphs) -> str:
     """All that is known of the graphs."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    parts = ["\n".join([headline(graphs), *(f"  {line}" for line in coverage_lines(graphs))])]
+    summary = [*coverage_lines(graphs), *totals_lines(graphs)]
+    parts = ["\n".join([headline(graphs), *(f"  {line}" for line in summary)])]
     unread = Counter(all_unread(graphs))
     if unread:
         listed = "\n".join(_unread(one, count) for one, count in unread.items())
@@ -65,6 +68,21 @@ def headline(graphs: Graphs) -> str:
 def coverage_lines(graphs: Graphs) -> list[str]:
     """Where the rewritten networks are, and of how many layers; a line for each kind."""
     return list(dict.fromkeys(visible(one) for one in coverages(graphs)))
+
+
+def totals_lines(graphs: Graphs) -> list[str]:
+    """What all rewritten networks need together, in one line; none if nothing is known of it."""
+    found = totals(graphs)
+    parts = []
+    if found.hidden_bytes:
+        parts.append(f"{scaled(found.hidden_bytes, 'B')} of hidden units not stored")
+    if found.kept_bytes:
+        parts.append(f"{scaled(found.kept_bytes, 'B')} not kept for the backward pass")
+    if found.rewritten is not None and found.original is not None and found.calls:
+        parts.append(f"an estimated {_estimate(found.rewritten, found.original)}")
+    if found.copied_bytes:
+        parts.append(f"{scaled(found.copied_bytes, 'B')} of weights copied")
+    return [f"in all: {', '.join(parts)}"] if parts else []
 
 
 def why_nothing(graphs: Graphs) -> str:
@@ -137,7 +155,8 @@ def _details(group: Group) -> str:
 def rows(group: Group) -> list[tuple[str, str]]:
     """All that is known of the sites of a group, as pairs of a name and a text."""
     site = group.first
-    found = _rows(site) if site.reason is None else [*_why(site), *_rows(site)]
+    described = _rows(site, each=len(group.modules) > 1)
+    found = described if site.reason is None else [*_why(site), *described]
     if group.where:
         kind = f" ({site.module_class})" if site.module_class else ""
         found = [("module", f"{group.where}{kind}"), *found]
@@ -154,18 +173,36 @@ def _why(site: SiteReport) -> list[tuple[str, str]]:
     return [*rows, ("what to do", site.reason.kind.remedy)]
 
 
-def _rows(site: SiteReport) -> list[tuple[str, str]]:
+def _rows(site: SiteReport, each: bool) -> list[tuple[str, str]]:
+    """What is known of a site; figures are for ``each`` of several."""
     rows = [] if site.formula is None else [("formula", site.formula)]
     for argument in site.arguments:
         shape = ", ".join(map(str, argument.shape))
         rows.append((argument.role, f"{argument.name}  ({shape}) {argument.dtype}"))
     if site.lowered:
         rows.append(("lowered to", "; ".join(site.lowered)))
+    one = "each " if each else ""
     if site.work is not None:
-        rows.append(("work", _work(site.work)))
+        rows.append(("work", f"{one}{_work(site.work)}"))
         if site.work.original is not None and site.work.rewritten is not None:
-            rows.append(("estimate", _estimate(site.work.rewritten, site.work.original)))
+            rows.append(("estimate", f"{one}{_estimate(site.work.rewritten, site.work.original)}"))
+    copied = [argument for argument in site.arguments if argument.copied_bytes]
+    if copied:
+        rows.append(("copied", f"{one}{_copied(copied)}"))
     return rows
+
+
+def _copied(arguments: Sequence[Argument]) -> str:
+    """What is copied at each call, and how to avoid it."""
+    parts = [
+        f"{one.role} from {len(one.tensors)} tensors ({scaled(one.copied_bytes, 'B')})"
+        for one in arguments
+    ]
+    shape = ", ".join(map(str, arguments[0].shape))
+    return (
+        f"{', '.join(parts)}, at every call; to avoid it, keep them in one parameter, such as of "
+        f"shape ({shape})"
+    )
 
 
 def _operation(operation: Operation) -> str:
@@ -175,9 +212,11 @@ def _operation(operation: Operation) -> str:
 
 def _work(work: Work) -> str:
     tokens = f"for {work.tokens} tokens (dynamic)" if work.dynamic else f"for {work.tokens} tokens"
+    kept = f", {scaled(work.kept_bytes, 'B')} not kept for the backward pass"
+    kept = kept if work.kept_bytes else ""
     return (
         f"{scaled(work.flops, 'FLOP')} and {scaled(work.bytes, 'B')} forward {tokens}; "
-        f"{scaled(work.hidden_bytes, 'B')} of hidden units are not kept in memory"
+        f"{scaled(work.hidden_bytes, 'B')} of hidden units are not stored{kept}"
     )
 
 

@@ -34,6 +34,7 @@ class Argument:
         dtype: of the tensor in the model, such as ``"float32"``.
         location: where it is computed; None for parameters and inputs.
         tensors: the names of the tensors that it is read from; several if it is stacked.
+        copied_bytes: of the weights that each call copies to stack them; 0 for what is one tensor.
     """
 
     role: str
@@ -42,6 +43,7 @@ class Argument:
     dtype: str
     location: Location | None = None
     tensors: tuple[str, ...] = ()
+    copied_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Work:
         flops: of the products of the forward pass, without padding.
         bytes: of the op's arguments and result, each counted once.
         hidden_bytes: of the hidden units, which the op does not store.
+        kept_bytes: of what the original keeps of them for the backward pass, gate and up before
+            the activation; 0 where no gradients are recorded.
         rewritten: estimated seconds as one op, including the backward pass if gradients are
             recorded; None for an unknown device.
         original: estimated seconds in the original spelling.
@@ -99,6 +103,7 @@ class Work:
     flops: float
     bytes: float
     hidden_bytes: float
+    kept_bytes: float = 0.0
     rewritten: float | None = None
     original: float | None = None
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from torch import Tensor
 
 import mhf_compiler.__main__
 import mhf_compiler.cli.doctor
 from mhf_compiler import compat
+from mhf_compiler.cli.bench import peak_memory
 from mhf_compiler.cli.commands import commands
 from mhf_compiler.cli.doctor import Check
 from mhf_compiler.cli.inputs import GivenError, TensorSpec, parse_tensor
@@ -163,6 +165,18 @@ def test_bench_compares_both_ways():
     assert done.exit_code == 0, done.output
     assert times(done.stdout) == ["forward"]
     assert "as written     rewritten   speed-up" in done.stdout
+    assert re.search(r"^peak memory +[\d.]+ k?B +[\d.]+ k?B +[\d.]+ x$", done.stdout, re.MULTILINE)
+
+
+def test_the_peak_memory_is_what_is_alive_at_once():
+    """Three tensors of 4 kB; the first of them is gone when the last is made."""
+
+    def run() -> Tensor:
+        second = torch.ones(1000) + 1
+        return second * 2
+
+    if not torch.cuda.is_available():
+        assert 8000 <= peak_memory(run) < 8100  # and numbers
 
 
 def test_bench_takes_one_site_by_its_number_in_the_report():

@@ -97,7 +97,7 @@ def test_notes_are_printed_at_the_end():
 
 # What is known of a site.
 
-WORK = Work(64, False, 2.5e9, 1.25e6, 512.0, rewritten=0.002, original=0.008)
+WORK = Work(64, False, 2.5e9, 1.25e6, 512.0, 1024.0, rewritten=0.002, original=0.008)
 FULL = replace(
     SITE,
     module="layers.0",
@@ -134,6 +134,31 @@ def test_a_rewritten_site_is_printed_with_all_that_is_known_of_it():
 def test_more_time_is_not_printed_as_a_saving():
     slower = replace(FULL, work=replace(WORK, rewritten=0.012))
     assert "12 ms instead of 8 ms (50% more)" in printed(slower)
+
+
+def test_totals_are_of_all_calls_and_rows_of_each():
+    """Of a network that is called three times, and of one whose weights are copied."""
+    k = replace(FULL.arguments[1], tensors=("up.0", "up.1"), copied_bytes=480.0)
+    other = replace(FULL, module="head", activation="gelu", arguments=(k,))
+    report = Report([GraphReport("", "", rewritten=[replace(FULL, runs=("ffn",) * 3), other])])
+    totals = report.totals
+    assert (totals.calls, totals.hidden_bytes, totals.kept_bytes) == (4, 2048.0, 4096.0)
+    assert (totals.original, totals.copied_bytes) == (0.032, 480.0)
+    text = str(report)
+    assert (
+        "\n  in all: 2.05 kB of hidden units not stored, 4.1 kB not kept for the backward pass, "
+        "an estimated 8 ms instead of 32 ms (75% less), 480 B of weights copied\n"
+    ) in text
+    assert text.count("estimate    each 2 ms instead of 8 ms") == 1
+    assert text.count("estimate    2 ms instead of 8 ms") == 1
+    assert "copied      K from 2 tensors (480 B), at every call; to avoid it, keep them in" in text
+
+
+def test_totals_of_an_unknown_device_have_no_times():
+    unknown = replace(FULL, work=replace(WORK, rewritten=None, original=None))
+    report = Report([GraphReport("", "", rewritten=[FULL, unknown])])
+    assert report.totals.rewritten is None
+    assert "estimated" not in str(report)
 
 
 def test_dynamic_numbers_of_tokens_are_marked():
@@ -257,7 +282,7 @@ def test_every_key_is_documented():
     """The tables of docs/report.md name each field of each value, and no other."""
     text = KEYS.read_text()
     for name, value in vars(mhf_compiler.report).items():
-        if is_dataclass(value) and value is not mhf_compiler.report.Coverage:
+        if is_dataclass(value) and name not in ("Coverage", "Totals"):
             section = text.split(f"### {name}\n")[1].split("\n### ")[0]
             documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
             expected = [entry.name for entry in fields(value)]

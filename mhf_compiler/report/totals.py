@@ -1,0 +1,54 @@
+"""Sums over all networks that are rewritten, each counted as often as it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .values import GraphReport, SiteReport, all_rewritten
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all rewritten networks need together, in one call of the model.
+
+    Attributes:
+        calls: how many networks it runs.
+        hidden_bytes: of hidden units that the forward passes do not store.
+        kept_bytes: of hidden units, before their activation, that are not kept for the backward
+            pass; 0 where no gradients are recorded.
+        copied_bytes: of weights that are copied, to have those of each network in one tensor.
+        rewritten: estimated seconds as ops; None if one is not known.
+        original: estimated seconds in the original spelling.
+    """
+
+    calls: int
+    hidden_bytes: float
+    kept_bytes: float
+    copied_bytes: float
+    rewritten: float | None
+    original: float | None
+
+
+def totals(graphs: Iterable[GraphReport]) -> Totals:
+    """The sums over all rewritten networks of some graphs."""
+    sites = [(site, len(site.modules)) for site in all_rewritten(graphs)]
+    works = [(site.work, calls) for site, calls in sites if site.work is not None]
+    return Totals(
+        calls=sum(calls for _, calls in sites),
+        hidden_bytes=sum(work.hidden_bytes * calls for work, calls in works),
+        kept_bytes=sum(work.kept_bytes * calls for work, calls in works),
+        copied_bytes=sum(copied_bytes(site) * calls for site, calls in sites),
+        rewritten=_seconds([(work.rewritten, calls) for work, calls in works]),
+        original=_seconds([(work.original, calls) for work, calls in works]),
+    )
+
+
+def copied_bytes(site: SiteReport) -> float:
+    """Of the weights of one network that are copied at each call."""
+    return sum(argument.copied_bytes for argument in site.arguments)
+
+
+def _seconds(each: Sequence[tuple[float | None, int]]) -> float | None:
+    known = [seconds * calls for seconds, calls in each if seconds is not None]
+    return sum(known) if len(known) == len(each) > 0 else None
