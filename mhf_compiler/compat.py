@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import inspect
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import FrameSummary
+from types import CodeType
 from typing import Any
 
 import sympy
@@ -47,6 +50,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
+    "Interruption",
     "OpOverload",
     "TorchDispatchMode",
     "auto_functionalized",
@@ -70,6 +74,7 @@ __all__ = [
     "has_symbols",
     "inductor_modes",
     "inductor_options",
+    "interruptions",
     "is_graph_of_dynamo",
     "is_minifying",
     "is_part_of_buckets",
@@ -95,6 +100,7 @@ __all__ = [
     "redistributed",
     "register_shardings",
     "reset_cuda_graphs",
+    "run_afresh",
     "run_pass",
     "runs_pass_after_autograd",
     "set_example",
@@ -413,6 +419,123 @@ def compiled_in_place_set_aside(model: Any) -> Iterator[None]:
     finally:
         for module, call in compiled:
             module._compiled_call_impl = call
+
+
+def run_afresh(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a model of which a back end is given every graph, and leave nothing of that in Dynamo.
+
+    What other back ends have compiled stays valid: they are other entries of the same caches. Code
+    that Dynamo has given up on before is tried again, and sizes that it has seen are forgotten.
+
+    Before torch 2.13 each call counts as one compilation towards Dynamo's limit for code that
+    something else has compiled.
+    """
+    from torch._dynamo import config, pgo
+
+    apart = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    unlimited = {"recompile_limit": sys.maxsize, "accumulated_recompile_limit": sys.maxsize}
+    sizes, pgo._CODE_STATE = pgo._CODE_STATE, defaultdict(pgo.CodeState)
+    _forget_code_without_entries()
+    try:
+        with config.patch(unlimited):
+            how: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
+            compiled: Any = torch.compile(model, backend=backend, **how)
+            return compiled(*args, **kwargs)
+    finally:
+        pgo._CODE_STATE = sizes
+        _invalidate_entries_of(backend)
+        _forget_code_without_entries()
+
+
+def _traced_code() -> list[tuple[CodeType, list[Any]]]:
+    """All code that Dynamo has seen, and what is compiled of each."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.convert_frame import input_codes
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    codes = [code for known in [*input_codes.seen] if (code := known()) is not None]
+    return [
+        (
+            code,
+            [
+                entry
+                for entry in _debug_get_cache_entry_list(code)
+                if not isinstance(entry.guard_manager, DeletedGuardManagerWrapper)
+            ],
+        )
+        for code in codes
+    ]
+
+
+def _forget_code_without_entries() -> None:
+    """Let Dynamo try code again that it skips, and drop what is invalid."""
+    from torch._C._dynamo.eval_frame import reset_code
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        for code, entries in _traced_code():
+            if not entries:
+                reset_code(code)
+
+
+def _invalidate_entries_of(backend: Callable[..., Any]) -> None:
+    from torch._dynamo.convert_frame import compile_lock
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    gone = DeletedGuardManagerWrapper("it was traced to be explained")
+    with compile_lock:
+        for _, entries in _traced_code():
+            for entry in entries:
+                if backend in (entry.backend, getattr(entry.backend, "compiler_fn", None)):
+                    entry.guard_manager.extra_state.invalidate(entry, gone)
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A place where Dynamo could not trace on.
+
+    Attributes:
+        reason: its own words.
+        file: of the source.
+        line: of the source.
+        function: the function that contains it; it may be one that Dynamo has made of the rest.
+        skipped: the name of the function that is left to Python as a whole; None if it is cut.
+    """
+
+    reason: str
+    file: str
+    line: int
+    function: str
+    skipped: str | None = None
+
+
+@contextmanager
+def interruptions() -> Iterator[list[Interruption]]:
+    """What Dynamo notes of graph breaks and of functions it gives up, in a list filled at the end.
+
+    Graphs know why they end. A break before the first operation has no graph, and one in a loop is
+    seen in what PyTorch measures of each compilation alone.
+    """
+    from torch._dynamo.utils import get_compilation_metrics, graph_break_reasons
+
+    found: list[Interruption] = []
+    breaks, before = len(graph_break_reasons), {id(one) for one in get_compilation_metrics()}
+    yield found
+    for one in get_compilation_metrics():
+        line = one.fail_user_frame_lineno
+        if id(one) not in before and one.fail_reason is not None and line is not None:
+            file, name = str(one.fail_user_frame_filename), str(one.co_name)
+            found.append(Interruption(one.fail_reason, file, line, name, name))
+    for reason in graph_break_reasons[breaks:]:
+        if reason.user_stack:
+            frame = reason.user_stack[-1]
+            place = frame.filename, frame.lineno or 0, frame.name
+            found.append(Interruption(reason.reason, *place))
 
 
 def is_minifying() -> bool:

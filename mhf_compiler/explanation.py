@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from .buckets import rewrite_whole
+from .calls import Calls, Names
 from .compat import (
     BucketCut,
     bucket_cut,
     compiled_in_place_set_aside,
+    interruptions,
     is_part_of_buckets,
+    run_afresh,
 )
 from .errors import forget_warnings
 from .options import GivenOptions, Options, parse_options
 from .report import Report
+from .report.describe import breaks_without_graph
 from .substitution.graph import Keep, rewrite_graph
 
 
@@ -32,9 +35,8 @@ def explain(
         print(report)
 
     The model runs once, in its rewritten form but otherwise eagerly: Inductor does not run, nor do
-    the passes after autograd, whose work is counted and logged during a compilation. As
-    ``torch._dynamo.explain`` does, it resets Dynamo before and after, so compiled functions compile
-    again.
+    the passes after autograd, whose work is counted and logged during a compilation. Unlike
+    ``torch._dynamo.explain``, it does not reset Dynamo: compiled functions stay compiled.
 
     Args:
         model: a module or function, compiled already or not.
@@ -55,31 +57,37 @@ def reported(
     keep: Keep | None = None,
 ) -> Report:
     """What ``explain`` finds; ``keep`` is given each rewritten site, with its graph."""
-    report = Report()
-    cut: list[BucketCut] = []  # graphs that DDP's buckets have cut
+    names = Names(model)
+    found: list[Calls] = []
+    cut: list[tuple[BucketCut, Calls]] = []  # graphs that DDP's buckets have cut
 
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         whole = bucket_cut() if is_part_of_buckets(gm) else None
         if whole is None:
-            report.graphs.append(rewrite_graph(gm, options, keep))
-        elif not any(seen.gm is whole.gm for seen in cut):  # the first of its parts
-            cut.append(whole)
-            _, graph, _ = rewrite_whole(whole, options, keep)
-            report.graphs.append(graph)
-        return gm.forward
+            calls = Calls(rewrite_graph(gm, options, keep), names)
+            found.append(calls)
+            return calls.followed(gm)
+        for seen, calls in cut:
+            if seen.gm is whole.gm:
+                return calls.followed(gm, first=False)
+        _, graph, _ = rewrite_whole(whole, options, keep)  # for the first of its parts
+        calls = Calls(graph, names)
+        cut.append((whole, calls))
+        found.append(calls)
+        return calls.followed(gm)
 
     forget_warnings()
-    call_once(model, collect, *args, **kwargs)
-    return report
+    with interruptions() as noted:
+        call_once(model, collect, *args, **kwargs)
+    for calls in found:
+        calls.write()
+    graphs = [calls.report for calls in found]
+    return Report(graphs, breaks_without_graph(noted, graphs))
 
 
 def call_once(
     model: Callable[..., Any], collect: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> None:
     """Give the graphs of a model to a back end of our own, and leave nothing of it behind."""
-    torch.compiler.reset()
-    try:
-        with compiled_in_place_set_aside(model):
-            torch.compile(model, backend=collect)(*args, **kwargs)
-    finally:
-        torch.compiler.reset()
+    with compiled_in_place_set_aside(model):
+        run_afresh(model, collect, args, kwargs)

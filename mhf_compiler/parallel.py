@@ -219,7 +219,7 @@ def head_parallel_plan(
 ) -> Plan:
     """Plan tensor parallelism for every MH-FFN of a model, by heads.
 
-    The model runs once, eagerly; as ``explain`` does, this resets Dynamo before and after.
+    The model runs once, eagerly, as under ``explain``.
     Parameters with heads are the weights and biases of the networks, and those of routers, norms
     and projections before and after a network that belong to the network's module.
 

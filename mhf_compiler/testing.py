@@ -35,13 +35,14 @@ def assert_rewritten(
         def test_every_layer_is_fused():
             mhf_compiler.assert_rewritten(model, (tokens,), sites=12)
 
-    As ``mhf_compiler.explain`` does, it runs the model once and resets Dynamo.
+    As ``mhf_compiler.explain`` does, it runs the model once.
 
     Args:
         model: a module or function.
         args: its arguments.
         kwargs: its named arguments.
-        sites: how many MH-FFNs are to be rewritten; at least one if it is None.
+        sites: how many MH-FFNs are to be rewritten, one in each layer of a model in which layers
+            share a compiled graph; at least one if it is None.
         verify: whether each of them is also compared with its original spelling, on random and on
             extreme numbers, in values and gradients: the option of that name.
         options: the options that ``torch.compile`` would be given. Unlike there, ``rewrite`` is
@@ -72,7 +73,7 @@ def assert_rewritten(
     unread = [one for one in report.unread if sites is None or one.reason.kind in _FAULTS]
     if unread:
         raise AssertionError(f"{len(unread)} graphs were not analysed\n\n{report}")
-    found = len(report.rewritten)
+    found = report.totals.networks
     if found == 0 if sites is None else found != sites:
         expected = "at least 1 MH-FFN" if sites is None else f"{sites} MH-FFNs"
         raise AssertionError(f"expected {expected} to be rewritten, got {found}\n\n{report}")

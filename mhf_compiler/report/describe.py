@@ -8,6 +8,7 @@ them to the model's names.
 
 from __future__ import annotations
 
+import linecache
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ..compat import names_of_self, reason_of_graph_break, source_name
+from ..compat import Interruption, names_of_self, reason_of_graph_break, source_name
 from ..patterns import (
     STACK,
     Location,
@@ -33,6 +34,7 @@ from ..patterns import (
 from .values import (
     Argument,
     GraphBreak,
+    GraphReport,
     Module,
     Operation,
     RegionNode,
@@ -146,14 +148,39 @@ def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
     if found is None:
         return None
     text, frame = found
-    reason = text.split("For more details about")[0].split("\n\n")[0].strip()
     if frame is None:
-        return GraphBreak(reason)
-    resumed = _RESUMED.fullmatch(frame.name)
-    function = resumed["function"] if resumed else frame.name
-    return GraphBreak(
-        reason, Location(frame.filename, frame.lineno or 0, function, frame.line or "")
-    )
+        return GraphBreak(_shortened_reason(text))
+    place = Location(frame.filename, frame.lineno or 0, _function(frame.name), frame.line or "")
+    return GraphBreak(_shortened_reason(text), place)
+
+
+def breaks_without_graph(
+    noted: Sequence[Interruption], graphs: Sequence[GraphReport]
+) -> list[GraphBreak]:
+    """What Dynamo noted besides the ends of graphs: each place once, skipped functions first."""
+    ends = {one.graph_break.location for one in graphs if one.graph_break is not None}
+    found: dict[tuple[str, int], GraphBreak] = {
+        (place.file, place.line): GraphBreak("", place) for place in ends if place is not None
+    }
+    known = len(found)
+    for one in noted:
+        if (one.file, one.line) not in found:
+            code = linecache.getline(one.file, one.line).strip()
+            place = Location(one.file, one.line, _function(one.function), code)
+            skipped = one.skipped and _function(one.skipped)
+            found[one.file, one.line] = GraphBreak(_shortened_reason(one.reason), place, skipped)
+    return [*found.values()][known:]
+
+
+def _shortened_reason(text: str) -> str:
+    """Dynamo's words without its links and what is of use to its developers alone."""
+    return text.split("For more details about")[0].split("\n\n")[0].strip()
+
+
+def _function(name: str) -> str:
+    """The name of a function in the source, also of what Dynamo has made of its rest."""
+    resumed = _RESUMED.fullmatch(name)
+    return resumed["function"] if resumed else name
 
 
 # The formula and its names.

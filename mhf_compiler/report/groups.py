@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from itertools import takewhile
 from operator import or_
 
 from ..patterns import Location
-from .paths import Coverage, compressed, coverage
+from .paths import Coverage, common_start, compressed, coverage
 from .values import GraphReport, SiteReport
 
 _MOST_NUMBERS = 4
@@ -118,9 +117,7 @@ def _without_module(site: SiteReport) -> SiteReport:
 
 def _common_parent(names: Iterable[str]) -> str:
     """The path of the innermost module that has all of these parameters, with a dot at its end."""
-    parents = [name.split(".")[:-1] for name in names]
-    same = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
-    return "".join(f"{parts[0]}." for parts in same)
+    return "".join(f"{part}." for part in common_start(name.split(".")[:-1] for name in names))
 
 
 def _without_numbers(names: Iterable[str], prefix: str, numbers: dict[str, int]) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ from typing import Any
 from .dot import COLOURS, DrawingError, Frame, dot_source, frames, render
 from .escape import visible, visible_lines
 from .groups import Group, grouped
-from .text import cells, fusion_lines, headline, printed, rows, why_nothing
-from .values import GraphReport, all_declined, all_notes, all_rewritten, all_unread
+from .text import cells, fusion_lines, graph_break_lines, headline, printed, rows, why_nothing
+from .values import GraphBreak, GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
 
 
-def page(graphs: Sequence[GraphReport]) -> str:
+def page(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> str:
     """The whole page."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
     unread = all_unread(graphs)
@@ -40,6 +40,7 @@ def page(graphs: Sequence[GraphReport]) -> str:
         declined=[_site(group) for group in grouped(declined)],
         nothing=why_nothing(graphs) if nothing else "",
         fusions=fusion_lines(graphs) if rewritten else [],
+        breaks=[*graph_break_lines([], breaks)],
         notes=[visible(note) for note in notes],
         graphs=[
             {
@@ -53,9 +54,9 @@ def page(graphs: Sequence[GraphReport]) -> str:
     return str(made)
 
 
-def notebook(graphs: Sequence[GraphReport]) -> str:
+def notebook(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> str:
     """The overview, as the output of a notebook's cell, which expands to the full report."""
-    return str(_template().notebook(headline(graphs), _tables(graphs), printed(graphs)))
+    return str(_template().notebook(headline(graphs), _tables(graphs), printed(graphs, breaks)))
 
 
 def overview(graphs: Sequence[GraphReport]) -> str:

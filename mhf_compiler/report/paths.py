@@ -6,8 +6,9 @@ of a model whose layers are 0 to 3               3 of 4 layers
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 _NUMBER = "\0"  # in the place of a number in a path
 
@@ -85,6 +86,12 @@ def _holds(path: str, modules: Iterable[str]) -> bool:
 
 def _begins(path: str, skeleton: tuple[str, ...]) -> bool:
     return _split(path)[0][: len(skeleton)] == skeleton
+
+
+def common_start(parts: Iterable[Sequence[str]]) -> list[str]:
+    """What sequences have in common at their beginning; nothing if there are none."""
+    same = takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))
+    return [each[0] for each in same]
 
 
 def compressed(paths: Iterable[str]) -> str:

@@ -41,9 +41,12 @@ class Report:
 
     Attributes:
         graphs: one entry for each graph, in the order of compilation.
+        breaks: what Dynamo noted besides the ends of graphs: functions that it leaves to Python,
+            and breaks before the first operation.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -62,8 +65,9 @@ class Report:
 
     @property
     def graph_breaks(self) -> list[GraphBreak]:
-        """The ends of graphs before the end of the model."""
-        return [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+        """The ends of graphs before the end of the model, and what else Dynamo noted."""
+        ends = [graph.graph_break for graph in self.graphs if graph.graph_break is not None]
+        return [*self.breaks, *ends]
 
     @property
     def coverage(self) -> list[Coverage]:
@@ -98,7 +102,7 @@ class Report:
 
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write the report as one HTML page that needs neither network nor server."""
-        Path(path).write_text(page(self.graphs))
+        Path(path).write_text(page(self.graphs, self.breaks))
 
     def draw(self, path: str | PathLike[str]) -> None:
         """Draw sites before and after, and near-misses: ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
@@ -109,13 +113,13 @@ class Report:
         draw(self.graphs, Path(path))
 
     def __str__(self) -> str:
-        return printed(self.graphs)
+        return printed(self.graphs, self.breaks)
 
     def __repr__(self) -> str:
         return f"<Report: {headline(self.graphs)}>"
 
     def _repr_html_(self) -> str:
-        return notebook(self.graphs)
+        return notebook(self.graphs, self.breaks)
 
 
 def plain(value: Any) -> Any:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
 from .groups import Group, coverages, grouped
-from .totals import totals
+from .paths import compressed
+from .totals import networks, totals
 from .values import (
     Argument,
+    GraphBreak,
     GraphReport,
     Operation,
     SiteReport,
@@ -31,8 +33,8 @@ _WHOLE = ("why", "operation", "what to do")  # never wrapped, so that they can b
 Graphs = Sequence[GraphReport]
 
 
-def printed(graphs: Graphs) -> str:
-    """All that is known of the graphs."""
+def printed(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
+    """All that is known of the graphs, and of what Dynamo noted besides."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
     summary = [*coverage_lines(graphs), *totals_lines(graphs)]
     parts = ["\n".join([headline(graphs), *(f"  {line}" for line in summary)])]
@@ -51,17 +53,21 @@ def printed(graphs: Graphs) -> str:
         parts.append(why_nothing(graphs))
     if rewritten:
         parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
-    breaks = list(_graph_breaks(graphs))
-    if breaks:
-        parts.append("Graph breaks\n" + "\n".join(breaks))
+    if len(graphs) > 1:
+        parts.append("Graphs\n" + "\n".join(_graph_lines(graphs)))
+    ends = list(graph_break_lines(graphs, breaks))
+    if ends:
+        parts.append("Graph breaks\n" + "\n".join(ends))
     return visible_lines("\n\n".join([*parts, *map(visible, notes)]))
 
 
 def headline(graphs: Graphs) -> str:
     """The counts, in one line."""
+    found = networks(graph.rewritten for graph in graphs)
+    declined = networks(graph.declined for graph in graphs)
     return (
-        f"{_count(all_rewritten(graphs), 'MH-FFN')} rewritten, "
-        f"{len(all_declined(graphs))} declined, in {_count(graphs, 'graph')}"
+        f"{_count(found, 'MH-FFN')} rewritten, {declined} declined, "
+        f"in {_count(len(graphs), 'graph')}"
     )
 
 
@@ -82,7 +88,8 @@ def totals_lines(graphs: Graphs) -> list[str]:
         parts.append(f"an estimated {_estimate(found.rewritten, found.original)}")
     if found.copied_bytes:
         parts.append(f"{scaled(found.copied_bytes, 'B')} of weights copied")
-    return [f"in all: {', '.join(parts)}"] if parts else []
+    large = " (a large number of tokens where it is dynamic)" if found.dynamic else ""
+    return [f"in all{large}: {', '.join(parts)}"] if parts else []
 
 
 def why_nothing(graphs: Graphs) -> str:
@@ -241,13 +248,35 @@ def _unread(unread: UnreadGraph, count: int) -> str:
     return f"  {where}\n    why         {why}\n    what to do  {remedy}"
 
 
-def _graph_breaks(graphs: Graphs) -> Iterator[str]:
+def _graph_lines(graphs: Graphs) -> Iterator[str]:
+    """Which networks each graph has, and how often it is called."""
+    for position, graph in enumerate(graphs):
+        parts = [
+            f"{compressed(named) or _count(len(sites), 'MH-FFN')} {what}"
+            for sites, what in ((graph.rewritten, "rewritten"), (graph.declined, "declined"))
+            if (named := [path for site in sites for path in site.modules if path]) or sites
+        ]
+        often = "once" if graph.calls == 1 else f"{graph.calls} times"
+        often = f", called {often}" if graph.calls else ""
+        yield visible(f"  graph {position}: {'; '.join(parts) or 'no network'}{often}")
+
+
+def graph_break_lines(graphs: Graphs, breaks: Sequence[GraphBreak]) -> Iterator[str]:
+    """Where and why graphs end, and what Dynamo leaves to Python."""
+    for one in breaks:
+        start = f"{one.skipped} is left to Python" if one.skipped else "before the first operation"
+        yield from _graph_break(start, one)
+        if one.skipped:
+            yield "      What it calls is compiled call by call, as a graph cannot end in a loop."
     for position, graph in enumerate(graphs):
         if graph.graph_break is not None:
-            where = graph.graph_break.location or "unknown source"
-            reason = graph.graph_break.reason.splitlines()
-            yield f"  after graph {position}, at {visible(where)}: {reason[0]}"
-            yield from (f"      {line.strip()}" for line in reason[1:])
+            yield from _graph_break(f"after graph {position}", graph.graph_break)
+
+
+def _graph_break(start: str, one: GraphBreak) -> Iterator[str]:
+    first, *others = one.reason.splitlines() or [""]
+    yield f"  {start}, at {visible(one.location or 'unknown source')}: {first}"
+    yield from (f"      {line.strip()}" for line in others)
 
 
 # The table.
@@ -285,5 +314,5 @@ def _table(groups: Sequence[Group]) -> str:
     return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ class Totals:
     """What all rewritten networks need together, in one call of the model.
 
     Attributes:
-        calls: how many networks it runs.
+        networks: how many there are: a module's, once for each time that one graph has it.
+        calls: how often one runs.
+        dynamic: whether a number of tokens is dynamic; then a large one stands for it.
         hidden_bytes: of hidden units that the forward passes do not store.
         kept_bytes: of hidden units, before their activation, that are not kept for the backward
             pass; 0 where no gradients are recorded.
@@ -22,7 +25,9 @@ class Totals:
         original: estimated seconds in the original spelling.
     """
 
+    networks: int
     calls: int
+    dynamic: bool
     hidden_bytes: float
     kept_bytes: float
     copied_bytes: float
@@ -30,18 +35,41 @@ class Totals:
     original: float | None
 
 
-def totals(graphs: Iterable[GraphReport]) -> Totals:
+def totals(graphs: Sequence[GraphReport]) -> Totals:
     """The sums over all rewritten networks of some graphs."""
     sites = [(site, len(site.modules)) for site in all_rewritten(graphs)]
     works = [(site.work, calls) for site, calls in sites if site.work is not None]
     return Totals(
+        networks=networks(graph.rewritten for graph in graphs),
         calls=sum(calls for _, calls in sites),
+        dynamic=any(work.dynamic for work, _ in works),
         hidden_bytes=sum(work.hidden_bytes * calls for work, calls in works),
         kept_bytes=sum(work.kept_bytes * calls for work, calls in works),
         copied_bytes=sum(copied_bytes(site) * calls for site, calls in sites),
         rewritten=_seconds([(work.rewritten, calls) for work, calls in works]),
         original=_seconds([(work.original, calls) for work, calls in works]),
     )
+
+
+def networks(graphs: Iterable[Sequence[SiteReport]]) -> int:
+    """How many networks the sites of some graphs are.
+
+    A graph that is called for several modules is one network in each of them; the same network in
+    several graphs, as where Dynamo compiles again for other sizes, is one.
+    """
+    found: Counter[object] = Counter()
+    for sites in graphs:
+        here = (
+            (module, site.location, _weights(site) if module is None else ())
+            for site in sites
+            for module in dict.fromkeys(site.modules)
+        )
+        found |= Counter(here)
+    return found.total()
+
+
+def _weights(site: SiteReport) -> tuple[str, ...]:
+    return tuple(name for one in site.arguments if one.role in "KUV" for name in one.tensors)
 
 
 def copied_bytes(site: SiteReport) -> float:

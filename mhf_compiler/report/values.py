@@ -9,7 +9,7 @@
         RegionNode       one operation of a picture
         Work             arithmetic, bytes and estimated times
       UnreadGraph        why it was not analysed
-      GraphBreak         why Dynamo ended the graph
+  GraphBreak           why Dynamo ended a graph, or left a function to Python
 
 No value refers to a graph, so a report can be kept, compared and written to a file.
 """
@@ -128,10 +128,13 @@ class GraphBreak:
     Attributes:
         reason: Dynamo's own words.
         location: the source line.
+        skipped: the function that Dynamo leaves to Python as a whole, as it does where a loop is
+            cut: what it calls is compiled call by call. None if the code is cut at this line.
     """
 
     reason: str
     location: Location | None = None
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ class GraphReport:
         modules: those whose operations it has, in their order, also such as have no network.
         products: all its matrix products, if none belongs to a site or a near-miss.
         graph_break: why it ended before the end of the model, if it did.
+        calls: how often it was called; 0 if that was not followed, as in a compilation.
         fusions: what the passes after autograd did and declined; None if they did not run, because
             Inductor was not asked to compile the graph, or found it in its cache.
     """
@@ -259,6 +263,7 @@ class GraphReport:
     modules: list[Module] = field(default_factory=list)
     products: list[Operation] = field(default_factory=list)
     graph_break: GraphBreak | None = None
+    calls: int = 0
     fusions: list[Fusion] | None = None
 
 

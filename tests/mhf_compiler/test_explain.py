@@ -3,6 +3,7 @@
 Golden texts are updated with ``EXPECTTEST_ACCEPT=1 pytest tests/mhf_compiler/test_explain.py``.
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -368,7 +369,210 @@ def test_every_graph_is_reported():
     assert report.graph_after.count("class GraphModule") == 2
 
 
+class Block(nn.Module):
+    """A layer; Dynamo compiles it by itself where the loop over layers is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(32), Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(self.norm(x))
+
+
+class CutAfter(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.ffn(self.norm(x))
+        torch._dynamo.graph_break()
+        return x + y
+
+
+def heads(x: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+    q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+    return (F.silu(q @ gate) @ down).transpose(1, 2).flatten(2)
+
+
+class Tower(nn.Module):
+    """Layers in a loop that breaks the graph, in one of the ways that models do."""
+
+    def __init__(self, layer: Callable[[], nn.Module], layers: int, cut: str = "") -> None:
+        super().__init__()
+        self.layers, self.cut = nn.ModuleList(layer() for _ in range(layers)), cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if self.cut == "print":
+                print("a layer")
+            if self.cut == "item" and x.sum().item() > 1e9:
+                x = x / 2
+        return x
+
+
+class InLists(nn.Module):
+    """Weights in lists of the model, networks in a function that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ParameterList(torch.randn(4, 8, 5) for _ in range(3))
+        self.downs = nn.ParameterList(torch.randn(4, 5, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, down in zip(self.gates, self.downs, strict=True):
+            x = heads(x, gate, down)
+            print("a layer")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "number"),
+    [
+        (lambda: Tower(Block, 6, "print"), "layers.{0-5}.ffn: all 6 layers", 6),
+        (lambda: Tower(Block, 3, "item"), "layers.{0-2}.ffn: all 3 layers", 3),
+        (lambda: Tower(Heads, 3, "print"), "layers.{0-2}: all 3 layers", 3),
+        (lambda: Tower(CutAfter, 3), "layers.{0-2}.ffn: all 3 layers", 3),
+        (
+            lambda: nn.Sequential(Tower(Block, 2, "print"), Tower(Block, 2, "print")),
+            "{0,1}.layers.{0,1}.ffn: all 4 layers",
+            4,
+        ),
+        (InLists, "gates.{0-2}: all 3 gates", 3),
+    ],
+)
+def test_layers_that_share_a_graph_are_all_counted_and_named(
+    make: Callable[[], nn.Module], where: str, number: int
+):
+    """Dynamo compiles one layer and calls that graph for others; the call says for which."""
+    report = explain(make())
+    assert report.totals.networks == report.totals.calls == number
+    assert [str(one) for one in report.coverage] == [where]
+    assert len(report.rewritten) < number or number < 4
+    text = str(report)
+    assert text.startswith(f"{number} MH-FFNs rewritten, 0 declined, in {len(report.graphs)} ")
+    assert sum(graph.calls * len(graph.rewritten) for graph in report.graphs) == number
+    for site in report.rewritten:
+        for argument in site.arguments:
+            if argument.role in "KUV":
+                assert set(argument.tensors) <= set(make().state_dict())
+
+
+def test_the_report_says_which_layers_each_graph_has():
+    text = str(explain(Tower(Block, 4, "print")))
+    first, second = re.search(r"\n\nGraphs\n(.*)\n(.*)\n", text).groups()
+    assert first == "  graph 0: layers.0.ffn rewritten, called once"
+    assert second == "  graph 1: layers.{1-3}.ffn rewritten, called 3 times"
+
+
+@pytest.mark.parametrize(
+    ("cut", "reason"),
+    [("print", "Failed to trace builtin operator"), ("item", "Unsupported Tensor.item()")],
+)
+def test_a_function_that_dynamo_gives_up_is_reported(cut: str, reason: str):
+    """Twice, though Dynamo gives it up for good at the first time."""
+    model = Tower(Block, 2, cut)
+    for _ in range(2):
+        report = explain(model)
+        (one,) = report.graph_breaks
+        assert one.skipped == "forward"
+        assert one.reason.startswith(reason)
+        assert one.location is not None
+        assert one.location.line == line_of(f'self.cut == "{cut}"') + (cut == "print")
+        assert f"forward is left to Python, at {one.location}: {reason}" in str(report)
+        assert str(one.location) in page(report.graphs, report.breaks)
+
+
+def test_a_break_before_the_first_operation_is_reported():
+    class First(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            print("first")
+            return super().forward(x)
+
+    report = explain(First())
+    (one,) = report.breaks
+    assert one.skipped is None
+    assert [str(where) for where in report.coverage] == ["ffn"]
+    assert "before the first operation, at " in str(report)
+
+
+def test_a_network_that_is_compiled_for_two_sizes_is_one():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = Tower(Block, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.cat([x, self.tower(x)[:, -1:]], 1)
+                print("a token")
+            return x
+
+    report = explain(Twice())
+    assert report.totals.networks == 2
+    assert report.totals.calls == 6
+    assert [str(one) for one in report.coverage] == [
+        "tower.layers.{0,1}.ffn: all 2 layers, 3 times each"
+    ]
+    assert "in all (a large number of tokens where it is dynamic): " in str(report)
+
+
 # The call.
+
+
+def test_what_is_compiled_stays_compiled():
+    """In the middle of a training, whatever is explained."""
+    compiled: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        compiled.append(gm)
+        return gm.forward
+
+    model, x = Tower(Block, 3, "print"), tokens()
+    run = torch.compile(model, backend=backend)
+    run(x)
+    before = len(compiled)
+    for explained in (model, run, lambda x: model(x) + 1):
+        assert len(mhf_compiler.explain(explained, options=ALWAYS)(x).graphs) >= 2
+        run(x)
+        assert len(compiled) == before
+    assert len(mhf_compiler.explain(model, options=ALWAYS)(torch.randn(2, 9, 32)).graphs) == 2
+    run(x)
+    assert len(compiled) == before
+
+
+def test_explaining_leaves_nothing_behind():
+    """Neither graphs nor compiled code, so that Dynamo's limits are not used up."""
+    model, x = Block(), tokens()
+    for _ in range(3 * torch._dynamo.config.recompile_limit):
+        assert len(explain(model).rewritten) == 1
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(Block.forward.__code__)
+    assert entries == []
+    compiled: list[fx.GraphModule] = []
+    torch.compile(model, backend=lambda gm, inputs: compiled.append(gm) or gm.forward)(x)
+    assert len(compiled) == 1
+
+
+@pytest.mark.skipif(
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+    reason="before torch 2.13 what is explained counts as a compilation",
+)
+def test_what_is_explained_does_not_count_towards_the_limit_of_compilations():
+    model, compiled = Block(), list[fx.GraphModule]()
+    run = torch.compile(model, backend=lambda gm, inputs: compiled.append(gm) or gm.forward)
+    run(tokens())
+    for _ in range(torch._dynamo.config.recompile_limit):
+        explain(model)
+    model.double()
+    run(tokens().double())
+    assert len(compiled) == 2
+
+
+def test_sizes_that_were_seen_before_are_not_dynamic():
+    """Dynamo makes a size dynamic when it sees a second one; what is explained is one call."""
+    model = Block()
+    run = torch.compile(model, backend="eager")
+    for length in (5, 6, 7):
+        run(torch.randn(2, length, 32))
+    assert not explain(model).totals.dynamic
 
 
 def test_sizes():
