@@ -100,6 +100,7 @@ class Calls:
         calls = [_Call(found, self.names.classes) for found in self.seen]
         report.rewritten[:] = [_renamed(site, calls) for site in report.rewritten]
         report.declined[:] = [_renamed(site, calls) for site in report.declined]
+        report.ordinary[:] = [_renamed(site, calls) for site in report.ordinary]
         report.products[:] = [calls[0].operation(one) for one in report.products]
         paths = [call.module(one.path) for call in calls for one in report.modules]
         kinds = [one.module_class for _ in calls for one in report.modules]

@@ -145,6 +145,7 @@ def _nothing_rewritten(report: GraphReport, error: Exception) -> None:
     report.unread = [unread_graph(Reason(Unreadable.COMPILER_FAULT, what))]
     report.rewritten.clear()
     report.declined.clear()
+    report.ordinary.clear()
     report.after = report.before
 
 

@@ -20,7 +20,7 @@ from ..errors import only_reporting
 from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
 from .report import Report, plain
-from .text import details, line_for, line_for_fusion
+from .text import details, is_empty, line_for, line_for_fusion
 from .values import GraphReport
 
 log = logging.getLogger("mhf_compiler")
@@ -81,6 +81,7 @@ def _count(report: GraphReport) -> None:
         tally[f"unread.{unread.reason.kind.name}"] += 1
     tally["sites_rewritten"] += len(report.rewritten)
     tally["sites_declined"] += len(report.declined)
+    tally["ordinary"] += len(report.ordinary)
     for site in report.declined:
         if site.reason is not None:
             tally[f"declined.{site.reason.kind.name}"] += 1
@@ -94,9 +95,11 @@ def _log(report: GraphReport) -> None:
     for site in [*report.rewritten, *report.declined]:
         log.info("%s", line_for(site))
         log.debug("%s", details(site))
+    for site in report.ordinary:
+        log.info("%s", visible(f"ordinary FFN, left to Inductor: {site.place}"))
     for note in report.notes:
         log.info("%s", visible(note))
-    if not (report.rewritten or report.declined or report.notes or report.unread):
+    if is_empty([report]):
         log.info("nothing to rewrite among %d operations", report.operations)
         for product in report.products:
             place = visible(product.location or "unknown source")

@@ -19,7 +19,17 @@ from typing import Any
 from .dot import COLOURS, DrawingError, Frame, dot_source, frames, render
 from .escape import visible, visible_lines
 from .groups import Group, grouped
-from .text import cells, fusion_lines, graph_break_lines, headline, printed, rows, why_nothing
+from .text import (
+    cells,
+    fusion_lines,
+    graph_break_lines,
+    headline,
+    is_empty,
+    ordinary_lines,
+    printed,
+    rows,
+    why_nothing,
+)
 from .values import GraphBreak, GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
@@ -29,7 +39,6 @@ def page(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> st
     """The whole page."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
     unread = all_unread(graphs)
-    nothing = not (rewritten or declined or notes or unread)
     made = _template().page(
         headline=headline(graphs),
         style=_trusted((_FOLDER / "page.css").read_text() + _colours_of_code()),
@@ -38,10 +47,10 @@ def page(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> st
         unread=list(dict.fromkeys(map(str, unread))),
         rewritten=[_site(group) for group in grouped(rewritten)],
         declined=[_site(group) for group in grouped(declined)],
-        nothing=why_nothing(graphs) if nothing else "",
+        nothing=why_nothing(graphs) if is_empty(graphs) else "",
         fusions=fusion_lines(graphs) if rewritten else [],
         breaks=[*graph_break_lines([], breaks)],
-        notes=[visible(note) for note in notes],
+        notes=[*ordinary_lines(graphs), *map(visible, notes)],
         graphs=[
             {
                 "report": graph,

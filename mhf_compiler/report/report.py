@@ -28,6 +28,7 @@ from .values import (
     SiteReport,
     UnreadGraph,
     all_declined,
+    all_ordinary,
     all_rewritten,
     all_unread,
 )
@@ -57,6 +58,11 @@ class Report:
     def declined(self) -> list[SiteReport]:
         """The near-misses of all graphs, each with its reason."""
         return all_declined(self.graphs)
+
+    @property
+    def ordinary(self) -> list[SiteReport]:
+        """The feed-forward networks of one head and one sub-network, which are left to Inductor."""
+        return all_ordinary(self.graphs)
 
     @property
     def unread(self) -> list[UnreadGraph]:

@@ -21,6 +21,7 @@ from .values import (
     Work,
     all_declined,
     all_notes,
+    all_ordinary,
     all_rewritten,
     all_unread,
 )
@@ -36,7 +37,7 @@ Graphs = Sequence[GraphReport]
 def printed(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
     """All that is known of the graphs, and of what Dynamo noted besides."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    summary = [*coverage_lines(graphs), *totals_lines(graphs)]
+    summary = [*coverage_lines(graphs), *totals_lines(graphs), *ordinary_lines(graphs)]
     parts = ["\n".join([headline(graphs), *(f"  {line}" for line in summary)])]
     unread = Counter(all_unread(graphs))
     if unread:
@@ -49,7 +50,7 @@ def printed(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
     if declined:
         paragraphs = "\n\n".join(_details(group) for group in grouped(declined))
         parts.append(f"Declined\n{paragraphs}")
-    if not (rewritten or declined or notes or unread):
+    if is_empty(graphs):
         parts.append(why_nothing(graphs))
     if rewritten:
         parts.append("After autograd\n" + "\n".join(f"  {line}" for line in fusion_lines(graphs)))
@@ -90,6 +91,21 @@ def totals_lines(graphs: Graphs) -> list[str]:
         parts.append(f"{scaled(found.copied_bytes, 'B')} of weights copied")
     large = " (a large number of tokens where it is dynamic)" if found.dynamic else ""
     return [f"in all{large}: {', '.join(parts)}"] if parts else []
+
+
+def ordinary_lines(graphs: Graphs) -> list[str]:
+    """How many ordinary feed-forward networks there are and where, in one line; none if none."""
+    found = all_ordinary(graphs)
+    if not found:
+        return []
+    number = _count(networks(graph.ordinary for graph in graphs), "ordinary FFN")
+    where = compressed(path for site in found for path in site.modules if path is not None)
+    return [visible(f"{number}, left to Inductor{f': {where}' if where else ''}")]
+
+
+def is_empty(graphs: Graphs) -> bool:
+    """Whether nothing in the graphs is worth a word."""
+    return not any(g.rewritten or g.declined or g.ordinary or g.notes or g.unread for g in graphs)
 
 
 def why_nothing(graphs: Graphs) -> str:

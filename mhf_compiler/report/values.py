@@ -242,6 +242,7 @@ class GraphReport:
         looked_at: number of possible down projections: matrix products of activated values.
         rewritten: the MH-FFNs that were replaced.
         declined: the near-misses, each with its reason.
+        ordinary: feed-forward networks of one head and one sub-network, which are left to Inductor.
         unread: why it, or graphs inside of it, were not analysed; empty if all were.
         notes: further remarks, one sentence each.
         modules: those whose operations it has, in their order, also such as have no network.
@@ -258,6 +259,7 @@ class GraphReport:
     looked_at: int = 0
     rewritten: list[SiteReport] = field(default_factory=list)
     declined: list[SiteReport] = field(default_factory=list)
+    ordinary: list[SiteReport] = field(default_factory=list)
     unread: list[UnreadGraph] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
@@ -275,6 +277,11 @@ def all_rewritten(graphs: Iterable[GraphReport]) -> list[SiteReport]:
 def all_declined(graphs: Iterable[GraphReport]) -> list[SiteReport]:
     """The near-misses of all graphs, each with its reason."""
     return [site for graph in graphs for site in graph.declined]
+
+
+def all_ordinary(graphs: Iterable[GraphReport]) -> list[SiteReport]:
+    """The feed-forward networks of one head and one sub-network in all graphs."""
+    return [site for graph in graphs for site in graph.ordinary]
 
 
 def all_unread(graphs: Iterable[GraphReport]) -> list[UnreadGraph]:

@@ -108,6 +108,7 @@ def _rewrite_all(
         originals.restore()
         report.rewritten.clear()
         report.declined.clear()
+        report.ordinary.clear()
         what = f"{type(error).__name__}: {error}"
         report.unread = [unread_graph(Reason(Unreadable.COMPILER_FAULT, what))]
         message = "rewriting failed, the graph is compiled as it is"
@@ -224,7 +225,9 @@ def _describe(
         report.unread.append(unread_graph(findings.unreadable))
     if not findings.sites and not findings.near_misses:
         report.products += matrix_products(gm)
-    report.declined += [near_miss_report(miss) for miss in findings.near_misses]
+    for miss in findings.near_misses:
+        ordinary = miss.reason.kind is Kind.PLAIN_FFN
+        (report.ordinary if ordinary else report.declined).append(near_miss_report(miss))
     for decision in decisions:
         sites = report.rewritten if decision.reason is None else report.declined
         sites.append(_site_report(decision))

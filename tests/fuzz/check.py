@@ -201,7 +201,7 @@ def _outcome(program: Program, verdict: Verdict, detail: str, report: Report) ->
     reasons = _reasons(report)
     lines = [
         f"{site.reason} | {site.location.code if site.location else 'unknown line'}"
-        for site in report.declined
+        for site in (*report.declined, *report.ordinary)
     ]
     lines += [str(unread) for graph in report.graphs for unread in graph.unread]
     explained = "\n".join(dict.fromkeys(lines))
@@ -210,7 +210,7 @@ def _outcome(program: Program, verdict: Verdict, detail: str, report: Report) ->
 
 def _reasons(report: Report) -> tuple[str, ...]:
     """The kinds of all reasons: of networks that are declined, and of graphs that are not read."""
-    reasons = [site.reason for site in report.declined]
+    reasons = [site.reason for site in (*report.declined, *report.ordinary)]
     reasons += [unread.reason for graph in report.graphs for unread in graph.unread]
     return tuple(dict.fromkeys(reason.kind.name for reason in reasons if reason is not None))
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 import mhf_compiler
 from mhf_compiler import Report
+from mhf_compiler.compat import counters
 from mhf_compiler.lowering.cost import Estimate
 from mhf_compiler.lowering.workload import Workload
 from mhf_compiler.patterns import Kind, Location
@@ -240,6 +241,34 @@ Looked at, as the matrix products that there are
   FILE: linear = linear(x, first.weight, first.bias)
   FILE: linear_1 = linear(linear, second.weight, second.bias)""",  # noqa: E501
     )
+
+
+class Mixed(nn.Module):
+    """A network with heads between two ordinary ones, the second of them of unequal width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, out)) for out in (32, 5)
+        )
+        self.heads = Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlps[1](self.heads(self.mlps[0](x)))
+
+
+def test_ordinary_networks_are_no_near_misses():
+    report = explain(Mixed())
+    assert (len(report.rewritten), report.declined) == (1, [])
+    assert [site.reason and site.reason.kind for site in report.ordinary] == [Kind.PLAIN_FFN] * 2
+    for shown in (str(report), page(report.graphs)):
+        assert "2 ordinary FFNs, left to Inductor: mlps.{0,1}" in shown
+        assert "what to do" not in shown
+    assert counters["flashmhf"]["ordinary"] == 2
+    assert counters["flashmhf"]["sites_declined"] == 0
+    plain = explain(Mixed().mlps[0])
+    assert repr(plain) == "<Report: 0 MH-FFNs rewritten, 0 declined, in 1 graph>"
+    assert "None of the" not in str(plain)
 
 
 def test_a_call_without_a_graph_says_so():

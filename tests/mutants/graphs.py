@@ -72,7 +72,8 @@ def kept_graphs() -> Iterator[list[KeptGraph]]:
     def rewritten(gm: fx.GraphModule, options: Any, training: bool) -> str:
         report = GraphReport(before="", after="", operations=0)
         rewrite_all(gm, options, report, None, training)
-        return repr((report.after, report.rewritten, report.declined, report.unread, report.notes))
+        left = (report.declined, report.ordinary, report.unread, report.notes)
+        return repr((report.after, report.rewritten, left))
 
     def sites(gm: fx.GraphModule, shape_env: Any) -> str:
         findings = recognise.find_sites(gm, shape_env)

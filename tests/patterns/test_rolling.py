@@ -200,6 +200,6 @@ def test_a_loop_of_one_is_no_loop():
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([F.silu(x @ self.up) @ self.down], -1)
 
-    (miss,) = explain(One(), torch.randn(2, 6, d)).declined
+    (miss,) = explain(One(), torch.randn(2, 6, d)).ordinary
     assert miss.reason is not None
     assert miss.reason.kind is Kind.PLAIN_FFN
