@@ -3,7 +3,8 @@
     torch.compile(model, backend="flashmhf")     every MH-FFN of the model as one fused op
     torch.compile(model, options=mhf_compiler.inductor_options())   the same through Inductor's
     mhf_compiler.explain(model)(*args)           what is rewritten, and why the rest is not
-    mhf_compiler.assert_rewritten(model, args)   the same as a test of your own
+    mhf_compiler.compilation_report()            the same of what this process has compiled
+    mhf_compiler.assert_rewritten(model, args)   a test of your own
     mhf_compiler.rewrite(exported_program)       an exported program with the op in it
     mhf_compiler.build_ops(folder)               the op for C++ programs without Python
     mhf_compiler.multi_head_ffn(q, k, u, v, r)   the op itself
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .errors import MhfCompilerWarning, NotAnalysedError
     from .explanation import explain
     from .exported import rewrite
+    from .history import compilation_report
     from .lowering import ArgumentError, multi_head_ffn, multi_head_ffn_reference
     from .lowering.library import build_ops
     from .options import OptionError, Options
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "assert_rewritten",
     "build_ops",
+    "compilation_report",
     "explain",
     "flashmhf",
     "inductor_options",
@@ -81,6 +84,7 @@ _HOMES = {  # name -> module, and its name there if that is another
     "SiteReport": "report",
     "assert_rewritten": "testing",
     "build_ops": "lowering.library",
+    "compilation_report": "history",
     "explain": "explanation",
     "multi_head_ffn": "lowering",
     "multi_head_ffn_reference": "lowering",

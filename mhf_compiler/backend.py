@@ -84,14 +84,16 @@ def inductor_options(options: Options | Mapping[str, Any] | None = None) -> dict
 
 
 def _reset() -> None:
-    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs, and repeats its warnings."""
+    """Called by ``torch.compiler.reset``: drops recorded CUDA graphs and what was told."""
     from .errors import forget_warnings
 
     forget_warnings()
     try:
         from .compat import reset_cuda_graphs
+        from .history import forget
     except (ImportError, AttributeError):
         return  # such a PyTorch compiles without us
+    forget()
     reset_cuda_graphs()
 
 

@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 
 from torch import fx
 
-from . import compat
+from . import compat, history
 from .buckets import CutError, Part, rewrite_whole
 from .errors import NotAnalysedError, fault, only_reporting
 from .options import Options, inductor_config
 from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
-from .report.logs import announce_fusions
+from .report.logs import announce_fusions, announce_nothing_rewritten
 from .report.values import GraphReport
 from .substitution.graph import Originals, rewrite_graph
 
@@ -47,6 +47,7 @@ class Compilation:
         self.report: GraphReport | None = None
         self.folder: Path | None = None
         self.originals: Originals | None = None
+        self.told = False
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Put the ops into a graph and prepare Inductor for them; all of it, or nothing."""
@@ -109,18 +110,30 @@ class Compilation:
     def compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile a graph with the fallback; if only its rewritten form fails, as it was."""
         try:
-            return compat.compile_graph(self.options.fallback, gm, example_inputs, self.config)
+            compiled = compat.compile_graph(self.options.fallback, gm, example_inputs, self.config)
+            self.hand_over()
+            return compiled
         except Exception as error:
             # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
             # symbolic float to be a constant, it says so by an exception.
             compat.counters["flashmhf"] = self.counted
             if self.options.strict or compat.is_minifying():
                 raise
-            compiled = self._compile_original(gm, example_inputs)
-            if compiled is None:
+            original = self._compile_original(gm, example_inputs)
+            if original is None:
                 raise
             fault("compile", "the rewritten graph does not compile, so the original is used", error)
-            return compiled
+            self.report = None
+            return original
+
+    def hand_over(self) -> None:
+        """Keep the report, give it to whoever asked for it, and tell of a graph left as it was."""
+        if self.report is None or self.told:
+            return
+        self.told = True  # the parts of a graph that DDP has cut are compiled one after the other
+        history.keep(self.report, self.options.report)
+        if self.options.rewrite == "auto":
+            announce_nothing_rewritten(self.report)
 
     def _compile_original(
         self, gm: fx.GraphModule, example_inputs: list[Any]

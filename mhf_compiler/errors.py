@@ -36,9 +36,15 @@ def warn_once(*cause: str) -> None:
     Args:
         cause: the parts of the message, which are joined by colons.
     """
-    if cause not in _warned:
-        _warned.add(cause)
+    if first_time(*cause):
         warnings.warn(": ".join(cause), MhfCompilerWarning, stacklevel=3)
+
+
+def first_time(*cause: str) -> bool:
+    """Whether this was not asked before, since ``torch.compiler.reset``."""
+    known = cause in _warned
+    _warned.add(cause)
+    return not known
 
 
 def forget_warnings() -> None:

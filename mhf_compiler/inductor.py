@@ -42,7 +42,7 @@ def options_with_passes(options: GivenOptions | None) -> dict[str, Any]:
         inductor_config(parsed),
         partial(rewrite_before_autograd, ours),
         partial(run_after_autograd, ours.strict),
-        (package_hash(), repr(ours)),
+        (package_hash(), repr(replace(ours, report=None))),  # the address of a function is no key
         partial(cache_key, ours, tuple(PASSES)),
     )
 
@@ -90,6 +90,7 @@ def _rewrite(options: Options, gm: fx.GraphModule) -> None:
         names = passes_for(training=torch.is_grad_enabled())
         _compiling[context] = names, compilation.tell
     compilation.rewrite(gm)
+    compilation.hand_over()
 
 
 def _tell_of_other_graph(graph: fx.Graph) -> None:

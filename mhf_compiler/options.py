@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class Options:
         verify: compare each MH-FFN with its original spelling before it is rewritten, on random and
             on extreme numbers, in values and gradients. Slow; for tests.
         dump_dir: a folder that receives each graph before and after as programs, and the report.
+        report: a function that is called with the ``Report`` of each graph that is compiled.
         mode: one of Inductor's modes; ``torch.compile`` takes ``mode`` or ``options``, not both.
         inductor: settings for Inductor, by their names in ``torch._inductor.config``.
     """
@@ -52,6 +53,7 @@ class Options:
     verify: bool = False
     fallback: str = "inductor"
     dump_dir: Path | None = None
+    report: Callable[[Any], object] | None = None
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,6 +88,8 @@ def parse_options(mode: str | None, options: GivenOptions | None) -> Options:
         if not isinstance(ours["dump_dir"], (str, Path)):
             raise OptionError(f"option 'dump_dir' is {ours['dump_dir']!r}; allowed: a path")
         ours["dump_dir"] = Path(ours["dump_dir"])
+    if ours.get("report") is not None and not callable(ours["report"]):
+        raise OptionError(f"option 'report' is {ours['report']!r}; allowed: a function")
     if mode is not None and ours.get("mode") not in (None, mode):
         raise OptionError(f"mode is {mode!r}, but option 'mode' is {ours['mode']!r}")
     ours["mode"] = ours.get("mode") or mode

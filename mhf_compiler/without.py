@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .options import Options
 
-_OURS = ("rewrite", "strict", "fallback", "dump_dir", "verify", "mode")
+_OURS = ("rewrite", "strict", "fallback", "dump_dir", "verify", "report", "mode")
 
 
 def compile_without(

@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..compat import counters, trace_artifact
-from ..errors import only_reporting
+from ..errors import first_time, only_reporting
 from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
 from .report import Report, plain
@@ -47,6 +48,21 @@ def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
         "json",
         lambda: json.dumps({"fusions": plain(fusions), "notes": plain(notes)}),
     )
+
+
+def announce_nothing_rewritten(report: GraphReport) -> None:
+    """Say once, also where nothing else is logged, that every candidate is left as it is."""
+    reasons = Counter(site.reason.kind.name for site in report.declined if site.reason is not None)
+    if report.rewritten or not reasons or counters["flashmhf"]["sites_rewritten"]:
+        return
+    if first_time("nothing rewritten"):
+        log.warning(
+            "flashmhf left all %d candidates for MH-FFNs as they are: %s. "
+            "print(mhf_compiler.compilation_report()) says why; "
+            "TORCH_LOGS=-mhf_compiler silences this line.",
+            reasons.total(),
+            ", ".join(f"{number} {kind}" for kind, number in reasons.most_common()),
+        )
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 
 import mhf_compiler
 from mhf_compiler.compat import counters
+from mhf_compiler.lowering.cost import Estimate
 
 OPTIONS = {"rewrite": "always", "fallback": "eager"}
 FOUND, MISSED = POSITIVE["Bmm"], NEAR_MISSES["DifferentQueries"]
@@ -71,6 +72,45 @@ def test_nothing_to_rewrite_is_said_with_what_was_looked_at(lines: list[logging.
     assert first.startswith("nothing to rewrite among")
     assert second.startswith("looked at ")
     assert "linear(" in second
+
+
+class Small(nn.Module):
+    """Two networks that are not worth the op, and an ordinary one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([FOUND.build(), FOUND.build()])
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_model_that_is_left_as_it_is_is_told_once(
+    lines: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch
+):
+    verdict = Estimate(rewritten=2.0, original=1.0)
+    monkeypatch.setattr("mhf_compiler.lowering.cost.estimate", lambda workload: verdict)
+    auto = {"rewrite": "auto", "fallback": "eager"}
+    for length in (5, 6):  # two graphs
+        x = FOUND.inputs()[0][:, :length]
+        torch.compile(Small(), backend="flashmhf", options=auto, dynamic=False)(x)
+    (line,) = lines
+    assert line.levelname == "WARNING"
+    assert line.getMessage() == (
+        "flashmhf left all 2 candidates for MH-FFNs as they are: 2 DOES_NOT_PAY. "
+        "print(mhf_compiler.compilation_report()) says why; "
+        "TORCH_LOGS=-mhf_compiler silences this line."
+    )
+    assert len(mhf_compiler.compilation_report().declined) == 4
+
+
+@pytest.mark.parametrize("options", [OPTIONS, {"rewrite": "never", "fallback": "eager"}])
+def test_a_choice_of_the_user_is_not_told(lines: list[Any], options: dict[str, Any]):
+    model = MISSED if options["rewrite"] == "always" else FOUND
+    torch.compile(model.build(), backend="flashmhf", options=options)(*model.inputs())
+    assert lines == []
 
 
 def test_silent_by_default(lines: list[logging.LogRecord]):

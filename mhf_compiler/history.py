@@ -1,0 +1,49 @@
+"""The reports of the graphs that this process has compiled, so that nothing is traced again.
+
+They are plain values, which keep neither graphs nor tensors alive, and only so many are kept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from .errors import only_reporting
+from .report import GraphReport, Report
+
+_MOST_GRAPHS = 64
+_MOST_CODE = 32 * 2**20  # characters, of all graphs before and after
+
+_kept: deque[GraphReport] = deque(maxlen=_MOST_GRAPHS)
+
+
+def compilation_report() -> Report:
+    """What the back end did to the graphs that it has compiled, without tracing them again.
+
+        model(x)  # compiled by backend="flashmhf", or with inductor_options()
+        print(mhf_compiler.compilation_report())
+
+    Unlike that of ``explain``, it is of what was compiled: it knows what the passes after autograd
+    did, and which modules are in a graph, but not for which others that graph is called later. A
+    model that is compiled again, for other sizes, has its networks in two graphs.
+
+    Returns:
+        A report of the last 64 graphs since ``torch.compiler.reset``, fewer if their code is longer
+        than 32 MB. Reports of graphs that are compiled later are not added to it.
+    """
+    return Report([*_kept])
+
+
+def keep(report: GraphReport, receive: Callable[[Report], object] | None) -> None:
+    """Keep the report of a graph, and hand it to whoever has asked for it by the option."""
+    _kept.append(report)
+    while len(_kept) > 1 and sum(len(one.before) + len(one.after) for one in _kept) > _MOST_CODE:
+        _kept.popleft()
+    if receive is not None:
+        with only_reporting("a report, to the option 'report',"):
+            receive(Report([report]))
+
+
+def forget() -> None:
+    """Forget all reports."""
+    _kept.clear()
