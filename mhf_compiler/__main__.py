@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 
 def main() -> None:
     """Run the command line; one clear line if its library is missing."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler tells when it starts
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # which is not used
     try:
         from .cli.commands import commands
     except ModuleNotFoundError as error:

@@ -426,6 +426,7 @@ def run_afresh(
     backend: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    dynamic: bool | None = None,
 ) -> Any:
     """Run a model of which a back end is given every graph, and leave nothing of that in Dynamo.
 
@@ -443,7 +444,9 @@ def run_afresh(
     _forget_code_without_entries()
     try:
         with config.patch(unlimited):
-            how: dict[str, Any] = {"isolate_recompiles": True} if apart else {}
+            how: dict[str, Any] = {"dynamic": dynamic}
+            if apart:
+                how["isolate_recompiles"] = True
             compiled: Any = torch.compile(model, backend=backend, **how)
             return compiled(*args, **kwargs)
     finally:

@@ -25,7 +25,10 @@ from .substitution.graph import Keep, rewrite_graph
 
 
 def explain(
-    model: Callable[..., Any], *, options: GivenOptions | None = None
+    model: Callable[..., Any],
+    *,
+    options: GivenOptions | None = None,
+    dynamic: bool | None = None,
 ) -> Callable[..., Report]:
     """Say what ``torch.compile(model, backend="flashmhf")`` rewrites, and what it declines.
 
@@ -41,12 +44,13 @@ def explain(
     Args:
         model: a module or function, compiled already or not.
         options: the options that ``torch.compile`` would be given, a dict or ``Options``.
+        dynamic: its argument of that name.
 
     Returns:
         A function that takes the model's arguments and returns a ``Report``.
     """
     parsed = parse_options(None, options)
-    return lambda *args, **kwargs: reported(model, parsed, args, kwargs)
+    return lambda *args, **kwargs: reported(model, parsed, args, kwargs, dynamic=dynamic)
 
 
 def reported(
@@ -55,6 +59,7 @@ def reported(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     keep: Keep | None = None,
+    dynamic: bool | None = None,
 ) -> Report:
     """What ``explain`` finds; ``keep`` is given each rewritten site, with its graph."""
     names = Names(model)
@@ -78,7 +83,7 @@ def reported(
 
     forget_warnings()
     with interruptions() as noted:
-        call_once(model, collect, *args, **kwargs)
+        call_once(model, collect, args, kwargs, dynamic)
     for calls in found:
         calls.write()
     graphs = [calls.report for calls in found]
@@ -86,8 +91,12 @@ def reported(
 
 
 def call_once(
-    model: Callable[..., Any], collect: Callable[..., Any], *args: Any, **kwargs: Any
+    model: Callable[..., Any],
+    collect: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    dynamic: bool | None = None,
 ) -> None:
     """Give the graphs of a model to a back end of our own, and leave nothing of it behind."""
     with compiled_in_place_set_aside(model):
-        run_afresh(model, collect, args, kwargs)
+        run_afresh(model, collect, args, kwargs, dynamic)

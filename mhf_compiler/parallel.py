@@ -337,7 +337,7 @@ def _networks(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
         return run
 
-    call_once(model, collect, *args, **kwargs)
+    call_once(model, collect, args, kwargs)
     return found
 
 

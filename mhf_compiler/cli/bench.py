@@ -10,7 +10,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -66,6 +66,7 @@ class Subject:
         args: its arguments. If they, or the parameters of the model, require gradients and
             gradients are being recorded, it is trained.
         kwargs: its named arguments.
+        options: the back end's, but for ``rewrite``.
     """
 
     def __init__(
@@ -73,11 +74,14 @@ class Subject:
         function: Callable[..., Any],
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.function, self.args, self.kwargs = function, args, kwargs or {}
         torch.compiler.reset()
         self.compiled = {
-            way: torch.compile(function, backend="flashmhf", options={"rewrite": rewrite})
+            way: torch.compile(
+                function, backend="flashmhf", options={**(options or {}), "rewrite": rewrite}
+            )
             for way, rewrite in WAYS.items()
         }
         parameters = function.parameters() if isinstance(function, nn.Module) else ()

@@ -1,15 +1,19 @@
 """The command line: ``explain``, ``bench``, ``build-ops``, ``info`` and ``doctor``.
 
-Exit codes: 0 success; 1 nothing was rewritten under ``--strict``, ``bench --site`` found wrong
-numbers, or ``doctor`` found something; 2 the request cannot be carried out, with one line why.
+Exit codes: 0 success; 1 the report is not what ``--strict``, ``--sites`` or ``--fail-on-declined``
+asks for, ``bench --site`` found wrong numbers, or ``doctor`` found something; 2 the request cannot
+be carried out, with one line why.
 Completion comes from click: ``eval "$(_MHF_COMPILER_COMPLETE=bash_source mhf-compiler)"``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +22,22 @@ if TYPE_CHECKING:
     from ..report import Report
     from .bench import Subject
 
-_FILE = click.Path(dir_okay=False, writable=True)
+
+def _writable(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Refuse a file that cannot be written, before the model runs."""
+    if path is not None:
+        place = Path(path) if Path(path).exists() else Path(path).absolute().parent
+        if not os.access(place, os.W_OK):
+            raise Problem(f"{path!r} cannot be written: {place} {_unwritable(place)}")
+    return path
+
+
+def _unwritable(place: Path) -> str:
+    return "is not writable" if place.exists() else "does not exist"
+
+
+def _file(flag: str, name: str, text: str) -> Callable[[Any], Any]:
+    return click.option(flag, name, type=click.Path(dir_okay=False), callback=_writable, help=text)
 
 
 class Problem(click.ClickException):
@@ -31,17 +50,95 @@ class Disagreement(click.ClickException):
     """The op computes other numbers. One line, exit code 1."""
 
 
+class Unmet(click.ClickException):
+    """The report is not what was asked for. One line, exit code 1."""
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="mhf-compiler")
 def commands() -> None:
     """Multi-head feed-forward networks in a model: what is rewritten, and why the rest is not."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """A model and how it is called, in the words of the command line."""
+
+    model: str
+    inputs: tuple[str, ...]
+    device: str
+    dtype: str | None
+    autocast: str | None
+    no_grad: bool
+    options: tuple[str, ...]
+    factory_args: tuple[str, ...]
+
+    def made(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        """The model, its arguments and its named arguments."""
+        from .inputs import find_device, find_dtype, make_inputs, make_model, parse_assignments
+
+        where = find_device(self.device)
+        dtype = None if self.dtype is None else find_dtype(self.dtype, f"--dtype {self.dtype!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise Problem(f"--dtype {self.dtype!r} must be a floating one, such as bfloat16")
+        args, kwargs = make_inputs(self.inputs, where)
+        if dtype is not None:
+            args = tuple(x.to(dtype) if x.is_floating_point() else x for x in args)
+            kwargs = {
+                name: x.to(dtype) if x.is_floating_point() else x for name, x in kwargs.items()
+            }
+        arguments = parse_assignments(self.factory_args, "--factory-arg")
+        return make_model(self.model, where, dtype, arguments), args, kwargs
+
+    def chosen(self) -> dict[str, Any]:
+        """The options of the back end."""
+        from ..options import OptionError, parse_options
+        from .inputs import parse_assignments
+
+        given = parse_assignments(self.options, "--option")
+        try:
+            parse_options(None, given)
+        except OptionError as error:
+            raise Problem(f"--option: {error}") from error
+        return given
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Gradients and autocast, as they were asked for."""
+        import torch
+
+        from .inputs import find_device, find_dtype
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(not self.no_grad))
+            if self.autocast is not None:
+                dtype = find_dtype(self.autocast, f"--autocast {self.autocast!r}")
+                kind = find_device(self.device).type
+                stack.enter_context(torch.autocast(kind, dtype))
+            yield
+
+
 def _model(command: Callable[..., None]) -> Callable[..., None]:
-    """The parameters that name a model and its inputs, and whether it is trained."""
+    """The parameters of a ``Request``."""
     for parameter in (
+        click.option(
+            "--option",
+            "options",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="An option of the back end, or a setting of Inductor's. Repeatable.",
+        ),
         click.option("--no-grad", is_flag=True, help="Without gradients, as in inference."),
+        click.option("--autocast", metavar="DTYPE", help="Under autocast to a dtype."),
+        click.option("--dtype", metavar="DTYPE", help="Of the model and of floating inputs."),
         click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option(
+            "--factory-arg",
+            "factory_args",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="An argument of the factory, such as layers=12. Repeatable.",
+        ),
         click.option(
             "--input",
             "inputs",
@@ -58,49 +155,52 @@ def _model(command: Callable[..., None]) -> Callable[..., None]:
 @commands.command()
 @_model
 @click.option("--rewrite", type=click.Choice(["auto", "always"]), default="auto", show_default=True)
-@click.option("--html", "html_path", type=_FILE, help="Also write the report as an HTML page.")
-@click.option("--json", "json_path", type=_FILE, help="Also write the report to a JSON file.")
+@click.option("--dynamic", is_flag=True, help="With dynamic sizes, as torch.compile has them.")
+@_file("--html", "html_path", "Also write the report as an HTML page.")
+@_file("--json", "json_path", "Also write the report to a JSON file.")
 @click.option("--strict", is_flag=True, help="Exit with 1 if nothing was rewritten.")
+@click.option("--sites", type=click.IntRange(0), help="Exit with 1 unless so many are rewritten.")
+@click.option("--fail-on-declined", is_flag=True, help="Exit with 1 if something was declined.")
 def explain(
-    model: str,
-    inputs: tuple[str, ...],
-    device: str,
-    no_grad: bool,
     rewrite: str,
+    dynamic: bool,
     html_path: str | None,
     json_path: str | None,
     strict: bool,
+    sites: int | None,
+    fail_on_declined: bool,
+    **given: Any,
 ) -> None:
     """Print what is rewritten in a model, and why the rest is not.
 
-    The factory is called without arguments and returns the model; a module is taken as it is.
+    The factory is called with what --factory-arg names and returns the model; a module is taken as
+    it is. A file is as good as a module: models/net.py:make.
     """
-    import torch
-
-    with _problems(), torch.set_grad_enabled(not no_grad):
-        report = _explained(*_made(model, inputs, device), rewrite)
+    request = Request(**given)
+    with _problems(), request.modes():
+        options = {"rewrite": rewrite} | request.chosen()
+        model, args, kwargs = request.made()
+        report = _explained(model, args, kwargs, options, dynamic)
     click.echo(str(report))
     with _problems():
         if html_path is not None:
             report.to_html(html_path)
         if json_path is not None:
             report.to_json(json_path)
-    if strict and not report.rewritten:
-        click.get_current_context().exit(1)
+    found = report.totals.networks
+    if sites is not None and found != sites:
+        raise Unmet(f"--sites is {sites}, but {found} are rewritten")
+    if strict and not found:
+        raise Unmet("--strict: nothing is rewritten")
+    if fail_on_declined and (report.declined or report.unread):
+        raise Unmet(f"--fail-on-declined: {len(report.declined) + len(report.unread)} are declined")
 
 
 @commands.command()
 @_model
 @click.option("--site", type=int, help="One site by itself, by its number in the report.")
 @click.option("--rounds", type=click.IntRange(1), default=20, show_default=True)
-def bench(
-    model: str,
-    inputs: tuple[str, ...],
-    device: str,
-    no_grad: bool,
-    site: int | None,
-    rounds: int,
-) -> None:
+def bench(site: int | None, rounds: int, **given: Any) -> None:
     """Time a model, or one site of it, with Inductor alone and rewritten.
 
     If something is trained, the forward pass and both passes are timed; with --no-grad, or if
@@ -108,19 +208,20 @@ def bench(
     If their numbers differ by more than rounding nothing is timed, and the exit code is 1.
     The peak memory is the most that one call allocates beyond what is there before it.
     """
-    import torch
-
     from ..report.text import scaled
     from .bench import Subject, check_rewritten, steps
 
-    with _problems(), torch.set_grad_enabled(not no_grad):
-        made, args, kwargs = _made(model, inputs, device)
+    request = Request(**given)
+    with _problems(), request.modes():
+        options = request.chosen()
+        made, args, kwargs = request.made()
+        report = _explained(made, args, kwargs, {**options, "rewrite": "always"})
         if site is None:
-            check_rewritten(_explained(made, args, kwargs, "always"))
-            subject = Subject(made, args, kwargs)
+            check_rewritten(report)
+            subject = Subject(made, args, kwargs, options)
         else:
             subject = _one_site(made, args, kwargs, site)
-        training = not no_grad and bool(subject.leaves)
+        training = not request.no_grad and bool(subject.leaves)
         with click.progressbar(
             length=steps(training=training, rounds=rounds), label="timing"
         ) as bar:
@@ -133,10 +234,8 @@ def bench(
             f"{times.what:<18} {old * 1e3:10.3f} ms {new * 1e3:10.3f} ms {times.speed_up:8.2f} x"
         )
     old, new = peaks.values()
-    ratio = f"{old / new:8.2f} x" if new else ""
-    click.echo(
-        f"{'peak memory':<18} {scaled(old, 'B'):>13} {scaled(new, 'B'):>13} {ratio}".rstrip()
-    )
+    sizes = f"{scaled(old, 'B'):>13} {scaled(new, 'B'):>13}"
+    click.echo(f"{'peak memory':<18} {sizes}{f' {old / new:8.2f} x' if new else ''}")
 
 
 @commands.command()
@@ -204,25 +303,20 @@ def _problems() -> Iterator[None]:
         raise Problem(one_line(error)) from error
 
 
-def _made(
-    model: str, inputs: tuple[str, ...], device: str
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The model, its arguments and its named arguments."""
-    from .inputs import find_device, make_inputs, make_model
-
-    where = find_device(device)
-    args, kwargs = make_inputs(inputs, where)
-    made = make_model(model, where)
-    made(*args, **kwargs)  # the model itself knows best what is wrong with its arguments
-    return made, args, kwargs
-
-
 def _explained(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rewrite: str
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    options: dict[str, Any],
+    dynamic: bool = False,
 ) -> Report:
+    """The report of a call, after one that shows whether the model runs."""
     from .. import explanation
+    from .inputs import run_model
 
-    return explanation.explain(model, options={"rewrite": rewrite})(*args, **kwargs)
+    run_model(model, args, kwargs)
+    explained = explanation.explain(model, options=options, dynamic=dynamic or None)
+    return explained(*args, **kwargs)
 
 
 def _one_site(

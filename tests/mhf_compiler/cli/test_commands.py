@@ -19,7 +19,7 @@ from mhf_compiler import compat
 from mhf_compiler.cli.bench import peak_memory
 from mhf_compiler.cli.commands import commands
 from mhf_compiler.cli.doctor import Check
-from mhf_compiler.cli.inputs import GivenError, TensorSpec, parse_tensor
+from mhf_compiler.cli.inputs import GivenError, TensorSpec, find_dtype, parse_tensor
 from mhf_compiler.lowering.activations import ACTIVATIONS
 from mhf_compiler.lowering.cpu import compiled
 
@@ -57,6 +57,12 @@ def broken():
 
 def nothing():
     return None
+
+def sized(heads):
+    return Heads()
+
+def never_called():
+    raise AssertionError
 """
 
 
@@ -66,6 +72,7 @@ def _models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "unimportable.py").write_text("import nowhere_to_be_found")
     monkeypatch.delitem(sys.modules, "models_of_a_user", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
 
 
 def call(*arguments: str) -> Result:
@@ -103,6 +110,69 @@ def test_strict_fails_where_nothing_was_rewritten(model: str, strict: bool, code
     assert ("clamped" in done.stdout) == (model == "Clamped")
 
 
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("Tower", ["--sites", "3"], ""),
+        ("Tower", ["--sites", "3", "--strict", "--fail-on-declined"], ""),
+        ("Tower", ["--sites", "4"], "--sites is 4, but 3 are rewritten"),
+        ("Clamped", ["--sites", "0"], ""),
+        ("Clamped", ["--sites", "0", "--fail-on-declined"], "--fail-on-declined: 1 are declined"),
+        ("Clamped", ["--strict"], "--strict: nothing is rewritten"),
+    ],
+)
+def test_what_a_build_asks_for(model: str, arguments: list[str], message: str):
+    done = explain(model, "--rewrite", "always", *arguments)
+    assert done.exit_code == bool(message)
+    assert done.stderr == (f"Error: {message}\n" if message else "")
+    assert "MH-FFN" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["float", "float32", "torch.float32", "fp32"])
+def test_dtypes_have_torchs_names_and_aliases(name: str):
+    assert parse_tensor(f"{name.removeprefix('torch.')}[2]").dtype is torch.float32
+    assert find_dtype(name, "") is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--dtype", "bf16"], "(4, 1, 5, 8) bfloat16"),
+        (["--autocast", "bfloat16"], "(4, 1, 5, 8) bfloat16"),
+        (["--dynamic"], "tokens (dynamic)"),
+        (["--option", "rewrite=never"], "option 'rewrite' is 'never'"),
+    ],
+)
+def test_how_a_model_is_called(arguments: list[str], shown: str):
+    done = explain("Heads", "--rewrite", "always", *arguments)
+    assert done.exit_code == 0, done.output
+    assert shown in done.stdout
+
+
+def test_a_factory_takes_arguments():
+    done = explain("sized", "--rewrite", "always", "--factory-arg", "heads=4")
+    assert "1 MH-FFN rewritten" in done.stdout
+
+
+def test_a_file_is_as_good_as_a_module(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "of_a_file.py").write_text(f"{MODELS}\nimport beside_it")
+    (tmp_path / "folder" / "beside_it.py").write_text("")
+    for name in ("of_a_file.py", "of_a_file"):
+        given = ("--input", "float32[4,6,8]", "--rewrite", "always")
+        done = call("explain", f"{tmp_path}/folder/{name}:Heads", *given)
+        assert "1 MH-FFN rewritten" in done.stdout, done.output
+
+
+@pytest.mark.parametrize("flag", ["--html", "--json"])
+def test_a_file_that_cannot_be_written_fails_before_the_run(flag: str):
+    done = explain("never_called", flag, "/nowhere/at/all/report")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "Error: '/nowhere/at/all/report' cannot be written: /nowhere/at/all does not exist\n"
+    )
+
+
 def test_no_grad_is_honoured():
     assert "backward" in explain("Heads", "--rewrite", "always").stdout
     assert "backward" not in explain("Heads", "--rewrite", "always", "--no-grad").stdout
@@ -118,17 +188,31 @@ def test_explain_writes_files(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["models_of_a_user"], "must be package.module:factory"),
+        (["models_of_a_user"], "must be package.module:factory or file.py:factory"),
+        (["models_of_a_user.Heads"], "is it models_of_a_user:Heads?"),
+        (["model_of_a_user:Heads"], "the nearest is 'models_of_a_user'"),
+        (["nowhere/model.py:Heads"], "cannot import 'nowhere/model.py': there is no such file"),
+        (["models_of_a_user:Heads", "--factory-arg", "4"], "must be name=value"),
+        (["models_of_a_user:made", "--factory-arg", "a=4"], "which takes no --factory-arg"),
+        (["models_of_a_user:sized"], "'heads'; --factory-arg name=value passes an argument"),
+        (["models_of_a_user:Heads", "--dtype", "flot16"], "the nearest is float16"),
+        (["models_of_a_user:Heads", "--dtype", "int64"], "must be a floating one"),
+        (["models_of_a_user:Heads", "--option", "rewite=never"], "the nearest is 'rewrite'"),
         (["unimportable:f"], "cannot import 'unimportable': ModuleNotFoundError: No module"),
+        (["unimportable:f"], "unimportable.py:1"),
         (["models_of_a_user:Head"], "has no 'Head'; the nearest is 'Heads'"),
         (["models_of_a_user:number"], "is of type int, must be a factory or a module"),
-        (["models_of_a_user:broken"], "the factory raised TypeError: it cannot"),
+        (["models_of_a_user:broken"], "the factory raised TypeError: it cannot, at "),
         (["models_of_a_user:nothing"], "the factory returned a NoneType, not a module"),
         (["models_of_a_user:Heads", "--input", "float32"], "such as float32[2,16,768]"),
         (["models_of_a_user:Heads", "--input", "float32[2,x]"], "must be dtype[sizes]"),
         (["models_of_a_user:Heads", "--input", "float32[2,,3]"], "has an empty size"),
         (["models_of_a_user:Heads", "--input", "flot32[2]"], "the nearest is float32"),
-        (["models_of_a_user:Heads", "--input", "float32[4,6,7]"], "RuntimeError: "),
+        (
+            ["models_of_a_user:Heads", "--input", "float32[4,6,7]"],
+            "the model raised RuntimeError: ",
+        ),
+        (["models_of_a_user:Heads", "--input", "float32[4,6,7]"], "models_of_a_user.py:11"),
         (["models_of_a_user:Heads", "--device", "toaster"], "must be cpu, cuda or cuda:N"),
         (["models_of_a_user:Heads", "--device", "mps"], "must be cpu, cuda or cuda:N"),
     ],
