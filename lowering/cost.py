@@ -115,6 +115,10 @@ def estimate(workload: Workload) -> Estimate:
     memory = _rewritten_bytes(workload), _original_bytes(workload)
     if workload.device.type == "cpu":
         return Estimate(*_on_a_cpu(workload), *memory)
+    if workload.card is not None and workload.card.multiprocessors:
+        units = workload.card.multiprocessors
+        assumed = _gpu(workload.card.capability[0], units, workload.sizes.dtype)
+        return Estimate(_rewritten(workload, assumed), _original(workload, assumed), *memory)
     device = _device(workload.device.type, workload.device.index, workload.sizes.dtype)
     if device is None:
         return Estimate(0.0, 0.0, *memory)

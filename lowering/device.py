@@ -1,10 +1,58 @@
 """Properties of the device that the choice of kernels depends on. Triton is imported on demand."""
 
+from __future__ import annotations
+
+import difflib
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["capability", "cards", "interpreted", "multiprocessors"]
+__all__ = ["ANY_CARD", "Card", "capability", "cards", "find_card", "interpreted", "multiprocessors"]
+
+
+class Card(NamedTuple):
+    """A card that need not be there: what kernels are chosen and times are estimated by."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+#: for tensors without a device, of which nothing is run: nothing is known but that they match
+ANY_CARD = Card("", (0, 0), 0)
+
+_CARDS = {
+    card.name: card
+    for card in (
+        Card("a10", (8, 6), 72),
+        Card("a100", (8, 0), 108),
+        Card("b200", (10, 0), 148),
+        Card("gh200", (9, 0), 132),
+        Card("h100", (9, 0), 132),
+        Card("h200", (9, 0), 132),
+        Card("l4", (8, 9), 58),
+        Card("l40s", (8, 9), 142),
+        Card("rtx3090", (8, 6), 82),
+        Card("rtx4090", (8, 9), 128),
+        Card("rtx5090", (12, 0), 170),
+    )
+}
+
+
+def find_card(device: str) -> Card:
+    """The card of a name such as ``"cuda:h100"``.
+
+    Raises:
+        ValueError: there is none of that name; the message lists those that are known.
+    """
+    kind, _, name = device.lower().partition(":")
+    name = "".join(letter for letter in name if letter.isalnum())
+    if kind == "cuda" and name in _CARDS:
+        return _CARDS[name]
+    near = difflib.get_close_matches(name, _CARDS, n=1)
+    hint = f"; the nearest is 'cuda:{near[0]}'" if near else ""
+    raise ValueError(f"device is {device!r}, must be cuda: and one of {', '.join(_CARDS)}{hint}")
 
 
 @lru_cache

@@ -15,7 +15,12 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
     copies = workload.copied
     stacked = (f"before each call, copies {copies} of its weights together",) if copies else ()
     if workload.device.type == "cuda":
-        sizes = workload.sizes_on(capability(workload.device), interpreted())
+        card = workload.card
+        sizes = (
+            workload.sizes_on(card.capability)
+            if card is not None
+            else workload.sizes_on(capability(workload.device), interpreted())
+        )
         kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
@@ -53,7 +58,8 @@ def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:
     """A kernel with its tile, as the launch will choose it: a tuned one, or the shipped one."""
     from .kernels.tuning.store import TuningKey, row_of
 
-    row = row_of(TuningKey.of(kernel, sizes, w.activation, w.device))
+    tunable = w.card is None
+    row = row_of(TuningKey.of(kernel, sizes, w.activation, w.device)) if tunable else None
     out_dtype = w.out_dtype if kernel == "forward" else None
     family, tile = select(kernel, sizes, out_dtype=out_dtype, row=row)
     what = "forward kernel" if kernel == "forward" else "backward kernel"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .arguments import device_objection
-from .device import capability, interpreted
+from .device import ANY_CARD, Card, capability, interpreted
 from .ops.common import trial
 from .problem import Problem
 from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes
@@ -41,6 +41,7 @@ class Workload:
     pieces: tuple[int, int, int] = (1, 1, 1)  # gate, up, down
     written: int = 0
     captured: bool = False  # launched from a CUDA graph, where the host costs nothing
+    card: Card | None = None  # that is assumed, so that nothing can be tried
 
     @property
     def products(self) -> tuple[int, ...]:
@@ -153,4 +154,6 @@ def _problem(workload: Workload, tokens: int, make: Callable[..., Tensor]) -> Pr
 def unsupported(workload: Workload) -> str | None:
     """Why the op does not take this workload on its device; None if it does."""
     s = workload.sizes
+    if workload.card is ANY_CARD:
+        return None
     return device_objection(workload.device, s.dtype, s.head_dim, workload.out_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -23,12 +23,16 @@ from .report import Report
 from .report.describe import breaks_without_graph
 from .substitution.graph import Keep, rewrite_graph
 
+if TYPE_CHECKING:
+    from .lowering.device import Card
+
 
 def explain(
     model: Callable[..., Any],
     *,
     options: GivenOptions | None = None,
     dynamic: bool | None = None,
+    device: str | None = None,
 ) -> Callable[..., Report]:
     """Say what ``torch.compile(model, backend="flashmhf")`` rewrites, and what it declines.
 
@@ -45,12 +49,21 @@ def explain(
         model: a module or function, compiled already or not.
         options: the options that ``torch.compile`` would be given, a dict or ``Options``.
         dynamic: its argument of that name.
+        device: a card that need not be there, such as ``"cuda:h100"``: times are estimated and
+            kernels chosen as for it, and nothing is tried. The model runs where it is; on
+            the meta device nothing is computed.
 
     Returns:
         A function that takes the model's arguments and returns a ``Report``.
+
+    Raises:
+        ValueError: ``device`` is no card that is known.
     """
+    from .lowering.device import ANY_CARD, find_card
+
     parsed = parse_options(None, options)
-    return lambda *args, **kwargs: reported(model, parsed, args, kwargs, dynamic=dynamic)
+    card = ANY_CARD if device is None else find_card(device)
+    return lambda *args, **kwargs: reported(model, parsed, args, kwargs, dynamic=dynamic, card=card)
 
 
 def reported(
@@ -60,6 +73,7 @@ def reported(
     kwargs: Mapping[str, Any],
     keep: Keep | None = None,
     dynamic: bool | None = None,
+    card: Card | None = None,
 ) -> Report:
     """What ``explain`` finds; ``keep`` is given each rewritten site, with its graph."""
     names = Names(model)
@@ -69,7 +83,7 @@ def reported(
     def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         whole = bucket_cut() if is_part_of_buckets(gm) else None
         if whole is None:
-            calls = Calls(rewrite_graph(gm, options, keep), names)
+            calls = Calls(rewrite_graph(gm, options, keep, card=card), names)
             found.append(calls)
             return calls.followed(gm)
         for seen, calls in cut:

@@ -114,6 +114,8 @@ class Request:
             if self.autocast is not None:
                 dtype = find_dtype(self.autocast, f"--autocast {self.autocast!r}")
                 kind = find_device(self.device).type
+                if kind == "meta":
+                    raise Problem("--autocast needs a device that computes, such as cpu")
                 stack.enter_context(torch.autocast(kind, dtype))
             yield
 
@@ -131,7 +133,12 @@ def _model(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--no-grad", is_flag=True, help="Without gradients, as in inference."),
         click.option("--autocast", metavar="DTYPE", help="Under autocast to a dtype."),
         click.option("--dtype", metavar="DTYPE", help="Of the model and of floating inputs."),
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="cpu, cuda, cuda:N; to explain: meta, cuda:h100.",
+        ),
         click.option(
             "--factory-arg",
             "factory_args",
@@ -176,11 +183,13 @@ def explain(
     The factory is called with what --factory-arg names and returns the model; a module is taken as
     it is. A file is as good as a module: models/net.py:make.
     """
+    from .inputs import assumed_card
+
     request = Request(**given)
     with _problems(), request.modes():
         options = {"rewrite": rewrite} | request.chosen()
         model, args, kwargs = request.made()
-        report = _explained(model, args, kwargs, options, dynamic)
+        report = _explained(model, args, kwargs, options, dynamic, assumed_card(request.device))
     click.echo(str(report))
     with _problems():
         if html_path is not None:
@@ -210,10 +219,13 @@ def bench(site: int | None, rounds: int, **given: Any) -> None:
     """
     from ..report.text import scaled
     from .bench import Subject, check_rewritten, steps
+    from .inputs import find_device
 
     request = Request(**given)
     with _problems(), request.modes():
         options = request.chosen()
+        if find_device(request.device).type == "meta":
+            raise Problem(f"--device is {request.device!r}, on which nothing can be timed")
         made, args, kwargs = request.made()
         report = _explained(made, args, kwargs, {**options, "rewrite": "always"})
         if site is None:
@@ -309,13 +321,14 @@ def _explained(
     kwargs: dict[str, Any],
     options: dict[str, Any],
     dynamic: bool = False,
+    card: str | None = None,
 ) -> Report:
     """The report of a call, after one that shows whether the model runs."""
     from .. import explanation
     from .inputs import run_model
 
     run_model(model, args, kwargs)
-    explained = explanation.explain(model, options=options, dynamic=dynamic or None)
+    explained = explanation.explain(model, options=options, dynamic=dynamic or None, device=card)
     return explained(*args, **kwargs)
 
 

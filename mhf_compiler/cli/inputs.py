@@ -11,12 +11,15 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..lowering.device import find_card
 
 _TENSOR = re.compile(r"(?:(?P<name>\w+)=)?(?P<dtype>\w+)\[(?P<sizes>[\d,\s]*)\]")
 #: torch's names, aliases such as ``long`` among them, and what others say
@@ -94,18 +97,35 @@ def make_inputs(
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name, if it exists."""
+    """The device of a name, if it exists; of a card that is only assumed, the meta device."""
+    if _names_card(name):
+        try:
+            find_card(name)
+        except ValueError as error:
+            raise GivenError(str(error)) from None
+        return torch.device("meta")
+    allowed = "cpu, cuda or cuda:N; for explain also meta or a card such as cuda:h100"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise GivenError(f"device {name!r} must be cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise GivenError(f"device {name!r} must be cpu, cuda or cuda:N")
+        raise GivenError(f"device {name!r} must be {allowed}") from None
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise GivenError(f"device {name!r} must be {allowed}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise GivenError(f"device {name!r}: torch sees no CUDA device")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise GivenError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def assumed_card(name: str) -> str | None:
+    """The name of a device, if it is that of a card that need not be there."""
+    return name if _names_card(name) else None
+
+
+def _names_card(name: str) -> bool:
+    kind, colon, card = name.partition(":")
+    return kind == "cuda" and bool(colon) and not card.isdecimal()
 
 
 def make_model(
@@ -133,7 +153,8 @@ def make_model(
         )
     if not isinstance(found, nn.Module):
         try:
-            found = found(**(arguments or {}))
+            with device if device.type == "meta" else nullcontext():
+                found = found(**(arguments or {}))
         except Exception as error:
             missing = isinstance(error, TypeError) and "missing" in str(error)
             hint = "; --factory-arg name=value passes an argument" if missing else ""

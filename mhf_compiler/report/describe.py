@@ -95,7 +95,7 @@ def site_report(
         work=_work(workload, estimate),
         region=_region(site),
         scales=(site.gate_scale, site.up_scale, site.out_scale),
-        device=str(site.device),
+        device=f"cuda:{card.name}" if (card := workload.card) and card.name else str(site.device),
     )
 
 

@@ -11,7 +11,8 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -55,13 +56,21 @@ from .emit import EditError
 from .judge import Decision, decide, product_runs
 from .verify import VerificationError, disagreement
 
+if TYPE_CHECKING:
+    from ..lowering.device import Card
+
 PASS = "flashmhf"  # its name among Inductor's passes, to disable it by
 
 Keep = Callable[[fx.GraphModule, Site], None]
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, options: Options, keep: Keep | None = None, *, training: bool = True
+    gm: fx.GraphModule,
+    options: Options,
+    keep: Keep | None = None,
+    *,
+    training: bool = True,
+    card: Card | None = None,
 ) -> GraphReport:
     """Put the op in place of every site of ``gm``, in place, and report what was done.
 
@@ -73,6 +82,7 @@ def rewrite_graph(
         keep: is called for each of ``report.rewritten``, in that order, with the site and the graph
             that contains it.
         training: whether to expect a backward pass where gradients are recorded.
+        card: one that is assumed, of which nothing is tried.
 
     Raises:
         NotAnalysedError: under ``strict``, a graph could not be analysed.
@@ -85,7 +95,7 @@ def rewrite_graph(
     else:
         # What is saved here is no tensor of the user's, whose hooks may be set.
         with no_saved_tensor_hooks(), _no_collection():
-            _rewrite_all(gm, options, report, keep, training)
+            _rewrite_all(gm, options, report, keep, training, card)
     with only_reporting("the report of a graph"):
         report.modules = modules_of(gm)
         report.graph_break = graph_break(gm)
@@ -94,13 +104,19 @@ def rewrite_graph(
 
 
 def _rewrite_all(
-    gm: fx.GraphModule, options: Options, report: GraphReport, keep: Keep | None, training: bool
+    gm: fx.GraphModule,
+    options: Options,
+    report: GraphReport,
+    keep: Keep | None,
+    training: bool,
+    card: Card | None = None,
 ) -> None:
     """Rewrite a graph and those inside of it, or none of them."""
     originals = Originals(gm)
     kept: list[tuple[fx.GraphModule, Site]] = []
     try:
-        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, training)):
+        judge = partial(decide, options=options, training=training, card=card)
+        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, judge)):
             report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
         if report.rewritten:
             report.after = gm.print_readable(print_output=False)
@@ -162,7 +178,7 @@ def _rewrite_module(
     options: Options,
     report: GraphReport,
     kept: list[tuple[fx.GraphModule, Site]],
-    training: bool,
+    judge: Callable[[Site], Decision],
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if isinstance(modes, Unreadable):
@@ -171,11 +187,9 @@ def _rewrite_module(
                 report.unread.append(unread_graph(Reason(modes, node=products[0])))
         else:
             with modes.entered():
-                _rewrite_module(inner, options, report, kept, training)
+                _rewrite_module(inner, options, report, kept, judge)
     findings = find_sites(gm, shape_env_in(gm))
-    decisions = [
-        _on_shards(decide(site, options, training), gm, findings) for site in findings.sites
-    ]
+    decisions = [_on_shards(judge(site), gm, findings) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
     decisions = _write(gm, decisions, findings, options.strict)

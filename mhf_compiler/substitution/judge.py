@@ -16,6 +16,7 @@ from ..report.logs import progress
 
 if TYPE_CHECKING:
     from ..lowering.cost import Estimate
+    from ..lowering.device import Card
     from ..lowering.workload import Workload
 
 
@@ -38,14 +39,17 @@ class Decision:
     products: tuple[RouterProduct, ...] = ()
 
 
-def decide(site: Site, options: Options, training: bool = True) -> Decision:
+def decide(
+    site: Site, options: Options, training: bool = True, card: Card | None = None
+) -> Decision:
     """Ask the op, the cost model and the machine, in this order.
 
-    ``training`` says whether to expect a backward pass where gradients are recorded.
+    ``training`` says whether to expect a backward pass where gradients are recorded, ``card`` which
+    one is assumed; of that, nothing is tried.
     """
     from ..lowering.cost import estimate
 
-    workload = workload_of(site, options, training)
+    workload = workload_of(site, options, training, card)
     estimated = estimate(workload)
     return Decision(site, workload, estimated, _objection(site, workload, estimated, options))
 
@@ -63,6 +67,8 @@ def _objection(
         return Reason(Kind.FORWARD_MODE, node=site.output_node)
     if options.rewrite == "auto" and not estimate.pays:
         return Reason(Kind.DOES_NOT_PAY, str(estimate), site.output_node)
+    if workload.card is not None:
+        return None
     try:
         with no_fake_mode():
             if tunes(options):
@@ -99,8 +105,10 @@ def product_runs(product: RouterProduct, strict: bool) -> bool:
     return True
 
 
-def workload_of(site: Site, options: Options, training: bool) -> Workload:
+def workload_of(site: Site, options: Options, training: bool, card: Card | None = None) -> Workload:
     """The sizes of a site, for ``lowering``, which knows no graphs."""
+    named = card is not None and card.name != ""
+    assumed = card if named or site.device.type == "meta" else None
     from ..lowering.tiles import MANY_TOKENS, Sizes
     from ..lowering.workload import Workload
 
@@ -126,7 +134,7 @@ def workload_of(site: Site, options: Options, training: bool) -> Workload:
         sizes=sizes,
         activation=site.activation,
         out_dtype=site.out_dtype,
-        device=site.device,
+        device=torch.device("cuda") if named else site.device,
         training=training and site.output.requires_grad_mode,
         dynamic=dynamic,
         pieces=(
@@ -135,6 +143,7 @@ def workload_of(site: Site, options: Options, training: bool) -> Workload:
             _pieces(site.down.value),
         ),
         written=site.products,
+        card=assumed,
         captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
 

@@ -568,6 +568,30 @@ def test_what_is_compiled_stays_compiled():
     assert len(compiled) == before
 
 
+def test_on_the_meta_device_what_would_match_is_said():
+    with torch.device("meta"):
+        model, x = Tower(Block, 2), tokens()
+    (first, _) = mhf_compiler.explain(model)(x).rewritten
+    assert first.device == "meta"
+    assert first.work is not None
+    assert first.work.rewritten is None
+    run = torch.compile(model, backend="flashmhf", options={"fallback": "eager"})
+    assert run(x).shape == x.shape
+    assert counters["flashmhf"]["declined.UNSUPPORTED_PROBLEM"] == 2
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_card_that_is_not_there_can_be_asked_about(device: str):
+    model, x = Block().to(device), torch.randn(64, 1024, 32, device=device)
+    (site,) = mhf_compiler.explain(model, device="cuda:H100", options=ALWAYS)(x).rewritten
+    assert site.device == "cuda:h100"
+    assert any(sentence.startswith("forward kernel") for sentence in site.lowered)
+    assert site.work is not None
+    assert site.work.rewritten is not None
+    with pytest.raises(ValueError, match="the nearest is 'cuda:a100'"):
+        mhf_compiler.explain(model, device="cuda:a1000")
+
+
 def test_explaining_leaves_nothing_behind():
     """Neither graphs nor compiled code, so that Dynamo's limits are not used up."""
     model, x = Block(), tokens()

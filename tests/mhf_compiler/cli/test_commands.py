@@ -140,6 +140,8 @@ def test_dtypes_have_torchs_names_and_aliases(name: str):
         (["--dtype", "bf16"], "(4, 1, 5, 8) bfloat16"),
         (["--autocast", "bfloat16"], "(4, 1, 5, 8) bfloat16"),
         (["--dynamic"], "tokens (dynamic)"),
+        (["--device", "meta"], "1 MH-FFN rewritten"),
+        (["--device", "cuda:h100", "--dtype", "bf16"], "backward kernel of dV"),
         (["--option", "rewrite=never"], "option 'rewrite' is 'never'"),
     ],
 )
@@ -303,6 +305,23 @@ def test_bench_needs_something_to_compare():
     done = bench("Clamped")
     assert done.exit_code == 2
     assert done.stderr.startswith("Error: 0 MH-FFNs rewritten, 1 declined")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("explain", ("--device", "cuda:h10"), "the nearest is 'cuda:h100'"),
+        ("explain", ("--device", "meta", "--autocast", "bf16"), "needs a device that computes"),
+        ("bench", ("--device", "cuda:h100"), "on which nothing can be timed"),
+    ],
+)
+def test_what_a_card_that_is_not_there_cannot_do(
+    command: str, arguments: Sequence[str], message: str
+):
+    done = call(command, "models_of_a_user:Heads", "--input", "float32[4,6,8]", *arguments)
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize("arguments", [(), ("--site", "0")])
