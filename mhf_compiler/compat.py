@@ -53,6 +53,7 @@ __all__ = [
     "Interruption",
     "OpOverload",
     "TorchDispatchMode",
+    "arguments_by_name",
     "auto_functionalized",
     "bucket_cut",
     "build_cpp",
@@ -882,9 +883,14 @@ def packages_ahead_of_time() -> bool:
 
 
 def named_arguments(node: torch.fx.Node) -> dict[str, Any]:
-    """The arguments of an op's call by name, defaults included."""
-    parameters = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
+    """The arguments of a node that calls an op by name, defaults included."""
+    return arguments_by_name(node.target, node.args, node.kwargs)
+
+
+def arguments_by_name(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of an op by name, defaults included."""
+    parameters = op._schema.arguments
+    given = dict(zip((p.name for p in parameters), args, strict=False)) | dict(kwargs)
     return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 

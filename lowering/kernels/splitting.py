@@ -92,11 +92,11 @@ def add_parts(
     shares = triton.cdiv(min(tokens, axes.length) * head_dim, elements)
     programs = (tiles - split.whole) * shares
     block = Tile(tokens, 1, 1, 1, False)
-    launch(add_parts_kernel, programs, block, out.device, operands, scalars)
+    launch(mhf_add_parts_kernel, programs, block, out.device, operands, scalars)
 
 
 @triton.jit(do_not_specialize=["FIRST_TILE", "PARTS"])
-def add_parts_kernel(
+def mhf_add_parts_kernel(
     Part, Out, Part_strides, Out_strides,
     FIRST_TILE, PARTS, B, L,
     D: tl.constexpr, SCALE: tl.constexpr, BM: tl.constexpr,

@@ -10,14 +10,14 @@ or the program does not run in float64, the two are compared with each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compat import TorchDispatchMode
+from ..compat import TorchDispatchMode, arguments_by_name
 
 _Results = tuple[list[Tensor | None], list[Tensor | None]]  # outputs, gradients of the inputs
 
@@ -230,12 +230,20 @@ class _Watching(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.random |= torch.Tag.nondeterministic_seeded in func.tags
+        self.random |= _draws(func, args, kwargs or {})
         results = func(*args, **(kwargs or {}))
         for x in tensors_of(results):
             if x.is_floating_point():
                 self.narrowest = max(self.narrowest, x.dtype, key=lambda t: torch.finfo(t).eps)
         return results
+
+
+def _draws(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call draws random numbers; a dropout of nothing, or outside training, does not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    given = arguments_by_name(func, args, kwargs)
+    return given.get("train") is not False and 0.0 not in (given.get("p"), given.get("dropout_p"))
 
 
 class _InFloat64(TorchDispatchMode):

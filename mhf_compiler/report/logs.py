@@ -4,7 +4,8 @@ counters["flashmhf"]            graphs, sites rewritten and declined, each kind 
                                 and graphs that were not analysed
                                 (the passes after autograd are counted where they run)
 TORCH_LOGS="mhf_compiler"       a line for each site and near-miss; with "+" all details
-TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse
+TORCH_TRACE=folder              the graph before and after, the report and the fusions, for tlparse:
+                                as text, and as JSON for programs
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def announce(report: GraphReport) -> None:
         _log(report)
         trace_artifact("flashmhf_before", "string", lambda: visible_lines(report.before))
         trace_artifact("flashmhf_after", "string", lambda: visible_lines(report.after))
-        trace_artifact("flashmhf_report", "json", lambda: json.dumps(Report([report]).to_dict()))
+        trace_artifact("flashmhf_report", "string", lambda: str(Report([report])))
+        trace_artifact("flashmhf_report_json", "json", lambda: Report([report]).to_json())
 
 
 def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
@@ -45,6 +47,11 @@ def announce_fusions(fusions: Sequence[Fusion], notes: Sequence[str]) -> None:
         log.info("%s", visible(note))
     trace_artifact(
         "flashmhf_fusions",
+        "string",
+        lambda: "\n".join([*map(line_for_fusion, fusions), *map(visible, notes)]),
+    )
+    trace_artifact(
+        "flashmhf_fusions_json",
         "json",
         lambda: json.dumps({"fusions": plain(fusions), "notes": plain(notes)}),
     )

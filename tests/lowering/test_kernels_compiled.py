@@ -85,7 +85,7 @@ class Binary:
         Two of those keep a few registers in local memory from their start to their end, where it
         costs nothing. Each role of their warps lies between changes of its registers' number.
         """
-        if not self.name.startswith("hopper_"):
+        if not self.name.startswith("mhf_hopper_"):
             return self.spilled()
         roles = re.split("USETMAXREG", self.code())
         loops = [role[role.find("HGMMA") : role.rfind("HGMMA")] for role in roles]
@@ -234,7 +234,9 @@ def test_wide_heads(architecture: int, compile_all: Compile) -> None:
     """At the paper's head width, tiles stay in registers and meet the fastest instructions."""
     binaries = compile_all(architecture)
     forward = (
-        {"hopper_forward_kernel", "add_parts_kernel"} if architecture == 90 else {"forward_kernel"}
+        {"mhf_hopper_forward_kernel", "mhf_add_parts_kernel"}
+        if architecture == 90
+        else {"mhf_forward_kernel"}
     )
     assert set(binaries) >= forward
     for name, binary in without_sums(binaries).items():
@@ -335,7 +337,7 @@ def test_nothing_overwrites_the_query(options: dict[str, object], compile_all: C
 
     An assembler was seen to put both into the same ones, for a loop only slightly different.
     """
-    binary = compile_all(90, backward=False, **options)["hopper_forward_kernel"]
+    binary = compile_all(90, backward=False, **options)["mhf_hopper_forward_kernel"]
     check_registers(binary.code(), by_columns=bool(options.get("by_columns")))
 
 
@@ -350,7 +352,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
         normed_forward(options.get("d", 128), torch.float32, torch.float32)
     else:
         launch_all(**options, routed=False, backward=False)
-    (binary,) = (b for b in driver.loaded if b.name == "hopper_forward_kernel")
+    (binary,) = (b for b in driver.loaded if b.name == "mhf_hopper_forward_kernel")
     steps = re.findall(r"\b(LDSM|FENCE\.VIEW\.ASYNC|SYNCS\.ARRIVE)", binary.code())
     consumers = " ".join(steps).split("LDSM")[1:]
     ends = [rest.split() for rest in consumers if rest.strip()]  # after the last load of each
@@ -359,7 +361,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
         assert (fence, arrival) == ("FENCE.VIEW.ASYNC", "SYNCS.ARRIVE")
 
 
-@pytest.mark.parametrize("name", ["hopper_dq_kernel", "hopper_dv_kernel"])
+@pytest.mark.parametrize("name", ["mhf_hopper_backward_dq_kernel", "mhf_hopper_backward_dv_kernel"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"d": 64}, {"d": 64, "f": 171}, {"d": 32}, {"routed": False}, {"activation": "relu2"}],
@@ -379,7 +381,11 @@ def test_nothing_overwrites_what_the_backward_keeps(
 )
 def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> None:
     binaries = compile_all(90, **options)
-    for name in ("hopper_dq_kernel", "hopper_dv_kernel", "hopper_dk_du_kernel"):
+    for name in (
+        "mhf_hopper_backward_dq_kernel",
+        "mhf_hopper_backward_dv_kernel",
+        "mhf_hopper_backward_dk_du_kernel",
+    ):
         # A few addresses may wait in local memory; an operand that did would be dozens.
         allowed = 0 if options == {} else 8
         assert binaries[name].spilled_in_loops() <= max(allowed, FEW_IN_LOOPS[90]), name
@@ -389,7 +395,7 @@ def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> No
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
 def test_hopper_forward_does_not_spill(d: int, compile_all: Compile) -> None:
-    binary = compile_all(90, d=d, backward=False)["hopper_forward_kernel"]
+    binary = compile_all(90, d=d, backward=False)["mhf_hopper_forward_kernel"]
     assert binary.spilled_in_loops() == 0
     assert CAREFUL or binary.spilled() == 0
     assert binary.count("HGMMA")
@@ -402,7 +408,7 @@ def test_narrow_heads_meet_the_router_in_pairs(d: int, compile_all: Compile) -> 
     """Their activations are what takes time: two elements to a multiplication."""
     counts = []
     for dtype in (torch.float32, torch.bfloat16):
-        binary = compile_all(90, d=d, router=dtype, backward=False)["hopper_forward_kernel"]
+        binary = compile_all(90, d=d, router=dtype, backward=False)["mhf_hopper_forward_kernel"]
         assert binary.spilled() == 0
         counts.append([binary.count(rf"\b{name}\b") for name in ("FMUL", "HMUL2")])
     (singles, pairs), (fewer, more) = counts
@@ -416,7 +422,7 @@ def test_parts_are_added_without_waiting(
 ) -> None:
     """The sum of one head's many parts waits for the kernel before it, and then loads at once."""
     options = {"d": 256, "f": 512, "tokens": tokens, "heads": 1, "groups": 1, "backward": False}
-    binary = compile_all(architecture, **options)["add_parts_kernel"]
+    binary = compile_all(architecture, **options)["mhf_add_parts_kernel"]
     assert binary.spilled() == 0
     code = binary.code()
     loads = re.findall(r"(@!?U?P\d+ +)?LDG\.E\.128", code)
@@ -440,7 +446,7 @@ def test_an_early_launch_waits_before_it_reads(
     architecture: int, options: dict[str, object], compile_all: Compile
 ) -> None:
     """What the kernel before it writes, or reads of the memory that it will write, comes first."""
-    code = compile_all(architecture, backward=False, **options)["forward_kernel"].code()
+    code = compile_all(architecture, backward=False, **options)["mhf_forward_kernel"].code()
     accesses = [match.start() for match in re.finditer(r"\b(LDG|STG|UTMALDG|LDGSTS)\b", code)]
     assert code.index("ACQBULK") < accesses[0]
     assert code.index("PREEXIT") < accesses[-1]
@@ -454,7 +460,7 @@ def test_other_launches_wait_for_all_before_them(
     binaries = compile_all(80, backward=False, **options)
     if "tokens" not in options:
         binaries |= compile_all(90, backward=False, **options)
-        binaries.pop("add_parts_kernel", None)
+        binaries.pop("mhf_add_parts_kernel", None)
     for name, binary in binaries.items():
         assert "ACQBULK" not in binary.code(), name
 
@@ -475,7 +481,7 @@ def test_nothing_is_read_as_if_it_never_changed(
 
 def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
     """Rows of 40 bytes: plain Triton's, on Hopper too."""
-    assert set(compile_all(90, d=20, backward=False)) == {"forward_kernel"}
+    assert set(compile_all(90, d=20, backward=False)) == {"mhf_forward_kernel"}
 
 
 # Triton refuses to load what needs more shared memory than the driver says there is. Heads of 96
@@ -562,7 +568,12 @@ def test_sums_stay_in_tensor_memory(options: dict[str, Any], pretend: Pretend) -
     """Where two products are added to one sum, Triton before 3.9 may compute something else."""
     driver = pretend(100)
     launch_all(**options)
-    assert set(driver.intermediate) >= {"forward_kernel", "dq_kernel", "dv_kernel", "dk_du_kernel"}
+    assert set(driver.intermediate) >= {
+        "mhf_forward_kernel",
+        "mhf_backward_dq_kernel",
+        "mhf_backward_dv_kernel",
+        "mhf_backward_dk_du_kernel",
+    }
     for code in without_sums(driver.intermediate).values():
         check_tensor_memory(code)
 
@@ -658,8 +669,8 @@ def test_norm_router_and_network(d: int, dtype: torch.dtype, pretend: Pretend) -
     """On Hopper: in registers, no product serialised, and two launches in all for full rounds."""
     driver = pretend(90)
     normed_forward(d, dtype, dtype)
-    names = [binary.name for binary in driver.loaded if binary.name != "add_parts_kernel"]
-    assert names == ["cut_router_kernel", "hopper_forward_kernel"]
+    names = [binary.name for binary in driver.loaded if binary.name != "mhf_add_parts_kernel"]
+    assert names == ["mhf_cut_router_kernel", "mhf_hopper_forward_kernel"]
     binary = driver.loaded[1]
     assert binary.spilled() == 0
     assert binary.count(r"WARPGROUP\.DEPBAR") <= 12
@@ -670,7 +681,7 @@ def test_norm_router_and_network(d: int, dtype: torch.dtype, pretend: Pretend) -
 def test_other_routers_of_a_network(routing: str, by_columns: bool, pretend: Pretend) -> None:
     driver = pretend(90)
     normed_forward(128, torch.float32, torch.float32, by_columns=by_columns, routing=routing)
-    assert driver.loaded[1].name == "hopper_forward_kernel"
+    assert driver.loaded[1].name == "mhf_hopper_forward_kernel"
     assert driver.loaded[1].spilled() == 0
 
 
@@ -686,9 +697,9 @@ def test_other_cards_norm_and_route_first(architecture: int, pretend: Pretend) -
     driver = pretend(architecture)
     normed_forward(128, torch.float32, torch.float32, f=32)
     names = {binary.name for binary in driver.loaded}
-    forward = "hopper_forward_kernel" if architecture == 90 else "forward_kernel"
-    assert names >= {"norm_and_route_kernel", forward}
-    assert "cut_router_kernel" not in names
+    forward = "mhf_hopper_forward_kernel" if architecture == 90 else "mhf_forward_kernel"
+    assert names >= {"mhf_norm_and_route_kernel", forward}
+    assert "mhf_cut_router_kernel" not in names
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16])

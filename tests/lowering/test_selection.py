@@ -43,7 +43,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((16, 96), (20, 96), (64, 32), (64, 96), (96, 171), (128, 96), (256, 96))  # d, f
 TOKENS = ((1, 1), (2, 100), (1, 1023), (2, 512))  # B, L
 LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
-SUMS = ("add_parts_kernel", "add_weight_parts_kernel", "dv_bias_kernel", "cut_router_kernel")
+SUMS = (
+    "mhf_add_parts_kernel",
+    "mhf_add_weight_parts_kernel",
+    "mhf_backward_dv_bias_kernel",
+    "mhf_cut_router_kernel",
+)
+
+
+def _purpose(name: str) -> str:
+    """``dq`` of ``mhf_hopper_backward_dq_kernel``."""
+    for start in ("mhf_", "hopper_", "backward_"):
+        name = name.removeprefix(start)
+    return name.removesuffix("_kernel")
 
 
 class Launched(NamedTuple):
@@ -162,11 +174,11 @@ def named(w: Workload) -> Iterator[Named]:
 def sizes_of(launched: Launched) -> dict[str, int]:
     """The sizes that a report has of a kernel, as far as its launch shows them."""
     arguments, tile = launched.arguments, launched.tile
-    if launched.name == "hopper_forward_kernel":
+    if launched.name == "mhf_hopper_forward_kernel":
         c = arguments["C"]
         return {"tokens": 64 * c.CONSUMERS, "hidden": c.BF, "stages": c.STAGES}
-    if launched.name.startswith("hopper_"):
-        streamed = "hidden" if launched.name == "hopper_dq_kernel" else "tokens"
+    if launched.name.startswith("mhf_hopper_"):
+        streamed = "hidden" if launched.name == "mhf_hopper_backward_dq_kernel" else "tokens"
         return {streamed: arguments["C"].BS, "stages": arguments["C"].STAGES}
     found = {"tokens": arguments["BM"], "hidden": arguments["BF"]}
     return found | {
@@ -196,8 +208,8 @@ def test_the_report_names_what_is_launched(
             for x in launched:
                 if x.name in SUMS:
                     continue
-                kernel = x.name.removesuffix("_kernel").removeprefix("hopper_")
-                family = "hopper" if x.name.startswith("hopper_") else ""
+                kernel = _purpose(x.name)
+                family = "hopper" if x.name.startswith("mhf_hopper_") else ""
                 seen.add(kernel)
                 said = report[kernel]
                 where = (dtype, head_dim, hidden, tokens, layout, x.name)
@@ -230,8 +242,8 @@ def test_a_norm_joins_a_network_where_one_kernel_does_both(
         router = NormedRouter(None, torch.empty(2, head_dim, 3), formula)
         launched.clear()
         dispatch.normed_forward(problem, router)
-        names = {x.name for x in launched} - {"add_parts_kernel"}
+        names = {x.name for x in launched} - {"mhf_add_parts_kernel"}
         k = Like(dtype, tuple(problem.k.shape), problem.k.stride())
-        one = names == {"cut_router_kernel", "hopper_forward_kernel"}
+        one = names == {"mhf_cut_router_kernel", "mhf_hopper_forward_kernel"}
         assert may_pay(tokens[0] * tokens[1], k, gated, torch.device("cuda")) == one
-        assert one or "norm_and_route_kernel" in names
+        assert one or "mhf_norm_and_route_kernel" in names

@@ -38,10 +38,10 @@ GRADIENTS: dict[str, tuple[str, ...] | None] = {
     ),
     "lowering/kernels/activations.py": None,
     "lowering/kernels/plain/backward.py": (
-        "dq_kernel",
-        "dv_kernel",
-        "dk_du_kernel",
-        "dv_bias_kernel",
+        "mhf_backward_dq_kernel",
+        "mhf_backward_dv_kernel",
+        "mhf_backward_dk_du_kernel",
+        "mhf_backward_dv_bias_kernel",
     ),
     "lowering/kernels/plain/sums.py": None,
     "lowering/kernels/plain/router.py": (
@@ -49,9 +49,9 @@ GRADIENTS: dict[str, tuple[str, ...] | None] = {
         "_leading",
         "_rest",
         "exact_product",
-        "router_backward_kernel",
+        "mhf_router_backward_kernel",
     ),
-    "lowering/kernels/plain/norm_router.py": ("norm_and_route_kernel",),
+    "lowering/kernels/plain/norm_router.py": ("mhf_norm_and_route_kernel",),
 }
 #: these are Triton: run by its interpreter, which reads their source
 KERNELS = "lowering/kernels/"

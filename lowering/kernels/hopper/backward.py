@@ -4,9 +4,10 @@ The same three kernels as in `plain/backward.py`, by the same formulas, with exp
 what plain Triton leaves to the compiler: a warp that only moves tiles, two warpgroups that only
 compute, and which operands of a product lie in registers.
 
-    hopper_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
-    hopper_dv_kernel     dV: K and U in registers, Q and dOut tiles stream past
-    hopper_dk_du_kernel  dK and dU: K, U and V in shared memory, Q and dOut tiles stream past
+    mhf_hopper_backward_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
+    mhf_hopper_backward_dv_kernel     dV: K and U in registers, Q and dOut tiles stream past
+    mhf_hopper_backward_dk_du_kernel  dK and dU: K, U and V in shared memory, Q and dOut tiles
+                                      stream past
 
 A warpgroup's instruction multiplies 64 rows, and with both operands in shared memory it reads them
 about as fast as shared memory can give. So each warpgroup has 64 rows of its own, keeps in
@@ -17,7 +18,7 @@ matrix units.
 The weights' gradients walk all tokens, so there are few, long programs: 704 for 132 multiprocessors
 in the 1.3B shape, whose sixth wave would be a third full. The tiles of the last wave are therefore
 cut by tokens into parts (`plan_parts`), whose sums go to a small workspace in float32 and are added
-in a fixed order by `add_weight_parts_kernel`.
+in a fixed order by `mhf_add_weight_parts_kernel`.
 
 They take gated networks without biases, of 16-bit data and heads up to 128 wide, in any layout
 that a tensor descriptor takes. Everything else goes to the plain kernels. Heads narrower than 64
@@ -147,7 +148,7 @@ def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.cons
 
 
 @gluon.jit
-def hopper_dq_kernel(
+def mhf_hopper_backward_dq_kernel(
     Q, K, U, V, R, dOut, dQ, dR, R_strides, dR_strides,
     B, L, C: gl.constexpr,
 ):  # fmt: skip
@@ -333,7 +334,7 @@ def _steps(whole, parts, B, L, C: gl.constexpr):
 
 
 @gluon.jit
-def hopper_dv_kernel(
+def mhf_hopper_backward_dv_kernel(
     Q, K, U, R, dOut, dV, dV_parts,
     B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
@@ -509,7 +510,7 @@ def _dv_consumer(
 
 
 @gluon.jit
-def hopper_dk_du_kernel(
+def mhf_hopper_backward_dk_du_kernel(
     Q, K, U, V, R, dOut, dK, dU, dK_parts, dU_parts,
     B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
@@ -621,7 +622,7 @@ def _dk_du_consumer(
 
 
 @triton.jit
-def add_weight_parts_kernel(
+def mhf_add_weight_parts_kernel(
     dW, dW_parts, dW_strides, first, parts,
     E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
     dW_layout: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
@@ -672,7 +673,7 @@ def run_dq(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.hidden, operands)
     programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
-    start(hopper_dq_kernel, programs, tile, grad_out.device, arguments)
+    start(mhf_hopper_backward_dq_kernel, programs, tile, grad_out.device, arguments)
     return True
 
 
@@ -698,7 +699,7 @@ def run_dv(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dV": (dv, 1.0)}
-    _sum_over_tokens(hopper_dv_kernel, problem, axes, blocks, tile, arguments, sums)
+    _sum_over_tokens(mhf_hopper_backward_dv_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
@@ -727,7 +728,7 @@ def run_dk_du(
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
     sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
-    _sum_over_tokens(hopper_dk_du_kernel, problem, axes, blocks, tile, arguments, sums)
+    _sum_over_tokens(mhf_hopper_backward_dk_du_kernel, problem, axes, blocks, tile, arguments, sums)
     return True
 
 
@@ -789,7 +790,7 @@ def _sum_over_tokens(
             "BF": _ROWS.value,
             "BD": tile.padded_width(head_dim),
         }
-        start(add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
+        start(mhf_add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
 
 
 def _constants(

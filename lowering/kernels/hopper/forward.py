@@ -188,7 +188,7 @@ def _run(
     }
     operands = operands | {"Part": Operand(partial, None, None)} | routing_operands(router)
     programs = min(programs, split.pieces(tiles))
-    launch(hopper_forward_kernel, programs, block, out.device, operands, scalars)
+    launch(mhf_hopper_forward_kernel, programs, block, out.device, operands, scalars)
     if partial is not None:
         add_parts(partial, out, axes, split, tiles, out_scale)
     return True
@@ -264,7 +264,7 @@ class Constants:
 
 
 @gluon.jit(do_not_specialize=["TILES", "WHOLE", "PARTS"])
-def hopper_forward_kernel(
+def mhf_hopper_forward_kernel(
     Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part, N, W,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,

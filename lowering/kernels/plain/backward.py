@@ -7,11 +7,11 @@ gradients are
     dm = R da n y'             dn = R da y
     dK = dm^T Q   dU = dn^T Q  dQ = dm K + dn U
 
-They fall into three kernels by what stays on the chip: `dq_kernel` walks the hidden units and
-keeps dQ and dR of a token tile; `dv_kernel` and `dk_du_kernel` walk the tokens and keep dV, or dK
-and dU, of a hidden tile. One kernel for all three weights would save two products in ten, but its
-three accumulators leave no registers to overlap them. Every gradient has one owner, which adds in a
-fixed order: no atomics, the same bits each time.
+They fall into three kernels by what stays on the chip: `mhf_backward_dq_kernel` walks the hidden
+units and keeps dQ and dR of a token tile; `mhf_backward_dv_kernel` and `mhf_backward_dk_du_kernel`
+walk the tokens and keep dV, or dK and dU, of a hidden tile. One kernel for all three weights would
+save two products in ten, but its three accumulators leave no registers to overlap them. Every
+gradient has one owner, which adds in a fixed order: no atomics, the same bits each time.
 
 Padding needs no mask: dOut is zero beyond L and V beyond F, so da is zero in both.
 """
@@ -74,7 +74,7 @@ def run_dq(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
     programs = triton.cdiv(axes.length, tile.tokens) * axes.batch * heads
     scalars = parameters(problem, axes, tile)
     scalars["APART"] = not scalars["COMPENSATED"] and sums_lie_apart(grad_out.device)
-    launch(dq_kernel, programs, tile, grad_out.device, operands, scalars)
+    launch(mhf_backward_dq_kernel, programs, tile, grad_out.device, operands, scalars)
 
 
 def run_dv(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
@@ -92,7 +92,14 @@ def run_dv(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile)
         "dV": weight_operand(gradients.v, tile),
     }
     programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
-    launch(dv_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    launch(
+        mhf_backward_dv_kernel,
+        programs,
+        tile,
+        grad_out.device,
+        operands,
+        parameters(problem, axes, tile),
+    )
 
 
 def run_dk_du(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
@@ -118,7 +125,14 @@ def run_dk_du(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ti
         "dU_bias": bias_operand(gradients.u_bias),
     }
     programs = triton.cdiv(hidden, tile.hidden) * sub_networks * groups
-    launch(dk_du_kernel, programs, tile, grad_out.device, operands, parameters(problem, axes, tile))
+    launch(
+        mhf_backward_dk_du_kernel,
+        programs,
+        tile,
+        grad_out.device,
+        operands,
+        parameters(problem, axes, tile),
+    )
 
 
 def run_dv_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
@@ -133,11 +147,13 @@ def run_dv_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: 
     scalars = parameters(problem, axes, tile)
     for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
-    launch(dv_bias_kernel, groups * sub_networks, tile, grad_out.device, operands, scalars)
+    launch(
+        mhf_backward_dv_bias_kernel, groups * sub_networks, tile, grad_out.device, operands, scalars
+    )
 
 
 @triton.jit
-def dq_kernel(
+def mhf_backward_dq_kernel(
     Q, K, U, V, R, K_bias, U_bias, V_bias, dOut, dQ, dR,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, V_bias_strides, dOut_strides, dQ_strides, dR_strides,
@@ -225,7 +241,7 @@ def dq_kernel(
 
 
 @triton.jit
-def dv_kernel(
+def mhf_backward_dv_kernel(
     Q, K, U, R, K_bias, U_bias, dOut, dV,
     Q_strides, K_strides, U_strides, R_strides,
     K_bias_strides, U_bias_strides, dOut_strides, dV_strides,
@@ -282,7 +298,7 @@ def dv_kernel(
 
 
 @triton.jit
-def dk_du_kernel(
+def mhf_backward_dk_du_kernel(
     Q, K, U, V, R, K_bias, U_bias, dOut, dK, dU, dK_bias, dU_bias,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, dOut_strides, dK_strides, dU_strides,
@@ -367,7 +383,7 @@ def dk_du_kernel(
 
 
 @triton.jit
-def dv_bias_kernel(
+def mhf_backward_dv_bias_kernel(
     R, dOut, dV_bias, R_strides, dOut_strides, dV_bias_strides,
     B, L,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, OUT_SCALE: tl.constexpr,

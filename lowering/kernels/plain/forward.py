@@ -56,13 +56,13 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
     }
     scalars = parameters(problem, axes, tile) | {"PARTS": split.parts}
     scalars |= early_launch(out.device, partial is not None)
-    launch(forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
+    launch(mhf_forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
     if partial is not None:
         add_parts(partial, out, axes, split, tiles, problem.out_scale)
 
 
 @triton.jit
-def forward_kernel(
+def mhf_forward_kernel(
     Q, K, U, V, R, K_bias, U_bias, V_bias, Out, Part,
     Q_strides, K_strides, U_strides, V_strides, R_strides,
     K_bias_strides, U_bias_strides, V_bias_strides, Out_strides, Part_strides,

@@ -73,7 +73,7 @@ def run_norm_and_route(q: Tensor, router: NormedRouter, r: Tensor) -> None:
     tiles = triton.cdiv(axes.length, _TOKENS) * axes.batch
     programs = heads * min(tiles, max(1, _PROGRAMS * multiprocessors(q.device) // heads))
     tile = Tile(_TOKENS, constants["BE"], 4, 2, descriptors=False)
-    launch(norm_and_route_kernel, programs, tile, q.device, operands, scalars)
+    launch(mhf_norm_and_route_kernel, programs, tile, q.device, operands, scalars)
 
 
 def _compare(router: NormedRouter, q: Tensor, weight: Tensor) -> Results:
@@ -88,7 +88,7 @@ def _compare(router: NormedRouter, q: Tensor, weight: Tensor) -> Results:
 
 
 @triton.jit
-def norm_and_route_kernel(
+def mhf_norm_and_route_kernel(
     Q, N, W, R, Q_strides, N_strides, W_strides, R_strides, B, L,
     NORM_EPS: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
     ROUTING: tl.constexpr, SUM_FLOOR: tl.constexpr, SUM_EPS: tl.constexpr,

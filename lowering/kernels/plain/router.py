@@ -53,7 +53,7 @@ def forward(q: Tensor, weight: Tensor, out: Tensor) -> None:
         operands |= {"Q": Operand(q, axes.strides(q), None)}
         scalars |= {"B": axes.batch, "L": axes.length}
         programs = triton.cdiv(axes.length, _TOKENS) * axes.batch * q.shape[2]
-        launch(router_kernel, programs, tile, q.device, operands, scalars)
+        launch(mhf_router_kernel, programs, tile, q.device, operands, scalars)
 
     repeat("router", (q, weight, out), run)
 
@@ -114,7 +114,7 @@ def _run_backward(
         }
         scalars |= {"B": axes.batch, "L": axes.length, "PARTS": parts, "ONTO": onto}
         programs = heads * parts * blocks
-        launch(router_backward_kernel, programs, tile, q.device, operands, scalars)
+        launch(mhf_router_backward_kernel, programs, tile, q.device, operands, scalars)
 
     repeat(("router backward", onto), (grad_out, q, weight, dq, sums), run)
     return None if sums is None else sums.view(groups, -1, head_dim, sub_networks).sum(1)
@@ -207,7 +207,7 @@ def cut_router(weight: Tensor) -> Tensor:
     scalars |= {"BE": PART_ROWS, "BD": _CUT_COLUMNS}
     programs = groups * triton.cdiv(padded, _CUT_COLUMNS)
     tile = Tile(PART_ROWS, _CUT_COLUMNS, 4, 1, descriptors=False)
-    launch(cut_router_kernel, programs, tile, weight.device, operands, scalars)
+    launch(mhf_cut_router_kernel, programs, tile, weight.device, operands, scalars)
     return out
 
 
@@ -270,7 +270,7 @@ def exact_product(q, w, Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr, APART: tl.
 
 
 @triton.jit
-def router_kernel(
+def mhf_router_kernel(
     Q, W, Out, Q_strides, W_strides, Out_strides, B, L,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
     Q_PARTS: tl.constexpr, W_PARTS: tl.constexpr,
@@ -294,7 +294,7 @@ def router_kernel(
 
 
 @triton.jit
-def router_backward_kernel(
+def mhf_router_backward_kernel(
     Q, W, Grad, dQ, Part, Q_strides, W_strides, Grad_strides, dQ_strides, Part_strides,
     B, L, PARTS,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr,
@@ -355,7 +355,7 @@ def router_backward_kernel(
 
 
 @triton.jit
-def cut_router_kernel(
+def mhf_cut_router_kernel(
     W, Out, W_strides, Out_strides,
     E: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, W_PARTS: tl.constexpr,
     BE: tl.constexpr, BD: tl.constexpr,

@@ -124,6 +124,21 @@ def test_where_numbers_are_drawn_the_two_are_compared_with_each_other():
             assert difference.agrees is agrees
 
 
+@pytest.mark.parametrize(
+    "dropout",
+    [
+        lambda x: F.dropout(x, 0.0),
+        lambda x: F.dropout(x, 0.5, training=False),
+        lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.0),
+    ],
+)
+def test_a_dropout_of_nothing_draws_no_numbers(dropout: Callable[[Tensor], Tensor]):
+    """So the measure is the float64 result, and half the rounding's root is an error."""
+    x = torch.randn(2, 4, 6, 8)
+    (difference,) = compare(dropout, lambda x: dropout(x) * 1.0001, [x])
+    assert not difference.agrees
+
+
 def test_casts_do_not_narrow_the_measure():
     """Also those of autocast, and what is made in the program."""
 

@@ -135,7 +135,7 @@ def test_the_trace_has_them(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr("mhf_compiler.report.logs.trace_artifact", keep)
     infer()
-    found = json.loads(seen["flashmhf_fusions"])
+    found = json.loads(seen["flashmhf_fusions_json"])
     assert [fusion["op"] for fusion in found["fusions"] if not fusion["obstacle"]] == [OVER_QUERY]
     assert found["notes"] == []
 

@@ -354,7 +354,7 @@ def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
     ran = " ".join(event.key for event in profiled.key_averages())
     said = [text for text in kernels_of(w) if text.startswith("backward kernel ")]
     for kernel, text in zip(("dq", "dv", "dk_du"), said, strict=True):
-        assert (f"hopper_{kernel}_kernel" in ran) == ("for Hopper" in text), kernel
+        assert (f"mhf_hopper_backward_{kernel}_kernel" in ran) == ("for Hopper" in text), kernel
 
 
 def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):

@@ -123,7 +123,7 @@ def test_logs_and_traces(
         assert record.levelno == logging.DEBUG or "\n" not in message
     for what in ("flashmhf_before", "flashmhf_after"):
         assert not unprintable(traced[what])
-    json.loads(traced["flashmhf_report"])
+    json.loads(traced["flashmhf_report_json"])
 
 
 def test_json(name: str, report: GraphReport):

@@ -142,7 +142,7 @@ def test_the_variables_of_torch_turn_it_on(tmp_path: Path):
     assert "rewritten: " in done.stderr
     (trace,) = (tmp_path / "trace").iterdir()
     written = trace.read_text()
-    for name in ("flashmhf_before", "flashmhf_after", "flashmhf_report"):
+    for name in ("flashmhf_before", "flashmhf_after", "flashmhf_report", "flashmhf_report_json"):
         assert f'"name": "{name}"' in written
 
 
@@ -156,7 +156,7 @@ def test_artifacts_hold_the_graphs_and_the_report(monkeypatch: pytest.MonkeyPatc
     run(FOUND.build(), *FOUND.inputs())
     assert "multi_head_ffn" not in found["flashmhf_before"]
     assert "multi_head_ffn" in found["flashmhf_after"]
-    (graph,) = json.loads(found["flashmhf_report"])["graphs"]
+    (graph,) = json.loads(found["flashmhf_report_json"])["graphs"]
     assert len(graph["rewritten"]) == 1
 
 
