@@ -18,7 +18,7 @@ The files, in the order in which a graph passes through them:
     recognise      the entry point; site: what it returns
 """
 
-from .axes import Axis, Size, at_most, multiply, plus, quotient
+from .axes import Affine, Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
 from .heads import Heads, find_heads
@@ -39,6 +39,7 @@ __all__ = [
     "RESHAPES",
     "SCATTER",
     "STACK",
+    "Affine",
     "Axis",
     "CanonicalCopy",
     "Findings",

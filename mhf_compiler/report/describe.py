@@ -21,11 +21,13 @@ from torch import fx
 from ..compat import Interruption, names_of_self, reason_of_graph_break, source_name
 from ..patterns import (
     STACK,
+    Affine,
     Location,
     NearMiss,
     Reason,
     RouterProduct,
     Site,
+    Size,
     TensorView,
     Value,
     is_product_call,
@@ -228,8 +230,40 @@ def _arguments(site: Site) -> Iterator[Argument]:
             dtype=str(view.value.dtype).removeprefix("torch."),
             location=locate(value.origin) if computed else None,
             tensors=tuple(_names_of(value)),
+            part=_part(view),
             copied_bytes=_copied_bytes(role, view),
         )
+
+
+def _part(view: TensorView) -> str:
+    """Which part of its tensor a view shows, as slices; empty for all, and for what is no slice."""
+    value = view.value
+    if value.op == STACK or _before_views(value).shape != value.shape:
+        return ""
+    shown = [_slice(form, size) for form, size in zip(view.index, value.shape, strict=True)]
+    while shown and shown[-1] == ":":
+        shown.pop()
+    return "" if None in shown or not shown else f"[{', '.join(map(str, shown))}]"
+
+
+def _slice(form: Affine, size: Size) -> str | None:
+    """The coordinates that a form takes in a dimension, as a slice; None if they are none."""
+    steps = [(axis.size, step) for axis, step in form.resolved().terms if axis.size != 1]
+    numbers = (size, form.offset, *(number for pair in steps for number in pair))
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        return ":" if form.offset == 0 and len(steps) == 1 and steps[0] == (size, 1) else None
+    start, last = int(form.offset), int(form.offset)
+    step = 0
+    for count, stride in sorted(steps, key=lambda pair: pair[1]):
+        if step and stride != last - start + step:  # the next run does not begin where one ends
+            return None
+        step = step or int(stride)
+        last += (int(count) - 1) * int(stride)
+    if not steps:
+        return str(start)
+    if step == 1:
+        return ":" if (start, last) == (0, size - 1) else f"{start}:{last + 1}"
+    return f"{start or ''}::{step}" if last + step >= size else f"{start}:{last + 1}:{step}"
 
 
 def _copied_bytes(role: str, view: TensorView) -> float:
@@ -336,8 +370,11 @@ def boundary(site: Site) -> dict[Value, str]:
 def _region(site: Site) -> tuple[RegionNode, ...]:
     """The nodes from the arguments to the output, in the order of the graph."""
     roles = {site.output_node: "out"}
-    for value, letter in boundary(site).items():
-        roles.setdefault(value.origin, letter)
+    for role, view in site.views().items():
+        for value in _parts(_before_views(view.value)):
+            letters = roles.get(value.origin, "").split(", ")
+            if letters != ["out"] and _letter(role) not in letters:
+                roles[value.origin] = ", ".join([*filter(None, letters), _letter(role)])
     found: set[fx.Node] = set()
     todo = [site.output_node, *(value.origin for value in site.replaces)]
     while todo and len(found) <= _MOST_NODES:

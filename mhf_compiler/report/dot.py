@@ -103,7 +103,7 @@ def _after(site: SiteReport) -> Iterator[RegionNode]:
 
 
 def _shown(argument: Argument) -> str:
-    return f"{argument.name}\n({', '.join(map(str, argument.shape))})"
+    return f"{argument.name}{argument.part}\n({', '.join(map(str, argument.shape))})"
 
 
 def render(source: str, kind: str) -> bytes:
@@ -151,13 +151,18 @@ def _below(number: int, above: Sequence[RegionNode], below: Sequence[RegionNode]
 def _statements(nodes: Sequence[RegionNode], prefix: str) -> Iterator[str]:
     inside = {node.name for node in nodes}
     for node in nodes:
-        colour = COLOURS.get((node.role or "").rstrip("0123456789"), _OTHER)
+        colour = COLOURS.get(_first_role(node), _OTHER)
         mark = f" {_MARK}" if node.role == "offends" else ""
         name, text = dot_string(prefix + node.name), _short(_labelled(node))
         yield f'{name} [label={dot_string(text)} fillcolor="{colour}" ordering=in{mark}]'
         for source in node.inputs:
             if source in inside:
                 yield f"{dot_string(prefix + source)} -> {name}"
+
+
+def _first_role(node: RegionNode) -> str:
+    """Its role; of a packed weight, which has several, the first."""
+    return (node.role or "").partition(", ")[0].rstrip("0123456789")
 
 
 def _labelled(node: RegionNode) -> str:

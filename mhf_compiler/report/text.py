@@ -201,7 +201,7 @@ def _rows(site: SiteReport, each: bool) -> list[tuple[str, str]]:
     rows = [] if site.formula is None else [("formula", site.formula)]
     for argument in site.arguments:
         shape = ", ".join(map(str, argument.shape))
-        rows.append((argument.role, f"{argument.name}  ({shape}) {argument.dtype}"))
+        rows.append((argument.role, f"{argument.name}{argument.part}  ({shape}) {argument.dtype}"))
     if site.lowered:
         rows.append(("lowered to", "; ".join(site.lowered)))
     one = "each " if each else ""

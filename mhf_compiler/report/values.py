@@ -34,6 +34,8 @@ class Argument:
         dtype: of the tensor in the model, such as ``"float32"``.
         location: where it is computed; None for parameters and inputs.
         tensors: the names of the tensors that it is read from; several if it is stacked.
+        part: which part of its tensor it is, as Python writes slices, such as ``"[:, 0:64]"``;
+            empty for all of it, and where it is no slice.
         copied_bytes: of the weights that each call copies to stack them; 0 for what is one tensor.
     """
 
@@ -43,6 +45,7 @@ class Argument:
     dtype: str
     location: Location | None = None
     tensors: tuple[str, ...] = ()
+    part: str = ""
     copied_bytes: float = 0.0
 
 
@@ -70,7 +73,8 @@ class RegionNode:
     Attributes:
         name: of the node.
         call: the operation; of an argument, what the model calls it.
-        role: its letter in the formula, ``"out"``, ``"offends"`` for the operation that decided a
+        role: its letter in the formula (several of a packed weight, with commas between them),
+            ``"out"``, ``"offends"`` for the operation that decided a
             near-miss, or None for an operation in between.
         inputs: names of the nodes that it reads.
     """

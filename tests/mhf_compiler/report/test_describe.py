@@ -1,6 +1,6 @@
 """Sites in the words of the model's author: names, modules, formulas, and what decided."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +355,44 @@ def test_the_kernels_that_are_said_are_those_that_run(shape: dict[str, Any]):
     said = [text for text in kernels_of(w) if text.startswith("backward kernel ")]
     for kernel, text in zip(("dq", "dv", "dk_du"), said, strict=True):
         assert (f"mhf_hopper_backward_{kernel}_kernel" in ran) == ("for Hopper" in text), kernel
+
+
+class Packed(nn.Module):
+    """Gate and up projection in one parameter, cut after the product; all in one if ``w``."""
+
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]] | None) -> None:
+        super().__init__()
+        self.cut = cut
+        self.w = nn.Parameter(torch.randn(4, 8, 10) if cut else torch.randn(3, 4, 8, 5))
+        self.down = nn.Parameter(torch.randn(4, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        if self.cut is None:
+            gate, up, down = self.w
+            return (F.silu(q @ gate) * (q @ up)) @ down.mT
+        gate, up = self.cut(q @ self.w)
+        return (F.silu(gate) * up) @ self.down
+
+
+@pytest.mark.parametrize(
+    ("cut", "parts"),
+    [
+        (None, {"K": "w[0]", "U": "w[1]", "V": "w[2]"}),
+        (lambda y: y.chunk(2, -1), {"K": "w[:, :, 0:5]", "U": "w[:, :, 5:10]", "V": "down"}),
+        (lambda y: (y[..., ::2], y[..., 1::2]), {"K": "w[:, :, ::2]", "U": "w[:, :, 1::2]"}),
+    ],
+)
+def test_packed_weights_are_shown_by_their_slices(cut: Any, parts: dict[str, str]):
+    report = mhf_compiler.explain(Packed(cut), options={"rewrite": "always"})(torch.randn(2, 6, 32))
+    (site,) = report.rewritten
+    found = {one.role: f"{one.name}{one.part}" for one in site.arguments}
+    assert parts.items() <= found.items()
+    assert all(
+        f"{role}           {name}  (4, 1, 5, 8)" in str(report) for role, name in parts.items()
+    )
+    roles = [node.role for node in site.region if node.call == "w"]
+    assert roles == ["K, U, V" if cut is None else "K, U"]
 
 
 def test_a_tuned_tile_is_said(monkeypatch: pytest.MonkeyPatch):
