@@ -244,12 +244,12 @@ Looked at, as the matrix products that there are
 
 
 class Mixed(nn.Module):
-    """A network with heads between two ordinary ones, the second of them of unequal width."""
+    """A network with heads between two ordinary ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, out)) for out in (32, 5)
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(2)
         )
         self.heads = Heads()
 
