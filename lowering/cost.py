@@ -42,9 +42,8 @@ _WIDTHS = (32, 64, 128, 256)  # of padded heads
 class Estimate:
     """Estimated seconds and bytes for one call, rewritten and not.
 
-    The bytes are those of the result and of what is stored on the way to it. In training that is
-    what is kept for the backward pass. Arguments and their gradients are not among it: both ways
-    have them.
+    The bytes are those of the result and of the hidden units that are stored at once. Arguments and
+    their gradients are not among them: both ways have them.
     """
 
     rewritten: float
@@ -133,8 +132,9 @@ def _rewritten_bytes(w: Workload) -> float:
 def _original_bytes(w: Workload) -> float:
     """The result, and the hidden units: what each product of the width makes of them.
 
-    In training the products and the activated units are kept for the backward pass. In inference a
-    loop has the memory of one round, and activates where the product lies.
+    In training the backward pass begins with all of these, which were kept, and with the activated
+    units, which it makes again. In inference a loop has the memory of one round, and activates
+    where the product lies.
     """
     projections = len(w.products) - 1
     if w.training:

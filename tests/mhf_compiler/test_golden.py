@@ -183,6 +183,7 @@ def test_the_report_of_a_rewritten_model():
         report(POSITIVE["Published-heads first"]),
         """\
 1 MH-FFN rewritten, 0 declined, in 1 graph
+  in all: 2.88 kB of hidden units not stored, 5.76 kB not kept for the backward pass, an estimated 0.587 ms instead of 0.435 ms (35% more)
 
 Rewritten
   site  source  module  heads  head dim  sub-networks  hidden units  router
@@ -199,8 +200,8 @@ Rewritten
     lowered to  torch.ops.mhf_compiler.multi_head_ffn; CPU path: blocks of tokens whose hidden
                 units stay in the cache; the backward pass recomputes the hidden units: only the
                 arguments are saved
-    work  34.6 kFLOP and 9.41 kB forward for 12 tokens; 2.88 kB of hidden units are not kept
-                in memory
+    work  34.6 kFLOP and 9.41 kB forward for 12 tokens; 2.88 kB of hidden units are not
+                stored, 5.76 kB not kept for the backward pass
 
 After autograd
   no pass has run; when Inductor compiles the model, counters and logs say what was fused""",
