@@ -29,7 +29,7 @@ QUICK := tests/test_architecture.py tests/lowering/test_splitting.py tests/lower
   tests/patterns/test_meaning.py \
   tests/patterns/test_numbers.py tests/patterns/test_contractions.py tests/patterns/test_rolling.py \
   tests/patterns/test_buffers.py tests/mhf_compiler/test_options.py \
-  tests/mhf_compiler/substitution/test_cost.py tests/mhf_compiler/report/test_report.py
+  tests/mhf_compiler/substitution/test_cost.py tests/mhf_compiler/report/test_report.py tests/test_figures.py
 
 # Random programs: how many, and the first one's seed. FUZZ_ARGS="--write FOLDER" keeps failures.
 N ?= 500

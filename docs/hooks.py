@@ -3,7 +3,8 @@
 The three parts are folders next to each other in the repository, so the reference is read from a
 folder of links that lays them out as an installation does. ``CONTRIBUTING.md`` and ``CHANGELOG.md``
 lie above this folder: they become pages, and the links that lead to them in the repository lead
-there.
+there. In tables, long names in code may be broken where they have a joint, so that no table is
+wider than a phone.
 """
 
 from __future__ import annotations
@@ -47,3 +48,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     names = "|".join(map(re.escape, ABOVE))
     return re.sub(rf"\]\(\.\./({names})", lambda link: f"]({link[1].lower()}", markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    def with_breaks(code: re.Match[str]) -> str:
+        return re.sub(r"(?<=[_.=(/,\]])(?=\w)", "<wbr>", code[0])
+
+    def of_a_table(table: re.Match[str]) -> str:
+        return re.sub(r"(?<=<code>)[^<]*", with_breaks, table[0])
+
+    return re.sub(r"<table>.*?</table>", of_a_table, html, flags=re.DOTALL)

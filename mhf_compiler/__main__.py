@@ -17,7 +17,8 @@ def main() -> None:
         if error.name != "click":
             raise
         print(
-            "Error: the command line needs click: pip install 'mhf-compiler[cli]'", file=sys.stderr
+            "Error: the command line needs click: pip install click, or in a checkout '.[cli]'",
+            file=sys.stderr,
         )
         sys.exit(2)
     commands(prog_name="mhf-compiler")

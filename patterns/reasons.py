@@ -63,7 +63,7 @@ class Kind(Explained):
         "torch._dynamo.config.specialize_float = True; dynamic=True makes even math.pi a variable",
     )
     SUMMED_APART = (
-        "sub-networks of one sum are rewritten one by one, for what is done to them before the sum",
+        "sub-networks of one sum are rewritten one by one, because of what is done before the sum",
         "multiply the output of each by its router weight, and do nothing else before the sum",
     )
     OPERATION_IN_LOOP = (
@@ -75,7 +75,7 @@ class Kind(Explained):
         "apply dropout after the down projection, or compile in eval mode",
     )
     NOT_A_PRODUCT = (
-        "the hidden units are no product of an activation and a projection",
+        "the hidden units are not the product of an activation and a projection",
         "write hidden = act(gate) * up, or hidden = act(gate)",
     )
     ADDED_PROJECTIONS = (
@@ -92,7 +92,7 @@ class Kind(Explained):
         "give every head and every sub-network the same sizes and the same form",
     )
     IRREGULAR_WEIGHTS = (
-        "the heads' weights or inputs do not lie at regular distances",
+        "the heads' weights or inputs are not regularly spaced in their tensor",
         "store heads and sub-networks in order, or as separate parameters",
     )
     MIXED_PRECISION = (
@@ -101,10 +101,10 @@ class Kind(Explained):
     )
     ROUNDING_CAST = (
         "a cast inside the network rounds to fewer digits than the op would keep",
-        "cast what goes into the network and what comes out of it, or nothing",
+        "cast only the input and the output of the network",
     )
     FLOAT16_RANGE = (
-        "a bias or a residual is scaled up, which may overflow in float16 where the sum does not",
+        "a bias or a residual is scaled up: in float16 it may overflow although the sum would not",
         "scale before the addition, or compute the network in bfloat16",
     )
     UNSUPPORTED_DTYPE = (
@@ -116,21 +116,21 @@ class Kind(Explained):
         "put the whole network, or none of it, under no_grad",
     )
     TENSOR_SUBCLASS = (
-        "a projection is computed with a tensor subclass, such as a quantised weight, whose "
-        "operations are its own",
-        "give the network plain tensors, for instance by leaving its weights out when a model is "
-        "quantised, or leave it as it is",
+        "a projection is computed with a tensor subclass, such as a quantised weight, which "
+        "defines its own operations",
+        "give the network plain tensors, for instance by leaving its weights out when you quantise "
+        "the model",
     )
     NOT_ON_SHARDS = (
         "the op cannot compute on the shards of the network's DTensors as they are placed",
-        "cut heads, sub-networks, hidden units or tokens, of all tensors alike",
+        "shard all of them alike, along heads, sub-networks, hidden units or tokens",
     )
     OWN_BACKWARD = (
         "an autograd.Function or a hook inside the feed-forward network changes its backward pass",
         "write the hidden units in plain PyTorch, without hooks: the op stores none of them anyway",
     )
     AUTOCAST_BOUNDARY = (
-        "autocast would change the precision of the op at the place of the output",
+        "autocast would change the precision of the op where its output is made",
         "put the whole network inside, or outside, the autocast region",
     )
     MUTATION = (
@@ -151,8 +151,8 @@ class Kind(Explained):
         "use reverse mode, or leave the original spelling in forward mode",
     )
     FUNCTION_TRANSFORM = (
-        "the network is inside a transform of torch.func that the op cannot be put into",
-        "apply torch.vmap, torch.func.grad or jvp outside of the compiled code, or to another part",
+        "the network is inside a torch.func transform that the op does not support",
+        "apply torch.vmap, torch.func.grad or jvp around the compiled code, or to another part",
     )
     INFERENCE_REGION = (
         "the compiled code itself enters torch.inference_mode, where PyTorch compiles no views of "
@@ -165,7 +165,7 @@ class Kind(Explained):
     )
     DOES_NOT_PAY = (
         "rewriting would not be faster here",
-        'use options={"rewrite": "always"} to rewrite all the same',
+        'use options={"rewrite": "always"} to rewrite it anyway',
     )
     CHANGED_RESULT = (
         "with the op in its place, a tensor would have another dtype, shape, layout, device, "
@@ -186,23 +186,23 @@ class Unreadable(Explained):
     """Every reason why a whole graph is not analysed: (what is the matter, what to change)."""
 
     REPLACED_TENSOR = (
-        "a tensor becomes another view, or is given other memory, in place",
-        "make a new tensor, such as by unsqueeze instead of unsqueeze_",
+        "a tensor is turned into another view, or given other memory, in place",
+        "make a new tensor, for example by unsqueeze instead of unsqueeze_",
     )
     SWITCHED_GRADIENT = (
-        "whether a tensor has a gradient is changed in place",
+        "an operation changes in place whether a tensor has a gradient",
         "use detach instead of detach_, and requires_grad_ outside of the compiled code",
     )
     FOREIGN_TENSOR = (
-        "a tensor appears inside the graph that is no plain tensor",
+        "the graph contains a tensor that is not a plain tensor",
         "pass it to the model as an input, or convert it to a plain tensor before",
     )
     UNKNOWN_RESULT = (
-        "what an operation returns is not known before it runs",
+        "the result of an operation is not known before it runs",
         "move the operation out of the compiled code",
     )
     NOT_ON_FAKES = (
-        "an operation does not run on tensors without numbers",
+        "an operation does not run on fake tensors, which have no values",
         "move the operation out of the compiled code",
     )
     SEVERAL_MODES = (

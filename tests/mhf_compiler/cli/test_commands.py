@@ -453,7 +453,7 @@ def test_the_missing_library_is_one_line(
         mhf_compiler.__main__.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        "Error: the command line needs click: pip install 'mhf-compiler[cli]'\n"
+        "Error: the command line needs click: pip install click, or in a checkout '.[cli]'\n"
     )
 
 
