@@ -130,9 +130,9 @@ def unread_graph(reason: Reason) -> UnreadGraph:
 
 
 def modules_of(gm: fx.GraphModule) -> list[Module]:
-    """The modules whose operations are in a graph, in their order."""
+    """The modules whose operations are in a graph, in their order, without the model itself."""
     found = {path: kind for node in gm.graph.nodes for path, kind in _modules(node)}
-    return [Module(path, kind) for path, kind in found.items()]
+    return [Module(path, kind) for path, kind in found.items() if path not in names_of_self()]
 
 
 def operation(node: fx.Node) -> Operation:

@@ -1,7 +1,8 @@
 """Pictures, drawn by Graphviz.
 
 A site is drawn twice: as the model spells it, with arguments in the colours of their roles, and as
-the op that replaces it; operations without what they read, which the edges show. A near-miss is drawn once: the operation that decided it and those around.
+the op that replaces it. A near-miss is drawn once: the operation that decided it and those around.
+Operations are written without what they read, which the edges show.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _OTHER = "#e5e5e5"
 #: of the node that stands for several rounds of a loop
 _ALIKE = 'style="filled,rounded,dashed" penwidth=2'
 _FORMATS = ("svg", "png", "pdf", "dot")
-_MISSING = "drawing needs Graphviz's program dot, which is not on the PATH (apt install graphviz)"
+MISSING = "drawing needs Graphviz's program dot, which is not on the PATH (apt install graphviz)"
 
 
 class DrawingError(RuntimeError):
@@ -130,15 +131,20 @@ def _after(site: SiteReport) -> Iterator[RegionNode]:
 
 
 def _shown(argument: Argument) -> str:
-    name = f"{argument.name}{argument.part}".replace(" ... ", " ...\n").replace(" (", "\n(")  # of many tensors
-    return f"{name}\n({', '.join(map(str, argument.shape))})"
+    name = argument.name.replace(" ... ", " ...\n").replace(" (", "\n(")  # of many tensors
+    return f"{name}{argument.part}\n({', '.join(map(str, argument.shape))})"
+
+
+def can_draw() -> bool:
+    """Whether Graphviz is installed."""
+    return shutil.which("dot") is not None
 
 
 def render(source: str, kind: str) -> bytes:
     """Run Graphviz on a program in its language."""
     program = shutil.which("dot")
     if program is None:
-        raise DrawingError(_MISSING)
+        raise DrawingError(MISSING)
     done = subprocess.run(
         [program, f"-T{kind}"], input=source.encode(), capture_output=True, check=False
     )
@@ -153,6 +159,7 @@ def dot_source(pictures: Sequence[Frame]) -> str:
         "digraph sites {",
         '  graph [bgcolor="transparent" fontname="sans-serif" fontcolor="#808080"]',
         '  node [shape=box style="filled,rounded" fontname="monospace" fontsize=10]',
+        '  node [height=0.4 margin="0.12,0.07"]',
         '  edge [color="#808080"]',
     ]
     for number, frame in enumerate(pictures):

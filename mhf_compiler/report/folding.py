@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from .values import ALIKE, RegionNode
 
 _FEWEST = 4  # rounds of a loop that is worth it
+_NUMBER = re.compile(r"(?<![\w.])\d+\.\d*|\d+")  # a constant, or a place in a list
 _TRIED = 8  # lengths of a round for each beginning
 
 
@@ -96,50 +97,45 @@ class _Sequence:
 
 
 def _folded_once(nodes: Sequence[RegionNode]) -> list[RegionNode]:
+    """The nodes without the rounds of loops between the first and the last."""
     sequence = _Sequence(nodes)
-    stands_for: dict[str, str] = {}  # a node that is left out -> the one in its place
-    placed: dict[str, tuple[str, str]] = {}  # the first that is left out -> name and text of that
-    read_last = {source: at for at, node in enumerate(sequence.nodes) for source in node.inputs}
+    left_out: dict[str, str] = {}  # a node -> the one that stands for it
+    texts: dict[str, str] = {}  # of those
+    last_read = {source: at for at, node in enumerate(sequence.nodes) for source in node.inputs}
     for loop in sequence.loops():
         second, last = loop.start + loop.length, loop.start + loop.length * (loop.rounds - 1)
-        left_out = sequence.nodes[second:last]
-        # It takes the name of the last that is read afterwards, as the readers call it.
-        read = [node.name for node in left_out if read_last.get(node.name, -1) >= last]
-        name = (read or [left_out[-1].name])[-1]
-        stands_for |= {node.name: name for node in left_out}
-        placed[left_out[0].name] = name, f"… {loop.rounds - 2} alike …"
-    read = {
-        source for node in nodes if node.name not in stands_for for source in node.inputs
-    }
-    only_left_out = {
-        source
-        for node in nodes
-        if node.name in stands_for
-        for source in node.inputs
-        if source not in sequence.place and source not in read
-    }
-    inputs: dict[str, dict[str, None]] = defaultdict(dict)
+        rounds = [node.name for node in sequence.nodes[second:last]]
+        # It has the name of the last one that is read afterwards, as its readers call it.
+        name = ([one for one in rounds if last_read.get(one, -1) >= last] or rounds)[-1]
+        left_out |= dict.fromkeys(rounds, name)
+        texts[name] = f"… {loop.rounds - 2} alike …"
+    sources: dict[str, dict[str, None]] = defaultdict(dict)  # of each node that is shown
     for node in nodes:
-        if node.name in stands_for:
-            name = stands_for[node.name]
-            for source in node.inputs:
-                other = stands_for.get(source, source)
-                if other != name and source not in only_left_out:
-                    inputs[name][other] = None
-    found: list[RegionNode] = []
+        name = left_out.get(node.name, node.name)
+        sources[name] |= {left_out.get(source, source): None for source in node.inputs}
+    # Parameters of those rounds alone are left out with them.
+    shown = {source for name in sources if name not in texts for source in sources[name]}
+    inside = {source for name in texts for source in sources[name]}
+    dropped = inside - shown - sequence.place.keys()
+    found: dict[str, RegionNode] = {}
     for node in nodes:
-        if node.name in placed:
-            name, text = placed[node.name]
-            found.append(RegionNode(name, text, ALIKE, tuple(inputs[name])))
-        if node.name not in stands_for and node.name not in only_left_out:
-            sources = dict.fromkeys(stands_for.get(source, source) for source in node.inputs)
-            found.append(replace(node, inputs=tuple(sources)))
-    return found
+        name = left_out.get(node.name, node.name)
+        read = tuple(one for one in sources[name] if one != name and one not in dropped)
+        if node.name in left_out:
+            found.setdefault(name, RegionNode(name, texts[name], ALIKE, read))
+        elif node.name not in dropped:
+            found[name] = replace(node, inputs=read)
+    return [*found.values()]
 
 
 def _label(node: RegionNode) -> tuple[str | None, str]:
-    """What it does, without its own name, the names of what it reads, and numbers."""
+    """What it does, without its own name, the names of what it reads, and indices."""
     text = node.call.removeprefix(f"{node.name} = ")
     for source in sorted(node.inputs, key=len, reverse=True):
         text = re.sub(rf"(?<![\w.]){re.escape(source)}(?![\w.])", "·", text)
-    return node.role, re.sub(r"\d+", "#", text)
+    operation, bracket, arguments = text.partition("(") if node.inputs else ("", "", text)
+    return node.role, f"{operation}{bracket}{_NUMBER.sub(_index, arguments)}"
+
+
+def _index(number: re.Match[str]) -> str:
+    return number[0] if "." in number[0] else "#"

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from ..passes.outcome import Fusion
 from ..patterns import Location, Reason
 
-
 #: role of a node that stands for the rounds of a loop between the first and the last
 ALIKE = "alike"
 
