@@ -18,8 +18,9 @@ from .compat import (
     run_afresh,
 )
 from .errors import forget_warnings
-from .options import GivenOptions, Options, parse_options
+from .options import GivenOptions, Options, chosen, parse_options
 from .report import Report
+from .report.context import context_of
 from .report.describe import breaks_without_graph
 from .substitution.graph import Keep, rewrite_graph
 
@@ -101,7 +102,8 @@ def reported(
     for calls in found:
         calls.write()
     graphs = [calls.report for calls in found]
-    return Report(graphs, breaks_without_graph(noted, graphs))
+    context = context_of(model, args, kwargs, chosen(options), card.name if card else None)
+    return Report(graphs, breaks_without_graph(noted, graphs), context)
 
 
 def call_once(

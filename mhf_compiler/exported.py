@@ -33,9 +33,10 @@ from .compat import (
     tree_leaves,
 )
 from .errors import fault, only_reporting
-from .options import GivenOptions, Options, parse_options
+from .options import GivenOptions, Options, chosen, parse_options
 from .patterns import Modes, Reason, Unreadable
 from .report import GraphReport, Report
+from .report.context import context_of
 from .report.describe import unread_graph
 from .substitution.graph import rewrite_graph
 
@@ -99,6 +100,8 @@ def rewrite(
         )
     parsed = parse_options(None, options)
     training = torch.is_grad_enabled()
+    if report is not None and report.context is None:
+        report.context = context_of(exported_program, options=chosen(parsed))
     try:
         gm = _copied(exported_program.graph_module)
         _describe_inputs(gm, exported_program)

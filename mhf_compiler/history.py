@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from .errors import only_reporting
 from .report import GraphReport, Report
+from .report.context import context_of
 
 _MOST_GRAPHS = 64
 _MOST_CODE = 32 * 2**20  # characters, of all graphs before and after
@@ -31,7 +32,7 @@ def compilation_report() -> Report:
         A report of the last 64 graphs since ``torch.compiler.reset``, fewer if their code is longer
         than 32 MB. Reports of graphs that are compiled later are not added to it.
     """
-    return Report([*_kept])
+    return Report([*_kept], context=context_of())
 
 
 def keep(report: GraphReport, receive: Callable[[Report], object] | None) -> None:

@@ -70,6 +70,12 @@ def as_mapping(options: GivenOptions | None) -> dict[str, Any]:
     return dict(options or {})
 
 
+def chosen(options: Options) -> dict[str, Any]:
+    """By name, those options that are not the defaults."""
+    given, defaults = as_mapping(options), as_mapping(Options())
+    return {name: value for name, value in given.items() if value != defaults.get(name)}
+
+
 def parse_options(mode: str | None, options: GivenOptions | None) -> Options:
     """Check the options of ``torch.compile`` and sort them into ours and Inductor's.
 

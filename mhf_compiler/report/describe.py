@@ -33,6 +33,7 @@ from ..patterns import (
     is_product_call,
     locate,
 )
+from .folding import folded
 from .values import (
     Argument,
     GraphBreak,
@@ -63,7 +64,8 @@ _LETTERS = {
 _WEIGHTS = tuple(role for role in _LETTERS if role not in ("query", "residual"))
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_\d+")
 _MOST_NAMES = 3
-_MOST_NODES = 160  # of a region; a larger picture is unreadable
+_MOST_FOLLOWED = 20_000  # operations of a region, of which many may be rounds of a loop
+_MOST_NODES = 160  # of a region without those; a larger picture is unreadable
 _MOST_AROUND = 24  # neighbours of an operation
 
 
@@ -128,9 +130,9 @@ def unread_graph(reason: Reason) -> UnreadGraph:
 
 
 def modules_of(gm: fx.GraphModule) -> list[Module]:
-    """The modules whose operations are in a graph, in their order."""
+    """The modules whose operations are in a graph, in their order, without the model itself."""
     found = {path: kind for node in gm.graph.nodes for path, kind in _modules(node)}
-    return [Module(path, kind) for path, kind in found.items()]
+    return [Module(path, kind) for path, kind in found.items() if path not in names_of_self()]
 
 
 def operation(node: fx.Node) -> Operation:
@@ -368,7 +370,7 @@ def boundary(site: Site) -> dict[Value, str]:
 
 
 def _region(site: Site) -> tuple[RegionNode, ...]:
-    """The nodes from the arguments to the output, in the order of the graph."""
+    """The nodes from the arguments to the output, in the order of the graph, loops folded."""
     roles = {site.output_node: "out"}
     for role, view in site.views().items():
         for value in _parts(_before_views(view.value)):
@@ -377,15 +379,16 @@ def _region(site: Site) -> tuple[RegionNode, ...]:
                 roles[value.origin] = ", ".join([*filter(None, letters), _letter(role)])
     found: set[fx.Node] = set()
     todo = [site.output_node, *(value.origin for value in site.replaces)]
-    while todo and len(found) <= _MOST_NODES:
+    while todo and len(found) <= _MOST_FOLLOWED:
         node = todo.pop()
         if node not in found:
             found.add(node)
             todo += [] if roles.get(node, "out") != "out" else node.all_input_nodes
-    if len(found) > _MOST_NODES:
+    if len(found) > _MOST_FOLLOWED:
         return ()
     ends = {node for node, role in roles.items() if role != "out"}
-    return tuple(_region_nodes(site.output_node.graph, found, roles, ends))
+    region = folded([*_region_nodes(site.output_node.graph, found, roles, ends)])
+    return tuple(region) if len(region) <= _MOST_NODES else ()
 
 
 def _around(offending: fx.Node) -> tuple[RegionNode, ...]:

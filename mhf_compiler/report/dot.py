@@ -2,19 +2,22 @@
 
 A site is drawn twice: as the model spells it, with arguments in the colours of their roles, and as
 the op that replaces it. A near-miss is drawn once: the operation that decided it and those around.
+Operations are written without what they read, which the edges show.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .escape import dot_string
 from .groups import Group, grouped
 from .values import (
+    ALIKE,
     Argument,
     GraphReport,
     RegionNode,
@@ -37,8 +40,10 @@ COLOURS = {
 #: of the offending operation; the thick frame is for readers who do not see the colour
 _MARK = 'color="#d00000" penwidth=4'
 _OTHER = "#e5e5e5"
+#: of the node that stands for several rounds of a loop
+_ALIKE = 'style="filled,rounded,dashed" penwidth=2'
 _FORMATS = ("svg", "png", "pdf", "dot")
-_MISSING = "drawing needs Graphviz's program dot, which is not on the PATH (apt install graphviz)"
+MISSING = "drawing needs Graphviz's program dot, which is not on the PATH (apt install graphviz)"
 
 
 class DrawingError(RuntimeError):
@@ -58,31 +63,54 @@ class Frame:
     nodes: tuple[RegionNode, ...]
 
 
-def draw(graphs: Sequence[GraphReport], path: Path) -> None:
-    """Draw the sites and near-misses of graphs, in the format of the path's suffix.
+def draw(graphs: Sequence[GraphReport], path: Path, site: int | None = None) -> None:
+    """Draw the sites and near-misses of graphs, or one site, in the format of the path's suffix.
 
     Sites that differ in their modules only are drawn once.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in _FORMATS:
         raise DrawingError(f"path is {str(path)!r}, must end in .{', .'.join(_FORMATS)}")
-    groups = [*grouped(all_rewritten(graphs)), *grouped(all_declined(graphs))]
-    pictures = [frame for group in groups for frame in frames(group)]
+    pictures = [frame for group in _drawn(graphs, site) for frame in frames(group)]
     if not pictures:
         raise DrawingError("there is nothing to draw: no site and no near-miss, or all too large")
     source = dot_source(pictures)
     path.write_bytes(source.encode() if kind == "dot" else render(source, kind))
 
 
+def _drawn(graphs: Sequence[GraphReport], site: int | None) -> list[Group]:
+    rewritten = all_rewritten(graphs)
+    if site is None:
+        return [*grouped(rewritten), *grouped(all_declined(graphs))]
+    if not rewritten:
+        raise DrawingError(f"site is {site}, but no MH-FFN was rewritten")
+    if not 0 <= site < len(rewritten):
+        raise DrawingError(f"site is {site}, must be in 0 to {len(rewritten) - 1}")
+    return [Group(rewritten[site], rewritten[site].modules, (site,))]
+
+
 def frames(group: Group) -> list[Frame]:
     """A site before and after; of a declined one, what was matched or what offends."""
-    site = group.first
+    site = group.first if len(group.paths) < 2 else _below_module(group.first)
     place = f"{group.where or 'the model'} at {site.location or 'unknown source'}"
     if site.reason is not None:
         kind = site.reason.kind.name
         return [Frame(f"{place}: declined, {kind}", site.region)] if site.region else []
     before = [Frame(f"{place}: before", site.region)] if site.region else []
     return [*before, Frame(f"{place}: after", tuple(_after(site)))]
+
+
+def _below_module(site: SiteReport) -> SiteReport:
+    """The site of one of several modules, with the names that all of them have."""
+
+    def cut(text: str) -> str:
+        return re.sub(rf"(?<![\w.]){re.escape(str(site.module))}\.", "", text)
+
+    return replace(
+        site,
+        region=tuple(replace(node, call=cut(node.call)) for node in site.region),
+        arguments=tuple(replace(one, name=cut(one.name)) for one in site.arguments),
+    )
 
 
 def _after(site: SiteReport) -> Iterator[RegionNode]:
@@ -103,14 +131,20 @@ def _after(site: SiteReport) -> Iterator[RegionNode]:
 
 
 def _shown(argument: Argument) -> str:
-    return f"{argument.name}{argument.part}\n({', '.join(map(str, argument.shape))})"
+    name = argument.name.replace(" ... ", " ...\n").replace(" (", "\n(")  # of many tensors
+    return f"{name}{argument.part}\n({', '.join(map(str, argument.shape))})"
+
+
+def can_draw() -> bool:
+    """Whether Graphviz is installed."""
+    return shutil.which("dot") is not None
 
 
 def render(source: str, kind: str) -> bytes:
     """Run Graphviz on a program in its language."""
     program = shutil.which("dot")
     if program is None:
-        raise DrawingError(_MISSING)
+        raise DrawingError(MISSING)
     done = subprocess.run(
         [program, f"-T{kind}"], input=source.encode(), capture_output=True, check=False
     )
@@ -120,15 +154,16 @@ def render(source: str, kind: str) -> bytes:
 
 
 def dot_source(pictures: Sequence[Frame]) -> str:
-    """The frames in Graphviz's language."""
+    """The frames in Graphviz's language, each in a box if it has a title."""
     lines = [
         "digraph sites {",
         '  graph [bgcolor="transparent" fontname="sans-serif" fontcolor="#808080"]',
         '  node [shape=box style="filled,rounded" fontname="monospace" fontsize=10]',
+        '  node [height=0.4 margin="0.12,0.07"]',
         '  edge [color="#808080"]',
     ]
     for number, frame in enumerate(pictures):
-        lines += [f"  subgraph cluster_{number} {{"]
+        lines += [f"  subgraph {'cluster' if frame.title else 'plain'}_{number} {{"]
         lines += [f'    label={dot_string(frame.title)} color="#808080"']
         lines += [f"    {line}" for line in _statements(frame.nodes, f"s{number}_")]
         lines.append("  }")
@@ -149,15 +184,16 @@ def _below(number: int, above: Sequence[RegionNode], below: Sequence[RegionNode]
 
 
 def _statements(nodes: Sequence[RegionNode], prefix: str) -> Iterator[str]:
-    inside = {node.name for node in nodes}
+    inside = {node.name: node for node in nodes}
     for node in nodes:
         colour = COLOURS.get(_first_role(node), _OTHER)
         mark = f" {_MARK}" if node.role == "offends" else ""
-        name, text = dot_string(prefix + node.name), _short(_labelled(node))
+        mark = f" {_ALIKE}" if node.role == ALIKE else mark
+        sources = [inside[source] for source in node.inputs if source in inside]
+        name, text = dot_string(prefix + node.name), _short(_labelled(node, sources))
         yield f'{name} [label={dot_string(text)} fillcolor="{colour}" ordering=in{mark}]'
-        for source in node.inputs:
-            if source in inside:
-                yield f"{dot_string(prefix + source)} -> {name}"
+        for source in sources:
+            yield f"{dot_string(prefix + source.name)} -> {name}"
 
 
 def _first_role(node: RegionNode) -> str:
@@ -165,10 +201,50 @@ def _first_role(node: RegionNode) -> str:
     return (node.role or "").partition(", ")[0].rstrip("0123456789")
 
 
-def _labelled(node: RegionNode) -> str:
-    """What is written on a node."""
-    return f"{node.role}: {node.call}" if node.role else node.call
+def _labelled(node: RegionNode, sources: Sequence[RegionNode]) -> str:
+    """What is written on a node: the operation without what edges lead from."""
+    if node.role == ALIKE:
+        return node.call
+    text = node.call
+    name, equals, call = text.partition(" = ")
+    if equals and name == node.name and not node.inputs and node.role:  # computed outside
+        text = f"{name} = {_operator(call)}"
+    elif equals and name == node.name:
+        text = _operation(call, {*node.inputs, *(one.call for one in sources)})
+    return f"{node.role}: {text}" if node.role else text
 
 
-def _short(text: str, most: int = 64) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _operation(call: str, sources: set[str]) -> str:
+    """A call without its tensors: ``einsum(bhd,hfd->bhf)``, ``[..., 0]``."""
+    _, bracket, rest = call.partition("(")
+    name = _operator(call)
+    if not bracket or not rest.endswith(")"):
+        return call
+    arguments = [one for one in _split(rest[:-1]) if one not in sources and one != "None"]
+    text = ", ".join(arguments).replace("slice(None, None, None)", ":").replace("Ellipsis", "...")
+    if name == "getitem" and text:
+        return f"[{text.removeprefix('(').removesuffix(')')}]"
+    return f"{name}({text})" if text else name
+
+
+def _operator(call: str) -> str:
+    return call.partition("(")[0].rpartition(".")[2]
+
+
+def _split(arguments: str) -> list[str]:
+    """At the commas that are in no brackets."""
+    parts, depth = [""], 0
+    for piece in re.split(r"(, |[()\[\]])", arguments):
+        depth += (piece in ("(", "[")) - (piece in (")", "]"))
+        if piece == ", " and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += piece
+    return parts
+
+
+def _short(text: str, most: int = 48) -> str:
+    """Each line of a text, without its middle if it is long."""
+    half = most // 2 - 1
+    lines = text.split("\n")
+    return "\n".join(x if len(x) <= most else f"{x[:half]}...{x[-half:]}" for x in lines)

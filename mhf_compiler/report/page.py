@@ -1,26 +1,33 @@
 """A report as one HTML file: without network or server, in dark and light, by keyboard alone.
 
-``page.html`` is the template, which escapes all that it is given, ``page.css`` the style. Sections
-fold (``details``), so that the page works without its script, ``page.js``, which only searches.
-Pictures come from Graphviz if it is installed; otherwise the operations are listed. Code is
-coloured if pygments is installed. Jinja2 comes with PyTorch, which requires it.
+First the map of the model (``map.py``), the totals and the context, then a card for each group of
+equal networks, then the code. ``page.html`` is the template, which escapes all that it is given,
+``page.css`` the style, and ``map.css`` that of the map, which notebooks have too. The page works
+without its script, ``page.js``, which searches, moves through the map and the changes of code by
+keys, and shows pictures in full size. Pictures come from Graphviz if it is installed; otherwise
+the operations are listed. Code is coloured if pygments is installed. Jinja2 comes with PyTorch,
+which requires it.
 """
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from .dot import COLOURS, DrawingError, Frame, dot_source, frames, render
+from .context import Context
+from .difference import colours_of_code, difference
+from .dot import COLOURS, MISSING, DrawingError, Frame, can_draw, dot_source, frames, render
 from .escape import visible, visible_lines
 from .groups import Group, grouped
+from .map import Block, Row, map_of
 from .text import (
     cells,
+    coverage_lines,
     fusion_lines,
     graph_break_lines,
     headline,
@@ -28,34 +35,46 @@ from .text import (
     ordinary_lines,
     printed,
     rows,
+    scaled,
+    totals_lines,
     why_nothing,
 )
+from .totals import totals
 from .values import GraphBreak, GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
+_PACKAGES = re.compile(r"(?<![\w.])/[^\s:'\"<>]*/(?:site|dist)-packages/")
+_REASONS = ("why", "what to do")  # shown above the other rows
+_FOLDED = ("modules",)  # rows that are folded
+_FORMULA = "formula"  # with the arguments' rows, next to the pictures
+
+Graphs = Sequence[GraphReport]
 
 
-def page(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> str:
+def page(graphs: Graphs, breaks: Sequence[GraphBreak] = (), context: Context | None = None) -> str:
     """The whole page."""
-    rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    unread = all_unread(graphs)
+    rewritten, declined = grouped(all_rewritten(graphs)), grouped(all_declined(graphs))
     made = _template().page(
         headline=headline(graphs),
-        style=_trusted((_FOLDER / "page.css").read_text() + _colours_of_code()),
+        coverage=coverage_lines(graphs),
+        style=_trusted(_style("map.css", "page.css") + colours_of_code()),
         script=_trusted((_FOLDER / "page.js").read_text()),
-        tables=_tables(graphs),
-        unread=list(dict.fromkeys(map(str, unread))),
-        rewritten=[_site(group) for group in grouped(rewritten)],
-        declined=[_site(group) for group in grouped(declined)],
+        map=_map(graphs, linked=True),
+        totals=_totals(graphs),
+        context=_context(context),
+        unread=list(dict.fromkeys(map(str, all_unread(graphs)))),
+        without_pictures=MISSING if (rewritten or declined) and not can_draw() else "",
+        rewritten=[_site(group, f"site-{number}") for number, group in enumerate(rewritten)],
+        declined=[_site(group, f"declined-{number}") for number, group in enumerate(declined)],
         nothing=why_nothing(graphs) if is_empty(graphs) else "",
         fusions=fusion_lines(graphs) if rewritten else [],
         breaks=[*graph_break_lines([], breaks)],
-        notes=[*ordinary_lines(graphs), *map(visible, notes)],
+        notes=[*ordinary_lines(graphs), *all_notes(graphs)],
         graphs=[
             {
                 "report": graph,
                 "changed": graph.before != graph.after,
-                "difference": _trusted(difference(graph.before, graph.after)),
+                "difference": _trusted(difference(nearby(graph.before), nearby(graph.after))),
             }
             for graph in graphs
         ],
@@ -63,14 +82,29 @@ def page(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> st
     return str(made)
 
 
-def notebook(graphs: Sequence[GraphReport], breaks: Sequence[GraphBreak] = ()) -> str:
-    """The overview, as the output of a notebook's cell, which expands to the full report."""
-    return str(_template().notebook(headline(graphs), _tables(graphs), printed(graphs, breaks)))
+def notebook(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
+    """The map and the overview as the output of a notebook's cell, which expands to all of it."""
+    shown = _template().notebook(
+        headline=headline(graphs),
+        summary=[*coverage_lines(graphs), *totals_lines(graphs), *ordinary_lines(graphs)],
+        style=_trusted(_style("map.css")),
+        map=_map(graphs, linked=False),
+        tables=_tables(graphs),
+        text=printed(graphs, breaks),
+    )
+    return str(shown)
 
 
-def overview(graphs: Sequence[GraphReport]) -> str:
+def overview(graphs: Graphs) -> str:
     """What became of each network, in two tables."""
     return str(_template().overview(_tables(graphs))).strip()
+
+
+def nearby(text: str) -> str:
+    """A text with paths of files below the working directory, or of packages, as from there."""
+    here = os.path.join(os.getcwd(), "")
+    text = text if here == os.sep else re.sub(rf"(?<![\w./]){re.escape(here)}", "", text)
+    return _PACKAGES.sub("", text)
 
 
 @cache
@@ -81,8 +115,15 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"visible": visible, "visible_lines": visible_lines}
+    environment.filters |= {
+        "shown": lambda text: visible(nearby(str(text))),
+        "shown_lines": lambda text: visible_lines(nearby(str(text))),
+    }
     return environment.get_template("page.html").module
+
+
+def _style(*names: str) -> str:
+    return "".join((_FOLDER / name).read_text() for name in names)
 
 
 def _trusted(html: str) -> Any:
@@ -92,19 +133,137 @@ def _trusted(html: str) -> Any:
     return Markup(html)
 
 
+# The map, the totals and the context.
+
+
+def _map(graphs: Graphs, linked: bool) -> dict[str, Any] | None:
+    """What the template shows of the map; ``linked`` to the cards of the networks."""
+    found = map_of(graphs)
+    if not found:
+        return None
+    cards = _cards(graphs) if linked else {}
+    longest = max((row.original or 0, row.rewritten or 0) for row in found)
+    scale = max(longest) or 1.0
+    kinds = [block.kind for row in found for block in row.blocks]
+    return {
+        "rows": [_row(row, cards, scale) for row in found],
+        "timed": longest > (0, 0),
+        "kinds": [
+            (kind, name)
+            for kind, name in (
+                ("rewritten", "MH-FFN, rewritten"),
+                ("declined", "declined"),
+                ("ordinary", "ordinary FFN, left to Inductor"),
+                ("other", "everything else"),
+            )
+            if kind in kinds
+        ],
+    }
+
+
+def _row(row: Row, cards: dict[int, str], scale: float) -> dict[str, Any]:
+    before, after = row.original, row.rewritten
+    return {
+        "path": row.path,
+        "blocks": [
+            {
+                "name": f"{block.name} ({block.times} times)" if block.times > 1 else block.name,
+                "kind": block.kind,
+                "card": cards.get(id(block.site)),
+                "about": [*_about(block)],
+            }
+            for block in row.blocks
+        ],
+        "before": None if before is None else f"{100 * before / scale:.1f}%",
+        "after": None if after is None else f"{100 * after / scale:.1f}%",
+        "time": None if before is None or after is None else f"{_ms(before)} → {_ms(after)} ms",
+        "memory": None if row.hidden_bytes is None else scaled(row.hidden_bytes, "B"),
+    }
+
+
+def _about(block: Block) -> Iterable[str]:
+    """What is said of a block when it is pointed at, in lines."""
+    kind = f" ({block.module_class})" if block.module_class else ""
+    yield f"{block.path or 'the model'}{kind}"
+    site = block.site
+    if site is None:
+        return
+    if site.reason is not None:
+        yield f"{'ordinary FFN' if block.kind == 'ordinary' else 'declined'}: {site.reason}"
+        return
+    yield f"rewritten: {site.sizes}"
+    if site.work is not None:
+        yield f"{scaled(site.work.hidden_bytes, 'B')} of hidden units are not stored"
+
+
+def _cards(graphs: Graphs) -> dict[int, str]:
+    """By identity of a site, the anchor of its card."""
+    found: dict[int, str] = {}
+    for sites, name in ((all_rewritten(graphs), "site"), (all_declined(graphs), "declined")):
+        for number, group in enumerate(grouped(sites)):
+            found |= {id(sites[at]): f"{name}-{number}" for at in group.numbers}
+    return found
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}"
+
+
+def _totals(graphs: Graphs) -> list[tuple[str, str]]:
+    """Large figures, each with a line that says what it is."""
+    found = totals(graphs)
+    shown = []
+    if found.rewritten is not None and found.original is not None:
+        share = found.rewritten / found.original - 1
+        change = f"{abs(share):.0%} {'less' if share <= 0 else 'more'}"
+        figure = f"{_ms(found.original)} → {_ms(found.rewritten)} ms"
+        shown.append((figure, f"estimated for the rewritten networks together, {change}"))
+    if found.hidden_bytes:
+        shown.append((scaled(found.hidden_bytes, "B"), "of hidden units are not stored"))
+    if found.kept_bytes:
+        shown.append((scaled(found.kept_bytes, "B"), "are not kept for the backward pass"))
+    if found.copied_bytes:
+        shown.append((scaled(found.copied_bytes, "B"), "of weights are copied at each call"))
+    return shown
+
+
+def _context(context: Context | None) -> list[tuple[str, list[str]]]:
+    """The rows of what a report is of."""
+    if context is None:
+        return []
+    mode = {None: [], True: ["training"], False: ["evaluation"]}[context.training]
+    gradients = "gradients recorded" if context.gradients else "no gradients"
+    listed = {
+        "model": [context.model] if context.model else [],
+        "inputs": [*context.inputs],
+        "mode": [", ".join([*mode, gradients])] if context.model else [],
+        "options": [f"{name}={value}" for name, value in context.options.items()]
+        or (["the defaults"] if context.model else []),
+        "device": [context.device] if context.device else [],
+        "versions": [f"{name} {number}" for name, number in context.versions.items()],
+        "date": [context.date] if context.date else [],
+    }
+    return [
+        (name, [visible(nearby(line)) for line in lines]) for name, lines in listed.items() if lines
+    ]
+
+
+# The cards.
+
 Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
 
 
-def _tables(graphs: Sequence[GraphReport]) -> list[Table]:
+def _tables(graphs: Graphs) -> list[Table]:
     tables: list[Table] = []
     rewritten, declined = all_rewritten(graphs), all_declined(graphs)
     if rewritten:
         header, *listed = cells(grouped(rewritten))
-        tables.append(("Rewritten", header, listed))
+        shown = [[nearby(cell) for cell in cells] for cells in listed]
+        tables.append(("Rewritten", header, shown))
     if declined:
         listed = [
             [
-                visible(text)
+                visible(nearby(str(text)))
                 for text in (
                     group.first.location or "unknown",
                     group.where,
@@ -117,22 +276,27 @@ def _tables(graphs: Sequence[GraphReport]) -> list[Table]:
     return tables
 
 
-def _site(group: Group) -> dict[str, Any]:
+def _site(group: Group, anchor: str) -> dict[str, Any]:
     """What the template shows of the sites of a group."""
     site = group.first
-    offends = any(node.role == "offends" for node in site.region)
-    shown = "Before and after, arguments coloured by their roles"
-    if site.reason is not None:
-        shown = "The offending operation and those around it" if offends else "What was matched"
+    listed = [
+        (name, COLOURS.get(name.rstrip("0123456789")), nearby(text)) for name, text in rows(group)
+    ]
     return {
-        "title": f"Site {group.numbered}: " if site.reason is None else "",
-        "place": visible(site.location or "unknown source"),
-        "module": visible(group.where),
-        "code": visible(site.location.code) if site.location else "",
+        "anchor": anchor,
+        "kind": "rewritten" if site.reason is None else "declined",
+        "number": group.numbered if site.reason is None else "",
+        "many": len(group.numbers) > 1,
+        "place": site.location or "unknown source",
+        "module": group.where,
+        "sizes": site.sizes if site.heads is not None else "",
+        "code": site.location.code if site.location else "",
+        "reasons": [(name, text) for name, _, text in listed if name in _REASONS],
+        "formula": [row for row in listed if row[0] == _FORMULA or row[1]],
         "rows": [
-            (name, COLOURS.get(name.rstrip("0123456789")), text) for name, text in rows(group)
+            row for row in listed if not row[1] and row[0] not in (*_REASONS, *_FOLDED, _FORMULA)
         ],
-        "shown": shown,
+        "folded": [(name, text) for name, _, text in listed if name in _FOLDED],
         "pictures": [_picture(frame) for frame in frames(group)],
         "too_large": site.reason is None and not site.region,
     }
@@ -141,52 +305,19 @@ def _site(group: Group) -> dict[str, Any]:
 def _picture(frame: Frame) -> dict[str, Any]:
     """A picture with its title; without Graphviz, the operations one by one."""
     title = frame.title.rpartition(": ")[2]
+    offends = any(node.role == "offends" for node in frame.nodes)
+    title = {"before": "Before", "after": "After"}.get(title, "What was matched")
+    title = "What decided it, and what is around" if offends else title
     try:
-        drawn = render(dot_source([Frame(title, frame.nodes)]), "svg").decode()
+        drawn = render(dot_source([Frame("", frame.nodes)]), "svg").decode()
     except DrawingError:
         listed = (f"{node.role or '':>7}  {' '.join(node.call.split())}" for node in frame.nodes)
         return {"title": title, "calls": "\n".join(map(visible, listed))}
     drawn = re.sub(r' id="[^"]*"', "", drawn[drawn.index("<svg") :])  # unique in one picture only
-    named = f'<svg role="img" aria-label="{escape(visible(frame.title))}"'
-    return {"svg": _trusted(drawn.replace("<svg", named, 1))}
-
-
-def difference(before: str, after: str) -> str:
-    """Two codes as one, as HTML, with removed and added lines marked."""
-    before, after = visible_lines(before), visible_lines(after)
-    old, new = before.splitlines(), after.splitlines()
-    old_shown, new_shown = _coloured(before, len(old)), _coloured(after, len(new))
-    lines: list[str] = []
-    # autojunk is wanted: lines that repeat, such as releases of variables, are bad anchors.
-    for what, a, b, c, d in difflib.SequenceMatcher(None, old, new).get_opcodes():
-        if what == "equal":
-            lines += [f"  {line}\n" for line in new_shown[c:d]]
-        else:
-            lines += [f'<span class="del">- {line}</span>' for line in old_shown[a:b]]
-            lines += [f'<span class="add">+ {line}</span>' for line in new_shown[c:d]]
-    return "".join(lines)
-
-
-def _coloured(code: str, count: int) -> Sequence[str]:
-    """The lines of a code, as HTML."""
-    try:
-        from pygments import highlight
-        from pygments.formatters import HtmlFormatter
-        from pygments.lexers import PythonLexer
-    except ModuleNotFoundError:
-        return [escape(line) for line in code.splitlines()]
-    shown = highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).splitlines()
-    # Colouring is dropped if a token spans several lines, since it would be cut.
-    return shown if len(shown) == count else [escape(line) for line in code.splitlines()]
-
-
-def _colours_of_code() -> str:
-    try:
-        from pygments.formatters import HtmlFormatter
-    except ModuleNotFoundError:
-        return ""
-    light, dark = (
-        re.sub(r"background: #\w+;?|/\*.*?\*/", "", HtmlFormatter(style=s).get_style_defs(".code"))
-        for s in ("default", "github-dark")
-    )
-    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
+    width = re.search(r'width="(\d+)', drawn)
+    named = f'<svg role="img" aria-label="{escape(visible(nearby(frame.title)))}"'
+    return {
+        "title": title,
+        "svg": _trusted(drawn.replace("<svg", named, 1)),
+        "width": int(width[1]) if width else 1,
+    }

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..passes.outcome import Obstacle
 from ..patterns import Reason
+from .context import Context
 from .dot import draw
 from .groups import coverages
 from .page import notebook, page
@@ -44,10 +45,12 @@ class Report:
         graphs: one entry for each graph, in the order of compilation.
         breaks: what Dynamo noted besides the ends of graphs: functions that it leaves to Python,
             and breaks before the first operation.
+        context: the model, its inputs, the machine and the versions; None if nothing is known.
     """
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[GraphBreak] = field(default_factory=list)
+    context: Context | None = None
 
     @property
     def rewritten(self) -> list[SiteReport]:
@@ -108,15 +111,19 @@ class Report:
 
     def to_html(self, path: str | PathLike[str]) -> None:
         """Write the report as one HTML page that needs neither network nor server."""
-        Path(path).write_text(page(self.graphs, self.breaks))
+        Path(path).write_text(page(self.graphs, self.breaks, self.context))
 
-    def draw(self, path: str | PathLike[str]) -> None:
-        """Draw sites before and after, and near-misses: ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
+    def draw(self, path: str | PathLike[str], site: int | None = None) -> None:
+        """Draw sites before and after, and near-misses.
+
+        Args:
+            path: the file, whose name ends in ``.svg``, ``.png``, ``.pdf`` or ``.dot``.
+            site: one site alone, by its place in ``rewritten``; all that there is by default.
 
         Raises:
-            DrawingError: another format, nothing to draw, or no ``dot`` program.
+            DrawingError: another format, no such site, nothing to draw, or no ``dot`` program.
         """
-        draw(self.graphs, Path(path))
+        draw(self.graphs, Path(path), site)
 
     def __str__(self) -> str:
         return printed(self.graphs, self.breaks)

@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 from ..passes.outcome import Fusion
 from ..patterns import Location, Reason
 
+#: role of a node that stands for the rounds of a loop between the first and the last
+ALIKE = "alike"
+
 
 @dataclass(frozen=True)
 class Argument:
@@ -74,8 +77,8 @@ class RegionNode:
         name: of the node.
         call: the operation; of an argument, what the model calls it.
         role: its letter in the formula (several of a packed weight, with commas between them),
-            ``"out"``, ``"offends"`` for the operation that decided a
-            near-miss, or None for an operation in between.
+            ``"out"``, ``"offends"`` for the operation that decided a near-miss, ``"alike"`` for
+            rounds of a loop that are not shown one by one, or None for an operation in between.
         inputs: names of the nodes that it reads.
     """
 

@@ -474,3 +474,10 @@ def test_every_graph_break_has_its_reason_and_line():
         assert found.location is not None
         assert (found.location.line, found.location.function) == (line_of(text), "forward")
     assert report.graphs[2].graph_break is None
+
+
+def test_the_model_itself_is_no_module_of_its_graph():
+    """Whatever Dynamo calls it, as it does where the model's class is one of PyTorch's."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    (graph,) = mhf_compiler.explain(model)(torch.zeros(2, 4)).graphs
+    assert [one.path for one in graph.modules] == ["0", "1"]

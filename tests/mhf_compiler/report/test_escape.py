@@ -18,6 +18,7 @@ import mhf_compiler
 import mhf_compiler.report.logs
 from mhf_compiler import DeclineKind, GraphReport, Location, Reason, Report, SiteReport
 from mhf_compiler.debug import dump
+from mhf_compiler.report.context import Context
 from mhf_compiler.report.dot import Frame, dot_source
 from mhf_compiler.report.escape import (
     dot_string,
@@ -28,8 +29,8 @@ from mhf_compiler.report.escape import (
     visible_lines,
 )
 from mhf_compiler.report.logs import announce
-from mhf_compiler.report.page import page
-from mhf_compiler.report.values import Argument, GraphBreak, Operation, RegionNode
+from mhf_compiler.report.page import notebook, page
+from mhf_compiler.report.values import Argument, GraphBreak, Module, Operation, RegionNode
 
 HOSTILE = [
     "'\"; raise SystemExit(7)  # ",
@@ -89,6 +90,7 @@ def report(name: str, plain_site: SiteReport) -> GraphReport:
         rewritten=[site],
         declined=[declined],
         notes=[name],
+        modules=[Module(name, name), Module(f"{name}.{name}", name)],
         products=[operation],
         graph_break=GraphBreak("reason", location),
     )
@@ -146,14 +148,22 @@ class _Tags(HTMLParser):
         self.handlers += [key for key, _ in attrs if key.startswith("on")]
 
 
-def test_html(report: GraphReport):
-    html = page([report])
+def test_html(name: str, report: GraphReport):
+    context = Context(name, (name,), options={name: name}, device=name, versions={name: name})
+    html = page([report], context=context)
     html.encode()
     found = _Tags(html)
     assert found.tags.count("script") == 1
     assert "img" not in found.tags
     assert not found.handlers
     assert not unprintable(html)
+
+
+def test_notebook(report: GraphReport):
+    found = _Tags(notebook([report]))
+    assert not {"script", "img"} & {*found.tags}
+    assert not found.handlers
+    assert not unprintable(notebook([report]))
 
 
 def test_dot(name: str, report: GraphReport):
