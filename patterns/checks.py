@@ -252,8 +252,6 @@ def check_weights(term: Term, roles: Roles) -> None:
         if operand is None:
             continue
         read = real(axes_of(operand.index))
-        if read & real(roles.tokens):
-            raise _of_tokens(term, roles, operand.value)
         if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, gate.query.value):
@@ -275,7 +273,7 @@ def _of_tokens(term: Term, roles: Roles, weight: Value, detail: str = "") -> Dec
             width = real((*roles.hidden, *roles.out_width))
             sides = [real(axes_of(broadcast(at, one.shape))) for one in inner.operands]
             router, weights = sorted(sides, key=lambda axes: len(axes & width))
-            if not router & width and weights & width and not router <= weights:
+            if not router & width and not router <= weights:
                 what = f"router and weights are multiplied in {inner.dtype}, before a cast"
                 return Declined(Kind.MIXED_PRECISION, what, value.origin)
     return Declined(Kind.TOKEN_DEPENDENT_WEIGHTS, detail, weight.origin)
@@ -424,8 +422,9 @@ def check_gradients(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
     What is computed under inference mode is of another kind of tensor in any case.
     """
     inner = reading.computed | reading.crossed
-    wanted = root.may_need_gradient() or any(value.origin in copy.inference for value in inner)
-    if len({value.requires_grad_mode for value in inner}) > 1 and wanted:
+    modes = {value.requires_grad_mode for value in inner}
+    regions = {value.origin in copy.inference for value in inner}
+    if len(regions) > 1 or (len(modes) > 1 and root.may_need_gradient()):
         raise Declined(Kind.GRADIENTS_CUT, node=reading.term.value.origin)
 
 
@@ -485,7 +484,7 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
     if copy.is_overwritten(piece):
         raise Declined(Kind.MUTATION, "the output of one head", node)
-    _check_copied_outside(piece, copy, _maker(root, copy))
+    _check_memory_inside(piece, copy)
     _check_returned_alone(piece, copy)
     if copy.shares_what_is_returned(piece):
         detail = "a head's output is returned with other views of its memory"
@@ -515,23 +514,23 @@ def check_gradients_apart(pieces: tuple[Value, ...], root: Value, copy: Canonica
     apart.
     """
     wanted = root.requires_grad_mode and root.may_need_gradient()
-    if not wanted or _has_gradient(root, None, copy):
+    if not wanted or _has_gradient(root, copy):
         return
-    if any(_has_gradient(piece, root, copy) for piece in pieces):
+    if any(_has_gradient(piece, copy) for piece in pieces):
         raise Declined(Kind.GRADIENTS_CUT, "of the merged heads", root.origin)
 
 
-def _has_gradient(value: Value, but: Value | None, copy: CanonicalCopy) -> bool:
-    """Whether a result of the graph has a gradient of the value, not through ``but``."""
+def _has_gradient(value: Value, copy: CanonicalCopy) -> bool:
+    """Whether a result of the graph has a gradient of the value."""
     seen: set[Value] = set()
     todo = [value]
     while todo:
         current = todo.pop()
-        if current in seen or current is but or current.op is torch.ops.aten.detach.default:
+        if current in seen or current.op is torch.ops.aten.detach.default:
             continue
         seen.add(current)
         recorded = current.requires_grad_mode and current.dtype.is_floating_point
-        if current.op in LIKES or not (recorded or current.op == OPAQUE):
+        if current.op in LIKES or not recorded:
             continue
         if current in copy.escaping:
             return True
@@ -544,7 +543,7 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
     node = _maker(root, copy)
     if copy.is_overwritten(root):
         raise Declined(Kind.MUTATION, "its output", node)
-    _check_copied_outside(root, copy, node)
+    _check_memory_inside(root, copy)
     _check_returned_alone(root, copy)
     for reader, seen in copy.changed_reads(root):
         if seen is not root and root in seen.ancestors():
@@ -553,12 +552,10 @@ def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) 
         _check_readable(operand.value, copy, node, root.requires_grad_mode)
 
 
-def _check_copied_outside(value: Value, copy: CanonicalCopy, op: fx.Node) -> None:
-    """What writes the value into an input copies it there, after the op."""
+def _check_memory_inside(value: Value, copy: CanonicalCopy) -> None:
+    """It is not what an input's memory was given; a copy that was put there is another value."""
     for writer, values in copy.written_outside.items():
-        if value in values and not (
-            copy.positions[writer] > copy.positions[op] and value in copy.reads[writer].values()
-        ):
+        if value in values:
             raise Declined(Kind.MUTATION, "its output is computed in an input's memory", writer)
 
 
@@ -669,7 +666,7 @@ def _site(
     batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
     if real(length) <= _nested(gate.query.index, set(roles.groups)):
         sizes_of = [product(axis.size for axis in axes) for axes in (length, batch)]
-        if all(isinstance(size, int) for size in sizes_of) and at_most(*sizes_of):
+        if at_most(*sizes_of):
             batch, length = length, batch  # the kernels cut the longer one into tiles
     heads = (*roles.groups, *roles.sharers)
     per_unit = (roles.groups, roles.sub_networks, roles.hidden)
@@ -779,13 +776,14 @@ def token_inputs(query: Operand, tokens: set[Axis]) -> set[Value]:
     if not real(moving):
         return query.value.inputs()  # one token
     found: set[Value] = set()
-    seen: set[Value] = set()
+    seen: set[tuple[Value, tuple[bool, ...]]] = set()
     todo: list[tuple[Value, Index]] = [(query.value, tuple(index))]
     while todo:
         value, at = todo.pop()
-        if axes_of(at).isdisjoint(leaves(tuple(moving))) or value in seen:
+        along = tuple(not {*form.axes()}.isdisjoint(leaves(moving)) for form in at)
+        if not any(along) or (value, along) in seen:
             continue
-        seen.add(value)
+        seen.add((value, along))
         read = _read_at(value, at)
         if read is None:
             found |= value.inputs()

@@ -27,8 +27,6 @@ EQUIVALENT = {
     "((copy.positions[reader]) <= (merged))": (
         "the node that merges is the maker of the root, which is among what was read"
     ),
-    f"{_CHECKS}_check_copied_outside: copy.positions[writer] > copy.positions[op]  ->  "
-    "((copy.positions[writer]) >= (copy.positions[op]))": "a node does not read what it makes",
     f"{_CHECKS}_read_at: places is not None and places.dtype is not torch.bool  ->  "
     "((places is not None))": (
         "how much a mask selects depends on data, so that the result is opaque"

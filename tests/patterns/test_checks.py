@@ -10,11 +10,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from support.graphs import call, graph_of, records_gradients
+from torch import Tensor, fx, nn
 
 import mhf_compiler
 from mhf_compiler import Report
-from mhf_compiler.patterns import Kind
+from mhf_compiler.patterns import Kind, find_sites
+from mhf_compiler.patterns.axes import Affine, Axis
+from mhf_compiler.patterns.canonical import (
+    COPY,
+    INPUT,
+    OPAQUE,
+    SCATTER,
+    CanonicalCopy,
+    Storage,
+    Value,
+)
+from mhf_compiler.patterns.checks import _check_readable, _has_gradient, _nested, check_piece
+from mhf_compiler.patterns.reasons import Declined
+from mhf_compiler.patterns.recognise import Findings
 
 B, L, H, d, f = 2, 6, 4, 8, 5
 
@@ -709,3 +723,337 @@ def test_float64_is_computed_on_a_cpu_alone(dtype: torch.dtype, kind: Kind):
     (miss,) = report.declined
     assert miss.reason is not None
     assert miss.reason.kind is kind
+
+
+# Networks in graphs as they are written, and checks by themselves.
+
+
+def found(
+    compute: Callable[[Ffn, Tensor], Any], *others: Tensor, trained: bool = True, **sizes: int
+) -> Findings:
+    model = Ffn(compute, **sizes).requires_grad_(trained)
+    with torch.set_grad_enabled(trained):
+        return find_sites(graph_of(model, torch.randn(B, L, H, d), *others))
+
+
+def reasons(findings: Findings) -> list[Kind | Any]:
+    assert not findings.sites
+    return [miss.reason.kind for miss in findings.near_misses]
+
+
+def merged(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The output of all heads, and that of the first."""
+    first, *others = heads_apart(m, q)
+    return torch.stack([first, *others], 2), first
+
+
+def test_a_reader_that_nothing_reads_is_none():
+    def read(m: Ffn, q: Tensor) -> Tensor:
+        y, first = merged(m, q)
+        first.sin()
+        return y
+
+    (site,) = found(read).sites
+    assert site.pieces == ()
+
+
+def heads_of_wider_products(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each product the first half is a head's output."""
+    wide = torch.cat([m.down, m.down], -1)
+    outs = []
+    for h in range(H):
+        part = q[:, :, h]
+        outs.append(((F.silu(part @ m.gate[h]) * (part @ m.up[h])) @ wide[h])[..., :d])
+    return torch.stack(outs, 2), outs[0]
+
+
+def test_a_heads_output_with_gaps_in_memory_is_not_cut_out_of_the_result():
+    assert len(found(lambda m, q: heads_of_wider_products(m, q)[0]).sites) == 1
+    assert found(heads_of_wider_products).sites == []
+
+
+def merged_and_detached(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    y, first = merged(m, q)
+    return y.detach(), first
+
+
+def merged_without_gradients(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    y, first = merged(m, q)
+    records_gradients(q, False)
+    return y * 2, first
+
+
+def compared_when_merged(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    y, first = merged(m, q)
+    return y > 0, first
+
+
+def sizes_of_merged(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
+    y, first = merged(m, q)
+    return torch.zeros_like(y), first
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [merged_and_detached, merged_without_gradients, compared_when_merged, sizes_of_merged],
+)
+def test_a_head_has_no_gradient_through_a_result_that_has_none(
+    compute: Callable[[Ffn, Tensor], Any],
+):
+    """Where nothing is trained, that is no matter."""
+    assert reasons(found(compute)) == [Kind.GRADIENTS_CUT]
+    model = Ffn(compute).requires_grad_(False)
+    assert len(find_sites(graph_of(model, torch.randn(B, L, H, d))).sites) == 1
+
+
+def test_half_a_network_without_gradients_matters_where_some_are_wanted():
+    def half(m: Ffn, q: Tensor) -> Tensor:
+        records_gradients(q, False)
+        gate = F.silu(project(q, m.gate))
+        records_gradients(q, True)
+        return project(gate * project(q, m.up), m.down)
+
+    assert reasons(found(half)) == [Kind.GRADIENTS_CUT]
+    assert len(find_sites(graph_of(Ffn(half).requires_grad_(False), torch.ones(B, L, H, d))).sites)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_network_is_not_half_in_a_region_of_inference_mode(trained: bool):
+    """A view of what is computed there is of another kind than the op's result."""
+
+    def viewed(m: Ffn, q: Tensor) -> Tensor:
+        region = call(q, torch.autograd.grad_mode._enter_inference_mode, True)
+        y = project(m.hidden(q), m.down)
+        call(q, torch.autograd.grad_mode._exit_inference_mode, region)
+        return y.flatten(2)
+
+    def finished(m: Ffn, q: Tensor) -> Tensor:
+        region = call(q, torch.autograd.grad_mode._enter_inference_mode, True)
+        hidden = m.hidden(q)
+        call(q, torch.autograd.grad_mode._exit_inference_mode, region)
+        return project(hidden, m.down)
+
+    assert reasons(found(viewed, trained=trained)) == [Kind.INFERENCE_REGION]
+    assert reasons(found(finished, trained=trained)) == [Kind.GRADIENTS_CUT]
+
+
+def test_a_result_may_be_copied_into_an_input_and_not_computed_there():
+    def copied(m: Ffn, q: Tensor) -> Tensor:
+        y = project(m.hidden(q), m.down)
+        q.copy_(y)
+        return y
+
+    class Computed(nn.Module):
+        """[H, tokens, d] to the same, the result in the memory of the second input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.randn(H, d, f), torch.randn(H, f, d)
+
+        def forward(self, q: Tensor, y: Tensor) -> Tensor:
+            torch.bmm(torch.bmm(q, self.up).relu(), self.down, out=y)
+            return y * 2
+
+    def another_written(m: Ffn, q: Tensor) -> Tensor:
+        y = project(m.hidden(q * 2), m.down)
+        q.sin_()
+        return y
+
+    assert len(found(copied, trained=False).sites) == 1
+    assert len(found(another_written, trained=False).sites) == 1
+    x = torch.randn(H, L, d)
+    with torch.no_grad():
+        assert reasons(find_sites(graph_of(Computed(), x, x))) == [Kind.MUTATION]
+
+
+# What is said of weights that depend on tokens.
+
+
+def narrow(form: str, weights: Callable[[Ffn, Tensor], Tensor]) -> Callable[[Ffn, Tensor], Tensor]:
+    """A network in bfloat16 whose down projection by other weights is cast from float32."""
+
+    def compute(m: Ffn, q: Tensor) -> Tensor:
+        x = q.bfloat16()
+        gate, up = (torch.einsum("blhi,hif->blhf", x, w.bfloat16()) for w in (m.gate, m.up))
+        return torch.einsum(form, F.silu(gate) * up, weights(m, q).bfloat16())
+
+    return compute
+
+
+ONE, EACH = "blhf,hfo->blho", "blhf,blhfo->blho"
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "kind"),
+    [
+        (EACH, lambda m, q: m.down * q[..., :1, None], Kind.MIXED_PRECISION),
+        (EACH, lambda m, q: m.down + q[..., :1, None], Kind.TOKEN_DEPENDENT_WEIGHTS),
+        (ONE, lambda m, q: (m.down + q.mean((0, 1, 2))) * 2, Kind.TOKEN_DEPENDENT_WEIGHTS),
+        (EACH, lambda m, q: m.down * q[..., :f, None], Kind.TOKEN_DEPENDENT_WEIGHTS),
+        (
+            ONE,
+            lambda m, q: (m.down + q.mean((0, 1, 2))) * m.gate[:, :1, :1],
+            Kind.TOKEN_DEPENDENT_WEIGHTS,
+        ),
+        (ONE, lambda m, q: (m.down + q.mean((0, 1, 2))).sin(), Kind.TOKEN_DEPENDENT_WEIGHTS),
+    ],
+    ids=[
+        "a router is multiplied",
+        "a router is added",
+        "a number is multiplied",
+        "a factor of hidden units",
+        "a factor of heads alone",
+        "of one operand",
+    ],
+)
+def test_a_router_before_a_cast_of_the_weights_is_told_apart(
+    form: str, weights: Callable[[Ffn, Tensor], Tensor], kind: Kind
+):
+    assert reasons(found(narrow(form, weights))) == [kind]
+
+
+def added_by_addmm(x: Tensor, z: Tensor) -> Tensor:
+    return torch.addmm(x, z.t(), torch.ones(d, d))
+
+
+def read_twice(x: Tensor, z: Tensor) -> Tensor:
+    """A sum, and the same turned round, so that tokens are along the other of its dimensions."""
+    both = x[:, 0].unsqueeze(1) + z[:, 0]
+    return both + both.t()
+
+
+def doubled(x: Tensor, z: Tensor) -> Tensor:
+    """Read on as many ways as nobody could follow one by one."""
+    q = x + z
+    for _ in range(40):
+        q = q + q
+    return q
+
+
+class Two(Ffn):
+    """Queries (d, d) made of two inputs, and a down projection that is made of one of them."""
+
+    def __init__(self, query: Callable[[Tensor, Tensor], Tensor], source: int) -> None:
+        super().__init__(lambda m, q: q)
+        self.query, self.source = query, source
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+        q, shift = self.query(x, z), (x, z)[self.source].mean()
+        gate, up = (torch.einsum("td,hdf->thf", q, w) for w in (self.gate, self.up))
+        return torch.einsum("thf,hfd->thd", F.silu(gate) * up, self.down + shift)
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("query", [added_by_addmm, read_twice, doubled])
+def test_weights_may_not_be_made_of_what_tokens_are_made_of(
+    query: Callable[[Tensor, Tensor], Tensor], source: int
+):
+    graph = graph_of(Two(query, source), torch.randn(d, d), torch.randn(d, d))
+    assert reasons(find_sites(graph)) == [Kind.TOKEN_DEPENDENT_WEIGHTS]
+
+
+def test_weights_may_be_made_of_what_scales_all_tokens_alike():
+    scaled = Two(lambda x, z: x * z.mean(), 1)
+    assert len(find_sites(graph_of(scaled, torch.randn(d, d), torch.randn(d, d))).sites) == 1
+
+
+def test_an_axis_of_size_one_is_not_nested_in_heads():
+    heads, one, inner = Axis(H), Axis(1), Axis(3)
+    form = Affine(((heads, 6), (one, 2), (inner, 1)))
+    assert _nested((form,), {heads}) == {inner}
+
+
+# Values by themselves: few graphs have such ones.
+
+
+def a_value(op: Any, *args: Value, **attributes: Any) -> Value:
+    given: dict[str, Any] = {"dtype": torch.float32, "requires_grad_mode": True} | attributes
+    node = given.pop("origin", None) or fx.Graph().placeholder("x")
+    return Value(
+        op=op,
+        args=args,
+        kwargs={},
+        shape=(4, 6),
+        device=torch.device("cpu"),
+        origin=node,
+        step=0,
+        strides=(6, 1),
+        **given,
+    )
+
+
+def held(*values: Value) -> tuple[CanonicalCopy, fx.Node]:
+    """A copy in which nodes hold these values, and a node after them."""
+    graph, copy = fx.Graph(), CanonicalCopy()
+    for position, value in enumerate(values):
+        node = graph.placeholder("x")
+        copy.positions[node], copy.autocast[node] = position, {}
+        copy.add_result(node, value, Storage(value), value.strides, is_part=False)
+    op = graph.placeholder("op")
+    copy.positions[op], copy.autocast[op] = len(values), {}
+    return copy, op
+
+
+def test_a_heads_output_that_no_node_holds_is_not_cut_out():
+    piece = a_value(torch.ops.aten.mm.default)
+    with pytest.raises(Declined) as declined:
+        check_piece(piece, None, piece, CanonicalCopy())  # type: ignore[arg-type]
+    assert declined.value.reason.kind is Kind.ESCAPING_INTERMEDIATE
+
+
+@pytest.mark.parametrize("op", [INPUT, OPAQUE, COPY, SCATTER])
+def test_what_no_node_holds_is_not_computed_again_where_no_operation_made_it(op: str):
+    copy, node = held()
+    copy.autocast.clear()
+    with pytest.raises(Declined) as declined:
+        _check_readable(a_value(op, a_value(INPUT)), copy, node, records=True)
+    assert declined.value.reason.kind is Kind.MUTATION
+
+
+@pytest.mark.parametrize(("wanted", "kind"), [(True, Kind.GRADIENTS_CUT), (False, None)])
+def test_what_is_computed_again_has_its_gradients(wanted: bool, kind: Kind | None):
+    x = a_value(INPUT, requires_grad=wanted)
+    copy, node = held(x)
+    again = a_value(torch.ops.aten.sin.default, x, requires_grad_mode=False)
+    copy.autocast[again.origin] = {}
+    assert refused(again, copy, node) is kind
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [
+        (torch.ops.aten.sin.default, Kind.AUTOCAST_BOUNDARY),
+        (torch.ops.aten.clone.default, None),
+        (torch.ops.aten._to_copy.default, None),
+    ],
+    ids=["computed", "a view", "a cast"],
+)
+def test_what_is_computed_again_has_its_autocast(op: Any, kind: Kind | None):
+    x = a_value(INPUT)
+    copy, node = held(x)
+    dtype = torch.bfloat16 if op is torch.ops.aten._to_copy.default else torch.float32
+    again = a_value(op, x, dtype=dtype)
+    copy.autocast[again.origin] = {"cpu": torch.bfloat16}
+    assert refused(again, copy, node) is kind
+
+
+def refused(value: Value, copy: CanonicalCopy, node: fx.Node) -> Kind | Any:
+    try:
+        _check_readable(value, copy, node, records=True)
+    except Declined as declined:
+        return declined.reason.kind
+    return None
+
+
+def test_a_gradient_is_looked_for_once_in_each_value():
+    """Each of forty is read twice by the next."""
+    value = first = a_value(INPUT)
+    values = [first]
+    for _ in range(40):
+        value = a_value(torch.ops.aten.add.Tensor, value, value)
+        values[-1].readers += [value, value]
+        values.append(value)
+    copy, _ = held(*values)
+    copy.finish()
+    copy._live.update(values)
+    assert not _has_gradient(first, copy)
