@@ -192,10 +192,11 @@ class _Reader:
             return None
         bias = contraction.bias
         source, at = through_views(bias.value, bias.index, stops=self.outputs)
-        whole = is_zero(source) or source in self.outside
-        if not whole and not source.is_parameter and len(bias.value.shape) == len(value.shape):
-            whole = real_axes(index) <= real_axes(at)  # of one token a bias does, too
-        return contraction if whole else None
+        if is_zero(source):
+            return contraction
+        if len(bias.value.shape) != len(value.shape):
+            return None  # of one token a bias moves along all axes, too
+        return contraction if real_axes(index) <= real_axes(at) else None
 
     def adds_bias(self, value: Value, index: Index) -> bool:
         """Whether an addition inside of a sum belongs to one term: a sub-network with its bias."""
@@ -227,7 +228,7 @@ class _Reader:
             if right == 0 or not math.isfinite(right) or math.isinf(1 / right):
                 raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             return scaled(self.output(left, index), 1.0 / right if divides else float(right))
-        if not (isinstance(left, Value) and isinstance(right, Value)):
+        if not isinstance(right, Value):
             raise Declined(Kind.VARYING_NUMBER, node=value.origin)
         if value.op is not aten.mul.Tensor:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
@@ -405,7 +406,7 @@ class _Reader:
             if real_axes(left.index) <= hidden:
                 left, right = right, left
             router, rest = real_axes(right.index), real_axes(left.index)
-            if not router <= hidden or rest <= hidden or router <= rest:
+            if not router <= hidden or router <= rest:
                 return weight, factors
             self.computed.add(value)
             weight = left

@@ -6,6 +6,7 @@ _AXES_OF_AN_OPERAND = (
     "those that the weights are read along to groups, sub-networks, hidden units or the width"
 )
 _RANGE = "of PyTorch's dtypes, one with the digits but not the range of another has a larger tiny"
+_FIXED = "a place that no axis moves is a number: of symbols it is not known to be below the pieces"
 
 EQUIVALENT = {
     f'{_CHECKS}one_query: role in ("up", "up_query")  ->  True': (
@@ -36,5 +37,11 @@ EQUIVALENT = {
     ),
     "patterns/axes.py:_place_offset: offset == 0  ->  True": (
         "the innermost digit has stride one, so that nothing is left over"
+    ),
+    "patterns/grammar.py:_Reader._pieces: not position.resolved().terms and "
+    "isinstance(position.offset, int)  ->  ((not position.resolved().terms))": _FIXED,
+    "patterns/hidden.py:_one_piece: read is None or read[0].resolved().terms or "
+    "not isinstance(read[0].offset, int)  ->  ((read is None) or (read[0].resolved().terms))": (
+        _FIXED
     ),
 }

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mhf_compiler.compat import FakeTensorMode
 
@@ -19,6 +20,19 @@ def graph_of(function: Callable[..., Any], *examples: Tensor) -> fx.GraphModule:
     for node, example in zip(placeholders, examples, strict=True):
         node.meta["val"] = mode.from_tensor(example)
     return gm
+
+
+def dynamic_graph_of(
+    function: Callable[..., Any], *examples: Tensor
+) -> tuple[fx.GraphModule, ShapeEnv]:
+    """The same with a symbol for every size, and what knows the symbols."""
+    gm = fx.symbolic_trace(function)
+    shape_env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shape_env)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, example in zip(placeholders, examples, strict=True):
+        node.meta["val"] = mode.from_tensor(example)
+    return gm, shape_env
 
 
 def call(x: Tensor, function: Callable[..., Any], *args: Any) -> Any:
