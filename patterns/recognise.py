@@ -27,7 +27,7 @@ from .checks import TWO_DIMENSIONS, build_site, check_form
 from .contractions import as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
-from .operations import DROPOUT, REDUCTIONS, is_cast, is_other_pointwise, operation_name
+from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
 from .products import MATRIX_PRODUCTS, is_product_call, may_be_product_call
 from .reasons import Declined, Kind, Reason, Unreadable
 from .site import Location, Site
@@ -115,8 +115,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 path = paths[anchor]
                 above[found.output] = path[path.index(found.output) + 1 :]
         elif not computes_gradients(anchor.origin):
-            where = locate(found.node or anchor.origin) or locate(anchor.origin)
-            missed.append(NearMiss(found, where, anchor))
+            missed.append(_near_miss(found, anchor))
     missed = _as_loops(missed, paths, copy)
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
@@ -127,6 +126,12 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     apart = _why_apart(findings.sites, above, tried, copy)
     findings.near_misses = [*reported.values(), *apart]
     return findings
+
+
+def _near_miss(reason: Reason, value: Value) -> NearMiss:
+    """Of a value, at the line that the reason names if it names one that is known."""
+    where = None if reason.node is None else locate(reason.node)
+    return NearMiss(reason, where or locate(value.origin), value)
 
 
 def _why_apart(
@@ -174,9 +179,8 @@ def _parts_of_one(
                 continue  # two whole networks of the same queries
             if reason.kind is Kind.UNKNOWN_OPERATION:
                 kind = Kind.OPERATION_IN_LOOP if whole.op in _MERGED else Kind.SUMMED_APART
-                detail = reason.detail or operation_name(whole)
-                reason = Reason(kind, detail, reason.node or whole.origin)
-            yield set(members), NearMiss(reason, locate(reason.node or whole.origin), whole)
+                reason = Reason(kind, reason.detail or operation_name(whole), reason.node)
+            yield set(members), _near_miss(reason, whole)
 
 
 def _left_out(
@@ -189,7 +193,7 @@ def _left_out(
             adds |= not (is_view(value) or is_cast(value))
             reason = tried.get(value)
             if adds and isinstance(reason, Reason) and reason.kind in _OF_PRECISION:
-                yield {site.output}, NearMiss(reason, locate(reason.node or value.origin), value)
+                yield {site.output}, _near_miss(reason, value)
                 break
 
 
@@ -219,8 +223,7 @@ def _summed_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[tuple[set[
         apart = (other_ways[sums[0]] or ways[sums[0]]) if sums else None
         if apart is not None:
             reason = Reason(Kind.SUMMED_APART, operation_name(apart), apart.origin)
-            outputs = {site.output for site in group}
-            yield outputs, NearMiss(reason, locate(apart.origin), first.output)
+            yield {site.output for site in group}, _near_miss(reason, first.output)
 
 
 def _merged_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[tuple[set[Value], NearMiss]]:
@@ -239,8 +242,7 @@ def _merged_apart(sites: list[Site], copy: CanonicalCopy) -> Iterator[tuple[set[
 def _merged_after(through: Value, output: Value) -> NearMiss:
     """The reason why an output is not merged at once: what it goes through."""
     detail = f"{operation_name(through)} before the heads are merged"
-    reason = Reason(Kind.OPERATION_IN_LOOP, detail, through.origin)
-    return NearMiss(reason, locate(through.origin) or locate(output.origin), output)
+    return _near_miss(Reason(Kind.OPERATION_IN_LOOP, detail, through.origin), output)
 
 
 def _sums_after(site: Site, copy: CanonicalCopy) -> dict[Value, Value | None]:
@@ -345,7 +347,7 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
                 yield value
             outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
             flags[value] = inherited if outer else _PROJECTED
-        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON or _keeps(value):
+        elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
             flags[value] = inherited
         elif value.op is aten._softmax.default:
             soft = _SOFTENED if value in weighed else _ATTENDING
@@ -388,18 +390,6 @@ def _may_be_activation(value: Value, flags: dict[Value, int]) -> bool:
         for one in value.operands
     )
     return projected and value.operands[0].shape[-1] in (value.shape[-1], 2 * value.shape[-1])
-
-
-def _keeps(value: Value) -> bool:
-    """Whether it is a sum or a mean that keeps the dimension, so as to be expanded again.
-
-    Not over the last dimension, as a norm has it: that is where features are.
-    """
-    if value.op not in REDUCTIONS or not value.argument(2, "keepdim", False):
-        return False
-    rank = len(value.shape)
-    dims = {dim % rank for dim in value.argument(1, "dim", None) or range(rank)}
-    return rank - 1 not in dims
 
 
 def _keeps_form(value: Value, flags: dict[Value, int]) -> bool:
@@ -496,8 +486,7 @@ def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
     """Whether a reader, or the readers of a view or a cast, use sizes alone."""
     if not (is_view(value) or is_cast(value)) or value in copy.escaping:
         return value.op in LIKES
-    readers = [reader for reader in value.readers if copy.is_live(reader)]
-    return bool(readers) and all(_reads_sizes(reader, copy) for reader in readers)
+    return all(_reads_sizes(reader, copy) for reader in value.readers if copy.is_live(reader))
 
 
 def _best(
@@ -509,15 +498,15 @@ def _best(
 ) -> Site | Reason:
     """The site of the highest candidate that passes, or the most telling reason why none does."""
     reasons: list[Reason] = []
-    unfinished: list[Reason] = []
     for root in reversed(path):
         if root not in tried or (isinstance(tried[root], Reason) and _adds_to(root, outputs)):
             tried[root] = _try(root, outside, copy, outputs)
         result = tried[root]
         if isinstance(result, Site):
             return result
-        (unfinished if _is_unfinished(root) else reasons).append(result)
-    best = max(reversed(reasons or unfinished), key=_tells)
+        if not _is_unfinished(root):  # as the anchor never is
+            reasons.append(result)
+    best = max(reversed(reasons), key=_tells)
     if best.detail == TWO_DIMENSIONS:
         return _not_summed(path, reasons, copy) or best
     return best
@@ -525,9 +514,7 @@ def _best(
 
 def _is_unfinished(value: Value) -> bool:
     """Whether a buffer is written to again: that it is not full yet tells nothing."""
-    return value.op is SCATTER and any(
-        reader.op is SCATTER and reader.source is value for reader in value.readers
-    )
+    return value.op is SCATTER and any(reader.op is SCATTER for reader in value.readers)
 
 
 def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -> Reason | None:

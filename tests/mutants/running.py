@@ -160,7 +160,7 @@ class Server:
                 continue
             for graph in graphs:
                 graph.said = graph.read()
-            once = {graph.said: graph for graph in graphs}  # explained and compiled: the same
+            once = {graph.key(): graph for graph in graphs}  # explained and compiled: the same
             self.graphs[test] = [graph for graph in once.values() if graph.read() == graph.said]
 
     def freeze(self) -> None:

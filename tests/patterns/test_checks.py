@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.graphs import call, graph_of, records_gradients
+from support.values import a_value
 from torch import Tensor, fx, nn
 
 import mhf_compiler
@@ -963,23 +964,7 @@ def test_an_axis_of_size_one_is_not_nested_in_heads():
     assert _nested((form,), {heads}) == {inner}
 
 
-# Values by themselves: few graphs have such ones.
-
-
-def a_value(op: Any, *args: Value, **attributes: Any) -> Value:
-    given: dict[str, Any] = {"dtype": torch.float32, "requires_grad_mode": True} | attributes
-    node = given.pop("origin", None) or fx.Graph().placeholder("x")
-    return Value(
-        op=op,
-        args=args,
-        kwargs={},
-        shape=(4, 6),
-        device=torch.device("cpu"),
-        origin=node,
-        step=0,
-        strides=(6, 1),
-        **given,
-    )
+# Values by themselves.
 
 
 def held(*values: Value) -> tuple[CanonicalCopy, fx.Node]:

@@ -1,0 +1,378 @@
+"""What is looked at in a graph, and what is said of networks that are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.graphs import graph_of
+from support.values import a_value
+from torch import Tensor, nn
+
+from mhf_compiler.patterns import Kind, Reason, find_sites
+from mhf_compiler.patterns.canonical import Value
+from mhf_compiler.patterns.checks import TWO_DIMENSIONS
+from mhf_compiler.patterns.recognise import _PROJECTED as PROJECTED
+from mhf_compiler.patterns.recognise import (
+    Findings,
+    _is_unfinished,
+    _keeps_form,
+    _may_be_activation,
+    _near_miss,
+    _not_summed,
+    _only_reader,
+    _parts_of_one,
+    _projections_of,
+    _summed_apart,
+    _sums_after,
+)
+from mhf_compiler.patterns.tracer import trace
+
+aten = torch.ops.aten
+T, H, d, f = 6, 4, 8, 5
+
+
+class Ffn(nn.Module):
+    """Weights of four networks; ``compute`` says what becomes of them."""
+
+    def __init__(self, compute: Callable[[Ffn, Tensor], Any]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.up, self.down = (nn.Parameter(torch.randn(s)) for s in ((H, d, f), (H, f, d)))
+
+    def plain(self, x: Tensor, e: int) -> Tensor:
+        """One network of (T, d)."""
+        return (x @ self.up[e]).relu() @ self.down[e]
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(self, x)
+
+
+def found(compute: Callable[[Ffn, Tensor], Any]) -> Findings:
+    return find_sites(graph_of(Ffn(compute), torch.randn(T, d)))
+
+
+def said(findings: Findings) -> list[Kind | Any]:
+    return [miss.reason.kind for miss in findings.near_misses]
+
+
+class Traced:
+    """The copy of a function of two tensors (T, T), its values by the names of nodes."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Any]) -> None:
+        self.gm = graph_of(function, torch.randn(T, T), torch.randn(T, T))
+        self.copy = trace(self.gm)
+        self.values = {node.name: value for node, value in self.copy.value_of.items()}
+
+    def __getitem__(self, name: str) -> Value:
+        return self.values[name]
+
+
+# Near-misses, and where they are.
+
+
+def at_line(number: int) -> dict[str, str]:
+    return {"stack_trace": f'  File "/model.py", line {number}, in forward\n    y = x @ w'}
+
+
+@pytest.mark.parametrize(
+    ("has_node", "node_has_line", "line"), [(True, True, 2), (True, False, 1), (False, False, 1)]
+)
+def test_a_near_miss_is_where_its_reason_is_or_else_where_the_network_is(
+    has_node: bool, node_has_line: bool, line: int
+):
+    copy = Traced(lambda x, y: (x @ y).sin())
+    node, value = copy["sin"].origin, copy["matmul"]
+    value.origin.meta |= at_line(1)
+    node.meta |= at_line(2) if node_has_line else {}
+    reason = Reason(Kind.PLAIN_FFN, "", node if has_node else None)
+    location = _near_miss(reason, value).location
+    assert location is not None
+    assert location.line == line
+
+
+# What may be a network.
+
+
+def test_a_product_over_its_own_operand_is_looked_at_if_it_reads_hidden_units():
+    """What it computes is not known: it may read what it has written."""
+
+    def over(hidden: Callable[[Tensor], Tensor], used: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        def compute(x: Tensor, w: Tensor) -> Tensor:
+            h = hidden(x @ w)
+            torch.mm(h, w, out=h)
+            return h if used else x
+
+        return compute
+
+    def looked_at(hidden: Callable[[Tensor], Tensor], used: bool) -> int:
+        with torch.no_grad():
+            gm = graph_of(over(hidden, used), torch.randn(T, T), torch.randn(T, T))
+            return find_sites(gm).looked_at
+
+    assert looked_at(torch.relu, True) == 1
+    assert looked_at(torch.relu, False) == 0
+    assert looked_at(torch.neg, True) == 0
+
+
+OWN = SimpleNamespace(namespace="theirs", tags=())
+
+
+@pytest.mark.parametrize(
+    ("shapes", "projected", "may_be"),
+    [
+        ([(T, d)], [True], True),
+        ([(T, d), (T, d)], [True, True], True),
+        ([(T, 2 * d)], [True], True),
+        ([(T, 3 * d)], [True], False),
+        ([(T, d), (d,)], [True, True], False),
+        ([(T, d), (T, d)], [True, False], False),
+        ([(T, d), (2 * T, d)], [True, True], False),
+        ([(T, d)] * 3, [True] * 3, False),
+        ([], [], False),
+    ],
+    ids=[
+        "one",
+        "two",
+        "packed",
+        "three times as wide",
+        "scaled",
+        "with other tokens",
+        "rows",
+        "three",
+        "none",
+    ],
+)
+def test_an_op_of_projections_may_be_an_activation(
+    shapes: list[tuple[int, ...]], projected: list[bool], may_be: bool
+):
+    operands = [a_value(aten.mm.default, shape=shape) for shape in shapes]
+    flags = {v: PROJECTED for v, yes in zip(operands, projected, strict=True) if yes}
+    assert _may_be_activation(a_value(OWN, *operands, shape=(T, d)), flags) is may_be
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "keeps"),
+    [
+        (aten.flip.default, (T, d), True),
+        (aten.amax.default, (1, d), True),
+        (aten.flip.default, (2 * T, d), False),
+        (aten.flip.default, (T, 1), False),
+        (aten.flip.default, (d,), False),
+        (aten._scaled_dot_product_flash_attention_for_cpu.default, (T, d), False),
+        (aten.native_batch_norm.default, (T, d), False),
+        (OWN, (T, d), False),
+    ],
+    ids=[
+        "all of it",
+        "a row",
+        "more rows",
+        "no features",
+        "no tokens",
+        "attention",
+        "batch norm",
+        "their own",
+    ],
+)
+def test_an_operation_of_a_projection_keeps_its_form(op: Any, shape: tuple[int, ...], keeps: bool):
+    projection = a_value(aten.mm.default, shape=(T, d))
+    assert _keeps_form(a_value(op, projection, shape=shape), {projection: PROJECTED}) is keeps
+
+
+def test_a_norm_of_hidden_units_is_read_through():
+    norm = Traced(lambda x, w: F.layer_norm((x @ w).relu(), [T]) @ w)
+    (projection,) = _projections_of(norm["matmul_1"])
+    assert projection is norm["matmul"]
+
+
+# The way up from an anchor.
+
+
+def test_networks_that_only_a_dead_operation_merges_are_apart():
+    def dead(m: Ffn, x: Tensor) -> tuple[Tensor, ...]:
+        outs = [m.plain(x, h) for h in range(H)]
+        torch.stack(outs)
+        torch.stack([y.sin() for y in outs])
+        return tuple(outs)
+
+    findings = found(dead)
+    assert findings.sites == []
+    assert said(findings) == [Kind.PLAIN_FFN] * H
+
+
+def test_the_reader_of_two_parts_is_not_the_reader_of_the_whole():
+    """But what merges them is."""
+    copy = Traced(lambda x, y: ((x @ y)[:, :3] * (x @ y)[:, 3:], (y @ x)[:3], (y @ x)[3:]))
+    assert _only_reader(copy["matmul"], copy.copy) is None
+    copy = Traced(lambda x, y: torch.cat([(x @ y)[:, :3], (x @ y)[:, 3:]], 1).sin())
+    assert _only_reader(copy["matmul"], copy.copy) is copy["cat"]
+
+
+def test_a_buffer_that_is_written_into_another_one_is_finished():
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        inner = x.new_zeros(T, T)
+        inner[:3].copy_(x[:3])
+        inner[3:].copy_(y[3:])
+        outer = x.new_zeros(2 * T, T)
+        outer[:T].copy_(inner)
+        return inner, outer
+
+    copy = Traced(function).copy
+    first, second = (v for v in copy.values if v.op == "scatter" and v.shape == (T, T))
+    assert _is_unfinished(first)
+    assert not _is_unfinished(second)
+    assert not _is_unfinished(first.source)  # nothing was written to it before
+
+
+# Networks that are apart, and what keeps them so.
+
+
+def merged_after_a_sine(outs: list[Tensor]) -> Tensor:
+    return torch.stack([y.sin() for y in outs])
+
+
+def test_one_network_that_is_merged_with_something_else_is_no_loop():
+    alone = found(lambda m, x: merged_after_a_sine([m.plain(x, 0), x]))
+    assert said(alone) == [Kind.PLAIN_FFN]
+
+
+def test_networks_are_of_one_loop():
+    def twice(m: Ffn, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b, c = (m.plain(x, e) for e in range(3))
+        return merged_after_a_sine([a, b]), merged_after_a_sine([b, c])
+
+    assert said(found(twice)) == [Kind.OPERATION_IN_LOOP, Kind.PLAIN_FFN]
+
+
+def a_site(output: Value, query: Value | None = None) -> Any:
+    sizes = dict.fromkeys(("heads", "head_dim", "sub_networks", "hidden"), 2)
+    return SimpleNamespace(
+        output=output,
+        activation="relu",
+        gated=False,
+        query=SimpleNamespace(value=query or output),
+        **sizes,
+    )
+
+
+def after(function: Callable[[Tensor, Tensor], Any]) -> dict[str, str | None]:
+    """By the operation of each sum that the first tensor is in: what has been done to it before."""
+    copy = Traced(function)
+    ways = _sums_after(a_site(copy["x" if "x" in copy.values else "y"]), copy.copy)
+    return {str(v.op): None if done is None else str(done.op) for v, done in ways.items()}
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda x, y: x + y, {"aten.add.Tensor": None}),
+        (lambda x, y: x.t() + y, {"aten.add.Tensor": None}),
+        (lambda x, y: x.sin() + y, {"aten.add.Tensor": "aten.sin.default"}),
+        (lambda x, y: x.sin().cos() + y, {"aten.add.Tensor": "aten.sin.default"}),
+        (lambda x, y: x + x.sin(), {"aten.add.Tensor": None}),
+        (lambda x, y: x.sum(0), {}),
+        (lambda x, y: (x + y, x.sin())[1], {}),
+        (lambda x, y: torch.addmm(x, y, y), {"aten.addmm.default": "aten.addmm.default"}),
+        (lambda x, y: torch.addmm(y, y, x) + y, {}),
+    ],
+    ids=[
+        "added",
+        "a view",
+        "an operation",
+        "the first of two",
+        "the shorter way",
+        "over a dimension",
+        "dead",
+        "by a product",
+        "as weights",
+    ],
+)
+def test_sums_that_an_output_is_in(
+    function: Callable[[Tensor, Tensor], Any], expected: dict[str, str | None]
+):
+    assert after(function) == expected
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x, y: x.sin() + y, lambda x, y: x + y.sin()],
+    ids=["the first", "the second"],
+)
+def test_sub_networks_are_told_what_keeps_them_apart(function: Callable[[Tensor, Tensor], Tensor]):
+    copy = Traced(function)
+    sites = [a_site(copy[name], query=copy["x"]) for name in ("x", "y")]
+    ((outputs, miss),) = _summed_apart(sites, copy.copy)
+    assert outputs == {copy["x"], copy["y"]}
+    assert miss.reason.kind is Kind.SUMMED_APART
+    assert miss.reason.detail == "sin"
+
+
+def told(function: Callable[[Tensor, Tensor], Tensor], reason: Reason) -> Reason | None:
+    """What is said of two sites that one operation puts together, which is none for a reason."""
+    copy = Traced(function)
+    x, y = (a_site(copy[name], query=copy["x"]) for name in ("x", "y"))
+    (whole,) = copy.copy.reads[copy.gm.graph.output_node()].values()
+    above = {x.output: [whole], y.output: [whole]}
+    parts = list(_parts_of_one([x, y], above, {whole: reason}))
+    return parts[0][1].reason if parts else None
+
+
+def test_parts_of_one_network_are_told_why_they_are_apart():
+    merged, summed = (lambda x, y: torch.cat([x, y])), (lambda x, y: x + y)
+    two = Reason(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, None)
+    assert told(merged, two) is None
+    assert told(summed, two) is two
+    unknown = told(merged, Reason(Kind.UNKNOWN_OPERATION, "sin", None))
+    assert unknown is not None
+    assert (unknown.kind, unknown.detail) == (Kind.OPERATION_IN_LOOP, "sin")
+    unnamed = told(summed, Reason(Kind.UNKNOWN_OPERATION, "", None))
+    assert unnamed is not None
+    assert (unnamed.kind, unnamed.detail) == (Kind.SUMMED_APART, "add.Tensor")
+
+
+# The operation between sub-networks and their later sum.
+
+
+def not_summed(
+    function: Callable[[Tensor, Tensor], Any], path: list[str], *reasons: Reason
+) -> str | None:
+    copy = Traced(function)
+    reason = _not_summed([copy[name] for name in path], list(reasons), copy.copy)
+    return None if reason is None else reason.detail
+
+
+OFFENCE = Reason(Kind.UNKNOWN_OPERATION, "cos", None)
+
+
+@pytest.mark.parametrize(
+    ("function", "path", "reasons", "expected"),
+    [
+        (lambda x, y: x.sin().sum(0), ["x"], [], "sin"),
+        (lambda x, y: x.sin().cos().sum(0), ["x"], [], "sin"),
+        (lambda x, y: x.sum(0), ["x", "sum_1"], [OFFENCE], "cos"),
+        (lambda x, y: x.sum(0), ["x", "sum_1"], [], None),
+        (lambda x, y: (x @ y).sin().sum(0), ["x"], [OFFENCE], None),
+        (lambda x, y: (x.sin(), x.sin().sum(0)), ["x"], [], None),
+        (lambda x, y: x.sin()[0] * 2, ["x"], [], None),
+    ],
+    ids=[
+        "an operation",
+        "the first of two",
+        "summed already",
+        "nothing",
+        "another product",
+        "returned before",
+        "a view of less",
+    ],
+)
+def test_what_stands_between_sub_networks_and_their_sum(
+    function: Callable[[Tensor, Tensor], Any],
+    path: list[str],
+    reasons: list[Reason],
+    expected: str | None,
+):
+    assert not_summed(function, path, *reasons) == expected
