@@ -117,7 +117,7 @@ def times(a: Expression, b: Expression) -> Expression:
     mine, theirs = (dict(f.as_base_exp() for f in sympy.Mul.make_args(x)) for x in (a, b))
     for base in mine.keys() & theirs.keys():
         powers = mine[base], theirs[base]
-        if not base.is_Number and (base == sympy.E or not all(p.is_positive for p in powers)):
+        if not base.is_Number and not all(p.is_positive for p in powers):
             return Unsimplified(a, b)
     return a * b
 
@@ -164,7 +164,7 @@ def _unsigned(x: Expression) -> Expression:
         return abs(x)
     if x.is_Add or x.is_Mul:
         return x.func(*map(_unsigned, x.args))
-    if x.is_Pow and x.exp.is_Integer and x.exp > 0:
+    if x.is_Pow and x.exp > 0:  # an integer, by _power
         return _unsigned(x.base) ** x.exp
     return x
 

@@ -183,7 +183,7 @@ class Memory:
         written = shown_range(chain, base.shape)
         later: list[Value] = []  # writes to other parts since
         old = base
-        while written is not None and old.op is SCATTER:
+        while old.op is SCATTER:
             before = written_range(old)
             if before is None:
                 break

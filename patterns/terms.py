@@ -149,7 +149,7 @@ def may_be_bias(term: Term, added: Operand) -> bool:
 def with_bias(term: Term, bias: Operand, scale: float, at: Value) -> Term:
     """Add a bias; it must be inside of everything that routers and sums have done to the term."""
     if not may_be_bias(term, bias):
-        biased = term.bias is not None and may_be_bias(replace(term, bias=None), bias)
+        biased = may_be_bias(replace(term, bias=None), bias)
         added = "a second bias" if biased else "a tensor"
         raise Declined(Kind.UNKNOWN_OPERATION, f"{added} is added to the output", at.origin)
     return replace(term, bias=bias, bias_scale=scale / term.scale)

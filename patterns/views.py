@@ -86,14 +86,16 @@ def broadcast(index: Index, shape: Sequence[Size]) -> Index:
 def _together_again(value: Value, index: Index) -> tuple[Value, Index] | None:
     """What ``unbind``, ``chunk`` or slices took apart and ``stack`` or ``cat`` merge as it was."""
     pieces = pieces_of(value)
-    source = pieces[0].source if is_view(pieces[0]) else None
+    if not is_view(pieces[0]):
+        return None
+    source = pieces[0].source
     for piece in pieces:
         one = is_view(piece) and piece.source is source
         if not one or piece.requires_grad_mode is not value.requires_grad_mode:
             return None
     dim = value.argument(1, "dim", 0) % len(value.shape)
     read = piece_index(value, index, dim)
-    if source is None or read is None:
+    if read is None:
         return None
     position, inner = read
     reads = [through_view(piece, inner) for piece in pieces]

@@ -44,4 +44,11 @@ EQUIVALENT = {
     "not isinstance(read[0].offset, int)  ->  ((read is None) or (read[0].resolved().terms))": (
         _FIXED
     ),
+    "patterns/views.py:_slice: isinstance(start, int) and start < 0  ->  ((start < 0))": (
+        "a symbolic start is known to be at least zero there"
+    ),
+    "patterns/repeats.py:program: seeded or call.func._schema.is_mutable or "
+    "call.undeclared_writes()  ->  ((seeded) or (call.func._schema.is_mutable))": (
+        "what is repeated is written down as what is run, statistics that it updates as well"
+    ),
 }

@@ -8,13 +8,28 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from support.values import a_value
 from torch import Tensor, nn
 
 import mhf_compiler
 from mhf_compiler import SiteReport
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
-from mhf_compiler.patterns.meaning import ACTIVATIONS, Hidden, Line
+from mhf_compiler.patterns.canonical import INPUT
+from mhf_compiler.patterns.meaning import (
+    ACTIVATIONS,
+    POINTWISE,
+    Hidden,
+    Line,
+    Unsimplified,
+    _adds_up,
+    _as_line,
+    _candidate_arguments,
+    _is_positive,
+    _over,
+    read_hidden,
+)
+from mhf_compiler.patterns.reasons import Declined
 
 Function = Callable[[Tensor], Tensor]
 
@@ -256,3 +271,105 @@ def test_projections_that_are_added(hidden: Callable[[Tensor, Tensor], Tensor]):
 def test_bilinear_units_are_never_rewritten(hidden: Callable[[Tensor, Tensor], Tensor]):
     report = mhf_compiler.explain(Ffn(hidden), options={"rewrite": "always"})(torch.randn(4, 6, 8))
     assert report.rewritten == []
+
+
+# Expressions by themselves.
+
+P0, P1, L0, L1 = sympy.symbols("p0 p1 l0 l1")
+
+
+@pytest.mark.parametrize(
+    ("activation", "gate_scale"), [("silu", 1.0), ("relu", 1.0), ("relu2", 0.5)]
+)
+def test_without_an_up_projection_only_the_square_of_relu_takes_a_scale_inside(
+    activation: str, gate_scale: float
+):
+    hidden = Hidden(activation, Line(P0, 1.0, None, 1.0), None, (), 0.25)
+    inside = hidden.scaled_inside()
+    assert inside.gate.scale == gate_scale
+    assert inside.scale == (1.0 if activation == "relu2" else 0.25)
+
+
+@pytest.mark.parametrize(
+    ("expression", "positive"),
+    [
+        (sympy.exp(L0), True),
+        (1 + sympy.exp(L0), True),
+        (2 * sympy.exp(L0) * sympy.exp(L1), True),
+        (L0, False),
+        (1 + L0, False),
+        (-sympy.exp(L0), False),
+        (sympy.tanh(sympy.exp(L0)), False),
+    ],
+    ids=str,
+)
+def test_only_what_is_seen_to_be_positive_is(expression: sympy.Expr, positive: bool):
+    assert _is_positive(expression) is positive
+
+
+def test_a_division_by_zero_is_not_simplified():
+    assert _over(P0, sympy.Integer(0)).has(Unsimplified)
+    assert not _over(P0, sympy.Integer(2)).has(Unsimplified)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0.1, None), (0, 6), (None, 6), (-1, None)], ids=["above", "6", "below", "wider"]
+)
+def test_only_a_clamp_at_zero_is_relu(arguments: tuple[float | None, ...]):
+    clamp = torch.ops.aten.clamp.default
+    x = a_value(INPUT)
+    assert POINTWISE[clamp](a_value(clamp, x, 0, requires_grad_mode=False), P0) == sympy.Max(0, P0)
+    with pytest.raises(Declined) as declined:
+        POINTWISE[clamp](a_value(clamp, x, *arguments), P0)
+    assert declined.value.reason.kind is Kind.UNKNOWN_ACTIVATION
+
+
+GATE = sympy.Max(0, P0)
+
+
+def test_powers_of_a_factor_are_factors():
+    assert read_hidden(GATE * L0**2 * L1).factors == (L0, L0, L1)
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [(L0 + 1) ** 2, sympy.sqrt(L0), 1 / L0, sympy.tanh(L0)],
+    ids=["of a sum", "a root", "divided by", "activated"],
+)
+def test_other_factors_are_none(factor: sympy.Expr):
+    with pytest.raises(Declined) as declined:
+        read_hidden(GATE * factor)
+    assert declined.value.reason.kind is Kind.NOT_A_PRODUCT
+
+
+@pytest.mark.parametrize(
+    ("factor", "adds"),
+    [
+        (sympy.tanh(P0 + P1), True),
+        (sympy.tanh(P0 + 2 * P1 + 1), True),
+        (sympy.tanh((P0 + 1) * P1), False),
+        (sympy.tanh(P0 + P0 * P1), False),
+    ],
+    ids=str,
+)
+def test_projections_are_added_where_a_sum_has_two_of_them(factor: sympy.Expr, adds: bool):
+    assert _adds_up(factor) is adds
+
+
+def test_a_line_has_one_bias():
+    line = _as_line(2 * P0 + 3 * L0, P0)
+    assert line == Line(P0, 2.0, L0, 3.0)
+    assert _as_line(P0 + L0 + L1, P0) is None
+    assert _as_line(P0 + L0 * L1, P0) is None
+    assert _as_line(P0**2, P0) is None
+
+
+@pytest.mark.parametrize(
+    ("inner", "scale"), [(sympy.sqrt(0.5) * 3 * P0, 3), (L0 * P0, None), (P0**2, None)], ids=str
+)
+def test_the_slope_inside_a_gelu_is_a_number(inner: sympy.Expr, scale: float | None):
+    found = list(_candidate_arguments(sympy.erf(inner), P0, 6))
+    of_slopes = [x / P0 for x in found if x.coeff(P0) == x / P0 and (x / P0).is_number]
+    assert 0 not in of_slopes
+    assert scale is None or any(abs(float(slope) - scale) < 1e-5 for slope in of_slopes)
+    assert not any(candidate.has(L0) for candidate in found if scale is not None)

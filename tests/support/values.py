@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mhf_compiler.patterns.axes import contiguous_strides
 from mhf_compiler.patterns.canonical import Value
 
 
@@ -21,5 +22,5 @@ def a_value(op: Any, *args: Any, **attributes: Any) -> Value:
         "step": 0,
         "requires_grad_mode": True,
     } | attributes
-    strides = tuple(torch.empty(given["shape"], device="meta").stride())
+    strides = tuple(contiguous_strides(given["shape"]))
     return Value(op=op, args=args, **{"strides": strides} | given)

@@ -1,0 +1,127 @@
+"""Views by themselves: what cannot be read as an index map ends the walk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from support.values import a_value
+
+from mhf_compiler.patterns.axes import Affine, Axis, axis_form
+from mhf_compiler.patterns.canonical import INPUT, Value
+from mhf_compiler.patterns.views import (
+    grows_into,
+    is_factory,
+    pieces_of,
+    stages_of,
+    through_view,
+)
+
+aten = torch.ops.aten
+N = sympy.Symbol("n", integer=True, positive=True)
+SOME = sympy.Symbol("m", integer=True)
+
+
+def read(value: Value, *index: Affine) -> Any:
+    """Where the first dimension of a view is read; the others have axes of their own."""
+    rest = [axis_form(Axis(size)) for size in value.shape[len(index) :]]
+    step = through_view(value, (*index, *rest))
+    return None if step is None else step[1]
+
+
+def a_slice(start: Any, stop: Any, step: Any = 1, size: Any = 8, width: Any = 3) -> Value:
+    source = a_value(INPUT, shape=(size, 6))
+    return a_value(aten.slice.Tensor, source, 0, start, stop, step, shape=(width, 6))
+
+
+@pytest.mark.parametrize(
+    ("view", "offset"),
+    [
+        (a_slice(2, 5), 2),
+        (a_slice(-3, None), 5),
+        (a_slice(N, None), N),
+        (a_slice(N * N + N - 1, None), N * N + N - 1),
+        (a_slice(SOME, None), None),
+        (a_slice(-3, None, size=N), None),
+        (a_slice(0, None, step=N), None),
+    ],
+    ids=["here", "from the end", "symbolic", "a sum", "perhaps negative", "of n", "every nth"],
+)
+def test_a_slice_starts_where_it_is_known_to(view: Value, offset: Any):
+    index = read(view)
+    assert (None if index is None else index[0].offset) == offset
+
+
+@pytest.mark.parametrize(
+    ("at", "size", "offset"),
+    [(2, 8, 2), (-1, 8, 7), (2, N, 2), (-1, N, None), (N, 8, None)],
+    ids=["here", "the last", "of n", "the last of n", "the nth"],
+)
+def test_a_place_is_a_known_one(at: Any, size: Any, offset: Any):
+    source = a_value(INPUT, shape=(size, 6))
+    index = read(a_value(aten.select.int, source, 0, at, shape=(6,)))
+    assert (None if index is None else index[0].offset) == offset
+
+
+def test_a_repeated_tensor_is_read_within_one_copy():
+    value = a_value(aten.repeat.default, a_value(INPUT), (2, 1), shape=(8, 6))
+    axis = Axis(4)
+    index = read(value, Affine(((axis, 1),), 4))
+    assert index[0].terms == ((axis, 1),)
+    assert read(value, Affine(((axis, 1),), 2)) is None
+
+
+def cat(*pieces: Value, dim: int = 0, **given: Any) -> Value:
+    return a_value(aten.cat.default, list(pieces), dim, **given)
+
+
+def test_pieces_of_unequal_width_are_not_read_together():
+    source = a_value(INPUT, shape=(8, 6))
+    halves = [
+        a_value(aten.slice.Tensor, source, 0, start, start + width, shape=(width, 6))
+        for start, width in ((0, 3), (3, 5))
+    ]
+    assert read(cat(*halves, shape=(8, 6))) is None
+
+
+def test_pieces_that_are_no_index_maps_are_not_read_together():
+    """Rows of 5 out of rows of 7."""
+    piece = a_value(aten.view.default, a_value(INPUT, shape=(5, 7)), (7, 5), shape=(7, 5))
+    assert read(piece) is None
+    assert read(cat(piece.source, piece.source, shape=(10, 7))) is None
+    assert read(cat(piece, piece, shape=(14, 5))) is None
+
+
+def test_only_a_cat_along_the_same_dimension_grows():
+    a = a_value(INPUT)
+    inner = cat(a, a, shape=(8, 6))
+    assert grows_into(inner, cat(inner, a, shape=(12, 6)))
+    assert not grows_into(inner, cat(inner, inner, dim=1, shape=(8, 12)))
+    assert not grows_into(inner, a_value(aten.stack.default, [inner, inner], shape=(2, 8, 6)))
+    assert not grows_into(a, cat(inner, a, shape=(12, 6)))
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_cat_without_gradients_grows_into_one_with_them_if_none_is_wanted(wanted: bool):
+    a = a_value(INPUT, requires_grad=wanted)
+    inner = cat(a, a, shape=(8, 6), requires_grad_mode=False)
+    assert grows_into(inner, cat(inner, a, shape=(12, 6))) is not wanted
+
+
+def test_a_cat_that_is_a_piece_is_no_stage():
+    a = a_value(INPUT)
+    inner = cat(a, a, shape=(8, 6))
+    assert stages_of(cat(inner, inner, shape=(16, 6))) == set()
+    assert stages_of(cat(inner, a, shape=(12, 6))) == {inner}
+
+
+def test_what_is_merged_of_nothing_has_its_pieces():
+    nothing = a_value(INPUT, shape=(0, 6))
+    assert list(pieces_of(cat(nothing, nothing, shape=(0, 6)))) == [nothing, nothing]
+
+
+def test_random_numbers_are_no_factory():
+    assert is_factory(a_value(aten.zeros.default, (4, 6)))
+    assert not is_factory(a_value(aten.rand.default, (4, 6)))
