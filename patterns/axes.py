@@ -206,7 +206,7 @@ def quotient(a: Size, b: Size) -> Size | None:
     """``a / b`` when ``b`` divides ``a`` for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if b != 0 and a % b == 0 else None
-    numerator, denominator = sympy.fraction(sympy.cancel(sympy.sympify(a) / b))
+    numerator, denominator = sympy.cancel(sympy.sympify(a) / b).as_numer_denom()
     if denominator != 1:
         return None
     return _tidy(sympy.expand(numerator))

@@ -26,6 +26,7 @@ from mhf_compiler.patterns.axes import (
     plus,
     quotient,
     real,
+    run_length,
     same_index,
     same_steps,
     split,
@@ -281,10 +282,13 @@ def test_sizes_with_symbols():
     assert isinstance(plus(n + 1, -n), int)
     assert quotient(12 * n * m, 4 * n) == 3 * m
     assert quotient(12 * n, 12 * n) == 1
+    assert quotient(4 * n + 4, 4) == n + 1
     assert isinstance(quotient(12 * n, n), int)
 
 
-@pytest.mark.parametrize(("a", "b"), [(n, 2), (n, m), (n + 1, n), (7, n), (7, 2), (7, 0)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(n, 2), (n + 1, 4), (n, m), (n + 1, n), (7, n), (7, 2), (7, 0)]
+)
 def test_a_division_has_to_be_exact_for_all_values(a: Any, b: Any):
     assert quotient(a, b) is None
 
@@ -364,6 +368,8 @@ def test_axes_of_size_one_are_not_real():
     [
         (n, (2 * n,), (2, n), (1, 0)),
         (n + 1, (2 * n,), (2, n), None),  # in the second row, but not in one digit
+        (4 * n + 1, (24 * n,), (6 * n, 4), None),  # the same
+        (n + 1, (24 * n,), (6 * n, 4), None),  # in a row that is not known
         (7, (12,), (3, 4), (1, 3)),
         (12, (12,), (3, 4), None),  # beyond it
     ],
@@ -377,3 +383,30 @@ def test_a_place_has_digits_where_they_are_known(
 
 def test_a_product_with_no_elements_is_a_plain_zero():
     assert type(multiply(n, 0)) is type(multiply(0, n)) is int
+
+
+def test_an_index_beyond_a_tensor_has_no_digits():
+    axis = Axis(8)
+    assert through_reshape((axis_form(axis),), (4,), (2, 2)) is None
+    assert through_reshape((Affine((), 1),), (1,), ()) is None
+
+
+def test_fewer_than_all_digits_are_placed():
+    """Three of the four columns, in one row."""
+    axis = Axis(3)
+    index = through_reshape((axis_form(axis),), (8,), (2, 4))
+    assert index == (Affine(), axis_form(axis))
+
+
+@pytest.mark.parametrize(
+    ("items", "times"), [("aabb", 2), ("abab", 1), ("aab", 1), ("abb", 1), ("aaa", 3)]
+)
+def test_a_run_length_is_that_of_all_runs(items: str, times: int):
+    assert run_length(items) == times
+
+
+def test_a_place_that_is_not_divided_evenly_reads_no_repeated_offsets():
+    """Heads of which each two share weights, from the second head on."""
+    offsets = [(Affine((), offset),) for offset in (0, 0, 5, 5)]
+    assert along(offsets, axis_form(Axis(4))) is not None
+    assert along(offsets, Affine(((Axis(3), 1),), 1)) is None

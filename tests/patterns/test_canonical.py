@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+from support.values import a_value
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
@@ -18,9 +19,12 @@ from mhf_compiler.patterns.canonical import (
     OPAQUE,
     SCATTER,
     CanonicalCopy,
+    Storage,
     UntraceableGraph,
     Value,
 )
+from mhf_compiler.patterns.memory import Memory, _is_read_from
+from mhf_compiler.patterns.numbering import ValueNumbering
 from mhf_compiler.patterns.reasons import Unreadable
 from mhf_compiler.patterns.tracer import trace
 from mhf_compiler.patterns.views import all_pieces, pieces_of
@@ -472,3 +476,92 @@ def test_a_part_of_an_older_tensor_is_returned_in_its_memory():
 def test_a_part_of_an_input_is_returned_in_its_memory():
     copied = Copied(lambda a: (a[:2], a[2:]), x())
     assert all(copied.copy.returned_as_part(part) is not None for part in copied.results)
+
+
+# What the copy is asked, of values by themselves.
+
+
+def test_a_gradient_may_be_wanted_of_what_is_not_known():
+    assert a_value(aten.sin.default, a_value(OPAQUE)).may_need_gradient()
+    assert a_value(aten.sin.default, a_value(INPUT, requires_grad=True)).may_need_gradient()
+    assert not a_value(aten.sin.default, a_value(INPUT)).may_need_gradient()
+
+
+def held(copy: CanonicalCopy, value: Value, storage: Storage, **given: Any) -> fx.Node:
+    """A node that returns a value, the next one of the copy."""
+    node = fx.Graph().placeholder("x")
+    copy.positions[node] = len(copy.positions)
+    strides = given.get("strides", value.strides)
+    copy.add_result(node, value, storage, strides, is_part=given.get("is_part", False))
+    return node
+
+
+def test_memory_is_outside_if_an_input_or_another_tensor_lies_there():
+    own, inside = Storage(a_value(INPUT)), Storage(a_value(INPUT), is_input=True)
+    assert not own.is_outside
+    assert inside.is_outside
+    own.same = [own, inside]
+    assert own.is_outside
+    copy = CanonicalCopy()
+    assert copy.is_outside(held(copy, own.current, own))
+    assert not copy.is_outside(fx.Graph().placeholder("a number"))
+
+
+def test_sizes_are_known_of_inputs_and_of_unknown_results_so_far():
+    copy = CanonicalCopy()
+    values = [a_value(op) for op in (INPUT, OPAQUE, aten.sin.default, OPAQUE)]
+    nodes = [held(copy, value, Storage(value)) for value in values]
+    assert list(copy.sized_at(1)) == [(values[0], nodes[0]), (values[1], nodes[1])]
+    assert list(copy.sized_at(3)) == [(values[n], nodes[n]) for n in (0, 1, 3)]
+
+
+def test_a_value_that_is_returned_with_other_strides_is_in_other_memory():
+    copy, value = CanonicalCopy(), a_value(aten.sin.default)
+    node = held(copy, value, Storage(value), strides=(1, 4))
+    same = held(copy, value, Storage(value))
+    output = fx.Graph().output(())
+    copy.readers_of[value] = [(output, same)]
+    assert copy.returned_as_part(value) is None
+    copy.readers_of[value] = [(output, node)]
+    assert copy.returned_as_part(value) is node
+
+
+def test_what_lies_in_an_inputs_memory_is_returned_as_a_part_of_it():
+    """Even if no node of the graph is that input."""
+    copy, value = CanonicalCopy(), a_value(aten.sin.default)
+    storage = Storage(value, is_input=True)
+    node = held(copy, value, storage, is_part=True)
+    other = held(copy, value, storage, is_part=True)
+    copy.returned = [(node, id(storage)), (other, id(storage))]
+    copy.readers_of[value] = [(fx.Graph().output(()), node)]
+    assert copy.returned_as_part(value) is node
+    storage.is_input = False
+    assert copy.returned_as_part(value) is None
+
+
+# Memory.
+
+
+def test_what_is_read_of_a_buffer_that_was_partly_written_there_is_not_the_old():
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        out = a.clone()
+        out[1:3].copy_(b[1:3])
+        return out[:2]
+
+    assert Copied(function, x(), x()).result.source.op is SCATTER
+
+
+def test_a_fake_tensor_from_outside_is_not_known_and_another_class_is_not_followed():
+    copy = CanonicalCopy()
+    values = ValueNumbering(copy)
+    memory = Memory(copy, values)
+    values.node = memory.node = fx.Graph().placeholder("x")
+    fake = FakeTensorMode().from_tensor(x())
+    assert memory.alias(fake).value.op == OPAQUE
+    assert memory.alias(x()).value.op == OPAQUE
+    with pytest.raises(UntraceableGraph):
+        memory.alias(torch.nn.Parameter(x()))
+
+
+def test_what_is_made_of_nothing_is_read_from_nothing():
+    assert not _is_read_from(a_value(OPAQUE), a_value(INPUT))

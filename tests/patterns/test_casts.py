@@ -8,10 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.values import a_value
 from torch import Tensor, fx
 
 import mhf_compiler
 from mhf_compiler.patterns import STACK, Kind, Site, find_sites
+from mhf_compiler.patterns.axes import Axis, axis_form
+from mhf_compiler.patterns.canonical import INPUT, Value
+from mhf_compiler.patterns.casts import above_views, as_one_cast, same_cast
+from mhf_compiler.patterns.contractions import Operand
 
 T, H, E, d, f = 6, 3, 2, 8, 5
 OPTIONS = {"rewrite": "always", "fallback": "eager", "strict": True, "verify": True}
@@ -256,3 +261,48 @@ def test_what_no_node_holds_is_not_computed_again():
         return batched(x, x)
 
     assert the_site(projected, X).heads == H
+
+
+# Values by themselves.
+
+BFLOAT16, HALF = torch.bfloat16, torch.float16
+TO = torch.ops.aten._to_copy.default
+
+
+def test_casts_are_the_same_if_they_are_to_one_dtype():
+    x = a_value(INPUT)
+    assert same_cast(a_value(TO, x, dtype=BFLOAT16), a_value(TO, x, dtype=BFLOAT16))
+    assert not same_cast(a_value(TO, x, dtype=BFLOAT16), a_value(TO, x, dtype=HALF))
+    assert not same_cast(a_value(TO, x, dtype=HALF), a_value(TO, a_value(INPUT), dtype=HALF))
+
+
+def rows_of(x: Value, start: int, **modes: bool) -> Value:
+    return a_value(torch.ops.aten.slice.Tensor, x, 0, start, start + 2, shape=(2, 6), **modes)
+
+
+@pytest.mark.parametrize(
+    ("given", "one"), [({}, True), ({"requires_grad_mode": False}, False), ({"dtype": HALF}, False)]
+)
+def test_casts_of_parts_are_one_cast_if_they_are_alike(given: dict[str, Any], one: bool):
+    x = a_value(INPUT)
+    index = axis_form(Axis(2)), axis_form(Axis(6))
+    modes = {name: mode for name, mode in given.items() if name == "requires_grad_mode"}
+    casts = [
+        a_value(
+            TO,
+            rows_of(x, start, **(modes if options else {})),
+            **{"shape": (2, 6), "dtype": BFLOAT16} | options,
+        )
+        for start, options in ((0, {}), (2, given))
+    ]
+    whole = as_one_cast([Operand(cast, index) for cast in casts])
+    assert (whole is not None) is one
+
+
+def test_a_cast_is_not_read_beyond_the_output_of_another_network():
+    x = a_value(INPUT)
+    view = a_value(torch.ops.aten.view.default, x, (24,), shape=(24,))
+    cast = Operand(a_value(TO, view, shape=(24,), dtype=BFLOAT16), (axis_form(Axis(24)),))
+    held = lambda value: value in (x, view)  # noqa: E731
+    assert above_views(cast, held).value.source is x
+    assert above_views(cast, held, stops={view}).value.source is not x

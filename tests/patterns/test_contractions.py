@@ -169,6 +169,10 @@ NONE: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
     ),
     "a transposed convolution": (F.conv_transpose1d, [randn(2, 3, 5), randn(3, 4, 1)]),
     "a mean": (lambda a, b: (a * b).mean(1), [randn(3, 4), randn(3, 4)]),
+    "a convolution that is transposed": (
+        F.conv_transpose1d,
+        [randn(2, 4, 6), randn(4, 4, 1)],
+    ),
     **{
         f"a product with {name}={factor}": (
             partial(torch.addmm, **{name: factor}),

@@ -104,3 +104,8 @@ def test_plain_arguments_have_expressions_for_symbolic_sizes():
 )
 def test_numbers_are_known_and_finite(value: Any, known: bool):
     assert is_number(value) is known
+
+
+def test_rows_that_begin_before_the_first_are_not_known():
+    """PyTorch begins them at the first."""
+    assert shown_range([rows(3, 0, -10, 3)], ROWS) is None

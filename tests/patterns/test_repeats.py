@@ -9,10 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from mhf_compiler.compat import FakeTensorMode
 from mhf_compiler.patterns import tracer
 from mhf_compiler.patterns.canonical import INPUT, CanonicalCopy, Value
-from mhf_compiler.patterns.repeats import Program
+from mhf_compiler.patterns.repeats import (
+    Program,
+    _fills_its_memory,
+    _shows_elements,
+    frozen,
+    key_of,
+)
 from mhf_compiler.patterns.tracer import trace
 
 
@@ -239,3 +247,60 @@ def test_functions_of_others_are_run(runs: Runs) -> None:
         node.op, node.target = "call_function", function
     trace(gm)
     assert (runs.taken_over, len(calls)) == (0, 2)
+
+
+# Keys and programs by themselves.
+
+
+def a_node(op: str, target: Any) -> fx.Node:
+    return fx.Graph().create_node(op, target)
+
+
+def test_a_key_is_that_of_a_function_or_method_of_pytorch():
+    fake = FakeTensorMode().from_tensor(torch.randn(4))
+    assert key_of(a_node("call_method", "sin"), (fake,), {}) is not None
+    assert key_of(a_node("call_function", torch.sin), (fake,), {}) is not None
+    assert key_of(a_node("call_function", graph_of), (fake,), {}) is None
+    assert key_of(a_node("call_module", "sin"), (fake,), {}) is None
+
+
+def test_a_symbol_among_the_arguments_is_no_key():
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    size = mode.from_tensor(torch.randn(4)).shape[0]
+    fake = FakeTensorMode().from_tensor(torch.randn(4))
+    node = a_node("call_method", "expand")
+    assert key_of(node, (fake, 4), {}) is not None
+    assert key_of(node, (fake, size), {}) is None
+    assert key_of(node, (fake,), {"size": size}) is None
+
+
+def test_a_view_shows_elements_as_they_are():
+    x = torch.randn(4, 2)
+    assert _shows_elements(x[1:], [x])
+    assert _shows_elements(x[1:], [x, x])
+    assert not _shows_elements(x[1:], [x, torch.randn(4)])
+    assert not _shows_elements(torch._neg_view(x), [x])
+    assert not _shows_elements(x.view(torch.int32), [x])
+    assert not _shows_elements(x[1:].requires_grad_(), [x])
+    number = torch.randn(4, dtype=torch.complex64)
+    assert not _shows_elements(number.conj(), [number])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "fills"),
+    [
+        (torch.empty(4, 2), True),
+        (torch.empty(4, 2).t(), True),
+        (torch.empty(4)[:2], False),
+        (torch.empty(4).as_strided((2,), (2,), 1), False),
+        (torch.empty(0), False),
+    ],
+    ids=["whole", "transposed", "a part", "from the second on", "nothing"],
+)
+def test_a_new_tensor_fills_its_memory(tensor: Tensor, fills: bool):
+    assert _fills_its_memory(tensor) is fills
+
+
+def test_arguments_are_frozen():
+    assert hash(frozen([1, {"a": {2}}]))
+    assert frozen(1) != frozen(1.0) != frozen(True)
