@@ -140,7 +140,7 @@ def _operands(value: Value, index: Index) -> list[tuple[Value, Index]]:
         return [(operand.value, operand.index) for operand in operands if operand is not None]
     if value.op in REDUCTIONS:
         return [(value.source, summed_index(value, index)[0])]
-    if value.op in _NORMS and len(value.source.shape) == len(index):
+    if value.op in _NORMS:
         inner = len(value.args[1])
         normed = (*index[:-inner], *map(_all_of, value.source.shape[-inner:]))
         affine = [(one, index[-len(one.shape) :]) for one in value.operands[1:]]
@@ -197,12 +197,9 @@ def _summed_over_heads(value: Value, site: Site) -> Iterator[tuple[Value, Index,
         return
     pair = (contraction.left, contraction.right)
     for tokens, weight in (pair, pair[::-1]):
-        source, index = tokens.value, tokens.index
-        while source is not site.output:
-            source, index = through_views(source, index, stops={site.output})
-            if not is_cast(source):
-                break
-            source = source.source
+        source, index = through_views(tokens.value, tokens.index, stops={site.output})
+        while source is not site.output and is_cast(source):
+            source, index = through_views(source.source, index, stops={site.output})
         if source is site.output:
             axes = _heads_in_output(site, index)
             if set(axes) & set(leaves(contraction.summed)):
@@ -216,7 +213,7 @@ def _heads_in_output(site: Site, index: Index) -> tuple[Axis, ...]:
         parts = leaves(axes)
         count = sum(axis in heads for axis in parts)
         if count:
-            if parts[:count] != heads or not isinstance(size, int):
+            if parts[:count] != heads:
                 return ()
             outer = product(axis.size for axis in heads)
             inner = product(axis.size for axis in parts[count:])

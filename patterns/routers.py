@@ -102,7 +102,7 @@ def _narrow(
     """
     views: set[Value] = set()
     value, index = through_views(operand.value, operand.index, views, others)
-    if is_cast(value) and value.dtype is torch.float32 and value.source.dtype in _NARROW:
+    if is_cast(value) and value.source.dtype in _NARROW:
         crossed |= views | {value}
         value = value.source
     else:
@@ -258,15 +258,15 @@ def _keeps_place(value: Value) -> bool:
 
 
 def _computes(result: Value, site: Site) -> bool:
-    """Whether the site replaces the node of a result."""
-    while result not in site.replaces and is_view(result):
+    """Whether the site replaces the node of a result, or what that is a view of."""
+    while is_view(result):
         result = result.source
     return result in site.replaces
 
 
 def _goes_away(view: Value, site: Site, copy: CanonicalCopy) -> bool:
     """Whether it is a view that only the site reads."""
-    if not is_view(view) or view in copy.escaping:
+    if not is_view(view):
         return False
     results = [copy.value_of.get(node) for node, _ in copy.readers_of.get(view, ())]
     return all(

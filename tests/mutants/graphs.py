@@ -26,7 +26,8 @@ class KeptGraph:
 
     Attributes:
         gm: a copy of it.
-        answer: what is made of it: the report and the edited graph, or what was found.
+        answer: what is made of it: the report and the edited graph, or what was found, before
+            routers and along heads as well.
         modes: whether gradients are recorded, and the dtype of autocast on a CPU, or None.
         alive: example tensors that the graph itself refers to weakly.
         said: the answer without a change.
@@ -70,7 +71,7 @@ class KeptGraph:
 @contextmanager
 def kept_graphs() -> Iterator[list[KeptGraph]]:
     """All that is read meanwhile."""
-    from mhf_compiler.patterns import recognise
+    from mhf_compiler.patterns import find_heads, find_router_products, recognise
     from mhf_compiler.report.values import GraphReport
     from mhf_compiler.substitution import graph
 
@@ -90,7 +91,12 @@ def kept_graphs() -> Iterator[list[KeptGraph]]:
             {f.name: getattr(site, f.name) for f in fields(site) if f.name != "replaces"}
             for site in findings.sites
         ]
-        return repr((seen, findings.near_misses, findings.looked_at, findings.unreadable))
+        products: Any = []
+        if findings.copy is not None:
+            products = find_router_products(findings.sites, findings.copy)
+        heads = [[*find_heads(site)] for site in findings.sites]
+        asked = findings.looked_at, findings.unreadable, products, heads
+        return repr((seen, findings.near_misses, *asked))
 
     def keep_rewritten(gm: fx.GraphModule, options: Any, *rest: Any) -> None:
         nonlocal rewriting

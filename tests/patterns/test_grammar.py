@@ -348,3 +348,30 @@ def test_a_product_projects_what_is_multiplied_with_weights(
     (result,) = copy.reads[gm.graph.output_node()].values()
     found = _projected_by(result)
     assert (found is not None and found.op is torch.ops.aten.sin.default) is projected
+
+
+# Biases, and what is none.
+
+
+def test_a_bias_may_be_summed_over_one_sub_network():
+    compute = lambda m, x: (m.hidden(x) @ m.down + m.bias.unsqueeze(1)).unsqueeze(0).sum(0)  # noqa: E731
+    site = the_site(compute, HEADS)
+    assert site.output.op is torch.ops.aten.sum.dim_IntList
+    assert site.down_bias is not None
+
+
+@pytest.mark.parametrize(
+    ("added", "detail"),
+    [
+        (lambda y, q, b: y + b + b.sin(), "a second bias is added to the output"),
+        (lambda y, q, b: y * q[:, :1] + b, "a tensor is added to the output"),
+        (lambda y, q, b: (y + b) * q[:, :1] + b.sin(), "a tensor is added to the output"),
+    ],
+    ids=["two", "after a router", "two around a router"],
+)
+def test_what_is_added_is_named(added: Callable[[Tensor, Tensor, Tensor], Tensor], detail: str):
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        outs = (added(m.one(x[h], h) @ m.down[h], x[h], m.bias[h]) for h in range(H))
+        return torch.stack(list(outs))
+
+    assert refused(compute, HEADS).detail == detail

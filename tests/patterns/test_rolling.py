@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
+from support.graphs import graph_of
+from support.values import a_value
 from torch import Tensor, fx, nn
 
 import mhf_compiler
 from mhf_compiler import Report
 from mhf_compiler.patterns import STACK, Kind, Site, find_sites
+from mhf_compiler.patterns.canonical import INPUT
+from mhf_compiler.patterns.recognise import Findings
+from mhf_compiler.patterns.rolling import same_tensor
 
 N, d, f = 4, 8, 5  # heads or sub-networks, width, hidden units
 
@@ -203,3 +208,61 @@ def test_a_loop_of_one_is_no_loop():
     (miss,) = explain(One(), torch.randn(2, 6, d)).ordinary
     assert miss.reason is not None
     assert miss.reason.kind is Kind.PLAIN_FFN
+
+
+# Heads in graphs as they are written.
+
+
+class Loop(nn.Module):
+    """Heads of a loop, each by a function of the queries (6, d), and stacked."""
+
+    def __init__(self, head: Callable[[Loop, Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.head = head
+        self.up = nn.ParameterList(torch.randn(d, d) for _ in range(N))
+        self.down = nn.Parameter(torch.randn(N, d, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.head(self, x, h) for h in range(N)])
+
+
+def found(head: Callable[[Loop, Tensor, int], Tensor]) -> Findings:
+    return find_sites(graph_of(Loop(head), torch.randn(6, d)))
+
+
+def test_input_widths_that_differ_are_named():
+    def head(m: Loop, x: Tensor, h: int) -> Tensor:
+        width = d - 2 * (h == 1)
+        return F.relu(x[:, :width] @ m.up[h][:width]) @ m.down[h]
+
+    findings = found(head)
+    assert findings.sites == []
+    assert any(f"input widths [{d}] and [{d - 2}]" in str(m.reason) for m in findings.near_misses)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_tensors_of_their_own_are_read_alike(turned: bool):
+    def head(m: Loop, x: Tensor, h: int) -> Tensor:
+        weight = m.up[h].t() if turned and h == 1 else m.up[h]
+        return F.relu(x @ weight) @ m.down[h]
+
+    assert len(found(head).sites) == (0 if turned else 1)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_heads_in_another_order_that_are_cast_one_by_one_are_stacked(order: tuple[int, ...]):
+    """In their own order they are parts of one cast."""
+
+    def head(m: Loop, x: Tensor, h: int) -> Tensor:
+        down = m.down[order[h]].bfloat16()
+        return F.relu(x.bfloat16() @ m.up[h].bfloat16()) @ down
+
+    (site,) = found(head).sites
+    assert (site.down.value.op == STACK) is (order != (0, 1, 2, 3))
+
+
+def test_stacks_are_the_same_if_all_of_them_is():
+    a, b = a_value(INPUT), a_value(INPUT)
+    assert same_tensor(a_value(STACK, a, b), a_value(STACK, a, b))
+    assert not same_tensor(a_value(STACK, a, b), a_value(STACK, a, a))
+    assert not same_tensor(a_value(STACK, a, b), a_value(STACK, a, b, a))
