@@ -62,7 +62,7 @@ class _Traits(NamedTuple):
 def _traits(func: Any) -> _Traits:
     schema = func._schema
     return _Traits(
-        turns=torch.Tag.inplace_view in func.tags or func in _SWAPS,
+        turns=torch.Tag.inplace_view in func.tags,
         writes=schema.is_mutable,
         views=any(result.alias_info is not None for result in schema.returns),
         draws=torch.Tag.nondeterministic_seeded in func.tags,
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
         if func is torch.ops.prim.device.default:  # called more often than anything is computed
             return args[0].device
         result = func(*args, **kwargs)
@@ -180,7 +180,7 @@ class Recorder(TorchDispatchMode):
         elif call.func is torch.ops.aten.copy_.default:
             value = self._values.value(COPY, (memory.read(args[1]),), {}, args[0])
             memory.write(args[0], value)
-        elif functional is not None and target is not None and args and target is args[0]:
+        elif functional is not None and args and target is args[0]:
             read = map_tensors(memory.read, args), map_tensors(memory.read, kwargs)
             memory.write(target, self._values.value(functional, *read, target))
         elif target is not None and (returned := self._returned_in(target, call)) is not None:
@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):
         """
         functional, memory = _without_out(call.func), self._memory
         options = {name: given for name, given in call.kwargs.items() if name != "out"}
-        if functional is None or call.kwargs.get("out") is not target:
+        if functional is None:
             return None
         storage = memory.alias(target).storage
         if any(memory.alias(x).storage is storage for x in tensors_in((call.args, options))):

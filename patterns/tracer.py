@@ -191,7 +191,7 @@ class _Tracer(fx.Interpreter):
                 result = getattr(self, node.op)(node.target, args, kwargs)
         except Exception as error:
             # What depends on data does not run on fake tensors: a number of a tensor, a branch.
-            if self._recorder.is_broken or isinstance(error, UntraceableGraph):
+            if self._recorder.is_broken:
                 raise
             if functorch_depth() or not _has_example(node):
                 first, *_ = str(error).splitlines() or [type(error).__name__]
@@ -244,7 +244,7 @@ class _Tracer(fx.Interpreter):
         """A fake tensor like the example, in memory of its own, made of operands somehow."""
         if is_traceable_wrapper_subclass(example):
             shard = local_tensor(example)
-            if shard is example or is_traceable_wrapper_subclass(shard) or has_symbols(example):
+            if is_traceable_wrapper_subclass(shard) or has_symbols(example):
                 return _Unfollowed(type(example).__name__)
             self._sharded = True
         fake = torch.empty_strided(
@@ -280,7 +280,6 @@ class _Tracer(fx.Interpreter):
         return (
             not alias.chain
             and not alias.storage.is_outside
-            and all(one.op not in ("placeholder", "get_attr") for one in nodes)
             and all(len(one.users) == 1 for one in nodes)
         )
 

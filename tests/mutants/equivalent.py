@@ -51,4 +51,10 @@ EQUIVALENT = {
     "call.undeclared_writes()  ->  ((seeded) or (call.func._schema.is_mutable))": (
         "what is repeated is written down as what is run, statistics that it updates as well"
     ),
+    'patterns/recorder.py:_functional_form: not name.endswith("_") or name.startswith("__")  ->  '
+    '((not name.endswith("_")))': "no operator is called so but for the last underscore",
+    "patterns/tracer.py:_Tracer._call: key in self._programs and not functorch_depth()  ->  "
+    "((key in self._programs))": (
+        "in vmap, what is batched has no key, and what is not computes there what it does elsewhere"
+    ),
 }
