@@ -117,7 +117,7 @@ def times(a: Expression, b: Expression) -> Expression:
     mine, theirs = (dict(f.as_base_exp() for f in sympy.Mul.make_args(x)) for x in (a, b))
     for base in mine.keys() & theirs.keys():
         powers = mine[base], theirs[base]
-        if not base.is_Number and not all(p.is_positive for p in powers):
+        if not all(p.is_positive for p in powers):
             return Unsimplified(a, b)
     return a * b
 

@@ -789,6 +789,10 @@ def compared_when_merged(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     return y > 0, first
 
 
+def test_a_head_has_a_gradient_if_all_have_one():
+    assert len(found(merged).sites) == 1
+
+
 def sizes_of_merged(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     y, first = merged(m, q)
     return torch.zeros_like(y), first

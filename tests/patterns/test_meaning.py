@@ -27,7 +27,9 @@ from mhf_compiler.patterns.meaning import (
     _candidate_arguments,
     _is_positive,
     _over,
+    _unsigned,
     read_hidden,
+    times,
 )
 from mhf_compiler.patterns.reasons import Declined
 
@@ -373,3 +375,16 @@ def test_the_slope_inside_a_gelu_is_a_number(inner: sympy.Expr, scale: float | N
     assert 0 not in of_slopes
     assert scale is None or any(abs(float(slope) - scale) < 1e-5 for slope in of_slopes)
     assert not any(candidate.has(L0) for candidate in found if scale is not None)
+
+
+def test_a_product_is_simplified_where_nothing_cancels():
+    assert times(P0 / 2, L0 / 2) == P0 * L0 / 4
+    assert times(P0, P0) == P0**2
+    assert times(P0, 1 / P0).has(Unsimplified)
+    assert times(sympy.exp(P0), sympy.exp(-P0)).has(Unsimplified)
+
+
+def test_a_sum_below_a_division_keeps_its_signs():
+    assert _unsigned(-P0) == P0
+    assert _unsigned((1 - P0) ** 2) == (1 + P0) ** 2
+    assert _unsigned(1 / (1 - P0)) == 1 / (1 - P0)

@@ -376,3 +376,11 @@ def test_what_stands_between_sub_networks_and_their_sum(
     expected: str | None,
 ):
     assert not_summed(function, path, *reasons) == expected
+
+
+def test_hidden_units_may_be_viewed():
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y).relu().reshape(2 * T, T // 2) @ y[: T // 2]
+
+    gm = graph_of(function, torch.randn(T, T), torch.randn(T, T))
+    assert find_sites(gm).looked_at == 1
