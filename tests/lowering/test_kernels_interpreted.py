@@ -566,6 +566,57 @@ class TestComparisons:
         assert comparing == ["router", "router backward", "router backward", "norm and route"]
 
 
+class TestSums:
+    """What float32 loses of each addition is added with the next product."""
+
+    __test__ = INTERPRETING
+
+    def test_many_small_products_are_not_lost(self) -> None:
+        import triton
+        import triton.language as tl
+
+        from mhf_compiler.lowering.kernels.plain.sums import add_product, no_carry
+
+        @triton.jit
+        def kernel(x, y, add_product: tl.constexpr, no_carry: tl.constexpr):
+            at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+            unit, small = tl.load(x + at), tl.load(x + 256 + at)
+            total, carry = unit, no_carry(16, 16, True)
+            for _ in tl.range(0, 256):
+                total, carry = add_product(total, carry, unit, small, True, "ieee")
+            tl.store(y + at, total)
+
+        unit = torch.eye(16)
+        y = torch.empty(16, 16)
+        kernel[(1,)](torch.stack([unit, 2.0**-26 * unit]), y, add_product, no_carry)
+        assert torch.equal(y, (1 + 2.0**-18) * unit)
+
+
+class TestTanh:
+    """Near zero a series takes over: where it ends, it errs by less than float32 rounds."""
+
+    __test__ = INTERPRETING
+
+    def test_it_errs_to_neither_side(self) -> None:
+        import triton
+        import triton.language as tl
+
+        from mhf_compiler.lowering.kernels.activations import activate
+
+        @triton.jit
+        def kernel(x, y, activate: tl.constexpr):
+            i = tl.arange(0, 1024)
+            tl.store(y + i, activate(tl.load(x + i), "tanh", False))
+
+        x = torch.linspace(0.23, 0.2499, 1024)
+        y = torch.empty_like(x)
+        kernel[(1,)](x, y, activate)
+        exact = x.double().tanh()
+        error = (y - exact) / exact
+        assert error.abs().max() < 4e-7
+        assert error.mean().abs() < 5e-8
+
+
 @pytest.mark.usefixtures("bfloat16_products", "poison")
 class TestRouterProduct:
     """Every number is cut into parts that fit bfloat16; what is lost is what float32 loses."""
@@ -614,6 +665,20 @@ class TestRouterProduct:
         assert (dq.double() - exact_dq).abs().max() <= unit * exact_dq.abs().max()
         rounded = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[weights]
         assert (dw.double() - exact_dw).abs().max() <= rounded * exact_dw.abs().max()
+
+    @pytest.mark.parametrize("d", [64, 96])
+    def test_columns_are_divided_between_programs(self, d: int) -> None:
+        """One program for 64 of them; sequences do not follow each other."""
+        from mhf_compiler.lowering.kernels.plain import router
+
+        torch.manual_seed(0)
+        q, weight = torch.randn(2, 75, 2, d)[:, :70].half(), torch.randn(2, d, 3)
+        grad = torch.randn(2, 75, 2, 3)[:, :70]
+        dq, dw = router.backward(grad, q, weight, [True, True])
+        exact_dq = torch.einsum("blhe,hde->blhd", grad.double(), weight.double())
+        exact_dw = torch.einsum("blhe,blhd->hde", grad.double(), q.double())
+        assert (dq.double() - exact_dq).abs().max() <= 2.0**-10 * exact_dq.abs().max()
+        assert (dw.double() - exact_dw).abs().max() <= 1e-6 * exact_dw.abs().max()
 
     @pytest.mark.parametrize("needs", [[True, False], [False, True]], ids=str)
     def test_one_gradient_alone(self, needs: list[bool]) -> None:
@@ -735,6 +800,11 @@ class TestNormAndRoute:
         r = torch.full((2, 5, 2, 70), float("nan")).permute(2, 3, 0, 1).to(dtype)
         weight = torch.randn(2, head_dim, 5) / head_dim**0.5
         self.check(q.to(dtype), torch.rand(head_dim).to(weights), weight.to(weights), r)
+
+    def test_a_norms_weight_may_be_a_column(self) -> None:
+        torch.manual_seed(0)
+        q, weight = torch.randn(1, 9, 2, 24).half(), torch.randn(2, 24, 5)
+        self.check(q, torch.rand(24, 3)[:, 1], weight, torch.empty(1, 9, 2, 5))
 
     @pytest.mark.parametrize("processors", [1, 2])
     def test_a_program_goes_on_to_further_tokens(

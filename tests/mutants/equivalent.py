@@ -6,6 +6,7 @@ _AXES_OF_AN_OPERAND = (
     "those that the weights are read along to groups, sub-networks, hidden units or the width"
 )
 _RANGE = "of PyTorch's dtypes, one with the digits but not the range of another has a larger tiny"
+_SHARES = "into how many shares tokens are cut changes the order of a sum, and how long it takes"
 _FIXED = "a place that no axis moves is a number: of symbols it is not known to be below the pieces"
 
 EQUIVALENT = {
@@ -56,5 +57,26 @@ EQUIVALENT = {
     "patterns/tracer.py:_Tracer._call: key in self._programs and not functorch_depth()  ->  "
     "((key in self._programs))": (
         "in vmap, what is batched has no key, and what is not computes there what it does elsewhere"
+    ),
+    **{
+        f"lowering/kernels/plain/router.py:_run_backward: {before}  ->  ({after})": _SHARES
+        for before, after in (
+            ("triton.cdiv(axes.length, _TOKENS) * axes.batch", "triton.cdiv(axes.length, _TOKENS)"),
+            ("triton.cdiv(axes.length, _TOKENS) * axes.batch", "axes.batch"),
+            ("_PROGRAMS * multiprocessors(q.device)", "_PROGRAMS"),
+            ("_PROGRAMS * multiprocessors(q.device)", "multiprocessors(q.device)"),
+            ("heads * blocks", "heads"),
+            ("heads * blocks", "blocks"),
+        )
+    },
+    **{
+        f"lowering/kernels/activations.py:{function}: "
+        'tl.static_assert(NAME == "tanh", "unknown activation")  ->  pass': (
+            "the names of activations are checked before any kernel is launched"
+        )
+        for function in ("activate", "activate_with_slope")
+    },
+    "lowering/kernels/plain/backward.py:dq_kernel: F + BF - 1  ->  (F + BF)": (
+        "a tile beyond the hidden units is one of zeros"
     ),
 }
