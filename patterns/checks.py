@@ -529,8 +529,8 @@ def _has_gradient(value: Value, copy: CanonicalCopy) -> bool:
         if current in seen or current.op is torch.ops.aten.detach.default:
             continue
         seen.add(current)
-        recorded = current.requires_grad_mode and current.dtype.is_floating_point
-        if current.op in LIKES or not recorded:
+        has_slope = current.dtype.is_floating_point or current.dtype.is_complex
+        if current.op in LIKES or not (current.requires_grad_mode and has_slope):
             continue
         if current in copy.escaping:
             return True
