@@ -76,7 +76,7 @@ EQUIVALENT = {
         )
         for function in ("activate", "activate_with_slope")
     },
-    "lowering/kernels/plain/backward.py:dq_kernel: F + BF - 1  ->  (F + BF)": (
+    "lowering/kernels/plain/backward.py:mhf_backward_dq_kernel: F + BF - 1  ->  (F + BF)": (
         "a tile beyond the hidden units is one of zeros"
     ),
 }
