@@ -156,10 +156,10 @@ model = torch.compile(FlashMHF(), backend="flashmhf", options={"rewrite": "alway
 with torch.no_grad():
     _, (code,) = run_and_get_code(model, torch.randn(2, 16, H * d).bfloat16())
 product, network = (
-    next(line for line in code.splitlines() if f"mhf_compiler.{op}.default(" in line)
+    next(line for line in code.splitlines() if f"mhf_compiler.{op}.compiled(" in line)
     for op in ("router_product", "multi_head_ffn_over_query")
 )
-query = [line.split(".default(")[1].split(",")[0] for line in (product, network)]
+query = [line.split(".compiled(")[1].split(",")[0] for line in (product, network)]
 assert query[0] == query[1], query
 """
     # In a process of its own: Inductor learns about an op from the first call that it lowers.
