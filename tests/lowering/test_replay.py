@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mhf_compiler.lowering.kernels import replay
 from mhf_compiler.lowering.kernels.compat import launch_compiled
 from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
-from mhf_compiler.lowering.kernels.replay import _arguments, _steps, current_device
+from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, current_device
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,17 @@ def test_plan_parts_covers_every_tile() -> None:
         assert plan.programs == plan.whole + plan.shared * plan.parts
 
 
-def test_steps_hold_no_tensor() -> None:
+def recorded() -> _Steps:
+    """One launch, on the second of two arguments, a descriptor of it, and a workspace."""
     x, workspace = torch.zeros(16, 16), torch.zeros(8)
     descriptor = TensorDescriptor.from_tensor(x, [8, 8])
     steps = _steps([("compiled", 3, [x, descriptor, workspace, 5, None])], [None, x])
     assert steps is not None
+    return steps
+
+
+def test_steps_hold_no_tensor() -> None:
+    steps = recorded()
     (launch,) = steps.launches
     assert launch.arguments == [None, None, None, 5, None]
     assert [slot[:2] for slot in launch.slots] == [(0, 1), (1, 1), (2, 2)]
@@ -48,11 +54,7 @@ def test_steps_hold_no_tensor() -> None:
 
 
 def test_a_launch_gets_the_addresses_of_its_call() -> None:
-    x, workspace = torch.zeros(16, 16), torch.zeros(8)
-    descriptor = TensorDescriptor.from_tensor(x, [8, 8])
-    steps = _steps([("compiled", 3, [x, descriptor, workspace, 5, None])], [None, x])
-    assert steps is not None
-    (launch,) = steps.launches
+    (launch,) = recorded().launches
     pointer, described, other, *constants = _arguments(launch, [0, 4096, 512])
     assert (pointer, other, constants) == (4096, 512, [5, None])
     assert type(described) is TensorDescriptor
