@@ -42,7 +42,7 @@ def parameters(problem: Problem, axes: TokenAxes, tile: Tile) -> dict[str, Any]:
 @lru_cache
 def allows_approximation(dtype: torch.dtype) -> bool:
     """Whether the kernels may use `tanh.approx`: 16-bit data, on NVIDIA hardware."""
-    return dtype.itemsize == 2 and torch.version.hip is None and not interpreted()
+    return dtype.itemsize == 2 and torch.version.hip is None
 
 
 def early_launch(device: torch.device, wanted: bool = True) -> dict[str, Any]:

@@ -162,6 +162,7 @@ def _run(
         OUT_SCALE=out_scale,
         APPROXIMATE=allows_approximation(problem.q.dtype),
         HALVED=halved,
+        BIASES_FIRST=_biases_first(problem),
         GATED=problem.u is not None,
         K_LAYOUT=layouts["K"],
         V_LAYOUT=layouts["V"],
@@ -207,6 +208,12 @@ def _halves_exactly(problem: Problem) -> bool:
     )
 
 
+def _biases_first(problem: Problem) -> bool:
+    """Whether products are added to the biases of K and U, whose loads then overlap with them."""
+    biased = problem.k_bias is not None or problem.u_bias is not None
+    return biased and problem.k_scale == problem.u_scale == 1.0
+
+
 def _in_blocks(descriptor: Any, axis: int) -> TensorDescriptor:
     """The descriptor, with the head width in blocks of 64."""
     block = list(descriptor.block_shape)
@@ -246,6 +253,7 @@ class Constants:
     OUT_SCALE: float
     APPROXIMATE: bool
     HALVED: bool  # computes with q / 2
+    BIASES_FIRST: bool  # products are added to the biases of K and U
     GATED: bool
     K_LAYOUT: str | None  # U's, too
     V_LAYOUT: str | None
@@ -462,8 +470,11 @@ def _queries(tiles, first: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.constexpr):
-    """Issue Q's product with a slot's K and U tiles as one instruction: [64, PAIR * BF]."""
+def _project(q, ku_ring, full, slot, lap, start, dtype: gl.constexpr, C: gl.constexpr):
+    """Issue Q's product with a slot's K and U tiles as one instruction: [64, PAIR * BF].
+
+    It is added to `start` if that holds the biases.
+    """
     BLOCKS: gl.constexpr = C.BLOCKS
     ROWS: gl.constexpr = C.PAIR * C.BF
     if C.K_LAYOUT == "rows":  # of each block of 64 columns, K's rows and then U's
@@ -473,14 +484,14 @@ def _project(q, ku_ring, full, slot, lap, nothing, dtype: gl.constexpr, C: gl.co
         BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(C.BF * 2, 16, 2)
         ring = reinterpret(ku_ring, dtype, [C.STAGES * BLOCKS, 64, ROWS], BY_COLUMNS)
     mbarrier.wait(full.index(slot), lap)
-    mn = nothing
+    mn = start
     for j in gl.static_range(BLOCKS):
         ku = ring.index(slot * BLOCKS + j)
         if C.K_LAYOUT == "rows":
             ku = ku.permute((1, 0))
         if j == BLOCKS - 1 and C.LAST < 64:
             ku = ku.slice(0, C.LAST, dim=0)
-        mn = warpgroup_mma(q[j], ku, mn, use_acc=j > 0, is_async=True)
+        mn = warpgroup_mma(q[j], ku, mn, use_acc=C.BIASES_FIRST or j > 0, is_async=True)
     return mn
 
 
@@ -494,11 +505,38 @@ def _value(v_ring, slot, C: gl.constexpr):
 
 
 @gluon.jit
-def _bias(X, strides, g, e, f0, F: gl.constexpr, BF: gl.constexpr, LAYOUT: gl.constexpr):
-    """Entries f0.. of a bias (G, E, F), zero beyond F: float32 [1, BF]."""
-    f = f0 + gl.arange(0, BF, layout=gl.SliceLayout(0, LAYOUT))
+def _bias(X, strides, g, e, f0, FROM: gl.constexpr, TO: gl.constexpr, F: gl.constexpr,
+          COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """Entries f0.. of a bias (G, E, F), zero beyond F, in columns FROM to TO: float32 [1, COLUMNS].
+
+    All other columns are zero.
+    """
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    f = f0 + column - FROM
     X += gl.cast(g, gl.int64) * strides[0] + gl.cast(e, gl.int64) * strides[1]
-    return gl.load(X + f * strides[2], mask=f < F, other=0.0).to(gl.float32).expand_dims(0)
+    inside = (column >= FROM) & (column < TO) & (f < F)
+    return gl.load(X + f * strides[2], mask=inside, other=0.0).to(gl.float32).expand_dims(0)
+
+
+@gluon.jit
+def _start(i, g, operands, strides, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """What the product of hidden tile i is added to: biases, or nothing: [64, PAIR * BF].
+
+    Call it before the products of the tile, so that the loads overlap with them.
+    """
+    _, K_bias, U_bias, _, _, _, _ = operands
+    _, K_bias_strides, U_bias_strides, _, _ = strides
+    BF: gl.constexpr = C.BF
+    COLUMNS: gl.constexpr = C.PAIR * BF
+    start = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
+    if C.BIASES_FIRST:
+        e = i // C.F_TILES
+        f0 = i % C.F_TILES * BF
+        if K_bias is not None:
+            start += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, COLUMNS, LAYOUT)
+        if U_bias is not None:
+            start += _bias(U_bias, U_bias_strides, g, e, f0, BF, COLUMNS, C.F, COLUMNS, LAYOUT)
+    return start
 
 
 @gluon.jit
@@ -535,8 +573,8 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
         m = mn
     if C.K_SCALE != 1.0:
         m *= C.K_SCALE
-    if K_bias is not None:
-        m += _bias(K_bias, K_bias_strides, g, e, f0, C.F, BF, HIDDEN)
+    if K_bias is not None and not C.BIASES_FIRST:
+        m += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, BF, HIDDEN)
     if C.HALVED:
         a = m * activate(m, "tanh", C.APPROXIMATE) + m
     else:
@@ -550,8 +588,8 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
         n = gl.convert_layout(n, HIDDEN)
         if C.U_SCALE != 1.0:
             n *= C.U_SCALE
-        if U_bias is not None:
-            n += _bias(U_bias, U_bias_strides, g, e, f0, C.F, BF, HIDDEN)
+        if U_bias is not None and not C.BIASES_FIRST:
+            n += _bias(U_bias, U_bias_strides, g, e, f0, 0, BF, C.F, BF, HIDDEN)
         a *= n
     a = a.to(dtype)
     if PAIRED:
@@ -579,7 +617,6 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
     Q_OPERAND: gl.constexpr = gl.DotOperandLayout(0, PROJECTED, 2)
     A_OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     R_LAYOUT: gl.constexpr = gl.SliceLayout(1, HIDDEN)
-    nothing = gl.zeros([64, PAIR * BF], gl.float32, PROJECTED)
     rows = CONSUMER * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, HIDDEN))
     slot = 0
     lap = 0
@@ -620,7 +657,8 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                 lap ^= 1
         acc = gl.zeros([64, BD], gl.float32, OUTPUT)
         if C.TRAILING:
-            mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
+            start = _start(first, g, operands, strides, C, PROJECTED)
+            mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
             r = _router_weights(first, router, C.F_TILES, CONSUMER, R_LAYOUT)
             mn = warpgroup_mma_wait(0, [mn])
             a = _activate(mn, first, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
@@ -632,7 +670,8 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                     slot = 0
                     lap ^= 1
                 r = _router_weights(i, router, C.F_TILES, CONSUMER, R_LAYOUT)
-                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
+                start = _start(i, g, operands, strides, C, PROJECTED)
+                mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
                 mbarrier.wait(v_full.index(trailing), trailing_lap)
                 v = _value(v_ring, trailing, C)
                 acc = warpgroup_mma(a, v, acc, is_async=True)
@@ -650,7 +689,8 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
         else:
             for i in range(first, last):
                 r = _router_weights(i, router, C.F_TILES, CONSUMER, R_LAYOUT)
-                mn = _project(q, ku_ring, ku_full, slot, lap, nothing, dtype, C)
+                start = _start(i, g, operands, strides, C, PROJECTED)
+                mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
                 mn = warpgroup_mma_wait(0, [mn])
                 a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
                 mbarrier.wait(v_full.index(slot), lap)
@@ -663,7 +703,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
 
         if V_bias is not None:
             for e in range(0, gl.where(first == 0, C.E, 0)):  # once for each tile
-                bias = _bias(V_bias, V_bias_strides, g, e, 0, C.D, BD, OUTPUT)
+                bias = _bias(V_bias, V_bias_strides, g, e, 0, 0, BD, C.D, BD, OUTPUT)
                 weight = _router_weights(e, router, 1, CONSUMER, R_LAYOUT).to(gl.float32)
                 weight = gl.convert_layout(weight, gl.SliceLayout(1, OUTPUT))
                 acc += weight.expand_dims(1) * bias
