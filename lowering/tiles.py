@@ -79,6 +79,7 @@ class HopperForwardTile:
     registers: int  # of each thread of a consumer
     q_in_registers: bool
     trailing: bool  # V's product runs during the next tile's activation
+    out_columns: int  # of the output that are stored at once
 
     @property
     def tokens(self) -> int:
@@ -209,9 +210,14 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
 # The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
 # goes there too, and how many consumers share the 64 K registers.
 _HOPPER_FORWARD = {  # by padded head width; one that is not here goes to plain Triton
-    **dict.fromkeys((16, 32, 64), HopperForwardTile(3, 64, 6, 160, False, False)),
-    128: HopperForwardTile(2, 64, 3, 240, True, True),
-    256: HopperForwardTile(2, 32, 3, 240, False, True),
+    **dict.fromkeys((16, 32, 64), HopperForwardTile(3, 64, 6, 160, False, False, 64)),
+    128: HopperForwardTile(2, 64, 3, 240, True, True, 128),
+    256: HopperForwardTile(2, 32, 3, 240, False, True, 64),
+}
+# Without U a tile has room for twice the hidden units, or one less product to wait for.
+_HOPPER_UNGATED_FORWARD = _HOPPER_FORWARD | {
+    128: HopperForwardTile(2, 128, 2, 240, True, True, 128),
+    256: HopperForwardTile(2, 64, 2, 240, False, False, 128),
 }
 _HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
@@ -324,7 +330,8 @@ def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
         or sizes.tokens < _HOPPER_FORWARD_TOKENS
     ):
         return None
-    tile = _HOPPER_FORWARD.get(padded_width(sizes.head_dim))
+    table = _HOPPER_FORWARD if sizes.gated else _HOPPER_UNGATED_FORWARD
+    tile = table.get(padded_width(sizes.head_dim))
     return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, sizes.hidden)))
 
 

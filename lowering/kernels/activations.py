@@ -113,6 +113,18 @@ def activate(x, NAME: tl.constexpr, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def activate_twice(x, NAME: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """act(2x) of the activations that begin by halving their argument."""
+    if NAME == "silu":
+        argument = x
+    else:
+        tl.static_assert(NAME == "gelu", "does not begin by halving")
+        s = tl.minimum(x * x, _GELU_S / 4.0)
+        argument = x * (2.0 * _GELU_C0 + s * (8.0 * _GELU_C1 + s * (32.0 * _GELU_C2)))
+    return x * _tanh(argument, APPROXIMATE) + x
+
+
+@triton.jit
 def activate_with_slope(x, NAME: tl.constexpr, APPROXIMATE: tl.constexpr):
     """act(x) and its derivative at x, elementwise in float32."""
     if NAME == "silu":

@@ -52,7 +52,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...device import multiprocessors
 from ...problem import NormedRouter, Problem
 from ...tiles import HopperForwardTile, Tile, padded_width
-from ..activations import activate
+from ..activations import activate, activate_twice
 from ..launch import allows_approximation, launch
 from ..operands import (
     Operand,
@@ -122,7 +122,10 @@ def _plan(problem: Problem, out: Tensor, tile: HopperForwardTile) -> _Plan | Non
             if operand.layout == "pointer":
                 return None
             if name in "QKU":
-                descriptor = _in_blocks(descriptor, 2 if operand.layout == "columns" else 3)
+                axis = 2 if operand.layout == "columns" else 3
+                descriptor = _in_blocks(descriptor, axis, _COLUMNS)
+            elif name == "Out":
+                descriptor = _in_blocks(descriptor, 3, tile.out_columns)
             descriptor = _with_layout(descriptor)
         operands[name] = Operand(descriptor, None, None)
     # Through pointers, for any strides: a value serves several tiles of hidden units.
@@ -177,6 +180,7 @@ def _run(
         REGISTERS=tile.registers,
         Q_IN_REGISTERS=tile.q_in_registers,
         TRAILING=tile.trailing,
+        OUT_COLUMNS=tile.out_columns,
         ROUTING=None if router is None else Routing.of(router, heads),
     )
     scalars = {
@@ -196,15 +200,18 @@ def _run(
 
 
 def _halves_exactly(problem: Problem) -> bool:
-    """Whether to compute with q / 2, which saves silu's own halving of every hidden unit.
+    """Whether to compute with q / 2, which saves the activation's own halving of every hidden unit.
 
-    silu(m) is x + x tanh(x) at x = m / 2. Halving a bfloat16 is exact, float16 has too few
-    exponents for it.
+    silu(m) is x + x tanh(x) at x = m / 2, and gelu is much like it. Halving a bfloat16 is exact,
+    float16 has too few exponents for it.
     """
     plain = problem.k_scale == problem.u_scale == 1.0
     biased = any(x is not None for x in (problem.k_bias, problem.u_bias, problem.v_bias))
     return (
-        problem.activation == "silu" and problem.q.dtype == torch.bfloat16 and plain and not biased
+        problem.activation in ("silu", "gelu")
+        and problem.q.dtype == torch.bfloat16
+        and plain
+        and (problem.u is None or not biased)
     )
 
 
@@ -214,10 +221,10 @@ def _biases_first(problem: Problem) -> bool:
     return biased and problem.k_scale == problem.u_scale == 1.0
 
 
-def _in_blocks(descriptor: Any, axis: int) -> TensorDescriptor:
-    """The descriptor, with the head width in blocks of 64."""
+def _in_blocks(descriptor: Any, axis: int, columns: int) -> TensorDescriptor:
+    """The descriptor, with the head width in blocks of so many columns."""
     block = list(descriptor.block_shape)
-    block[axis] = _COLUMNS
+    block[axis] = columns
     return dataclasses.replace(descriptor, block_shape=block)
 
 
@@ -268,6 +275,7 @@ class Constants:
     REGISTERS: int
     Q_IN_REGISTERS: bool
     TRAILING: bool
+    OUT_COLUMNS: int  # that are stored at once
     ROUTING: Routing | None
 
 
@@ -285,11 +293,9 @@ def mhf_hopper_forward_kernel(
     CONSUMERS: gl.constexpr = C.CONSUMERS
     STAGES: gl.constexpr = C.STAGES
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS * (BD // 64), 1, 1, 64, 64], Q.layout)
-    if C.Q_IN_REGISTERS:
-        out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
-    else:
-        # A consumer that keeps Q in shared memory leaves no room for its output elsewhere.
-        out_tiles = reinterpret(q_tiles, dtype, [CONSUMERS, 1, 1, 64, BD], Out.layout)
+    out_tiles = gl.allocate_shared_memory(
+        dtype, [CONSUMERS, 1, 1, 64, C.OUT_COLUMNS], Out.layout
+    )
     ku_ring = gl.allocate_shared_memory(
         dtype, [STAGES * C.BLOCKS * C.PAIR] + K.block_type.shape, K.layout
     )
@@ -514,8 +520,12 @@ def _bias(X, strides, g, e, f0, FROM: gl.constexpr, TO: gl.constexpr, F: gl.cons
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     f = f0 + column - FROM
     X += gl.cast(g, gl.int64) * strides[0] + gl.cast(e, gl.int64) * strides[1]
-    inside = (column >= FROM) & (column < TO) & (f < F)
-    return gl.load(X + f * strides[2], mask=inside, other=0.0).to(gl.float32).expand_dims(0)
+    if FROM == 0 and TO == COLUMNS and F % COLUMNS == 0:
+        x = gl.load(X + f * strides[2])
+    else:
+        inside = (column >= FROM) & (column < TO) & (f < F)
+        x = gl.load(X + f * strides[2], mask=inside, other=0.0)
+    return x.to(gl.float32).expand_dims(0)
 
 
 @gluon.jit
@@ -536,6 +546,8 @@ def _start(i, g, operands, strides, C: gl.constexpr, LAYOUT: gl.constexpr):
             start += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, COLUMNS, LAYOUT)
         if U_bias is not None:
             start += _bias(U_bias, U_bias_strides, g, e, f0, BF, COLUMNS, C.F, COLUMNS, LAYOUT)
+        if C.HALVED:
+            start *= 0.5
     return start
 
 
@@ -576,7 +588,7 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
     if K_bias is not None and not C.BIASES_FIRST:
         m += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, BF, HIDDEN)
     if C.HALVED:
-        a = m * activate(m, "tanh", C.APPROXIMATE) + m
+        a = activate_twice(m, ACTIVATION, C.APPROXIMATE)
     else:
         a = activate(m, ACTIVATION, C.APPROXIMATE)
     # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
@@ -595,6 +607,45 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
     if PAIRED:
         a *= r.expand_dims(1)
     return gl.convert_layout(a, A_OPERAND)
+
+
+@gluon.jit
+def _store_columns(Out, columns, tile, b, h, l, c0: gl.constexpr):
+    """Store columns of the output from c0 on through shared memory, once that is free: [64, ..]."""
+    WIDTH: gl.constexpr = columns.shape[1]
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    columns = gl.convert_layout(columns.to(tile.dtype), LAYOUT)
+    tma.store_wait(0)
+    tile.reshape([64, WIDTH]).store(columns)
+    fence_async_shared()
+    async_store(Out, [b, h, l, c0], tile)
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _store(Out, out, tile, b, h, l, C: gl.constexpr):
+    """Store a consumer's output, in as many pieces as its tile of shared memory asks for: [64, BD]."""
+    WIDTH: gl.constexpr = C.OUT_COLUMNS
+    if C.BD == WIDTH:
+        _store_columns(Out, out, tile, b, h, l, 0)
+    else:
+        left, right = _halves(out)
+        if C.BD == 2 * WIDTH:
+            _store_columns(Out, left, tile, b, h, l, 0)
+            _store_columns(Out, right, tile, b, h, l, WIDTH)
+        else:
+            gl.static_assert(C.BD == 4 * WIDTH)
+            first, second = _halves(left)
+            third, fourth = _halves(right)
+            _store_columns(Out, first, tile, b, h, l, 0)
+            _store_columns(Out, second, tile, b, h, l, WIDTH)
+            _store_columns(Out, third, tile, b, h, l, 2 * WIDTH)
+            _store_columns(Out, fourth, tile, b, h, l, 3 * WIDTH)
 
 
 @gluon.jit
@@ -701,6 +752,8 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                     slot = 0
                     lap ^= 1
 
+        if not C.Q_IN_REGISTERS:
+            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
         if V_bias is not None:
             for e in range(0, gl.where(first == 0, C.E, 0)):  # once for each tile
                 bias = _bias(V_bias, V_bias_strides, g, e, 0, 0, BD, C.D, BD, OUTPUT)
@@ -708,18 +761,11 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                 weight = gl.convert_layout(weight, gl.SliceLayout(1, OUTPUT))
                 acc += weight.expand_dims(1) * bias
         if piece < WHOLE:
-            out_tile = out_tiles.index(CONSUMER)
-            tma.store_wait(0)  # the last tile has been stored
-            out_tile.reshape([64, BD]).store((acc * C.OUT_SCALE).to(dtype))
-            fence_async_shared()
-            async_store(Out, [b, h, l0 + CONSUMER * 64, 0], out_tile)
+            _store(Out, acc * C.OUT_SCALE, out_tiles.index(CONSUMER), b, h, l0 + CONSUMER * 64, C)
         elif Part is not None:
             # Beyond L the rows are not masked: the workspace holds whole tiles.
             row = gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT)).expand_dims(1)
             column = gl.arange(0, BD, layout=gl.SliceLayout(0, OUTPUT)).expand_dims(0)
-            start = ((piece - WHOLE).to(gl.int64) * C.CONSUMERS + CONSUMER) * (64 * C.D)
-            gl.store(Part + start + (row * C.D + column), acc, mask=column < C.D)
-        if not C.Q_IN_REGISTERS:
-            tma.store_wait(0)  # Q and Out share their place
-            mbarrier.arrive(q_empty.index(CONSUMER), count=1)
+            place = ((piece - WHOLE).to(gl.int64) * C.CONSUMERS + CONSUMER) * (64 * C.D)
+            gl.store(Part + place + (row * C.D + column), acc, mask=column < C.D)
     tma.store_wait(0)
