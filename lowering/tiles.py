@@ -69,6 +69,12 @@ class Tile:
         return max(self.columns, padded_width(head_dim))
 
 
+# When the products of a tile of hidden units are issued. "order": one after the other. "trailing":
+# V's product runs during the next tile's activation. "turns": V's product and the next tile's are
+# issued together, while the other consumer activates.
+Schedule = Literal["order", "trailing", "turns"]
+
+
 @dataclass(frozen=True)
 class HopperForwardTile:
     """How Hopper's forward kernel (hopper/forward.py) cuts its work."""
@@ -78,7 +84,7 @@ class HopperForwardTile:
     stages: int
     registers: int  # of each thread of a consumer
     q_in_registers: bool
-    trailing: bool  # V's product runs during the next tile's activation
+    schedule: Schedule
     out_columns: int  # of the output that are stored at once
 
     @property
@@ -209,16 +215,28 @@ _FLOAT32: _Table = {  # no matrix units unless TF32 is allowed: products unroll 
 
 # The accumulator and a gate and up tile fill a consumer's registers: what is left decides whether Q
 # goes there too, and how many consumers share the 64 K registers.
-_HOPPER_FORWARD = {  # by padded head width; one that is not here goes to plain Triton
-    **dict.fromkeys((16, 32, 64), HopperForwardTile(3, 64, 6, 160, False, False, 64)),
-    128: HopperForwardTile(2, 64, 3, 240, True, True, 128),
-    256: HopperForwardTile(2, 32, 3, 240, False, True, 64),
+_HOPPER_FORWARD: dict[int, tuple[HopperForwardTile, ...]] = {
+    # By padded head width; one that is not here goes to plain Triton. Of several tiles, the first
+    # that pads the hidden units least.
+    **dict.fromkeys((16, 32), (HopperForwardTile(3, 64, 6, 160, False, "order", 64),)),
+    64: (
+        HopperForwardTile(2, 128, 3, 240, True, "turns", 64),
+        HopperForwardTile(3, 64, 6, 160, False, "order", 64),
+    ),
+    128: (HopperForwardTile(2, 64, 3, 240, True, "trailing", 128),),
+    256: (HopperForwardTile(2, 32, 3, 240, False, "trailing", 64),),
 }
-# Without U a tile has room for twice the hidden units, or one less product to wait for.
-_HOPPER_UNGATED_FORWARD = _HOPPER_FORWARD | {
-    128: HopperForwardTile(2, 128, 2, 240, True, True, 128),
-    256: HopperForwardTile(2, 64, 2, 240, False, False, 128),
-}
+_HOPPER_UNGATED_FORWARD = (
+    _HOPPER_FORWARD
+    | {  # without U a tile has room for more hidden units
+        64: _HOPPER_FORWARD[64][1:],
+        128: (
+            HopperForwardTile(2, 128, 2, 240, True, "turns", 128),
+            HopperForwardTile(2, 64, 4, 240, True, "turns", 128),
+        ),
+        256: (HopperForwardTile(2, 64, 2, 240, False, "turns", 128),),
+    }
+)
 _HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded head width, as above
@@ -323,7 +341,7 @@ def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
     return Tile(bm, bf, warps, stages, descriptors, parts)
 
 
-def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
+def _hopper_forward(sizes: Sizes, most_hidden: int | None = None) -> HopperForwardTile | None:
     if (
         sizes.capability[0] != 9
         or sizes.dtype.itemsize != 2
@@ -331,8 +349,12 @@ def _hopper_forward(sizes: Sizes) -> HopperForwardTile | None:
     ):
         return None
     table = _HOPPER_FORWARD if sizes.gated else _HOPPER_UNGATED_FORWARD
-    tile = table.get(padded_width(sizes.head_dim))
-    return tile and replace(tile, hidden=max(32, _shrink(tile.hidden, sizes.hidden)))
+    tiles = [
+        replace(tile, hidden=max(32, _shrink(tile.hidden, sizes.hidden)))
+        for tile in table.get(padded_width(sizes.head_dim), ())
+        if most_hidden is None or tile.hidden <= most_hidden
+    ]
+    return min(tiles, key=lambda tile: -(-sizes.hidden // tile.hidden) * tile.hidden, default=None)
 
 
 def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
@@ -344,7 +366,7 @@ def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
     narrow = padded_width(sizes.head_dim) not in (64, 128)
     if sizes.dtype is not torch.bfloat16 or not sizes.gated or narrow:
         return None
-    tile = _hopper_forward(sizes)
+    tile = _hopper_forward(sizes, most_hidden=64)
     return tile if tile is not None and tile.hidden == 64 else None
 
 

@@ -322,9 +322,11 @@ def check_registers(code: str, by_columns: bool = False) -> None:
     "options",
     [
         {},
+        {"d": 64},
         {"d": 96},
         {"dtype": torch.float16, "activation": "gelu_tanh"},
         {"gated": False},
+        {"gated": False, "f": 192, "biased": True, "activation": "gelu"},
         {"biased": True, "groups": 4},
         {"by_columns": True},
         {"d": 96, "f": 171, "biased": True},

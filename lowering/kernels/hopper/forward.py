@@ -13,15 +13,28 @@ tile: it reads Q from the registers half as often. The product with V trails by 
 issued after the next tile's product with K and U, so that the matrix unit has work while this
 consumer activates, and the other consumers fill the rest. All products of one turn are issued and
 awaited within it: one that were still running at the end of a loop's body would be serialised by
-the assembler. Narrow heads have room for a third consumer, and then trailing gains nothing.
+the assembler.
+
+That is one schedule of three (`Schedule` in tiles.py). Networks without U have less to multiply for
+each activation: there the two consumers take turns. One issues V's product and the next tile's,
+and hands the matrix unit over to the other, which has activated meanwhile; without turns both would
+wait for the same tiles, multiply together and activate together. The narrowest heads have room for
+a third consumer, and then plain order is as good.
+
+    consumer 0   KU0 |      | V0 KU1 |        | V1 KU2 | ...   products
+    consumer 1       | KU0  |        | V0 KU1 |        | ...
+
+A slot of the ring is given back in two parts, K and U when they have been multiplied, V one turn
+later, so that the next K and U are on their way meanwhile.
 
 The kernel is persistent, one program to a multiprocessor, so that the producer loads the next
 tile's operands while the last one is stored. The tiles of an incomplete last round are cut along
 the hidden units (splitting.py), because 31 rounds and 4 tiles would otherwise take as long as 32.
 
 R is loaded before the products of the tile that it weights, since some of its loads miss the
-cache. Where the op is to normalise and route the queries as well, each consumer does so with its
-own and finds R in shared memory (routing.py).
+cache, and so are the biases of K and U, to which the products are added. Where the op is to
+normalise and route the queries as well, each consumer does so with its own and finds R in shared
+memory (routing.py).
 
 Ragged edges need no mask: TMA fills with zeros what lies beyond L, F or D and drops what is stored
 there. Contractions over the head width go by blocks of 64, the last of which may be narrower; the
@@ -179,7 +192,7 @@ def _run(
         STAGES=tile.stages,
         REGISTERS=tile.registers,
         Q_IN_REGISTERS=tile.q_in_registers,
-        TRAILING=tile.trailing,
+        SCHEDULE=tile.schedule,
         OUT_COLUMNS=tile.out_columns,
         ROUTING=None if router is None else Routing.of(router, heads),
     )
@@ -274,7 +287,7 @@ class Constants:
     STAGES: int
     REGISTERS: int
     Q_IN_REGISTERS: bool
-    TRAILING: bool
+    SCHEDULE: str
     OUT_COLUMNS: int  # that are stored at once
     ROUTING: Routing | None
 
@@ -293,9 +306,7 @@ def mhf_hopper_forward_kernel(
     CONSUMERS: gl.constexpr = C.CONSUMERS
     STAGES: gl.constexpr = C.STAGES
     q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS * (BD // 64), 1, 1, 64, 64], Q.layout)
-    out_tiles = gl.allocate_shared_memory(
-        dtype, [CONSUMERS, 1, 1, 64, C.OUT_COLUMNS], Out.layout
-    )
+    out_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, C.OUT_COLUMNS], Out.layout)
     ku_ring = gl.allocate_shared_memory(
         dtype, [STAGES * C.BLOCKS * C.PAIR] + K.block_type.shape, K.layout
     )
@@ -304,21 +315,25 @@ def mhf_hopper_forward_kernel(
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     ku_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ku_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
     for c in gl.static_range(CONSUMERS):
         mbarrier.init(q_full.index(c), count=1)
         mbarrier.init(q_empty.index(c), count=1)
+        mbarrier.init(turns.index(c), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ku_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
+        mbarrier.init(ku_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
 
     if C.ROUTING is None:
         memory = (q_tiles, out_tiles, ku_ring, v_ring, None)
     else:
         r_tiles = router_tiles(C)
         memory = (q_tiles, out_tiles, ku_ring, v_ring, r_tiles)
-    barriers = (q_full, q_empty, ku_full, v_full, empty)
+    barriers = (q_full, q_empty, ku_full, v_full, ku_empty, v_empty, turns)
     work = (B, L, TILES, WHOLE, PARTS)
     operands = (R, K_bias, U_bias, V_bias, Out, Part, N)
     strides = (R_strides, K_bias_strides, U_bias_strides, V_bias_strides, N_strides)
@@ -374,7 +389,7 @@ def _pieces(work):
 def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
     """The producer, one warp: keeps the ring full, and loads the next Q once its buffer is free."""
     q_tiles, _, ku_ring, v_ring, _ = memory
-    q_full, q_empty, ku_full, v_full, empty = barriers
+    q_full, q_empty, ku_full, v_full, ku_empty, v_empty, _ = barriers
     F_TILES: gl.constexpr = C.F_TILES
     BLOCKS: gl.constexpr = C.BLOCKS
     PAIR: gl.constexpr = C.PAIR
@@ -399,7 +414,8 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
                 async_load(Q, [b, h, l0 + c * 64, j * 64], full, q_tile)
         turn ^= 1
         if C.ROUTING is not None:  # a slot of its own, in which no warp waits for V
-            mbarrier.wait(empty.index(slot), lap)
+            mbarrier.wait(ku_empty.index(slot), lap)
+            mbarrier.wait(v_empty.index(slot), lap)
             load_router(W, h, ku_ring, ku_full.index(slot), slot, C)
             mbarrier.arrive(v_full.index(slot), count=1)
             slot += 1
@@ -409,7 +425,7 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
         for i in range(first, last):
             e = i // F_TILES
             f0 = i % F_TILES * BF
-            mbarrier.wait(empty.index(slot), lap)
+            mbarrier.wait(ku_empty.index(slot), lap)
             full = ku_full.index(slot)
             mbarrier.expect(full, BLOCKS * PAIR * BF * 64 * 2)
             for j in gl.static_range(BLOCKS):
@@ -417,6 +433,7 @@ def _produce(Q, K, U, V, W, memory, barriers, work, C: gl.constexpr):
                 _load(K, g, e, f0, j * 64, full, ku_ring.index(place), K_LAYOUT)
                 if U is not None:
                     _load(U, g, e, f0, j * 64, full, ku_ring.index(place + 1), K_LAYOUT)
+            mbarrier.wait(v_empty.index(slot), lap)
             full = v_full.index(slot)
             mbarrier.expect(full, BF * BD * 2)
             _load(V, g, e, f0, 0, full, v_ring.index(slot), V_LAYOUT)
@@ -538,17 +555,20 @@ def _start(i, g, operands, strides, C: gl.constexpr, LAYOUT: gl.constexpr):
     _, K_bias_strides, U_bias_strides, _, _ = strides
     BF: gl.constexpr = C.BF
     COLUMNS: gl.constexpr = C.PAIR * BF
-    start = gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
     if C.BIASES_FIRST:
         e = i // C.F_TILES
         f0 = i % C.F_TILES * BF
-        if K_bias is not None:
-            start += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, COLUMNS, LAYOUT)
-        if U_bias is not None:
-            start += _bias(U_bias, U_bias_strides, g, e, f0, BF, COLUMNS, C.F, COLUMNS, LAYOUT)
+        if U_bias is None:
+            biases = _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, COLUMNS, LAYOUT)
+        else:
+            biases = _bias(U_bias, U_bias_strides, g, e, f0, BF, COLUMNS, C.F, COLUMNS, LAYOUT)
+            if K_bias is not None:
+                biases += _bias(K_bias, K_bias_strides, g, e, f0, 0, BF, C.F, COLUMNS, LAYOUT)
         if C.HALVED:
-            start *= 0.5
-    return start
+            biases *= 0.5
+        return biases + gl.full([64, COLUMNS], -0.0, gl.float32, LAYOUT)  # in all rows, for nothing
+    else:
+        return gl.zeros([64, COLUMNS], gl.float32, LAYOUT)
 
 
 @gluon.jit
@@ -593,7 +613,7 @@ def _activate(mn, i, g, r, operands, strides, dtype: gl.constexpr, C: gl.constex
         a = activate(m, ACTIVATION, C.APPROXIMATE)
     # Where activations are what takes time, two elements are multiplied by R at once. In bfloat16,
     # which has the exponents of float32, that costs a second rounding and no range.
-    PAIRED: gl.constexpr = not C.TRAILING and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
+    PAIRED: gl.constexpr = C.BD == 64 and dtype == gl.bfloat16 and r.dtype == gl.bfloat16
     if not PAIRED:
         a *= r.to(gl.float32).expand_dims(1)
     if C.GATED:
@@ -629,7 +649,7 @@ def _halves(x):
 
 @gluon.jit
 def _store(Out, out, tile, b, h, l, C: gl.constexpr):
-    """Store a consumer's output, in as many pieces as its tile of shared memory asks for: [64, BD]."""
+    """Store a consumer's output, in pieces that its tile of shared memory holds: [64, BD]."""
     WIDTH: gl.constexpr = C.OUT_COLUMNS
     if C.BD == WIDTH:
         _store_columns(Out, out, tile, b, h, l, 0)
@@ -654,7 +674,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
     R, _, _, V_bias, Out, Part, N = operands
     R_strides, _, _, V_bias_strides, N_strides = strides
     q_tiles, out_tiles, ku_ring, v_ring, r_tiles = memory
-    q_full, q_empty, ku_full, v_full, empty = barriers
+    q_full, q_empty, ku_full, v_full, ku_empty, v_empty, turns = barriers
     _, L, _, WHOLE, _ = work
     dtype: gl.constexpr = q_tiles.dtype
     ITERATIONS: gl.constexpr = C.E * C.F_TILES
@@ -662,6 +682,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
     BF: gl.constexpr = C.BF
     BD: gl.constexpr = C.BD
     STAGES: gl.constexpr = C.STAGES
+    SCHEDULE: gl.constexpr = C.SCHEDULE
     PROJECTED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR * BF, 16])
     HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
@@ -672,6 +693,7 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
     slot = 0
     lap = 0
     turn = 0
+    mine = 1 - CONSUMER  # parity of the turns at the matrix unit: the first consumer begins
     for piece in range(gl.program_id(0), _pieces(work), gl.num_programs(0)):
         l0, b, h, first, last = _piece(piece, work, C.CONSUMERS * 64, ITERATIONS)
         g = h // C.HEADS_PER_GROUP
@@ -701,17 +723,19 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
             mbarrier.wait(ku_full.index(slot), lap)
             logits = router_logits(q, ku_ring, slot, C)
             route(logits, r_tiles, CONSUMER, C)
-            mbarrier.arrive(empty.index(slot), count=1)
+            mbarrier.arrive(ku_empty.index(slot), count=1)
+            mbarrier.arrive(v_empty.index(slot), count=1)
             slot += 1
             if slot == STAGES:
                 slot = 0
                 lap ^= 1
         acc = gl.zeros([64, BD], gl.float32, OUTPUT)
-        if C.TRAILING:
+        if SCHEDULE == "trailing":
             start = _start(first, g, operands, strides, C, PROJECTED)
             mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
             r = _router_weights(first, router, C.F_TILES, CONSUMER, R_LAYOUT)
             mn = warpgroup_mma_wait(0, [mn])
+            mbarrier.arrive(ku_empty.index(slot), count=1)
             a = _activate(mn, first, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
             for i in range(first + 1, last):
                 trailing = slot
@@ -727,12 +751,53 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                 v = _value(v_ring, trailing, C)
                 acc = warpgroup_mma(a, v, acc, is_async=True)
                 mn = warpgroup_mma_wait(1, [mn])
+                mbarrier.arrive(ku_empty.index(slot), count=1)
                 a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
                 acc = warpgroup_mma_wait(0, [acc])
-                mbarrier.arrive(empty.index(trailing), count=1)
+                mbarrier.arrive(v_empty.index(trailing), count=1)
             mbarrier.wait(v_full.index(slot), lap)
             acc = warpgroup_mma(a, _value(v_ring, slot, C), acc)
-            mbarrier.arrive(empty.index(slot), count=1)
+            mbarrier.arrive(v_empty.index(slot), count=1)
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                lap ^= 1
+        elif SCHEDULE == "turns":
+            r = _router_weights(first, router, C.F_TILES, CONSUMER, R_LAYOUT)
+            start = _start(first, g, operands, strides, C, PROJECTED)
+            mbarrier.wait(turns.index(CONSUMER), mine)
+            mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
+            mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+            mine ^= 1
+            mn = warpgroup_mma_wait(0, [mn])
+            mbarrier.arrive(ku_empty.index(slot), count=1)
+            a = _activate(mn, first, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
+            for i in range(first + 1, last):
+                previous = slot
+                previous_lap = lap
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    lap ^= 1
+                r = _router_weights(i, router, C.F_TILES, CONSUMER, R_LAYOUT)
+                start = _start(i, g, operands, strides, C, PROJECTED)
+                mbarrier.wait(v_full.index(previous), previous_lap)
+                mbarrier.wait(turns.index(CONSUMER), mine)
+                acc = warpgroup_mma(a, _value(v_ring, previous, C), acc, is_async=True)
+                mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
+                mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+                mine ^= 1
+                acc, mn = warpgroup_mma_wait(0, [acc, mn])
+                mbarrier.arrive(v_empty.index(previous), count=1)
+                mbarrier.arrive(ku_empty.index(slot), count=1)
+                a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
+            mbarrier.wait(v_full.index(slot), lap)
+            mbarrier.wait(turns.index(CONSUMER), mine)
+            acc = warpgroup_mma(a, _value(v_ring, slot, C), acc, is_async=True)
+            mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
+            mine ^= 1
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(v_empty.index(slot), count=1)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -743,10 +808,11 @@ def _consume(CONSUMER: gl.constexpr, operands, strides, memory, barriers, work, 
                 start = _start(i, g, operands, strides, C, PROJECTED)
                 mn = _project(q, ku_ring, ku_full, slot, lap, start, dtype, C)
                 mn = warpgroup_mma_wait(0, [mn])
+                mbarrier.arrive(ku_empty.index(slot), count=1)
                 a = _activate(mn, i, g, r, operands, strides, dtype, C, HIDDEN, A_OPERAND)
                 mbarrier.wait(v_full.index(slot), lap)
                 acc = warpgroup_mma(a, _value(v_ring, slot, C), acc)
-                mbarrier.arrive(empty.index(slot), count=1)
+                mbarrier.arrive(v_empty.index(slot), count=1)
                 slot += 1
                 if slot == STAGES:
                     slot = 0
