@@ -126,8 +126,15 @@ def estimate(workload: Workload) -> Estimate:
 
 
 def _rewritten_bytes(w: Workload) -> float:
-    """The result, and copies of weights that lie in several tensors, with their gradients."""
-    return _result_bytes(w) + w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    """The result, and copies of weights that lie in several tensors, with their gradients.
+
+    PyTorch's batched products have the hidden units of a chunk in addition.
+    """
+    copies = w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    passes: tuple[Kernel, ...] = ("forward", "backward") if w.training else ("forward",)
+    chunks = [batched_chunk(x, w.sizes).kept for x in passes if _is_batched(x, w.sizes)]
+    of_products = w.device.type == "cuda"
+    return _result_bytes(w) + copies + (max(chunks, default=0) if of_products else 0)
 
 
 def _original_bytes(w: Workload) -> float:

@@ -21,7 +21,9 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
             if card is not None
             else workload.sizes_on(capability(workload.device), interpreted())
         )
-        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload, sizes))
+        kernels = tuple(
+            _kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload, sizes)
+        )
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
         return (op, _cpu_path(), *_backward(workload), *stacked)

@@ -3,8 +3,9 @@
 `select` is the one answer, for the launch, the report, the cost model and the passes alike. Kernels
 written for one architecture, or for some sizes, come first (`specialised`): they are families, one
 folder of kernels/ and one entry of `_FAMILIES` each. What no family takes goes to plain Triton
-(`portable`), and so does what a family's kernel refuses at the launch, because of a tensor's strides
-or address. Heads too wide for plain Triton's tiles (`WIDEST_TILE`) are a family's in any case.
+(`portable`), and so does what a family's kernel refuses at the launch, because of a tensor's
+strides or address. Heads too wide for plain Triton's tiles (`WIDEST_TILE`) are a family's in any
+case.
 
 A launch never tunes: it may happen inside a CUDA graph's capture, and two runs must add in the same
 order. What was tuned while a model was compiled (kernels/tuning/) stands in for a row of the tables
@@ -116,6 +117,7 @@ class Chunk(NamedTuple):
 
     groups: int  # of heads, each a matrix of the batch
     rows: int  # of a matrix: tokens of all heads of a group
+    kept: int  # bytes of hidden units
 
 
 FamilyTile = HopperForwardTile | HopperBackwardTile | BatchedTile
@@ -270,8 +272,9 @@ def select(
 ) -> Choice:
     """The kernel that runs where strides allow it: a family's, or else plain Triton's.
 
-    `backward_kernels` has those to ask for. Of the kernel of dQ, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
-    forward's result, if it is not that of q. `row` stands in for the tables' row of plain Triton.
+    `backward_kernels` has those of a backward pass. Of the kernel of dQ, `sizes.routed` asks
+    whether R has a gradient. `out_dtype` is that of the forward's result, if it is not that of q. `row`
+    stands in for the tables' row of plain Triton.
     """
     own = specialised(kernel, sizes, out_dtype=out_dtype)
     return Choice("plain", portable(kernel, sizes, row)) if own is None else own
@@ -432,8 +435,8 @@ def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
     """What the products of a pass compute at a time.
 
     As many groups of heads as keep their hidden units in the L2, or as fill the card: the products
-    that sum over hidden units, or over tokens, have few tiles. A group whose hidden units would take
-    more than `MOST_BYTES` is cut along its rows.
+    that sum over hidden units, or over tokens, have few tiles. A group whose hidden units would
+    take more than `MOST_BYTES` is cut along its rows.
     """
     rows = sizes.tokens * (sizes.heads // sizes.groups)
     units = sizes.sub_networks * sizes.hidden
@@ -441,13 +444,15 @@ def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
     row = kept * units * sizes.dtype.itemsize  # bytes
     if rows * row > MOST_BYTES:
         most = MOST_BYTES // row // _FEWEST_ROWS * _FEWEST_ROWS
-        return Chunk(1, min(rows, max(_FEWEST_ROWS, most)))
+        rows = min(rows, max(_FEWEST_ROWS, most))
+        return Chunk(1, rows, rows * row)
     group = max(1, rows * row)
     results = rows if kernel == "forward" else min(rows, units)
     filling = -(-ENOUGH_PROGRAMS * 128 * 128 // max(1, results * sizes.head_dim))
     groups = max(1, CACHED_BYTES // group, min(filling, MOST_BYTES // group))
     rounds = -(-sizes.groups // min(groups, sizes.groups))
-    return Chunk(-(-sizes.groups // rounds), rows)
+    groups = -(-sizes.groups // rounds)
+    return Chunk(groups, rows, groups * rows * row)
 
 
 #: by the folder in kernels/: when each of its kernels runs, and with which tile

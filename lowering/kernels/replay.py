@@ -6,8 +6,8 @@ dtypes and alignments. `repeat` runs a call the first time, while `record` write
 launches, and later puts the addresses of the tensors at hand in the places of the first ones.
 
 The contract: between `repeat` and its end, a call may launch kernels on the tensors that `repeat`
-was given, and allocate workspaces, which are allocated again each time. Nothing else is repeated, so
-a call that does anything else says so (`leave_unrepeated`); it may repeat its own launches.
+was given, and allocate workspaces, which are allocated again each time. Nothing else is repeated,
+so a call that does anything else says so (`leave_unrepeated`); it may repeat its own launches.
 """
 
 import threading

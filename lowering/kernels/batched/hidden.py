@@ -1,8 +1,8 @@
 """What is between the products, in place: one pass over the hidden units of a chunk.
 
 A chunk's matrices (groups, rows, E F) are contiguous. They hold sums of products, rounded to the
-dtype of the network; scales are in them already. With y = act(m + k_bias), y' its slope and n the up
-projection with its bias, the forward pass needs r y n for V's product, and the backward pass
+dtype of the network; scales are in them already. With y = act(m + k_bias), y' its slope and n the
+up projection with its bias, the forward pass needs r y n for V's product, and the backward pass
 
     a = r y n    dm = r da n y'    dn = r da y    dR = sum_f da y n
 
@@ -32,7 +32,7 @@ def activate_units(
     The problem's biases are those of the chunk, and r is (groups, rows, E).
     """
     _launch(
-        mhf_batched_activation_kernel,
+        mhf_batched_forward_kernel,
         problem,
         tile,
         {"M": m, "N": n, "R": r, "K_bias": problem.k_bias, "U_bias": problem.u_bias},
@@ -73,7 +73,7 @@ def differentiate_units(
     tensors |= {"U_bias": problem.u_bias, "dR": dr, "K_sums": sums[0], "U_sums": sums[1]}
     flags = dict(zip(("WRITES_A", "WRITES_DM", "WRITES_DN"), writes, strict=True))
     flags |= {"ADDS_DR": adds_dr, "READS_N": reads_n, "WHOLE": dr is not None}
-    _launch(mhf_batched_gradient_kernel, problem, tile, tensors, flags)
+    _launch(mhf_batched_backward_kernel, problem, tile, tensors, flags)
 
 
 def row_tiles(rows: int, tile: BatchedTile) -> int:
@@ -145,7 +145,7 @@ def _bias_of(B, B_strides, g, e, f, F: tl.constexpr):
 
 
 @triton.jit
-def mhf_batched_activation_kernel(
+def mhf_batched_forward_kernel(
     M, N, R, K_bias, U_bias, R_strides, K_bias_strides, U_bias_strides,
     ROWS,
     E: tl.constexpr, F: tl.constexpr, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr,
@@ -175,7 +175,7 @@ def mhf_batched_activation_kernel(
 
 
 @triton.jit
-def mhf_batched_gradient_kernel(
+def mhf_batched_backward_kernel(
     M, N, dA, R, K_bias, U_bias, dR, K_sums, U_sums,
     R_strides, K_bias_strides, U_bias_strides,
     ROWS,

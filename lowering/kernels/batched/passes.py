@@ -1,7 +1,7 @@
 """The forward and the backward pass, a chunk of heads at a time; see hidden.py for the formulas.
 
-What a chunk writes over is read by this chunk alone, and before: the result may lie in the memory of
-q, and dQ in that of dOut. Scales are applied by the products, before anything is rounded.
+What a chunk writes over is read by this chunk alone, and before: the result may lie in the memory
+of q, and dQ in that of dOut. Scales are applied by the products, before anything is rounded.
 """
 
 from collections.abc import Iterator
@@ -65,9 +65,7 @@ def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
         rows.keep(out, groups, place)
 
 
-def _backward(
-    problem: Problem, grad_out: Tensor, gradients: Gradients, tile: BatchedTile
-) -> None:
+def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: BatchedTile) -> None:
     q, sizes = problem.q, problem.sizes
     chunk = batched_chunk("backward", sizes)
     rows = Rows.of(sizes.groups, q, grad_out, gradients.q)
@@ -203,10 +201,12 @@ class _WeightSum:
     def __init__(self, gradient: Tensor, groups: slice, pieces: int) -> None:
         self.target = gradient[groups]  # [g, E, f, d]
         view = units_of(self.target) if pieces == 1 else None
-        dtype = gradient.dtype if pieces == 1 else torch.float32
-        self.own = view is None
-        shape = self.target.flatten(1, 2).shape if view is None else None
-        self.sum = gradient.new_empty(shape, dtype=dtype) if view is None else view
+        self.apart = view is None
+        if view is None:
+            g, sub_networks, hidden, width = self.target.shape
+            dtype = gradient.dtype if pieces == 1 else torch.float32
+            view = gradient.new_empty((g, sub_networks * hidden, width), dtype=dtype)
+        self.sum = view
         self.kept = 0.0
 
     def add(self, units: Tensor, x: Tensor, scale: float) -> None:
@@ -215,7 +215,7 @@ class _WeightSum:
         self.kept = 1.0
 
     def keep(self) -> None:
-        if self.own:
+        if self.apart:
             self.target.copy_(self.sum.view(self.target.shape))
 
 
