@@ -258,7 +258,7 @@ _HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
 # From how many tokens on PyTorch's products are faster than plain Triton's kernels.
 _BATCHED_FLOAT32_TOKENS = 256
 _BATCHED_BACKWARD_TOKENS = 1024  # of 16 bits and the widest heads that plain Triton takes
-_BATCHED_ELEMENTS = 4096  # of a tile: 16 to a thread
+_BATCHED_ELEMENTS = 4096  # of a tile: 16 to a thread; half of it with a gate, for the registers
 
 # The hidden units of a chunk, in bytes: those that a large card's L2 keeps from product to product,
 # and those that are never exceeded but by the fewest rows.
@@ -273,8 +273,8 @@ def select(
     """The kernel that runs where strides allow it: a family's, or else plain Triton's.
 
     `backward_kernels` has those of a backward pass. Of the kernel of dQ, `sizes.routed` asks
-    whether R has a gradient. `out_dtype` is that of the forward's result, if it is not that of q. `row`
-    stands in for the tables' row of plain Triton.
+    whether R has a gradient. `out_dtype` is that of the forward's result, if it is not that of q.
+    `row` stands in for the tables' row of plain Triton.
     """
     own = specialised(kernel, sizes, out_dtype=out_dtype)
     return Choice("plain", portable(kernel, sizes, row)) if own is None else own
@@ -428,7 +428,7 @@ def _multiplies_slowly(sizes: Sizes) -> bool:
 
 def _batched_tile(sizes: Sizes) -> BatchedTile:
     hidden = _shrink(256, sizes.hidden)
-    return BatchedTile(_BATCHED_ELEMENTS // hidden, hidden)
+    return BatchedTile(_BATCHED_ELEMENTS // (1 + sizes.gated) // hidden, hidden)
 
 
 def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
