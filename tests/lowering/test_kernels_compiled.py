@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import without_products
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -150,12 +151,9 @@ class PretendedDriver:
 
 
 @pytest.fixture(autouse=True)
-def without_products(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Problems that PyTorch's products would take as well: these are tests of all other kernels."""
-    monkeypatch.setitem(tiles._FAMILIES, "batched", {})
-    tiles.specialised.cache_clear()
-    yield
-    tiles.specialised.cache_clear()
+def tiles_only() -> Iterator[None]:
+    with without_products():
+        yield
 
 
 Compile = Callable[..., dict[str, Binary]]
