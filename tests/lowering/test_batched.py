@@ -13,7 +13,7 @@ from support.problems import stored_as
 pytest.importorskip("triton")
 
 from mhf_compiler.lowering import tiles
-from mhf_compiler.lowering.kernels.batched.views import Rows, read_units, units_of
+from mhf_compiler.lowering.kernels.batched.views import Rows, Units, units_of
 from mhf_compiler.lowering.tiles import (
     CACHED_BYTES,
     MOST_BYTES,
@@ -200,4 +200,4 @@ def test_weights() -> None:
     assert units_of(by_columns[:, :1]) is not None
     assert units_of(packed[:, :1]) is not None
     for x in (weights, by_columns, packed, by_columns[:, :1], packed[:, :1]):
-        assert read_units(x, slice(1, 2)).equal(x[1:].flatten(1, 2))
+        assert Units(x).read(slice(1, 2)).equal(x[1:].flatten(1, 2))

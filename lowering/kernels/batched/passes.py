@@ -14,7 +14,7 @@ from ...tiles import BatchedTile, batched_chunk
 from ..replay import leave_unrepeated
 from .hidden import activate_units, differentiate_units, row_tiles
 from .products import multiply
-from .views import Rows, read_units, units_of
+from .views import Rows, Units, units_of
 
 
 def run_forward(problem: Problem, out: Tensor, tile: BatchedTile) -> bool:
@@ -41,20 +41,22 @@ def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
     rows = Rows.of(sizes.groups, q, out)
     hidden = _Hidden(problem, chunk.groups, chunk.rows)
     summed = q.dtype if out.dtype == q.dtype else torch.float32
+    weights = _weights(problem)
     for groups in _slices(sizes.groups, chunk.groups):
         part = _of_groups(problem, groups)
         tokens = rows.read(q, groups)  # [g, rows, d]
         r = None if problem.r is None else rows.read(problem.r, groups)  # [g, rows, E]
-        k, v = read_units(problem.k, groups), read_units(problem.v, groups)  # [g, E f, d]
-        u = None if problem.u is None else read_units(problem.u, groups)
+        k, u, v = (None if x is None else x.read(groups) for x in weights)  # [g, E f, d]
+        assert k is not None
+        assert v is not None
         place = rows.place(out, groups, summed)
         for piece in _slices(tokens.shape[1], chunk.rows):
-            x = tokens[:, piece]
-            weight = None if r is None else r[:, piece]
+            x = _rows_of(tokens, piece)
+            weight = None if r is None else _rows_of(r, piece)
             m = hidden.times(0, x, k, problem.k_scale)  # [g, rows, E f]
             n = None if u is None else hidden.times(1, x, u, problem.u_scale)
             activate_units(part, m, n, weight, tile)
-            to = place[:, piece]
+            to = _rows_of(place, piece)
             if v_bias is not None:
                 if weight is None:
                     to.copy_(v_bias[groups].sum(1, keepdim=True, dtype=torch.float32))
@@ -84,6 +86,11 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
         of_q or gradients.k is not None,
         gated and (of_q or gradients.u is not None),
     )
+    weights = _weights(problem)
+    sums = tuple(
+        None if x is None else _WeightSum(x, len(pieces))
+        for x in (gradients.k, gradients.u, gradients.v)
+    )
     needs_da = any(writes[1:]) or of_r or any(x is not None for x in biases)
     reads_n = gated and (any(writes[:2]) or of_r or biases[0] is not None)
 
@@ -102,18 +109,17 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
         if not (writes[0] or needs_da):
             continue
         tokens = rows.read(q, groups)
-        k = read_units(problem.k, groups)  # [g, E f, d]
-        u = None if problem.u is None else read_units(problem.u, groups)
-        v = read_units(problem.v, groups) if needs_da else None
+        k, u, v = (None if x is None else x.read(groups) for x in weights)  # [g, E f, d]
+        assert k is not None
         dq = None if gradients.q is None else rows.place(gradients.q, groups, q.dtype)
-        dk, du, dv = (
-            None if x is None else _WeightSum(x, groups, len(pieces))
-            for x in (gradients.k, gradients.u, gradients.v)
-        )
+        for weight_sum in sums:
+            if weight_sum is not None:
+                weight_sum.begin(groups)
+        dk, du, dv = sums
         for piece in pieces:
-            x, dy = tokens[:, piece], do[:, piece]
+            x, dy = _rows_of(tokens, piece), _rows_of(do, piece)
             m = hidden.times(0, x, k, problem.k_scale)  # [g, rows, E f]
-            da = None if v is None else hidden.times(1, dy, v, problem.out_scale)
+            da = None if v is None or not needs_da else hidden.times(1, dy, v, problem.out_scale)
             n = None
             if u is not None and (reads_n or writes[2]):
                 n = hidden.times(2, x, u, problem.u_scale) if reads_n else hidden.like(2, m)
@@ -122,8 +128,8 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
                 m,
                 n,
                 da,
-                None if r is None else r[:, piece],
-                None if dr is None else dr[:, piece],
+                None if r is None else _rows_of(r, piece),
+                None if dr is None else _rows_of(dr, piece),
                 (_lines(biases[0], m, tile), _lines(biases[1], m, tile)),
                 tile,
                 adds_dr=problem.v_bias is not None,
@@ -140,12 +146,13 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
             if du is not None and n is not None:
                 du.add(n, x, problem.u_scale)
             if dq is not None and da is not None:  # last: it may lie in the memory of dy
-                multiply(da, k, dq[:, piece], scale=problem.k_scale)
+                to = _rows_of(dq, piece)
+                multiply(da, k, to, scale=problem.k_scale)
                 if u is not None and n is not None:
-                    multiply(n, u, dq[:, piece], scale=problem.u_scale, keep=1.0)
-        for weights in (dk, du, dv):
-            if weights is not None:
-                weights.keep()
+                    multiply(n, u, to, scale=problem.u_scale, keep=1.0)
+        for weight_sum in sums:
+            if weight_sum is not None:
+                weight_sum.keep()
         if gradients.q is not None and dq is not None:
             rows.keep(gradients.q, groups, dq)
         if gradients.r is not None and dr is not None:
@@ -158,6 +165,17 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
 def _slices(size: int, step: int) -> Iterator[slice]:
     """Ranges of at most `step` that cover `size`."""
     return (slice(first, min(first + step, size)) for first in range(0, size, step))
+
+
+def _rows_of(x: Tensor, piece: slice) -> Tensor:
+    """A piece of the rows of x [g, rows, c]; slices that keep everything take the host as long."""
+    return x if piece.stop - piece.start == x.shape[1] else x[:, piece]
+
+
+def _weights(problem: Problem) -> tuple[Units | None, Units | None, Units | None]:
+    """K, U and V as matrices."""
+    u = None if problem.u is None else Units(problem.u)
+    return Units(problem.k), u, Units(problem.v)
 
 
 def _of_groups(problem: Problem, groups: slice) -> Problem:
@@ -174,6 +192,7 @@ class _Hidden:
         self.like_q = problem.q
         self.elements = groups * rows * sub_networks * hidden
         self.memory: dict[int, Tensor] = {}
+        self.views: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def times(self, which: int, x: Tensor, weights: Tensor, scale: float) -> Tensor:
         """`scale * x weights^T` [g, rows, E f] of x [g, rows, d] and weights [g, E f, d]."""
@@ -188,26 +207,34 @@ class _Hidden:
     def _of(self, which: int, shape: tuple[int, ...]) -> Tensor:
         if which not in self.memory:
             self.memory[which] = self.like_q.new_empty(self.elements)
-        groups, rows, units = shape
-        return self.memory[which][: groups * rows * units].view(shape)
+        view = self.views.get((which, shape))
+        if view is None:
+            groups, rows, units = shape
+            view = self.memory[which][: groups * rows * units].view(shape)
+            self.views[which, shape] = view
+        return view
 
 
 class _WeightSum:
-    """The gradient of some groups' weights, summed over pieces of their rows.
+    """The gradient of weights, summed over pieces of the rows of some groups at a time.
 
     Several pieces are summed in float32, and rounded once.
     """
 
-    def __init__(self, gradient: Tensor, groups: slice, pieces: int) -> None:
-        self.target = gradient[groups]  # [g, E, f, d]
-        view = units_of(self.target) if pieces == 1 else None
-        self.apart = view is None
-        if view is None:
-            g, sub_networks, hidden, width = self.target.shape
-            dtype = gradient.dtype if pieces == 1 else torch.float32
-            view = gradient.new_empty((g, sub_networks * hidden, width), dtype=dtype)
-        self.sum = view
-        self.kept = 0.0
+    def __init__(self, gradient: Tensor, pieces: int) -> None:
+        self.gradient = gradient  # [G, E, f, d]
+        self.dtype = gradient.dtype if pieces == 1 else torch.float32
+        self.view = units_of(gradient) if pieces == 1 else None
+
+    def begin(self, groups: slice) -> None:
+        """Go on to some groups."""
+        self.groups, self.kept = groups, 0.0
+        if self.view is not None:
+            self.sum = self.view[groups]
+            return
+        _, sub_networks, hidden, width = self.gradient.shape
+        shape = (groups.stop - groups.start, sub_networks * hidden, width)
+        self.sum = self.gradient.new_empty(shape, dtype=self.dtype)
 
     def add(self, units: Tensor, x: Tensor, scale: float) -> None:
         """Add `scale * units^T x`, of units [g, rows, E f] and x [g, rows, d]."""
@@ -215,8 +242,10 @@ class _WeightSum:
         self.kept = 1.0
 
     def keep(self) -> None:
-        if self.apart:
-            self.target.copy_(self.sum.view(self.target.shape))
+        """Copy what was not summed in the gradient's own memory."""
+        if self.view is None:
+            target = self.gradient[self.groups]
+            target.copy_(self.sum.view(target.shape))
 
 
 class _BiasSum:

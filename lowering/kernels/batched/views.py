@@ -7,17 +7,20 @@ product takes as it lies is copied, the heads of a chunk at a time.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
-    """How tensors of tokens (B, L, H, c) become matrices (G, rows, c)."""
+class Rows:
+    """How tensors of tokens (B, L, H, c) become matrices (G, rows, c), for one call.
 
-    groups: int
-    heads_first: bool  # rows are (heads of a group, B, L); otherwise (B, L, heads of a group)
+    Rows are (heads of a group, B, L) if `heads_first`; otherwise (B, L, heads of a group).
+    """
+
+    def __init__(self, groups: int, heads_first: bool) -> None:
+        self.groups, self.heads_first = groups, heads_first
+        self._views: dict[int, tuple[Tensor, Tensor | None]] = {}  # each with its tensor
 
     @classmethod
     def of(cls, groups: int, *tensors: Tensor | None) -> "Rows":
@@ -28,6 +31,11 @@ class Rows(NamedTuple):
 
     def view(self, x: Tensor) -> Tensor | None:
         """All of `x` as matrices in its own memory; None if it does not lie so."""
+        if id(x) not in self._views:
+            self._views[id(x)] = x, self._view(x)
+        return self._views[id(x)][1]
+
+    def _view(self, x: Tensor) -> Tensor | None:
         batch, length, heads, columns = x.shape
         b, l, h, c = x.stride()
         share = heads // self.groups
@@ -75,10 +83,17 @@ def units_of(x: Tensor) -> Tensor | None:
     return _multiplied(x.as_strided(shape, (g, step, d), x.storage_offset()))
 
 
-def read_units(x: Tensor, groups: slice) -> Tensor:
-    """Some groups of weights as matrices, in their own memory if they lie so."""
-    view = units_of(x)
-    return x[groups].flatten(1, 2).contiguous() if view is None else view[groups]
+class Units:
+    """Weights (G, E, f, d), of which some groups at a time are read as matrices."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.view = x, units_of(x)
+
+    def read(self, groups: slice) -> Tensor:
+        """Some groups (g, E f, d), in their own memory if they lie so."""
+        if self.view is None:
+            return self.x[groups].flatten(1, 2).contiguous()
+        return self.view[groups]
 
 
 def _step(axes: Sequence[tuple[int, int]]) -> int | None:
