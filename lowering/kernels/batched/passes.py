@@ -37,6 +37,8 @@ def run_backward(
 
 def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
     q, v_bias, sizes = problem.q, problem.v_bias, problem.sizes
+    if v_bias is not None and problem.r is None:  # [G, 1, d]
+        v_bias = v_bias.sum(1, keepdim=True, dtype=torch.float32)
     chunk = batched_chunk("forward", sizes)
     rows = Rows.of(sizes.groups, q, out)
     hidden = _Hidden(problem, chunk.groups, chunk.rows)
@@ -59,7 +61,7 @@ def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
             to = _rows_of(place, piece)
             if v_bias is not None:
                 if weight is None:
-                    to.copy_(v_bias[groups].sum(1, keepdim=True, dtype=torch.float32))
+                    to.copy_(v_bias[groups])
                 else:
                     multiply(weight.to(q.dtype), v_bias[groups], to)
             kept = 0.0 if v_bias is None else problem.out_scale
@@ -78,7 +80,7 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
     gated = problem.u is not None
     of_q, of_r = gradients.q is not None, gradients.r is not None
     biases = [
-        None if x is None else _BiasSum(x, row_tiles(chunk.rows, tile))
+        None if x is None else _BiasSum(x, len(pieces))
         for x in (gradients.k_bias, gradients.u_bias)
     ]
     writes = (
@@ -251,14 +253,19 @@ class _WeightSum:
 class _BiasSum:
     """The gradient of a bias of hidden units, summed over tiles of rows, in float32."""
 
-    def __init__(self, gradient: Tensor, tiles: int) -> None:
-        self.gradient, self.tiles = gradient, tiles
-        self.sums = gradient.new_zeros(gradient.shape, dtype=torch.float32).flatten(1)  # [G, E f]
+    def __init__(self, gradient: Tensor, pieces: int) -> None:
+        self.gradient, self.pieces = gradient, pieces
+        sums = gradient.new_zeros if pieces > 1 else gradient.new_empty
+        self.sums = sums(gradient.shape, dtype=torch.float32).flatten(1)  # [G, E f]
         self.lines: Tensor | None = None  # [tiles, g, E f]
 
     def add(self, groups: slice) -> None:
+        """Add the lines of some groups."""
         assert self.lines is not None
-        self.sums[groups] += self.lines.sum(0)
+        if self.pieces > 1:
+            self.sums[groups] += self.lines.sum(0)
+        else:
+            torch.sum(self.lines, 0, out=self.sums[groups])
 
     def keep(self) -> None:
         self.gradient.copy_(self.sums.view(self.gradient.shape))
