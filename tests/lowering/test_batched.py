@@ -183,8 +183,9 @@ def test_each_head_of_its_own_weights_is_a_view() -> None:
 
 def test_what_no_product_takes_is_copied() -> None:
     expanded = torch.randn(3, 1, 4, 6).expand(3, 5, 4, 6)
+    one = torch.randn(1, 1, 4, 6).expand(3, 5, 4, 6)
     every_other = torch.randn(3, 5, 4, 12)[..., ::2]
-    for x in (expanded, every_other):
+    for x in (expanded, one, every_other):
         rows = Rows.of(4, x)
         assert rows.view(x) is None
         assert rows.read(x, slice(0, 4)).equal(x.permute(2, 0, 1, 3).flatten(1, 2))
