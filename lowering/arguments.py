@@ -31,7 +31,6 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _ROUTER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM_CUDA = 256
 
 
 class ArgumentError(ValueError):
@@ -91,22 +90,22 @@ def differentiates_forward(x: Tensor) -> bool:
 
 
 def check_device(q: Tensor, out_dtype: torch.dtype | None = None) -> None:
-    """Raise :class:`ArgumentError` unless the device of ``q`` runs this dtype and head width.
+    """Raise :class:`ArgumentError` unless the device of ``q`` runs this dtype.
 
     Tensors on the ``meta`` device compute nothing and always pass.
     """
     if q.device.type == "meta":
         return
     dtype = _effective_dtype(q, q.device.type)
-    objection = device_objection(q.device, dtype, q.shape[3], out_dtype)
+    objection = device_objection(q.device, dtype, out_dtype)
     if objection is not None:
         raise ArgumentError(objection)
 
 
 def device_objection(
-    device: torch.device, dtype: torch.dtype, head_dim: int, out_dtype: torch.dtype | None
+    device: torch.device, dtype: torch.dtype, out_dtype: torch.dtype | None
 ) -> str | None:
-    """Why a device does not run this dtype and head width; None if it does."""
+    """Why a device does not run this dtype; None if it does."""
     kind = device.type
     if kind not in _DTYPES:
         return f"q is on device {device}, supported are {', '.join(_DTYPES)}"
@@ -115,8 +114,6 @@ def device_objection(
         return f"q has dtype {_name(dtype)}, supported on {kind} are {allowed}"
     if out_dtype is not None and out_dtype not in _DTYPES[kind]:
         return f"out_dtype is {_name(out_dtype)}, supported on {kind} are {allowed}"
-    if kind == "cuda" and head_dim > _MAX_HEAD_DIM_CUDA:
-        return f"q has head width d={head_dim}, supported on cuda are 1 to {_MAX_HEAD_DIM_CUDA}"
     return None
 
 

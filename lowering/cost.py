@@ -27,7 +27,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .tiles import ENOUGH_PROGRAMS, specialised
+from .tiles import ENOUGH_PROGRAMS, Kernel, Sizes, batched_chunk, specialised
 from .workload import Workload
 
 _T = TypeVar("_T")
@@ -36,6 +36,7 @@ _TIE = 1.05
 _TIE_THAT_SAVES_MEMORY = 1.1
 _FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
+_BATCHED_SHARE = 0.9  # of the rate of large library products, for batches of smaller ones
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,15 @@ def estimate(workload: Workload) -> Estimate:
 
 
 def _rewritten_bytes(w: Workload) -> float:
-    """The result, and copies of weights that lie in several tensors, with their gradients."""
-    return _result_bytes(w) + w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    """The result, and copies of weights that lie in several tensors, with their gradients.
+
+    PyTorch's batched products have the hidden units of a chunk in addition.
+    """
+    copies = w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    passes: tuple[Kernel, ...] = ("forward", "backward") if w.training else ("forward",)
+    chunks = [batched_chunk(x, w.sizes).kept for x in passes if _is_batched(x, w.sizes)]
+    of_products = w.device.type == "cuda"
+    return _result_bytes(w) + copies + (max(chunks, default=0) if of_products else 0)
 
 
 def _original_bytes(w: Workload) -> float:
@@ -183,15 +191,43 @@ def _rewritten(w: Workload, device: Device) -> float:
     products = len(w.products)
     flops = _product_flops(w)
     forward, backward = _shares(w, device)
-    total = device.launch + device.start + products * flops / (device.matrix * forward)
-    total += products * _weight_bytes(w) / device.bandwidth
-    if w.training:
+    sizes = w.sizes_on((device.major, 0))
+    if _is_batched("forward", sizes):
+        total = _batched("forward", sizes, w, device)
+    else:
+        total = device.launch + device.start + products * flops / (device.matrix * forward)
+        total += products * _weight_bytes(w) / device.bandwidth
+    if w.training and _is_batched("backward", sizes):
+        total += _batched("backward", sizes, w, device)
+    elif w.training:
         # dQ and dR; dV; dK and dU: each recomputes the hidden units.
         executed = 4 * products + 1 if w.sizes.gated else 3 * products + 1
         total += _backward(executed, flops, w, device, backward) + 3 * device.launch
     copies = w.copied * (2 if w.training else 1)  # of the weights, and of their gradients
     total += copies * (2 * _weight_bytes(w) / device.bandwidth + device.launch)
     return _with_host(total, w, device, copies, of_the_op=4)
+
+
+def _is_batched(kernel: Kernel, sizes: Sizes) -> bool:
+    """Whether PyTorch's batched products compute a pass."""
+    choice = specialised(kernel, sizes)
+    return choice is not None and choice.family == "batched"
+
+
+def _batched(kernel: Kernel, sizes: Sizes, w: Workload, device: Device) -> float:
+    """A pass by products of the library's, with one kernel over the hidden units between them."""
+    products = len(w.products)
+    passes = products  # over the hidden units: what that kernel reads, and writes
+    if kernel == "backward":
+        # The projections again, da; and two for each of them. The kernel's results replace them.
+        products, passes = 3 * products - 1, 3 * products - 1
+    chunk = batched_chunk(kernel, sizes)
+    rows = max(sizes.tokens, 1) * (sizes.heads // sizes.groups)
+    chunks = -(-sizes.groups // chunk.groups) * -(-rows // chunk.rows)
+    flops = 2.0 * max(_tokens(w), _FEWEST_TOKENS) * _units(w) * sizes.head_dim
+    total = products * flops / (device.matrix * _BATCHED_SHARE)
+    total += (passes * _hidden_bytes(w) + products * _weight_bytes(w)) / device.bandwidth
+    return total + chunks * (products + 1) * device.launch
 
 
 def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op: int = 0) -> float:

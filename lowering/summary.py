@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .device import capability, interpreted
-from .tiles import Kernel, Sizes, Tile, select
+from .tiles import BatchedTile, Kernel, Sizes, Tile, backward_kernels, batched_chunk, select
 from .workload import Workload
 
 __all__ = ["kernels_of"]
@@ -21,7 +21,9 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
             if card is not None
             else workload.sizes_on(capability(workload.device), interpreted())
         )
-        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
+        kernels = tuple(
+            _kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload, sizes)
+        )
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
         return (op, _cpu_path(), *_backward(workload), *stacked)
@@ -42,10 +44,12 @@ def _backward(workload: Workload) -> tuple[str, ...]:
     return ("the backward pass recomputes the hidden units: only the arguments are saved",)
 
 
-def _filled(w: Workload) -> list[tuple[Kernel, str]]:
+def _filled(w: Workload, sizes: Sizes) -> list[tuple[Kernel, str]]:
     """The kernels, and of the backward pass what each fills, where every argument is trained."""
     if not w.training:
         return [("forward", "")]
+    if "backward" in backward_kernels(sizes):
+        return [("forward", ""), ("backward", "")]
     return [
         ("forward", ""),
         ("dq", "dQ and dR" if w.sizes.routed else "dQ"),
@@ -58,10 +62,12 @@ def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:
     """A kernel with its tile, as the launch will choose it: a tuned one, or the shipped one."""
     from .kernels.tuning.store import TuningKey, row_of
 
-    tunable = w.card is None
+    tunable = w.card is None and kernel != "backward"
     row = row_of(TuningKey.of(kernel, sizes, w.activation, w.device)) if tunable else None
     out_dtype = w.out_dtype if kernel == "forward" else None
     family, tile = select(kernel, sizes, out_dtype=out_dtype, row=row)
+    if isinstance(tile, BatchedTile):
+        return _products(kernel, sizes)
     what = "forward kernel" if kernel == "forward" else "backward kernel"
     shape = f"{tile.tokens} tokens x {tile.hidden} hidden units"
     of = f" of {of}" if of else ""
@@ -71,3 +77,13 @@ def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:
     cut = f", {tile.parts} programs to a tile" if tile.parts > 1 else ""
     tuned = "" if row is None else ", tuned"
     return f"{what}{of}: {shape}, {tile.warps} warps, {tile.stages} stages{cut}{tuned}"
+
+
+def _products(kernel: Kernel, sizes: Sizes) -> str:
+    """A pass by PyTorch's products, with what they compute at a time."""
+    chunk = batched_chunk(kernel, sizes)
+    share = sizes.heads // sizes.groups
+    cut = f"{chunk.groups * share} of {sizes.heads} heads"
+    if chunk.rows < sizes.tokens * share:
+        cut += f", {chunk.rows} of their {sizes.tokens * share} rows"
+    return f"{kernel} pass by PyTorch's batched products: {cut} at a time"

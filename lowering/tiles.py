@@ -1,9 +1,11 @@
 """Which kernel runs, and its tile sizes: a pure function of sizes, dtype and compute capability.
 
 `select` is the one answer, for the launch, the report, the cost model and the passes alike. Kernels
-written for one architecture come first (`specialised`): they are families, one folder of kernels/
-and one entry of `_FAMILIES` each. What no family takes goes to plain Triton (`portable`), and so
-does what a family's kernel refuses at the launch, because of a tensor's strides or address.
+written for one architecture, or for some sizes, come first (`specialised`): they are families, one
+folder of kernels/ and one entry of `_FAMILIES` each. What no family takes goes to plain Triton
+(`portable`), and so does what a family's kernel refuses at the launch, because of a tensor's
+strides or address. Heads too wide for plain Triton's tiles (`WIDEST_TILE`) are a family's in any
+case.
 
 A launch never tunes: it may happen inside a CUDA graph's capture, and two runs must add in the same
 order. What was tuned while a model was compiled (kernels/tuning/) stands in for a row of the tables
@@ -19,11 +21,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "normed_forward", "dq", "dv", "dk_du"]
+#: "backward" is a whole backward pass, of which "dq", "dv" and "dk_du" are the parts
+Kernel = Literal["forward", "normed_forward", "backward", "dq", "dv", "dk_du"]
 
 TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
 ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of a large GPU
+WIDEST_TILE = 256  # columns: wider heads fit no tile of plain Triton's
 _SMALLEST = 16  # the least extent of a matrix instruction's operand
 
 
@@ -105,7 +109,25 @@ class HopperBackwardTile:
     stages: int  # streamed tiles in shared memory
 
 
-FamilyTile = HopperForwardTile | HopperBackwardTile
+@dataclass(frozen=True)
+class BatchedTile:
+    """How the kernel between PyTorch's batched products (batched/) cuts their results."""
+
+    tokens: int
+    hidden: int
+    warps: int = 8
+    stages: int = 1
+
+
+class Chunk(NamedTuple):
+    """What PyTorch's batched products (batched/) compute at a time."""
+
+    groups: int  # of heads, each a matrix of the batch
+    rows: int  # of a matrix: tokens of all heads of a group
+    kept: int  # bytes of hidden units
+
+
+FamilyTile = HopperForwardTile | HopperBackwardTile | BatchedTile
 
 
 class Choice(NamedTuple):
@@ -257,28 +279,48 @@ _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded h
 }
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
 
+# From how many tokens on PyTorch's products are faster than plain Triton's kernels.
+_BATCHED_FLOAT32_TOKENS = 256
+_BATCHED_BACKWARD_TOKENS = 1024  # of 16 bits and the widest heads that plain Triton takes
+_BATCHED_ELEMENTS = 4096  # of a tile: 16 to a thread; half of it with a gate, for the registers
+
+# The hidden units of a chunk, in bytes: those that a large card's L2 keeps from product to product,
+# and those that are never exceeded but by the fewest rows.
+CACHED_BYTES = 32 * 2**20
+MOST_BYTES = 128 * 2**20
+_FEWEST_ROWS = 128
+
 
 def select(
     kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None, row: Row | None = None
 ) -> Choice:
     """The kernel that runs where strides allow it: a family's, or else plain Triton's.
 
-    Of the kernel of dQ, `sizes.routed` asks whether R has a gradient. `out_dtype` is that of the
-    forward's result, if it is not that of q. `row` stands in for the tables' row of plain Triton.
+    `backward_kernels` has those of a backward pass. Of the kernel of dQ, `sizes.routed` asks
+    whether R has a gradient. `out_dtype` is that of the forward's result, if it is not that of q.
+    `row` stands in for the tables' row of plain Triton.
     """
     own = specialised(kernel, sizes, out_dtype=out_dtype)
     return Choice("plain", portable(kernel, sizes, row)) if own is None else own
+
+
+def backward_kernels(sizes: Sizes) -> tuple[Kernel, ...]:
+    """The kernels of a backward pass: one for all of it, or its parts."""
+    if specialised("backward", sizes) is not None:
+        return ("backward",)
+    return ("dq", "dv", "dk_du")
 
 
 @lru_cache
 def specialised(
     kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None
 ) -> Choice | None:
-    """The kernel that was written for the card's architecture, if there is one for these sizes."""
-    if sizes.interpreted or out_dtype not in (None, sizes.dtype):
-        return None
+    """The kernel that was written for the card's architecture or the sizes, if there is one."""
+    special = sizes.interpreted or out_dtype not in (None, sizes.dtype)
     for family, rules in _FAMILIES.items():
-        tile = rules[kernel](sizes) if kernel in rules else None
+        if kernel not in rules or (special and family not in _RUN_ANYWHERE):
+            continue
+        tile = rules[kernel](sizes)
         if tile is not None and (family, kernel, _kind(sizes)) not in _refused:
             return Choice(family, tile)
     return None
@@ -391,6 +433,57 @@ def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
     return _HOPPER_BACKWARD[kernel].get(padded_width(sizes.head_dim))
 
 
+def _batched_forward(sizes: Sizes) -> BatchedTile | None:
+    if sizes.head_dim <= WIDEST_TILE and not _multiplies_slowly(sizes):
+        return None
+    return _batched_tile(sizes)
+
+
+def _batched_backward(sizes: Sizes) -> BatchedTile | None:
+    wide = padded_width(sizes.head_dim) == WIDEST_TILE and not sizes.interpreted
+    if wide and sizes.tokens >= _BATCHED_BACKWARD_TOKENS:
+        return _batched_tile(sizes)
+    return _batched_forward(sizes)
+
+
+def _multiplies_slowly(sizes: Sizes) -> bool:
+    """Whether products of Triton's tiles are far slower than the library's: without matrix units.
+
+    Interpreted, all kernels run on problems of any width and dtype, where they can.
+    """
+    many = sizes.tokens >= _BATCHED_FLOAT32_TOKENS
+    return sizes.dtype == torch.float32 and many and not sizes.interpreted
+
+
+def _batched_tile(sizes: Sizes) -> BatchedTile:
+    hidden = _shrink(256, sizes.hidden)
+    return BatchedTile(_BATCHED_ELEMENTS // (1 + sizes.gated) // hidden, hidden)
+
+
+def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
+    """What the products of a pass compute at a time.
+
+    As many groups of heads as keep their hidden units in the L2, or as fill the card: the products
+    that sum over hidden units, or over tokens, have few tiles. A group whose hidden units would
+    take more than `MOST_BYTES` is cut along its rows.
+    """
+    rows = sizes.tokens * (sizes.heads // sizes.groups)
+    units = sizes.sub_networks * sizes.hidden
+    kept = 1 + sizes.gated + (kernel == "backward")  # tensors of hidden units at once
+    row = kept * units * sizes.dtype.itemsize  # bytes
+    if rows * row > MOST_BYTES:
+        most = MOST_BYTES // row // _FEWEST_ROWS * _FEWEST_ROWS
+        rows = min(rows, max(_FEWEST_ROWS, most))
+        return Chunk(1, rows, rows * row)
+    group = max(1, rows * row)
+    results = rows if kernel == "forward" else min(rows, units)
+    filling = -(-ENOUGH_PROGRAMS * 128 * 128 // max(1, results * sizes.head_dim))
+    groups = max(1, CACHED_BYTES // group, min(filling, MOST_BYTES // group))
+    rounds = -(-sizes.groups // min(groups, sizes.groups))
+    groups = -(-sizes.groups // rounds)
+    return Chunk(groups, rows, groups * rows * row)
+
+
 #: by the folder in kernels/: when each of its kernels runs, and with which tile
 _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
     "hopper": {
@@ -400,7 +493,13 @@ _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
         "dv": _hopper_dv,
         "dk_du": _hopper_dk_du,
     },
+    "batched": {
+        "forward": _batched_forward,
+        "backward": _batched_backward,
+    },
 }
+#: those that the interpreter runs as well, and whose results may have any dtype
+_RUN_ANYWHERE = frozenset({"batched"})
 
 
 def shipped_rows(kernel: Kernel, sizes: Sizes) -> list[Row]:

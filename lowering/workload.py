@@ -14,7 +14,7 @@ from .arguments import device_objection
 from .device import ANY_CARD, Card, capability, interpreted
 from .ops.common import trial
 from .problem import Problem
-from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes
+from .tiles import MANY_TOKENS, TRIAL_TOKENS, Kernel, Sizes, backward_kernels, select
 
 if TYPE_CHECKING:
     from .kernels.tuning.search import Run
@@ -97,12 +97,21 @@ def tune(workload: Workload, folder: Path | None, say: Callable[[str], None]) ->
         return
     from .kernels.tuning import search
 
-    kernels: list[Kernel] = ["forward"]
-    if workload.training:
-        kernels += ["dq", "dv", "dk_du"]
+    kernels = _tunable(workload)
     keys = [tuning_key(kernel, workload) for kernel in kernels]
     with torch.no_grad(), torch.cuda.device(workload.device):
         search.tune(keys, lambda: _plain_runs(workload, kernels), folder, say)
+
+
+def _tunable(workload: Workload) -> list[Kernel]:
+    """The kernels that may turn out to be plain Triton's, at a launch."""
+    sizes = workload.sizes_on(capability(workload.device), interpreted())
+    out_dtype = workload.out_dtype
+    of_products = select("forward", sizes, out_dtype=out_dtype).family == "batched"
+    kernels: list[Kernel] = [] if of_products else ["forward"]
+    if workload.training:
+        kernels += [kernel for kernel in backward_kernels(sizes) if kernel != "backward"]
+    return kernels
 
 
 def tuning_key(kernel: Kernel, workload: Workload) -> TuningKey:
@@ -153,7 +162,6 @@ def _problem(workload: Workload, tokens: int, make: Callable[..., Tensor]) -> Pr
 
 def unsupported(workload: Workload) -> str | None:
     """Why the op does not take this workload on its device; None if it does."""
-    s = workload.sizes
     if workload.card is ANY_CARD:
         return None
-    return device_objection(workload.device, s.dtype, s.head_dim, workload.out_dtype)
+    return device_objection(workload.device, workload.sizes.dtype, workload.out_dtype)

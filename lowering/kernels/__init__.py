@@ -11,11 +11,13 @@
     splitting.py    tiles cut along the hidden units, and the sum of their parts
     plain/          the kernels for all cards, in Triton
     hopper/         those for Hopper, in Gluon: loads, products and activations overlap
+    batched/        wide heads and float32: PyTorch's products, and kernels between them
     tuning/         other tile sizes, timed under max-autotune
 
 Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and
 down projections, R the router's weights; E sub-networks of F hidden units, heads of width D.
 
-Nothing of the size tokens x hidden units reaches memory, sums are kept in float32 and rounded once,
-and no order of addition depends on scheduling: equal inputs give equal bits.
+Nothing of the size tokens x hidden units reaches memory (in batched/, for a few heads at a time),
+sums are kept in float32 and rounded once, and no order of addition depends on scheduling: equal
+inputs give equal bits.
 """

@@ -1,4 +1,4 @@
-"""From an op to its kernels: those of the card's family, and plain Triton's where they refuse."""
+"""From an op to its kernels: those of a family, and plain Triton's where there is none."""
 
 from importlib import import_module
 from typing import Any
@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ..problem import Gradients, NormedRouter, Problem
-from ..tiles import Choice, Kernel, portable, specialised
+from ..tiles import WIDEST_TILE, Choice, Kernel, portable, specialised
 from .operands import token_axes, tokens_innermost
 from .plain.backward import run_dk_du, run_dq, run_dv, run_dv_bias
 from .plain.forward import run_forward
@@ -78,7 +78,7 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
 
 
 def specialised_forward(problem: Problem, out: Tensor) -> bool:
-    """Fill `out` by the kernel of the card's family, if there is one that takes the tensors."""
+    """Fill `out` by the kernel of a family, if there is one that takes the tensors."""
     choice = specialised("forward", problem.sizes, out_dtype=out.dtype)
     return _run(choice, "forward", problem, out)
 
@@ -87,7 +87,9 @@ def specialised_backward(
     kernel: Kernel, problem: Problem, grad_out: Tensor, gradients: Gradients
 ) -> bool:
     """The same for one of the backward kernels."""
-    sizes = problem.sizes._replace(routed=gradients.r is not None)
+    sizes = problem.sizes
+    if kernel == "dq":
+        sizes = sizes._replace(routed=gradients.r is not None)
     return _run(specialised(kernel, sizes), kernel, problem, grad_out, gradients)
 
 
@@ -115,6 +117,8 @@ def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> N
     The kernel of dQ runs last: dQ may share its memory with dOut, which the other kernels read.
     """
     tensors = (grad_out, gradients)
+    if specialised_backward("backward", problem, *tensors):
+        return
     if gradients.v is not None and not specialised_backward("dv", problem, *tensors):
         _run_plain("dv", problem, run_dv, *tensors)
     dk_du = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
@@ -129,6 +133,8 @@ def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> N
 
 def _run_plain(kernel: Kernel, problem: Problem, run: Any, *tensors: Any) -> None:
     """Run plain Triton's kernel with the tile that tuning found, or with the shipped one."""
+    if problem.q.shape[3] > WIDEST_TILE:  # a family's, which proved to be wrong
+        raise WrongKernelError(kernel)
     row = store.row_for(kernel, problem)
     tile = portable(kernel, problem.sizes, row)
     # The sum of a bias multiplies nothing.

@@ -8,7 +8,7 @@ import torch
 
 from ..device import capability, interpreted
 from ..problem import Problem
-from ..tiles import Tile
+from ..tiles import BatchedTile, Tile
 from .compat import OPTIONS
 from .operands import Operand, TokenAxes
 from .replay import current_device, record
@@ -89,7 +89,11 @@ def launch(
 
 
 def start(
-    kernel: Any, programs: int, tile: Tile, device: torch.device, arguments: Mapping[str, Any]
+    kernel: Any,
+    programs: int,
+    tile: Tile | BatchedTile,
+    device: torch.device,
+    arguments: Mapping[str, Any],
 ) -> None:
     """`launch`, with every parameter of the kernel already under its name."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages, **OPTIONS}

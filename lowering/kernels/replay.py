@@ -6,7 +6,8 @@ dtypes and alignments. `repeat` runs a call the first time, while `record` write
 launches, and later puts the addresses of the tensors at hand in the places of the first ones.
 
 The contract: between `repeat` and its end, a call may launch kernels on the tensors that `repeat`
-was given, and allocate workspaces, which are allocated again each time. Nothing else is repeated.
+was given, and allocate workspaces, which are allocated again each time. Nothing else is repeated,
+so a call that does anything else says so (`leave_unrepeated`); it may repeat its own launches.
 """
 
 import threading
@@ -78,6 +79,11 @@ def unrecorded() -> Iterator[None]:
         _thread.launches = launches
 
 
+def leave_unrepeated() -> None:
+    """Run the call that is being recorded, if one is, as a whole each time."""
+    _thread.launches = None
+
+
 def repeat(what: Hashable, tensors: Sequence[Tensor | None], run: Callable[[], None]) -> None:
     """Call `run`, or repeat what it launched for `what` and tensors that look the same.
 
@@ -120,7 +126,8 @@ def _run_recorded(key: Hashable, tensors: Sequence[Tensor | None], run: Callable
     _thread.launches = []
     try:
         run()
-        steps = _steps(_thread.launches, tensors)
+        launches = _thread.launches
+        steps = None if launches is None else _steps(launches, tensors)
     finally:
         _thread.launches = None
     if steps is not None:

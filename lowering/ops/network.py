@@ -61,14 +61,14 @@ def multi_head_ffn(
                      * (u_scale * q[b,l,h] u[g,e]^T + u_bias[g,e])
 
     The hidden units, E f / d times the size of the output, never exist in memory as a whole, and
-    the backward pass recomputes them: only the arguments are saved.
+    the backward pass recomputes them: only the arguments are saved. On CUDA, those of a few heads
+    do at a time, at most 128 MiB, where PyTorch's products are faster than kernels that keep none.
 
     Every tensor may have any strides, so transposed, sliced, expanded and packed tensors are
     passed as views. The result is differentiable once, in reverse mode.
 
     All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also float64.
-    Autocast casts them to its dtype and leaves ``r`` as it is. On CUDA the head width d is at most
-    256.
+    Autocast casts them to its dtype and leaves ``r`` as it is.
 
     Args:
         q (Tensor): query, shape (B, L, H, d).

@@ -125,7 +125,7 @@ def draw(seed: int) -> tuple[Sizes, Use]:
         dtype=rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
         heads=heads,
         groups=groups,
-        head_dim=rng.choice([8, 16, 24, 32, 40, 64, 72, 96, 128, 128, 160, 192, 256]),
+        head_dim=rng.choice([8, 16, 24, 32, 40, 64, 72, 96, 128, 128, 160, 192, 256, 320, 512]),
         # One of everything is a plain FFN.
         sub_networks=rng.choice([1, 2, 3, 8] if groups > 1 else [2, 3, 8]),
         hidden=rng.choice([16, 48, 64, 100, 128, 171, 256, 341, 512]),

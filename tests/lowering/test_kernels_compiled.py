@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.families import without_products
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
@@ -27,8 +28,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas_version  # noqa: E402
 
 from mhf_compiler.lowering import problem as problems  # noqa: E402
+from mhf_compiler.lowering import tiles  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
 from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
+from mhf_compiler.lowering.kernels.batched.hidden import (  # noqa: E402
+    activate_units,
+    differentiate_units,
+)
 from mhf_compiler.lowering.kernels.plain import norm_router, router  # noqa: E402
 from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem  # noqa: E402
 
@@ -142,6 +148,12 @@ class PretendedDriver:
     ) -> tuple[int, int, int, int, int]:
         self.loaded.append(Binary(name, cubin, shared))
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+@pytest.fixture(autouse=True)
+def tiles_only() -> Iterator[None]:
+    with without_products():
+        yield
 
 
 Compile = Callable[..., dict[str, Binary]]
@@ -725,3 +737,64 @@ def test_float32_is_not_approximated(compile_all: Compile) -> None:
     for binary in compile_all(90, d=32, dtype=torch.float32).values():
         assert not binary.count(r"MUFU\.TANH"), binary.name
         assert not binary.count("HGMMA|HMMA"), binary.name
+
+
+def over_units(
+    dtype: torch.dtype, f: int, *, complete: bool = True, activation: str = "gelu"
+) -> None:
+    """The two kernels between PyTorch's products; without `complete`, as an ordinary FFN has it."""
+    E = 3 if complete else 1
+
+    def units() -> Tensor:
+        return torch.empty(2, 64, E * f, dtype=dtype)
+
+    def bias() -> Tensor:
+        return torch.empty(2, E, f, dtype=dtype)
+
+    k = torch.empty(2, E, f, 320, dtype=dtype)
+    q = torch.empty(1, 2048, 2, 320, dtype=dtype)
+    gate = k if complete else None
+    problem = Problem(q, k, gate, k, None, bias(), bias() if complete else None, None, activation)
+    tile = tiles._batched_tile(problem.sizes)
+    m, da = units(), units()
+    n = units() if complete else None
+    r, dr = (torch.empty(2, 64, E) if complete else None for _ in range(2))
+    activate_units(problem, m, n, r, tile)
+    sums = [torch.empty(4, 2, E * f) if x is not None else None for x in (m, n)]
+    differentiate_units(
+        problem, m, n, da, r, dr, (sums[0], sums[1]), tile,
+        adds_dr=complete, reads_n=complete, writes=(True, True, complete),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "complete"),
+    [
+        *((architecture, torch.bfloat16, True) for architecture in SHARED_MEMORY),
+        (90, torch.bfloat16, False),
+        (80, torch.float32, True),
+    ],
+)
+def test_kernels_between_products(
+    architecture: int, dtype: torch.dtype, complete: bool, pretend: Pretend
+) -> None:
+    """They only move memory: 16 bytes at a time, and nothing through local memory."""
+    driver = pretend(architecture)
+    over_units(dtype, 2048, complete=complete)
+    names = {"mhf_batched_forward_kernel", "mhf_batched_backward_kernel"}
+    assert {binary.name for binary in driver.loaded} == names
+    for binary in driver.loaded:
+        reads = (1 if binary.name == "mhf_batched_forward_kernel" else 2) + complete
+        writes = 1 if binary.name == "mhf_batched_forward_kernel" else 2 + complete
+        assert binary.spilled() == 0
+        each = (8 if complete else 16) * dtype.itemsize // 16  # of a thread
+        assert binary.count(r"LDG\.E\S*\.128") >= reads * each, binary.name
+        assert binary.count(r"STG\.E\S*\.128") >= writes * each, binary.name
+
+
+@pytest.mark.parametrize("f", [171, 1])
+def test_kernels_between_products_of_ragged_hidden_units(f: int, pretend: Pretend) -> None:
+    driver = pretend(86)
+    over_units(torch.bfloat16, f)
+    assert len(driver.loaded) == 2
+    assert all(binary.spilled() == 0 for binary in driver.loaded)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import problems
+from support.families import without_products
 from support.problems import (
     BIASES,
     NAMES,
@@ -80,6 +81,13 @@ def check(
     usual = step(spelled, tensors, grad_out, **options)
     values = fused(tensors, grad_out, activation, scales, out)
     problems.assert_as_exact(["out", *present(tensors)], values, usual, exact)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiles_only() -> Iterator[None]:
+    """PyTorch's products, which take some of these problems, are tested in test_batched_gpu.py."""
+    with without_products():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -341,6 +341,201 @@ class TestKernels:
         assert all(x.eq(0).all() for x in results[1:])
 
 
+# Heads wider than any tile, two to a group; hidden units ragged against tiles of 32.
+WIDE = SHAPE._replace(H=4, d=264, G=2, f=37)
+
+
+class TestBatchedProducts:
+    """PyTorch's products of wide heads, and the kernels between them."""
+
+    __test__ = INTERPRETING
+
+    ABSENT = (
+        (),
+        ("r",),
+        ("u", "u_bias"),
+        ("u", "r", *BIASES),
+        ("k_bias", "v_bias"),
+        ("v_bias", "r"),
+    )
+
+    @pytest.fixture(params=["at once", "groups", "rows"])
+    def cut(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        """All groups of heads at once, one after the other, or their rows in pieces."""
+        from mhf_compiler.lowering import tiles
+
+        if request.param != "at once":
+            monkeypatch.setattr(tiles, "CACHED_BYTES", 1)
+            monkeypatch.setattr(tiles, "ENOUGH_PROGRAMS", 0)
+        if request.param == "rows":
+            monkeypatch.setattr(tiles, "MOST_BYTES", 1)
+            monkeypatch.setattr(tiles, "_FEWEST_ROWS", 32)
+        return request.param
+
+    @pytest.mark.parametrize("absent", ABSENT, ids=str)
+    def test_matches_the_definition(self, absent: tuple[str, ...]) -> None:
+        check(make(WIDE, absent=absent), "gelu")
+
+    def test_cut_into_chunks(self, cut: str) -> None:
+        from mhf_compiler.lowering.tiles import Chunk, batched_chunk
+
+        tensors = make(WIDE)
+        sizes = Problem(*(tensors[name] for name in NAMES)).sizes
+        groups, rows = {"at once": (2, 76), "groups": (1, 76), "rows": (1, 32)}[cut]
+        units = groups * rows * WIDE.E * WIDE.f
+        assert batched_chunk("forward", sizes) == Chunk(groups, rows, 2 * 4 * units)
+        assert batched_chunk("backward", sizes) == Chunk(groups, rows, 3 * 4 * units)
+        check(tensors, "gelu_tanh")
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_activation(self, activation: str) -> None:
+        check(make(WIDE._replace(B=1, H=1, G=1, f=18)), activation)
+
+    @pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3), (0, 1, 3, 2)])
+    def test_token_layouts(self, order: tuple[int, ...]) -> None:
+        tensors = make(WIDE)
+        grad_out = stored_as(torch.randn(2, 19, 4, 264), order)
+        for name in ("q", "r"):
+            tensors[name] = stored_as(tensors[name], order)
+        check(tensors, grad_out=grad_out, out=torch.empty_like(grad_out))
+
+    def test_layouts_may_differ(self) -> None:
+        tensors = make(WIDE)
+        tensors["q"] = stored_as(tensors["q"], (2, 1, 0, 3))
+        tensors["r"] = stored_as(tensors["r"], (2, 3, 0, 1))
+        check(tensors, grad_out=stored_as(torch.randn(2, 19, 4, 264), (0, 2, 1, 3)))
+
+    @pytest.mark.parametrize("networks", [1, 2])
+    def test_weights_stored_by_columns(self, networks: int, cut: str) -> None:
+        tensors = make(WIDE._replace(E=networks))
+        for name in ("k", "u", "v"):
+            tensors[name] = stored_as(tensors[name], (0, 1, 3, 2))
+        check(tensors)
+
+    def test_packed_weights(self) -> None:
+        tensors = make(WIDE)
+        tensors["k"], tensors["u"] = torch.randn(2, 2, 2 * WIDE.f, WIDE.d).div(16).chunk(2, dim=2)
+        check(tensors)
+
+    def test_expanded_tensors(self) -> None:
+        tensors = make(WIDE)
+        tensors["q"] = torch.randn(1, 19, 1, 264).expand(2, 19, 4, 264)
+        tensors["r"] = torch.rand(1, 1, 4, 1).expand(2, 19, 4, 2)
+        tensors["v"] = torch.randn(1, 1, 37, 264).expand(2, 2, 37, 264)
+        check(tensors, grad_out=torch.tensor(1.0).expand(2, 19, 4, 264))
+
+    def test_other_memory_is_not_written(self) -> None:
+        memory = torch.full((2, 21, 5, 270), 7.0)
+        inner = (slice(None), slice(1, 20), slice(0, 4), slice(0, 264))
+        check(make(WIDE), out=memory[inner])
+        memory[inner] = 7.0
+        assert memory.eq(7.0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision(self, dtype: torch.dtype, cut: str) -> None:
+        tensors = problems.make(WIDE, dtype, router_dtype=torch.float32, scaled=True)
+        grad_out = torch.randn(2, 19, 4, 264).to(dtype)
+        exact = expected(tensors, grad_out, "silu")
+        usual = step(spelled_at_once, tensors, grad_out, **SCALES)
+        fused = actual(tensors, grad_out, "silu", torch.empty_like(grad_out))
+        assert_as_exact(["out", *present(tensors)], fused, usual, exact)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_routers_of_another_dtype(self, dtype: torch.dtype) -> None:
+        tensors = make(WIDE)
+        assert tensors["r"] is not None
+        tensors["r"] = tensors["r"].to(dtype)
+        check(tensors, tolerance=1e-6 if dtype == torch.float64 else 1e-3)
+
+    @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+    def test_an_output_of_another_dtype_is_rounded_once(self, wide: torch.dtype) -> None:
+        tensors = problems.make(WIDE, torch.float16, ("v_bias",), scaled=True)
+        grad_out = torch.randn(2, 19, 4, 264).to(wide)
+        out = torch.empty(2, 19, 4, 264, dtype=wide)
+        exact = expected(tensors, grad_out, "silu")
+        actual(tensors, grad_out, "silu", out)
+        narrow = torch.empty_like(out, dtype=torch.float16)
+        actual(tensors, grad_out, "silu", narrow)
+        assert out.half().equal(narrow) or wide == torch.bfloat16
+        # Of the hidden units' rounding alone, or of the result's.
+        error = relative_error(out, exact[0])
+        assert error < (4e-4 if wide == torch.float32 else 4e-3)
+        assert error < relative_error(narrow, exact[0]) or wide == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("needed", "products"),
+        [*zip(NAMES, (5, 4, 3, 3, 4, 3, 2, 1), strict=True)],
+    )
+    def test_single_gradients(
+        self, needed: str, products: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By no other products than it needs."""
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.kernels.batched import passes
+
+        calls = []
+        multiply = passes.multiply
+
+        def counted(*tensors: Tensor, **scales: float) -> None:
+            calls.append(scales)
+            multiply(*tensors, **scales)
+
+        monkeypatch.setattr(passes, "multiply", counted)
+        tensors = make(WIDE)
+        grad_out = torch.randn(2, 19, 4, 264)
+        problem = Problem(*(tensors[name] for name in NAMES), activation="gelu", **SCALES)
+        gradients = problem.new_gradients([name == needed for name in NAMES])
+        dispatch.backward(problem, grad_out, gradients)
+        (grad,) = gradients.wanted
+        exact = expected(tensors, grad_out, "gelu")[1 + NAMES.index(needed)]
+        assert relative_error(grad, exact) < 1e-6
+        assert len(calls) == products
+
+    @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
+    def test_no_tokens(self, sizes: tuple[int, int]) -> None:
+        tensors = make(WIDE._replace(B=sizes[0], L=sizes[1]))
+        out = torch.empty(*sizes, 4, 264)
+        results = actual(tensors, torch.empty(*sizes, 4, 264), "silu", out)
+        assert all(x.eq(0).all() for x in results[1:])
+
+    @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+    def test_results_over_what_they_are_computed_from(
+        self, order: tuple[int, ...], cut: str
+    ) -> None:
+        overwriting = TestOverwriting()
+        overwriting.check_forward(make(WIDE), order)
+        overwriting.check_backward(make(WIDE), order)
+
+    def test_nothing_is_recorded_by_autograd(self) -> None:
+        """The overload of compiled graphs reaches the kernels with gradients enabled."""
+        from mhf_compiler.lowering.kernels import dispatch
+
+        tensors = make(WIDE)
+        for x in tensors.values():
+            if x is not None:
+                x.requires_grad_()
+        problem = Problem(*(tensors[name] for name in NAMES), **SCALES)
+        out = torch.empty(2, 19, 4, 264)
+        dispatch.forward(problem, out)
+        assert not out.requires_grad
+        gradients = problem.new_gradients([True] * 8)
+        dispatch.backward(problem, torch.ones_like(out), gradients)
+        assert not any(x.requires_grad for x in gradients.wanted)
+        out.mul_(2)  # no tensor of inference mode
+        (out * torch.ones((), requires_grad=True)).sum().backward()
+
+    def test_in_inference_mode(self) -> None:
+        with torch.inference_mode():
+            tensors = make(WIDE)
+            assert tensors["q"] is not None
+            problem = Problem(*(tensors[name] for name in NAMES), **SCALES)
+            out = torch.full_like(tensors["q"], float("nan"))
+        from mhf_compiler.lowering.kernels import dispatch
+
+        dispatch.forward(problem, out)
+        assert out.isfinite().all()
+
+
 class TestParts:
     """Tiles whose hidden units are cut among several programs."""
 

@@ -345,7 +345,7 @@ def test_the_operator_itself_checks_its_arguments():
     ("device", "dtype", "width", "out_dtype", "message"),
     [
         ("cuda", torch.float32, 256, None, None),
-        ("cuda", torch.float32, 257, None, r"d=257, supported on cuda are 1 to 256"),
+        ("cuda", torch.bfloat16, 1536, None, None),
         ("cuda", torch.float64, 8, None, r"q has dtype float64, supported on cuda are float32"),
         ("cuda", torch.float32, 8, torch.float64, r"out_dtype is float64, supported on cuda"),
         ("mps", torch.float32, 8, None, r"q is on device mps:0, supported are cpu, cuda"),

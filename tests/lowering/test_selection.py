@@ -19,6 +19,8 @@ triton = pytest.importorskip("triton")
 from mhf_compiler.lowering import problem as problems  # noqa: E402
 from mhf_compiler.lowering import summary  # noqa: E402
 from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
+from mhf_compiler.lowering.kernels.batched import hidden as batched_hidden  # noqa: E402
+from mhf_compiler.lowering.kernels.batched import passes as batched_passes  # noqa: E402
 from mhf_compiler.lowering.kernels.hopper import backward as hopper_backward  # noqa: E402
 from mhf_compiler.lowering.ops import norm_network  # noqa: E402
 from mhf_compiler.lowering.ops.norm_network import Like, may_pay  # noqa: E402
@@ -40,7 +42,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "a wider result": {"out_dtype": torch.float32},
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = ((16, 96), (20, 96), (64, 32), (64, 96), (96, 171), (128, 96), (256, 96))  # d, f
+SHAPES = (
+    (16, 96),
+    (20, 96),
+    (64, 32),
+    (64, 96),
+    (96, 171),
+    (128, 96),
+    (256, 96),
+    (320, 96),
+)  # d, f
 TOKENS = ((1, 1), (2, 100), (1, 1023), (2, 512))  # B, L
 LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
 SUMS = (
@@ -53,9 +64,15 @@ SUMS = (
 
 def _purpose(name: str) -> str:
     """``dq`` of ``mhf_hopper_backward_dq_kernel``."""
-    for start in ("mhf_", "hopper_", "backward_"):
+    name = name.removesuffix("_kernel")
+    for start in ("mhf_", "hopper_", "batched_", "backward_"):
         name = name.removeprefix(start)
-    return name.removesuffix("_kernel")
+    return name
+
+
+def _family(name: str) -> str | None:
+    found = re.match(r"mhf_(hopper|batched)_", name)
+    return None if found is None else found[1]
 
 
 class Launched(NamedTuple):
@@ -88,8 +105,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
             monkeypatch.setattr(module, "capability", lambda device: capability)
         return launched
 
-    for module in (launch, hopper_backward):
+    for module in (launch, hopper_backward, batched_hidden):
         monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(batched_passes, "multiply", lambda *tensors, **scales: None)
     return of
 
 
@@ -156,7 +174,11 @@ def named(w: Workload) -> Iterator[Named]:
         r"(?P<condition> \(where strides allow it\))?"
     )
     kernels: dict[str | None, Kernel] = {None: "forward", "Q": "dq", "V": "dv", "K": "dk_du"}
+    by_products: dict[str, Kernel] = {"forward": "forward", "backward": "backward"}
     for sentence in summary.kernels_of(w):
+        products = re.fullmatch(r"(\w+) pass by PyTorch's batched products: .* at a time", sentence)
+        if products is not None:
+            yield Named(by_products[products[1]], "batched", {})
         if " tokens x " in sentence:
             match = re.fullmatch(pattern, sentence)
             assert match is not None, sentence
@@ -174,6 +196,8 @@ def named(w: Workload) -> Iterator[Named]:
 def sizes_of(launched: Launched) -> dict[str, int]:
     """The sizes that a report has of a kernel, as far as its launch shows them."""
     arguments, tile = launched.arguments, launched.tile
+    if _family(launched.name) == "batched":
+        return {}
     if launched.name == "mhf_hopper_forward_kernel":
         c = arguments["C"]
         return {"tokens": 64 * c.CONSUMERS, "hidden": c.BF, "stages": c.STAGES}
@@ -209,21 +233,21 @@ def test_the_report_names_what_is_launched(
                 if x.name in SUMS:
                     continue
                 kernel = _purpose(x.name)
-                family = "hopper" if x.name.startswith("mhf_hopper_") else ""
+                family = _family(x.name)
                 seen.add(kernel)
                 said = report[kernel]
                 where = (dtype, head_dim, hidden, tokens, layout, x.name)
-                if aligned or said.family is None:
-                    assert (family or None) == said.family, where
+                if aligned or said.family != "hopper":
+                    assert family == said.family, where
                     expected = said.sizes
                 else:  # plain Triton's, as the report's condition says
-                    assert not family, where
+                    assert family is None, where
                     expected = vars(portable(kernel, problem.sizes))
                 for name, size in sizes_of(x).items():
                     assert size == expected.get(name, 1), (*where, name)
                 families.add(family)
             assert seen == set(report)
-    assert families == ({"", "hopper"} if card == (9, 0) else {""})
+    assert families == ({None, "batched", "hopper"} if card == (9, 0) else {None, "batched"})
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -72,7 +72,7 @@ def test_the_sum_of_one_heads_parts() -> None:
     "changes",
     [
         {"tokens": 16},
-        {"dtype": torch.float32},
+        {"dtype": torch.float32, "tokens": 200},
         {"capability": (8, 0)},
         {"capability": (10, 0)},
         {"interpreted": True},

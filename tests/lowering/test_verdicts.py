@@ -17,7 +17,13 @@ triton = pytest.importorskip("triton")
 
 import mhf_compiler.compat  # noqa: E402
 from mhf_compiler.lowering.cpu import blocked  # noqa: E402
-from mhf_compiler.lowering.kernels import dispatch, hopper, replay, verdicts  # noqa: E402
+from mhf_compiler.lowering.kernels import (  # noqa: E402
+    batched,
+    dispatch,
+    hopper,
+    replay,
+    verdicts,
+)
 from mhf_compiler.lowering.kernels.verdicts import (  # noqa: E402
     FILLS,
     Results,
@@ -269,12 +275,12 @@ class TestSelection:
         assert select("dq", ON_HOPPER).family == "hopper"
 
 
-def make(dtype: torch.dtype = torch.bfloat16, tokens: int = 1024) -> Problem:
+def make(dtype: torch.dtype = torch.bfloat16, tokens: int = 1024, width: int = 8) -> Problem:
     """Heads that share weights, some stored by columns; Hopper's own kernels take all of it."""
     torch.manual_seed(0)
-    weights = [torch.randn(2, 2, 16, 8).to(dtype) / 4 for _ in range(2)]
-    down = torch.randn(2, 2, 8, 16).to(dtype).transpose(2, 3) / 6
-    q, r = torch.randn(1, tokens, 4, 8).to(dtype), torch.rand(1, tokens, 4, 2)
+    weights = [torch.randn(2, 2, 16, width).to(dtype) * (2 * width) ** -0.5 for _ in range(2)]
+    down = torch.randn(2, 2, width, 16).to(dtype).transpose(2, 3) / 6
+    q, r = torch.randn(1, tokens, 4, width).to(dtype), torch.rand(1, tokens, 4, 2)
     return Problem(q, *weights, down, r)
 
 
@@ -282,12 +288,15 @@ class Kernels:
     """All kernels of a card, computed by PyTorch; those in `wrong`, by family and name, wrongly."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
         self.wrong: set[tuple[str, str]] = set()
         self.ran: list[tuple[str, str]] = []
         self.problems: list[Problem] = []
         for name in ("forward", "dq", "dv", "dk_du"):
             monkeypatch.setattr(dispatch, f"run_{name}", self.kernel("plain", name))
             monkeypatch.setattr(hopper, f"run_{name}", self.kernel("hopper", name))
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(batched, f"run_{name}", self.kernel("batched", name))
 
     def kernel(self, family: str, name: str) -> Callable[..., bool | None]:
         def run(problem: Problem, *rest: Any) -> bool | None:
@@ -304,7 +313,7 @@ class Kernels:
                 results = Gradients(*own).wanted
             if (family, name) in self.wrong:
                 results[-1].mul_(1.5)
-            return True if family == "hopper" else None
+            return None if family == "plain" else True
 
         return run
 
@@ -372,21 +381,60 @@ class TestDispatch:
         assert set(kernels.ran) == {("plain" if x == name else "hopper", x) for x in ORDER}
 
     @pytest.mark.parametrize("name", ORDER)
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1024), (torch.float32, 128)])
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_a_wrong_kernel_of_plain_triton_is_an_error(
-        self, name: str, dtype: torch.dtype, kernels: Kernels
+        self, name: str, dtype: torch.dtype, tokens: int, kernels: Kernels
     ) -> None:
         kernels.wrong |= {("hopper", name), ("plain", name)}
         for _ in range(2):
             with pytest.raises(WrongKernelError, match=f"the kernel '{name}', as Triton"):
-                results(make(dtype))
+                results(make(dtype, tokens))
+
+    @pytest.mark.parametrize("name", ["forward", "backward"])
+    def test_plain_triton_takes_the_place_of_wrong_products(
+        self, name: str, kernels: Kernels
+    ) -> None:
+        kernels.wrong.add(("batched", name))
+        with pytest.warns(RuntimeWarning, match=f"the batched kernel '{name}' does not compute"):
+            results(make(torch.float32))
+        instead = {"forward"} if name == "forward" else {"dv", "dk_du", "dq"}
+        assert {x for family, x in kernels.ran if family == "plain"} == instead
+        (other,) = {"forward", "backward"} - {name}
+        assert kernels.ran.count(("batched", other)) == 2  # the comparison, and the call
+
+    @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+    def test_nothing_takes_the_place_of_wrong_products_of_wide_heads(
+        self, kernels: Kernels, tmp_path: Path
+    ) -> None:
+        results(make(tokens=32, width=320))
+        assert kernels.ran == [("batched", x) for x in ("forward", "backward") for _ in range(2)]
+        verdicts.forget()
+        kernels.wrong.add(("batched", "forward"))
+        for file in tmp_path.rglob("*.json"):
+            file.unlink()
+        with pytest.raises(WrongKernelError, match="the kernel 'forward', as Triton"):
+            results(make(tokens=32, width=320))
+        assert {family for family, _ in kernels.ran} == {"batched"}
+
+    def test_products_in_tf32_are_not_wrong(self, kernels: Kernels) -> None:
+        """Whether they are used is PyTorch's setting, of which a verdict knows nothing."""
+        run = batched.run_forward
+
+        def rounded(problem: Problem, out: Tensor, tile: object) -> bool:
+            run(problem, out, tile)
+            out.copy_(out.bfloat16())
+            return True
+
+        kernels.monkeypatch.setattr(batched, "run_forward", rounded)
+        results(make(torch.float32))
+        assert {family for family, _ in kernels.ran} == {"batched"}
 
     @pytest.mark.filterwarnings("ignore::RuntimeWarning")
     def test_a_wrong_tuned_tile_gives_way_to_the_shipped_one(
         self, kernels: Kernels, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        problem = make(torch.float32)
+        problem = make(torch.float32, tokens=128)
         shipped = portable("forward", problem.sizes)
         run = dispatch.run_forward
 

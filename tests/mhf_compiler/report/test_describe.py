@@ -255,6 +255,17 @@ def workload(**changes: Any) -> Workload:
         ((9, 0), {"tokens": 8}, "forward kernel: 16 tokens x 64 hidden units"),
         ((8, 0), {}, "forward kernel: 128 tokens x 64 hidden units, 8 warps, 2 stages"),
         ((8, 0), DYNAMIC, "forward kernel: 128 tokens x 64 hidden units, 8 warps"),
+        (
+            (9, 0),
+            {"head_dim": 512, "sub_networks": 1, "tokens": 2048},
+            "forward pass by PyTorch's batched products: 16 of 16 heads at a time",
+        ),
+        (
+            (8, 0),
+            {"dtype": torch.float32, "heads": 32},
+            "forward pass by PyTorch's batched products: 2 of 32 heads, "
+            "2944 of their 65536 rows at a time",
+        ),
     ],
 )
 def test_the_kernel_that_sizes_select(
@@ -328,7 +339,7 @@ def test_the_backward_kernels_that_sizes_select(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"tokens": 512}, {"head_dim": 256}, {"dtype": torch.float32}],
+    [{"tokens": 512}, {"head_dim": 256, "tokens": 512}, {"dtype": torch.float32, "tokens": 200}],
 )
 def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -339,6 +350,22 @@ def test_hoppers_own_backward_kernels_are_not_promised_in_vain(
     monkeypatch.setattr(summary, "capability", lambda device: (9, 0))
     found = kernels_of(workload(training=True, **changes))
     assert len([text for text in found if text.startswith("backward kernel of d")]) == 3
+
+
+@pytest.mark.parametrize(
+    "changes", [{"head_dim": 256}, {"dtype": torch.float32}, {"head_dim": 320}]
+)
+def test_a_backward_pass_by_products_is_one_sentence(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("triton")
+    from mhf_compiler.lowering import summary
+
+    monkeypatch.setattr(summary, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(summary, "interpreted", lambda: False)
+    found = [text for text in kernels_of(workload(training=True, **changes)) if "backward" in text]
+    assert len(found) == 2  # that hidden units are computed again is the other
+    assert found[1].startswith("backward pass by PyTorch's batched products: 1 of 16 heads, ")
 
 
 @pytest.mark.gpu
