@@ -66,14 +66,18 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     `forward` may be that of q.
     """
     q, r = problem.q, problem.r
-    # An output wider than q sends its gradient back through the cast, as autograd would.
+    # An output wider than q sends its gradient back through the cast, as autograd would; but a bias
+    # in float32 was added after it.
+    exact = grad_out
     grad_out = grad_out.to(q.dtype)
+    if gradients.v_bias is None or gradients.v_bias.dtype != exact.dtype:
+        exact = grad_out
     if r is not None:
         problem = problem._replace(r=tokens_innermost(r, token_axes(q, grad_out).merged))
     repeat(
         ("backward", *problem.constants),
-        (*problem.tensors, grad_out, *gradients),
-        lambda: _run_backward(problem, grad_out, gradients),
+        (*problem.tensors, grad_out, *gradients, *([] if exact is grad_out else [exact])),
+        lambda: _run_backward(problem, grad_out, exact, gradients),
     )
 
 
@@ -109,9 +113,10 @@ def _run_forward(problem: Problem, out: Tensor) -> None:
         _run_plain("forward", problem, run_forward, out)
 
 
-def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+def _run_backward(problem: Problem, grad_out: Tensor, exact: Tensor, gradients: Gradients) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it.
 
+    `exact` is what `grad_out` was rounded from, if the down bias has a gradient of its dtype.
     The kernel of dQ runs last: dQ may share its memory with dOut, which the other kernels read.
     """
     tensors = (grad_out, gradients)
@@ -121,7 +126,7 @@ def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> N
     if any(x is not None for x in dk_du) and not specialised_backward("dk_du", problem, *tensors):
         _run_plain("dk_du", problem, run_dk_du, *tensors)
     if gradients.v_bias is not None:
-        _run_plain("dv", problem, run_dv_bias, *tensors)
+        _run_plain("dv", problem, run_dv_bias, exact, gradients)
     dq = (gradients.q, gradients.r)
     if any(x is not None for x in dq) and not specialised_backward("dq", problem, *tensors):
         _run_plain("dq", problem, run_dq, *tensors)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..arguments import check_arguments, check_backward_arguments, check_device
+from ..arguments import WIDE_BIAS, check_arguments, check_backward_arguments, check_device
 from ..problem import Gradients, Problem
 from .common import (
     empty_like_in_order,
@@ -67,7 +67,8 @@ def multi_head_ffn(
     passed as views. The result is differentiable once, in reverse mode.
 
     All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also float64.
-    Autocast casts them to its dtype and leaves ``r`` as it is. On CUDA the head width d is at most
+    Biases of 16-bit networks may be in float32, and are added in it. Autocast casts the others to
+    its dtype and leaves ``r`` and float32 biases as they are. On CUDA the head width d is at most
     256.
 
     Args:
@@ -213,7 +214,10 @@ torch.library.register_autograd(_BACKWARD, no_second_derivative("multi_head_ffn"
 
 
 def _autocast(device: str) -> Callable[..., Tensor]:
-    """The operator under autocast: every tensor but ``r`` in the dtype of autocast."""
+    """The operator under autocast: queries and weights in its dtype, and biases but float32 ones.
+
+    Where the model's own biases are cast, by a linear layer, the compiler casts them before.
+    """
 
     def cast(x: Tensor | None) -> Tensor | None:
         # Autocast never lowers float64.
@@ -222,7 +226,12 @@ def _autocast(device: str) -> Callable[..., Tensor]:
         return x.to(torch.get_autocast_dtype(device))
 
     def multi_head_ffn_under_autocast(*arguments: Any) -> Tensor:
-        tensors = [x if i == _ROUTER else cast(x) for i, x in enumerate(arguments[:_TENSORS])]
+        tensors = [
+            x
+            if i == _ROUTER or (i > _ROUTER and x is not None and x.dtype == WIDE_BIAS)
+            else cast(x)
+            for i, x in enumerate(arguments[:_TENSORS])
+        ]
         with torch.autocast(device, enabled=False):
             return torch.ops.mhf_compiler.multi_head_ffn(*tensors, *arguments[_TENSORS:])
 

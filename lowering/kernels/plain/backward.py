@@ -16,6 +16,8 @@ gradient has one owner, which adds in a fixed order: no atomics, the same bits e
 Padding needs no mask: dOut is zero beyond L and V beyond F, so da is zero in both.
 """
 
+from dataclasses import replace
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -136,7 +138,9 @@ def run_dk_du(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ti
 
 
 def run_dv_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Tile) -> None:
-    """Fill the gradient of V's bias (G, E, d)."""
+    """Fill the gradient of V's bias (G, E, d), from a gradient of the result in any dtype."""
+    if grad_out.dtype != problem.q.dtype:  # a tile's loads ahead would take twice the memory
+        tile = replace(tile, stages=1)
     axes = token_axes(problem.r, grad_out)
     groups, sub_networks = problem.k.shape[:2]
     operands = {
