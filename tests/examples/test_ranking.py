@@ -57,9 +57,7 @@ def test_back_ends_agree(
     assert "the loss curves coincide" in printed
 
 
-def test_nothing_rewritten_is_said(
-    ranking: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nothing_rewritten_is_said(ranking: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """As ``auto`` decides for a few tokens on a CPU."""
     assert ranking.main([*TINY, "--rewrite", "auto", "--steps", "2"]) == 1
     assert "flashmhf: nothing rewritten" in capsys.readouterr().out
