@@ -306,8 +306,7 @@ def test_per_token_networks(precision: str) -> None:
     assert [name for name, row in rows.items() if row.get("fault") or "ms" not in row] == []
     compared = {name for name, row in rows.items() if "error" in row}
     assert compared == rows.keys() - {per_token.YARDSTICK}
-    if precision != "autocast":
-        assert rows["flashmhf always"]["rewritten"] == 1
+    assert rows["flashmhf always"]["rewritten"] == 1
     assert "rewritten" not in rows["Inductor"]
     assert rows[per_token.YARDSTICK]["share"] == 1
     assert torch.get_float32_matmul_precision() == "highest"
