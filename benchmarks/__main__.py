@@ -17,9 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from . import blocks, compile_time, cpu_path, ffn, grid, kernels, results, warm_start
+from . import blocks, compile_time, cpu_path, ffn, grid, kernels, per_token, results, warm_start
 from .harness import Benchmark, Settings
-from .models import SHAPE_NAMES
 
 BENCHMARKS: dict[str, Benchmark] = {
     "kernels": kernels.BENCHMARK,
@@ -31,6 +30,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ffn-tokens": ffn.TOKENS_BENCHMARK,
     "blocks": blocks.INFERENCE_BENCHMARK,
     "blocks-training": blocks.TRAINING_BENCHMARK,
+    "per-token": per_token.BENCHMARK,
+    "per-token-precisions": per_token.PRECISIONS_BENCHMARK,
+    "per-token-graphs": per_token.GRAPHS_BENCHMARK,
+    "per-token-grid": per_token.GRID_BENCHMARK,
+    "per-token-full-grid": per_token.FULL_GRID_BENCHMARK,
     "grid": grid.BENCHMARK,
     "cpu-path": cpu_path.BENCHMARK,
     "compile-time": compile_time.BENCHMARK,
@@ -39,9 +43,9 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 class Shape(click.ParamType):
-    """Six sizes, such as 8,4096,16,128,22,256."""
+    """Sizes, such as 8,4096,16,128,22,256: a benchmark says how many, and of what."""
 
-    name = ",".join(SHAPE_NAMES)
+    name = "sizes"
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
@@ -50,8 +54,8 @@ class Shape(click.ParamType):
             shape = tuple(int(size) for size in str(value).split(","))
         except ValueError:
             shape = ()
-        if len(shape) != len(SHAPE_NAMES) or min(shape) < 1:
-            self.fail(f"want six positive numbers {self.name}, got {value!r}", param, ctx)
+        if min(shape, default=0) < 1:
+            self.fail(f"want positive numbers, got {value!r}", param, ctx)
         return shape
 
 
@@ -65,7 +69,7 @@ def main() -> None:
 def list_them() -> None:
     """The benchmarks, and where they run."""
     for name, benchmark in BENCHMARKS.items():
-        click.echo(f"{name:16} {'/'.join(benchmark.devices):9} {benchmark.about}")
+        click.echo(f"{name:20} {'/'.join(benchmark.devices):9} {benchmark.about}")
 
 
 @main.command()
@@ -73,6 +77,8 @@ def list_them() -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), help="default: a GPU if there is one")
 @click.option("--repeats", type=click.IntRange(1), help="at least; default: the benchmark's own")
 @click.option("--shape", "shapes", multiple=True, type=Shape(), help="in place of its own")
+@click.option("--only", multiple=True, help="cases with this in a column: training, or T=16")
+@click.option("--without", multiple=True, help="no contenders that have this in their names")
 @click.option("--quick", is_flag=True, help="tiny sizes, to try the benchmark itself out")
 @click.option("--out", type=click.Path(path_type=Path), help="folder for JSON, CSV and pictures")
 def run(
@@ -80,6 +86,8 @@ def run(
     device: str | None,
     repeats: int | None,
     shapes: tuple[tuple[int, ...], ...],
+    only: tuple[str, ...],
+    without: tuple[str, ...],
     quick: bool,
     out: Path | None,
 ) -> None:
@@ -91,9 +99,15 @@ def run(
     for name in names:
         if device not in BENCHMARKS[name].devices:
             raise click.UsageError(f"{name} runs on {' and '.join(BENCHMARKS[name].devices)} only")
+        sizes = BENCHMARKS[name].shape_names
+        if any(len(shape) != len(sizes) for shape in shapes):
+            raise click.UsageError(
+                f"{name} wants {len(sizes)} numbers as a shape, {','.join(sizes)}"
+            )
     red = []
     for name in names:
-        settings = Settings(device, repeats or BENCHMARKS[name].repeats, quick, shapes)
+        least = repeats or BENCHMARKS[name].repeats
+        settings = Settings(device, least, quick, shapes, only, without)
         if not run_one(name, settings, out):
             red.append(name)
     if red:

@@ -21,6 +21,10 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mhf_compiler.compat import counters
+
+from .models import SHAPE_NAMES
+
 Row = dict[str, Any]
 
 _FLOOR = 1e-6  # of relative errors: float32 against itself
@@ -29,6 +33,7 @@ _WARM_UPS = 2
 _ENOUGH_SECONDS = 0.25  # of measuring a case, after which the asked repeats suffice
 _BUSY = 4_000_000  # cycles of a card, 2 ms: meanwhile the host launches what is timed after them
 _MOST = 50  # times the asked repeats, where a case is still shorter
+_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # in a trace, what occupies a GPU
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,16 @@ class Settings:
     repeats: int  # at least; a short case repeats more often
     quick: bool = False  # sizes at which the benchmark itself can be tried out on any machine
     shapes: tuple[tuple[int, ...], ...] = ()  # in place of the benchmark's own
+    only: tuple[str, ...] = ()  # cases that have each of these as a column's value
+    without: tuple[str, ...] = ()  # contenders with one of these in their names stay away
+
+    def takes_case(self, about: Row) -> bool:
+        """``only`` holds values, such as ``training``, or columns with them, such as ``L=16``."""
+        found = {text for name, value in about.items() for text in (f"{value}", f"{name}={value}")}
+        return found.issuperset(self.only)
+
+    def takes_contender(self, name: str) -> bool:
+        return not any(part in name for part in self.without)
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,8 @@ class Contender:
     ``step`` does the job once and is what is timed. ``values`` runs it too and returns what is to
     be compared, by name; a yardstick, which does another job, has none. ``flops`` and ``bytes`` are
     what one step counts as; ``jobs`` is how often a step does the job. ``clear`` frees what a step
-    leaves in tensors, such as gradients.
+    leaves in tensors, such as gradients. ``rewrites`` if our back end compiles it: then a row says
+    how many networks it has replaced.
     """
 
     name: str
@@ -71,6 +87,7 @@ class Contender:
     jobs: int = 1
     clear: Callable[[], object] = lambda: None
     about: Row = field(default_factory=dict)
+    rewrites: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,7 @@ class Case:
     about: Row  # its sizes, the first columns of a row
     build: Callable[[], Job]
     busy: bool = False  # timed as inside a model: the device is at work when the job is launched
+    profiled: bool = False  # also how long kernels run on a GPU, whatever the host takes
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,7 @@ class Benchmark:
     summary: Callable[[list[Row]], list[str]] = lambda rows: []
     devices: Sequence[str] = ("cuda",)
     repeats: int = 15
+    shape_names: Sequence[str] = SHAPE_NAMES  # what ``Settings.shapes`` are
 
 
 def of_cases(
@@ -122,7 +141,7 @@ def of_cases(
     """A benchmark's ``run`` that measures case after case."""
 
     def run(settings: Settings, progress: Progress) -> Iterator[Row]:
-        listed = list(cases(settings))
+        listed = [case for case in cases(settings) if settings.takes_case(case.about)]
         for case in progress.track(listed, description="cases"):
             yield from measure(case, settings, progress)
 
@@ -134,34 +153,39 @@ def measure(case: Case, settings: Settings, progress: Progress) -> Iterator[Row]
     torch.manual_seed(0)
     torch.compiler.reset()
     job = case.build()
-    rows = {contender.name: examine(contender, job, settings) for contender in job.contenders}
-    able = [contender for contender in job.contenders if "fault" not in rows[contender.name]]
+    taken = [each for each in job.contenders if settings.takes_contender(each.name)]
+    rows = {contender.name: examine(contender, job, case, settings) for contender in taken}
+    able = [contender for contender in taken if "fault" not in rows[contender.name]]
     for name, figures in time_in_turn(able, case, settings, progress).items():
         rows[name] |= figures
     yardstick = rows.get(job.yardstick or "", {}).get("tflops") or math.nan
-    for contender in job.contenders:
+    for contender in taken:
         row = rows[contender.name]
         if "tflops" in row and not math.isnan(yardstick):
             row["share"] = row["tflops"] / yardstick
         yield case.about | {"contender": contender.name} | contender.about | row
-    del job, able
+    del job, taken, able
     release(settings.device)
 
 
-def examine(contender: Contender, job: Job, settings: Settings) -> Row:
+def examine(contender: Contender, job: Job, case: Case, settings: Settings) -> Row:
     """Compile, measure the memory of one step, and compare what is computed."""
     row: Row = {}
     try:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), counters["flashmhf"]["sites_rewritten"]
         contender.step()
         synchronize(settings.device)
         row["first_call_s"] = time.perf_counter() - start
+        if contender.rewrites:
+            row["rewritten"] = counters["flashmhf"]["sites_rewritten"] - before
         contender.clear()
         row["peak_mib"] = peak_mebibytes(contender.step, settings.device)
         contender.clear()
         if contender.values is not None:
             row |= compared(contender.values(), job.expected)
             contender.clear()
+        if case.profiled and settings.device == "cuda":
+            row["busy_us"] = busy_microseconds(contender)
     except torch.OutOfMemoryError:
         row["fault"] = "out of memory"
         contender.clear()
@@ -269,16 +293,41 @@ def peak_mebibytes(step: Callable[[], object], device: str) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = step()
     del kept
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+    events = _events(profiled)
     changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e["name"] == "[memory]")
     held = peak = 0
     for _, change in changes:
         held += change
         peak = max(peak, held)
     return peak / 2**20
+
+
+def busy_microseconds(contender: Contender, steps: int = 5) -> float:
+    """How long a step keeps a GPU at work: the time in which a kernel runs, or a copy."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(steps):
+            contender.step()
+            contender.clear()
+        torch.cuda.synchronize()
+    work = [event for event in _events(profiled) if event.get("cat") in _WORK]
+    return covered((e["ts"], e["ts"] + e["dur"]) for e in work) / steps / contender.jobs
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of what the spans cover; what several cover counts once."""
+    length, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        length += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return length
+
+
+def _events(profiled: profile) -> list[dict[str, Any]]:
+    """All that a profiler has recorded, as its traces have it."""
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(trace))
+        return json.loads(trace.read_text())["traceEvents"]
 
 
 def synchronize(device: str) -> None:

@@ -31,6 +31,9 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _ROUTER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: float32 biases of a 16-bit network are read as they are: autocast leaves one that is added alone
+WIDE_BIAS = torch.float32
+_BIASES = ("k_bias", "u_bias", "v_bias")
 
 
 class ArgumentError(ValueError):
@@ -191,10 +194,19 @@ def _check_dtypes_and_devices(q: Tensor, tensors: dict[str, Tensor | None]) -> N
         if name == "r" and known and tensor.dtype not in _ROUTER_DTYPES:
             allowed = ", ".join(map(_name, _ROUTER_DTYPES))
             raise ArgumentError(f"r has dtype {_name(tensor.dtype)}, supported are {allowed}")
-        if name != "r" and dtype != expected:
+        if name == "r" or (name in _BIASES and has_wide_bias(expected, tensor.dtype)):
+            continue
+        if dtype != expected:
+            wide = has_wide_bias(expected, WIDE_BIAS) and name in _BIASES
             raise ArgumentError(
                 f"{name} has dtype {_name(dtype)}, must have dtype {_name(expected)} as q"
+                f"{f' or {_name(WIDE_BIAS)}' if wide else ''}"
             )
+
+
+def has_wide_bias(dtype: torch.dtype, bias: torch.dtype) -> bool:
+    """Whether a bias is wider than the network of ``dtype``, and taken so."""
+    return bias == WIDE_BIAS and dtype in (torch.bfloat16, torch.float16)
 
 
 def _effective_dtype(tensor: Tensor, device: str) -> torch.dtype:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .arguments import device_objection
+from .arguments import WIDE_BIAS, device_objection
 from .device import ANY_CARD, Card, capability, interpreted
 from .ops.common import trial
 from .problem import Problem
@@ -40,6 +40,7 @@ class Workload:
     dynamic: bool = False
     pieces: tuple[int, int, int] = (1, 1, 1)  # gate, up, down
     written: int = 0
+    wide_biases: tuple[bool, bool, bool] = (False, False, False)  # in float32 next to 16 bits
     captured: bool = False  # launched from a CUDA graph, where the host costs nothing
     card: Card | None = None  # that is assumed, so that nothing can be tried
 
@@ -146,16 +147,20 @@ def _problem(workload: Workload, tokens: int, make: Callable[..., Tensor]) -> Pr
     """The op's arguments for one sequence of `tokens` tokens."""
     s = workload.sizes
     groups, sub_networks, hidden, head_dim = s.weight_shape
-    gate_bias, up_bias, down_bias = s.biased
+
+    def bias(number: int, width: int) -> Tensor | None:
+        dtype = WIDE_BIAS if workload.wide_biases[number] else s.dtype
+        return make(groups, sub_networks, width, dtype=dtype) if s.biased[number] else None
+
     return Problem(
         q=make(1, tokens, s.heads, head_dim, dtype=s.dtype),
         k=make(*s.weight_shape, dtype=s.dtype),
         u=make(*s.weight_shape, dtype=s.dtype) if s.gated else None,
         v=make(*s.weight_shape, dtype=s.dtype),
         r=make(1, tokens, s.heads, sub_networks, dtype=torch.float32) if s.routed else None,
-        k_bias=make(groups, sub_networks, hidden, dtype=s.dtype) if gate_bias else None,
-        u_bias=make(groups, sub_networks, hidden, dtype=s.dtype) if up_bias else None,
-        v_bias=make(groups, sub_networks, head_dim, dtype=s.dtype) if down_bias else None,
+        k_bias=bias(0, hidden),
+        u_bias=bias(1, hidden),
+        v_bias=bias(2, head_dim),
         activation=workload.activation,
     )
 

@@ -34,10 +34,10 @@ from .casts import cast_from
 from .contractions import Operand, as_contraction, summed_index
 from .grammar import Reading
 from .meaning import POINTWISE
-from .operations import is_cast, is_other_pointwise
+from .operations import holds, is_cast, is_other_pointwise
 from .reasons import Declined, Kind
 from .rolling import STACK, in_reading_order, renamed, same_tensor
-from .site import Site, TensorView
+from .site import WIDE_BIAS, Site, TensorView
 from .source import locate
 from .terms import Term
 from .views import LIKES, MERGES, all_pieces, broadcast, is_view, through_view, through_views
@@ -344,7 +344,7 @@ def check_multi_head(roles: Roles) -> None:
 def check_dtypes(term: Term, root: Value) -> None:
     """Everything that is multiplied has the dtype that the products have, and the op computes in.
 
-    A bias is read in that dtype, a router in its own.
+    A bias is read in that dtype, or in float32 next to 16 bits; a router in its own.
     """
     projections = [term.gate, *([] if term.up is None else [term.up])]
     values = [term.value, *(projection.value for projection in projections)]
@@ -360,24 +360,13 @@ def check_dtypes(term: Term, root: Value) -> None:
         if one not in _DTYPES and not (one is torch.float64 and device.type == "cpu"):
             raise Declined(Kind.UNSUPPORTED_DTYPE, str(one), term.value.origin)
     for bias in (term.bias, *(projection.bias for projection in projections)):
-        if bias is not None and not _holds(dtype, bias.value.dtype):
+        if bias is not None and not any(holds(one, bias.value.dtype) for one in (dtype, WIDE_BIAS)):
             detail = f"a bias in {bias.value.dtype}, projections in {dtype}"
             raise Declined(Kind.MIXED_PRECISION, detail, bias.value.origin)
     for router in term.routers:
         if router.value.dtype is torch.float64 is not dtype and router.value.shape:
             detail = f"a router in {router.value.dtype}, projections in {dtype}"
             raise Declined(Kind.MIXED_PRECISION, detail, router.value.origin)
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether a dtype has all the digits and the range of another floating one."""
-    if not (wide.is_floating_point and narrow.is_floating_point):
-        return False
-    a, b = torch.finfo(wide), torch.finfo(narrow)
-    try:
-        return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
-    except NotImplementedError:  # PyTorch does not say it of four bits
-        return False
 
 
 def check_rounding(term: Term, reading: Reading, root: Value) -> None:
@@ -388,7 +377,7 @@ def check_rounding(term: Term, reading: Reading, root: Value) -> None:
     """
     dtype = term.value.dtype
     for value in sorted(reading.computed, key=lambda value: value.step):
-        if not (_holds(value.dtype, dtype) or _holds(value.dtype, root.dtype)):
+        if not (holds(value.dtype, dtype) or holds(value.dtype, root.dtype)):
             detail = f"to {value.dtype}, in a network in {dtype}"
             raise Declined(Kind.ROUNDING_CAST, detail, value.origin)
 

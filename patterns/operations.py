@@ -66,3 +66,14 @@ def is_zero(value: Value) -> bool:
     if value.op in _ZEROS:
         return True
     return value.op in _FULLS and value.args[_FULLS[value.op]] == 0
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether a dtype has all the digits and the range of another floating one."""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    try:
+        return a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny
+    except NotImplementedError:  # PyTorch does not say it of four bits
+        return False

@@ -14,7 +14,11 @@ from torch import fx
 
 from .axes import Axis, Index, Size, product
 from .canonical import Value
+from .operations import holds
 from .products import MATRIX_PRODUCTS
+
+#: of biases with more digits than their network has
+WIDE_BIAS = torch.float32
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,10 @@ class Site:
     def products(self) -> int:
         """How many matrix products the graph computes that the op would compute itself."""
         return sum(value.op in MATRIX_PRODUCTS for value in self.replaces)
+
+    def dtype_of_bias(self, bias: TensorView) -> torch.dtype:
+        """The dtype in which the op reads a bias: the network's, if that has all of its digits."""
+        return self.dtype if holds(self.dtype, bias.value.dtype) else WIDE_BIAS
 
     def views(self) -> dict[str, TensorView]:
         """The tensor arguments by role, without the absent ones."""

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import compile_time, cpu_path, ffn, grid, harness, results, warm_start
+from benchmarks import compile_time, cpu_path, ffn, grid, harness, per_token, results, warm_start
 from benchmarks.harness import (
     Benchmark,
     Case,
@@ -104,6 +104,11 @@ def test_short_cases_repeat_more_often(
 def test_the_memory_of_a_step() -> None:
     found = rows_of(Contender("large", lambda: torch.zeros(2**20)))
     assert found["large"]["peak_mib"] == pytest.approx(4, rel=0.01)
+
+
+def test_a_card_is_busy_while_anything_runs() -> None:
+    spans = [(4.0, 6.0), (0.0, 3.0), (1.0, 2.0), (5.0, 9.0)]
+    assert harness.covered(spans) == 3 + 5
 
 
 def test_what_a_step_leaves_behind_is_cleared_each_time() -> None:
@@ -196,6 +201,24 @@ def test_a_run_prints_and_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--only", "size=2"], [(2, "a"), (2, "b")]),
+        (["--only", "1", "--without", "b"], [(1, "a")]),
+        (["--only", "1", "--only", "2"], []),
+    ],
+)
+def test_a_run_of_a_part(
+    options: list[str], expected: list[tuple[int, str]], tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(command.main, ["run", "right", "--out", str(tmp_path), *options])
+    assert done.exit_code == 0, done.output
+    _, rows = results.read(tmp_path / "right.json")
+    assert [(row["size"], row["contender"]) for row in rows] == expected
+
+
+@pytest.mark.usefixtures("listed")
 def test_wrong_numbers_fail_a_run() -> None:
     done = CliRunner().invoke(command.main, ["run", "wrong", "right"])
     assert done.exit_code == 1
@@ -228,8 +251,10 @@ def test_a_table_may_be_empty() -> None:
         (["run"], "Missing argument"),
         (["run", "other"], "'other' is not one of"),
         (["run", "kernels", "--device", "cpu"], "kernels runs on cuda only"),
-        (["run", "grid", "--shape", "1,2"], "want six positive numbers"),
-        (["run", "grid", "--shape", "1,2,3,4,5,0"], "want six positive numbers"),
+        (["run", "grid", "--shape", "1,2"], "grid wants 6 numbers as a shape, B,L,H,d,E,f"),
+        (["run", "per-token", "--shape", "1,2,3"], "per-token wants 4 numbers as a shape, T,d,f,B"),
+        (["run", "grid", "--shape", "1,2,3,4,5,0"], "want positive numbers"),
+        (["run", "grid", "--shape", "1,2,x"], "want positive numbers"),
     ],
 )
 def test_bad_input(arguments: list[str], message: str) -> None:
@@ -255,6 +280,45 @@ def test_every_ffn_computes_the_same() -> None:
         values = eager.values()
         assert values.keys() == job.expected.keys()
         assert (eager.name, "x.grad" in values) == ("eager, loop", some is second)
+
+
+@pytest.fixture
+def eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilations without Inductor, which takes its time."""
+
+    def compile_eagerly(network: Any, *, backend: str, **options: Any) -> Any:
+        if backend == "inductor":
+            return real(network, backend="aot_eager")
+        own = {"rewrite": options["options"]["rewrite"], "fallback": "aot_eager"}
+        return real(network, backend=backend, options=own)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast", "tf32"])
+def test_per_token_networks(precision: str) -> None:
+    """In training, which includes inference: each contender does the same job, to the gradients."""
+    settings = Settings("cpu", repeats=1, quick=True, only=("training", precision))
+    everything = per_token.measured(per_token.SHAPES, [precision])
+    rows = {row["contender"]: row for row in everything(settings, Progress(disable=True))}
+    assert [name for name, row in rows.items() if row.get("fault") or "ms" not in row] == []
+    compared = {name for name, row in rows.items() if "error" in row}
+    assert compared == rows.keys() - {per_token.YARDSTICK}
+    assert rows["flashmhf always"]["rewritten"] == 1
+    assert "rewritten" not in rows["Inductor"]
+    assert rows[per_token.YARDSTICK]["share"] == 1
+    assert torch.get_float32_matmul_precision() == "highest"
+    (line,) = per_token.summary(list(rows.values()))
+    assert line.startswith(f"3,16,32,8 {precision} training: flashmhf always")
+
+
+def test_a_per_token_step_compares_all_gradients() -> None:
+    job = per_token.build((3, 16, 32, 8), "bfloat16", True, False, "cpu")
+    names = {"out", "x.grad", "k.grad", "v.grad", "k_bias.grad", "v_bias.grad"}
+    assert job.expected.keys() == names
+    assert len(set(per_token.GRID) & set(per_token.FULL_GRID)) == len(per_token.GRID) == 20
 
 
 @pytest.mark.parametrize("storage", ["together", "separate"])

@@ -131,8 +131,9 @@ at::Tensor multi_head_ffn(const at::Tensor& q, const at::Tensor& k, const MaybeT
     const auto& [name, letters] = kAxes[i];
     axes.add(name, *tensors[i], letters);
     check_dtype(name, tensors[i]->scalar_type());
-    TORCH_CHECK_VALUE(std::string_view(name) == "r" || tensors[i]->scalar_type() == dtype, name, " is ",
-                      tensors[i]->scalar_type(), ", must be ", dtype, " as q");
+    const bool wide_bias = i > 4 && is_half(dtype) && tensors[i]->scalar_type() == at::kFloat;
+    TORCH_CHECK_VALUE(std::string_view(name) == "r" || wide_bias || tensors[i]->scalar_type() == dtype,
+                      name, " is ", tensors[i]->scalar_type(), ", must be ", dtype, " as q");
   }
   TORCH_CHECK_VALUE(u.has_value() || !u_bias.has_value(), "u_bias is given but u is None");
   check_dtype("out_dtype", out_dtype.value_or(dtype));

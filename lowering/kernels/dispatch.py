@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..problem import Gradients, NormedRouter, Problem
 from ..tiles import WIDEST_TILE, Choice, Kernel, portable, specialised
+from .batched.passes import sum_results
 from .operands import token_axes, tokens_innermost
 from .plain.backward import run_dk_du, run_dq, run_dv, run_dv_bias
 from .plain.forward import run_forward
@@ -66,14 +67,18 @@ def backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
     `forward` may be that of q.
     """
     q, r = problem.q, problem.r
-    # An output wider than q sends its gradient back through the cast, as autograd would.
+    # An output wider than q sends its gradient back through the cast, as autograd would; but a bias
+    # in float32 was added after it.
+    exact = grad_out
     grad_out = grad_out.to(q.dtype)
+    if gradients.v_bias is None or gradients.v_bias.dtype != exact.dtype:
+        exact = grad_out
     if r is not None:
         problem = problem._replace(r=tokens_innermost(r, token_axes(q, grad_out).merged))
     repeat(
         ("backward", *problem.constants),
-        (*problem.tensors, grad_out, *gradients),
-        lambda: _run_backward(problem, grad_out, gradients),
+        (*problem.tensors, grad_out, *gradients, *([] if exact is grad_out else [exact])),
+        lambda: _run_backward(problem, grad_out, exact, gradients),
     )
 
 
@@ -111,11 +116,15 @@ def _run_forward(problem: Problem, out: Tensor) -> None:
         _run_plain("forward", problem, run_forward, out)
 
 
-def _run_backward(problem: Problem, grad_out: Tensor, gradients: Gradients) -> None:
+def _run_backward(problem: Problem, grad_out: Tensor, exact: Tensor, gradients: Gradients) -> None:
     """Fill the gradients that are not None, each kernel in the fastest form that takes it.
 
+    `exact` is what `grad_out` was rounded from, if the down bias has a gradient of its dtype.
     The kernel of dQ runs last: dQ may share its memory with dOut, which the other kernels read.
     """
+    if exact is not grad_out and gradients.v_bias is not None:
+        sum_results(problem, exact, gradients.v_bias)
+        gradients = gradients._replace(v_bias=None)
     tensors = (grad_out, gradients)
     if specialised_backward("backward", problem, *tensors):
         return

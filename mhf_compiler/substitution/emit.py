@@ -124,7 +124,7 @@ class Editor:
         up = self.optional(site.up)
         router = self.router(site)
         biases = [
-            self.optional(view, site.dtype)
+            self.optional(view, None if view is None else site.dtype_of_bias(view))
             for view in (site.gate_bias, site.up_bias, site.down_bias)
         ]
         if self._sum_of_parts() is not None:  # and so is the query's gradient

@@ -11,7 +11,7 @@ import torch
 from ..compat import cache_folder, no_fake_mode
 from ..errors import kernel_failed
 from ..options import Options, inductor_config, tunes
-from ..patterns import STACK, Kind, Reason, RouterProduct, Site, Value, locate
+from ..patterns import STACK, Kind, Reason, RouterProduct, Site, TensorView, Value, locate
 from ..report.logs import progress
 
 if TYPE_CHECKING:
@@ -143,9 +143,19 @@ def workload_of(site: Site, options: Options, training: bool, card: Card | None 
             _pieces(site.down.value),
         ),
         written=site.products,
+        wide_biases=(
+            _is_wide(site, site.gate_bias),
+            _is_wide(site, site.up_bias),
+            _is_wide(site, site.down_bias),
+        ),
         card=assumed,
         captured=bool(inductor_config(options).get("triton.cudagraphs")),
     )
+
+
+def _is_wide(site: Site, bias: TensorView | None) -> bool:
+    """Whether a bias has more digits than its network."""
+    return bias is not None and site.dtype_of_bias(bias) is not site.dtype
 
 
 def _pieces(value: Value) -> int:

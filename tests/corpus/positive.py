@@ -1590,3 +1590,98 @@ class TwoGrownNetworks(_Growing):
         weights = self.gate, self.up, self.down
         first = self.stages(x, weights)[-1]
         return torch.cat([first, self.stages(x, tuple(w.flip(0) for w in weights))[-1]], -1)
+
+
+# Ranking models: a network for each of a few tokens, which are features of one request.
+
+_TOKENS = {"heads": H, "gated": False, "activation": "gelu"}
+
+
+@mhf("einsum", **_TOKENS)
+@mhf("bmm", arguments={"spelling": "bmm"}, **_TOKENS)
+@mhf("modules", arguments={"spelling": "modules"}, **_TOKENS)
+@mhf("dropout of the result", arguments={"dropout": 0.5}, random=True, **_TOKENS)
+@mhf("norm of each token", arguments={"affine": True}, **_TOKENS)
+@mhf("autocast", arguments={"autocast": True}, precision=torch.bfloat16, **_TOKENS)
+@mhf(
+    "bmm under autocast",
+    arguments={"spelling": "bmm", "autocast": True},
+    precision=torch.bfloat16,
+    **_TOKENS,
+)
+class RankingBlock(nn.Module):
+    """Tokens mix by a transpose; then each has a network of its own, in stacked parameters."""
+
+    def __init__(
+        self,
+        spelling: str = "einsum",
+        dropout: float = 0.0,
+        affine: bool = False,
+        autocast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.spelling, self.autocast = spelling, autocast
+        self.norms = nn.ModuleList(nn.LayerNorm(d) for _ in range(2))
+        self.affine = nn.Parameter(torch.rand(2, H, d)) if affine else None
+        self.dropout = nn.Dropout(dropout)
+        if spelling == "modules":
+            self.ffn = nn.ModuleList(
+                nn.Sequential(nn.Linear(d, f), nn.GELU(), nn.Linear(f, d)) for _ in range(H)
+            )
+        else:
+            self.k, self.v = weight(H, d, f), weight(H, f, d)
+            self.k_bias, self.v_bias = weight(H, f), weight(H, d)
+
+    def networks(self, x: Tensor) -> Tensor:  # (batch, H, d)
+        if self.spelling == "modules":
+            return torch.stack(
+                [ffn(token) for ffn, token in zip(self.ffn, x.unbind(1), strict=True)], 1
+            )
+        if self.spelling == "bmm":
+            hidden = F.gelu(torch.bmm(x.transpose(0, 1), self.k) + self.k_bias[:, None])
+            return (torch.bmm(hidden, self.v) + self.v_bias[:, None]).transpose(0, 1)
+        hidden = F.gelu(torch.einsum("btd,tdf->btf", x, self.k) + self.k_bias)
+        return torch.einsum("btf,tfd->btd", hidden, self.v) + self.v_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = x.view(-1, H, d)
+            mixed = x.view(-1, H, H, d // H).transpose(1, 2).reshape(-1, H, d)
+            x = self.norms[0](x + mixed)
+            x = self.norms[1](x + self.dropout(self.networks(x)))
+            return x if self.affine is None else x * self.affine[0] + self.affine[1]
+
+
+@mhf("float32", sub_networks=E, **_TOKENS)
+@mhf("sum", sub_networks=E, arguments={"loop": False}, **_TOKENS)
+@mhf(
+    "autocast",
+    sub_networks=E,
+    arguments={"autocast": True},
+    precision=torch.bfloat16,
+    **_TOKENS,
+)
+class RankingExperts(nn.Module):
+    """Experts for each token, all computed, whose gates are zero where relu makes them so."""
+
+    def __init__(self, loop: bool = True, autocast: bool = False) -> None:
+        super().__init__()
+        self.loop, self.autocast = loop, autocast
+        self.route = weight(H, d, E)
+        self.k, self.v = weight(H, E, d, f), weight(H, E, f, d)
+        self.k_bias, self.v_bias = weight(H, E, f), weight(H, E, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            x = x.view(-1, H, d)
+            gate = F.relu(torch.einsum("btd,tde->bte", x, self.route))
+            if not self.loop:
+                hidden = F.gelu(torch.einsum("btd,tedf->btef", x, self.k) + self.k_bias)
+                y = torch.einsum("btef,tefd->bted", hidden, self.v) + self.v_bias
+                return (gate[..., None] * y).sum(2)
+            out = torch.zeros_like(x)
+            for e in range(E):
+                hidden = torch.einsum("btd,tdf->btf", x, self.k[:, e]) + self.k_bias[:, e]
+                y = torch.einsum("btf,tfd->btd", F.gelu(hidden), self.v[:, e]) + self.v_bias[:, e]
+                out = out + gate[..., e, None] * y
+            return out

@@ -78,11 +78,7 @@ BY_DESIGN: tuple[tuple[Callable[[Program], bool], tuple[Kind | Unreadable, ...]]
         lambda p: _is_cast(p) and _multiplies(p),
         (Kind.MIXED_PRECISION, Kind.AUTOCAST_BOUNDARY),
     ),
-    # So it does with a bias that is added by itself: it has more digits than the projections.
-    (
-        lambda p: _is_cast(p) and any("bias" in name for name in p.tensors),
-        (Kind.MIXED_PRECISION,),
-    ),
+    # In float64; those in float32 are read so.
     (_has("biases", "in other dtypes"), (Kind.MIXED_PRECISION,)),
     (_has("router dtype", "float64"), (Kind.MIXED_PRECISION,)),
     # An attribute, or math.pi, inside the network that Dynamo traces as a variable.

@@ -21,7 +21,7 @@ from mhf_compiler import multi_head_ffn
 from mhf_compiler.lowering import multi_head_ffn_reference
 from mhf_compiler.lowering.activations import ACTIVATIONS
 from mhf_compiler.lowering.arguments import ArgumentError
-from tests.support.problems import NAMES, Shape, make
+from tests.support.problems import BIASES, NAMES, Shape, make
 
 Call = dict[str, Any]  # the arguments of the op, by name
 
@@ -67,6 +67,8 @@ def calls(draw: st.DrawFn, dtype: torch.dtype | None = None) -> Call:
             scaled=True,
         )
     )
+    if dtype.itemsize == 2 and draw(st.booleans()):
+        call |= {name: None if call[name] is None else call[name].float() for name in BIASES}
     call["activation"] = draw(st.sampled_from(sorted(ACTIVATIONS)))
     for name in NUMBERS:
         call[name] = draw(st.sampled_from([1.0, 0.5, -1.0, 2, 0.0]))
@@ -251,7 +253,10 @@ def an_empty_weight(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
 
 def another_dtype(draw: st.DrawFn, call: Call) -> tuple[str, ...]:
     name = _some_tensor(draw, call, "r")
-    others = [dtype for dtype in DTYPES if dtype != call[name].dtype]
+    fits = {call[name].dtype, call["q"].dtype}
+    if name in BIASES and call["q"].dtype.itemsize == 2:
+        fits.add(torch.float32)
+    others = [dtype for dtype in DTYPES if dtype not in fits]
     call[name] = call[name].to(draw(st.sampled_from(others)))
     return (name, "k") if name == "q" else (name,)
 

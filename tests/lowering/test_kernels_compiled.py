@@ -205,6 +205,7 @@ def launch_all(
     routed: bool = True,
     router: torch.dtype = torch.float32,
     biased: bool = False,
+    wide_biases: bool = False,
     by_columns: bool = False,
     backward: bool = True,
 ) -> None:
@@ -216,7 +217,8 @@ def launch_all(
         return torch.empty(groups, 22, f, d, dtype=dtype)
 
     def bias(size: int) -> Tensor | None:
-        return torch.empty(groups, 22, size, dtype=dtype) if biased else None
+        kept = torch.float32 if wide_biases else dtype
+        return torch.empty(groups, 22, size, dtype=kept) if biased else None
 
     q = torch.empty(1, tokens, heads, d, dtype=dtype)
     inputs = (
@@ -230,10 +232,11 @@ def launch_all(
         bias(d),
     )
     problem = Problem(*inputs, activation=activation)
-    dispatch.forward(problem, torch.empty_like(q))
+    out = torch.empty_like(q, dtype=torch.float32 if wide_biases else dtype)
+    dispatch.forward(problem, out)
     if backward:
         gradients = problem.new_gradients([x is not None for x in inputs])
-        dispatch.backward(problem, torch.empty_like(q), gradients)
+        dispatch.backward(problem, torch.empty_like(out), gradients)
 
 
 def without_sums(binaries: dict[str, Any]) -> dict[str, Any]:
@@ -519,6 +522,7 @@ def test_shared_memory_suffices_in_float32(architecture: int, d: int, compile_al
     [
         (90, {"biased": True, "groups": 4}),
         (90, {"gated": False, "routed": False}),
+        *((card, {"d": 256, "biased": True, "wide_biases": True}) for card in (86, 90)),
         (90, {"f": 341, "dtype": torch.float16, "by_columns": True}),
         (90, {"tokens": 1}),
         (90, {"tokens": 200, "f": 20}),

@@ -202,6 +202,22 @@ def test_wider_output() -> None:
     assert fused(tensors, grad_out, out=narrow)[0].equal(out.bfloat16())
 
 
+@pytest.mark.parametrize("absent", [(), ("u", "u_bias", "r")], ids=str)
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_biases_in_float32(d: int, absent: tuple[str, ...]) -> None:
+    """That of the output has the sum of the gradient as it arrives, which is in float32 too."""
+    tensors = make(SHAPE._replace(d=d, E=1 if absent else 3), absent=absent)
+    tensors |= {name: x if x is None else x.float() for name, x in tensors.items() if "_" in name}
+    q = tensors["q"]
+    assert q is not None
+    grad_out = torch.randn(q.shape, device="cuda")
+    options = {"activation": "gelu", **SCALES}
+    exact = step(spelled, tensors, grad_out, torch.float64, **options)
+    found = fused(tensors, grad_out, "gelu", out=torch.empty_like(grad_out))
+    for name, x, y in zip(["out", *present(tensors)], found, exact, strict=True):
+        assert relative_error(x, y) < (1e-5 if name == "v_bias" else 1e-2), name
+
+
 def test_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     check(make(SHAPE._replace(d=64, E=3), torch.float32))

@@ -321,6 +321,16 @@ class TestKernels:
         grad_out = torch.randn(1, 17, 1, 8)
         check(tensors, grad_out=grad_out, tolerance=2e-3)
 
+    def test_biases_in_float32(self) -> None:
+        """Of a network in 16 bits: that of the output has the gradient's sum as exact as it is."""
+        tensors = make(SMALL, torch.float16)
+        tensors |= {name: make(SMALL)[name] for name in BIASES}
+        grad_out = torch.randn(1, 17, 1, 8)
+        exact = expected(tensors, grad_out, "silu")
+        found = actual(tensors, grad_out, "silu", torch.empty(1, 17, 1, 8))
+        for name, x, y in zip(["out", *NAMES], found, exact, strict=True):
+            assert relative_error(x, y) < (1e-6 if name == "v_bias" else 2e-3), name
+
     @loaded_by("needed", {"descriptors": [0, 2, 4, 6], "pointers": [1, 3, 5, 7]})
     def test_single_gradients(self, needed: int) -> None:
         from mhf_compiler.lowering.kernels import dispatch

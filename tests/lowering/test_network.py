@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support import problems
-from support.problems import Shape, leaves
+from support.problems import BIASES, Shape, leaves
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import opcheck
@@ -154,18 +155,37 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_casts_everything_but_r(dtype: torch.dtype):
-    tensors = leaves(make())
+def test_autocast_casts_everything_but_r_and_float32_biases(dtype: torch.dtype):
+    tensors = leaves(make(v_bias=torch.randn(2, 3, 8).to(torch.float16)))
     with torch.autocast("cpu", dtype=dtype):
         out = multi_head_ffn(**tensors)
         wide = multi_head_ffn(**tensors, out_dtype=torch.float32)
-    cast = {name: x if name == "r" else x.to(dtype) for name, x in tensors.items()}
+    kept = ("r", "k_bias", "u_bias")
+    cast = {name: x if name in kept else x.to(dtype) for name, x in tensors.items()}
     assert out.dtype == dtype
     assert torch.equal(out, multi_head_ffn(**cast))
     assert wide.dtype == torch.float32
     assert torch.equal(wide, multi_head_ffn(**cast, out_dtype=torch.float32))
     out.sum().backward()
-    assert all(x.grad.dtype == torch.float32 for x in tensors.values())
+    assert all(x.grad.dtype == x.dtype for x in tensors.values())
+
+
+@pytest.mark.parametrize("wide", [("k_bias",), ("u_bias",), ("v_bias",), BIASES], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_biases_of_networks_in_16_bits(dtype: torch.dtype, wide: Sequence[str]):
+    """They are added as they are, and have gradients in float32; float64 is too much."""
+    tensors = make(dtype) | {name: make()[name] * (1 + 2**-14) for name in wide}
+    given, exact = leaves(tensors), leaves({name: x.double() for name, x in tensors.items()})
+    out = multi_head_ffn(**given, out_dtype=torch.float32)
+    expected = multi_head_ffn_reference(**exact)
+    torch.testing.assert_close(out.double(), expected, **WIDE)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for name in wide:
+        assert given[name].grad.dtype == torch.float32
+        torch.testing.assert_close(given[name].grad.double(), exact[name].grad, **WIDE)
+    with pytest.raises(ArgumentError, match=rf"{wide[0]} has dtype float64, .* or float32"):
+        multi_head_ffn(**tensors | {wide[0]: tensors[wide[0]].double()})
 
 
 def test_autocast_reconciles_dtypes_and_leaves_float64():

@@ -1,6 +1,7 @@
 """Changes that no test can notice, since they change nothing; each with the reason."""
 
 _CHECKS = "patterns/checks.py:"
+_OPERATIONS = "patterns/operations.py:"
 _AXES_OF_AN_OPERAND = (
     "an operand is read along axes of the output and summed ones, and assign_roles gives all of "
     "those that the weights are read along to groups, sub-networks, hidden units or the width"
@@ -18,9 +19,9 @@ EQUIVALENT = {
         _AXES_OF_AN_OPERAND
     ),
     f"{_CHECKS}check_weights: read <= inner | real(width)  ->  True": _AXES_OF_AN_OPERAND,
-    f"{_CHECKS}_holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
+    f"{_OPERATIONS}holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
     "((a.eps <= b.eps) and (a.tiny <= b.tiny))": _RANGE,
-    f"{_CHECKS}_holds: a.max >= b.max  ->  True": _RANGE,
+    f"{_OPERATIONS}holds: a.max >= b.max  ->  True": _RANGE,
     f"{_CHECKS}_nested: _as_number(c) < max(steps, default=0)  ->  "
     "((_as_number(c)) <= (max(steps, default=0)))": (
         "no view reads one dimension along two axes in equal steps: it would read elements twice"

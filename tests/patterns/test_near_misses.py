@@ -183,11 +183,11 @@ def test_what_keeps_heads_apart(
 
 
 class WideBias(SubNetworks):
-    """A bias in float32, next to a network in 16 bits, before sub-networks are summed."""
+    """A bias in float64, next to a network in 16 bits, before sub-networks are summed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.randn(H, E, d))
+        self.bias = nn.Parameter(torch.randn(H, E, d, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         x, gate, up, down = (w.bfloat16() for w in (x, self.gate, self.up, self.down))
@@ -202,7 +202,7 @@ class WideBias(SubNetworks):
 
 def test_heads_with_a_bias_of_more_digits():
     assert_said(
-        WideBias(), Kind.MIXED_PRECISION, "+ self.bias[h, :, None]", "a bias in torch.float32", H
+        WideBias(), Kind.MIXED_PRECISION, "+ self.bias[h, :, None]", "a bias in torch.float64", H
     )
 
 
@@ -480,7 +480,7 @@ class WideBiasBeforeTheRouter(SubNetworks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.randn(E, d))
+        self.bias = nn.Parameter(torch.randn(E, d, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         q = x[..., :d].bfloat16()
@@ -493,7 +493,7 @@ class WideBiasBeforeTheRouter(SubNetworks):
 
 
 def test_a_bias_that_keeps_the_router_out():
-    said = "a bias in torch.float32"
+    said = "a bias in torch.float64"
     assert_said(WideBiasBeforeTheRouter(), Kind.MIXED_PRECISION, "+ self.bias", said, 1)
 
 

@@ -35,6 +35,16 @@ def run_backward(
     return True
 
 
+def sum_results(problem: Problem, grad_out: Tensor, gradient: Tensor) -> None:
+    """Fill the gradient of V's bias (G, E, d), from a gradient of the result in any dtype."""
+    leave_unrepeated()
+    groups = problem.sizes.groups
+    rows, everything = Rows.of(groups, grad_out), slice(0, groups)
+    r = None if problem.r is None else rows.read(problem.r, everything)
+    with torch.inference_mode():
+        _sum_of_results(gradient, rows.read(grad_out, everything), r, problem.out_scale)
+
+
 def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
     q, v_bias, sizes = problem.q, problem.v_bias, problem.sizes
     if v_bias is not None and problem.r is None:  # [G, 1, d]
@@ -62,8 +72,10 @@ def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
             if v_bias is not None:
                 if weight is None:
                     to.copy_(v_bias[groups])
-                else:
+                elif v_bias.dtype == q.dtype:
                     multiply(weight.to(q.dtype), v_bias[groups], to)
+                else:
+                    to.copy_(torch.bmm(weight.to(v_bias.dtype), v_bias[groups]))
             kept = 0.0 if v_bias is None else problem.out_scale
             multiply(m, v, to, scale=problem.out_scale, keep=kept)
         rows.keep(out, groups, place)
@@ -107,7 +119,7 @@ def _backward(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: Ba
             dr = do.new_empty((*do.shape[:2], sizes.sub_networks), dtype=torch.float32)
             if problem.v_bias is not None:
                 v_bias = problem.v_bias[groups].transpose(1, 2)  # [g, d, E]
-                multiply(do, v_bias, dr, scale=problem.out_scale)
+                multiply(do.to(v_bias.dtype), v_bias, dr, scale=problem.out_scale)
         if not (writes[0] or needs_da):
             continue
         tokens = rows.read(q, groups)
