@@ -54,62 +54,62 @@ def multi_head_ffn(
 ) -> Tensor:
     """Multi-head feed-forward network: per head, a routed sum of small gated networks.
 
-        For token (b, l) and head h, whose weights are those of group g = h // (H / G):
+    For token (b, l) and head h, whose weights are those of group g = h // (H / G):
 
-            out[b,l,h] = out_scale * sum over e of r[b,l,h,e] * (hidden[e] v[g,e] + v_bias[g,e])
-            hidden[e]  = act(k_scale * q[b,l,h] k[g,e]^T + k_bias[g,e])
-                         * (u_scale * q[b,l,h] u[g,e]^T + u_bias[g,e])
+        out[b,l,h] = out_scale * sum over e of r[b,l,h,e] * (hidden[e] v[g,e] + v_bias[g,e])
+        hidden[e]  = act(k_scale * q[b,l,h] k[g,e]^T + k_bias[g,e])
+                     * (u_scale * q[b,l,h] u[g,e]^T + u_bias[g,e])
 
-        The hidden units, E f / d times the size of the output, never exist in memory as a whole, and
-        the backward pass recomputes them: only the arguments are saved. On CUDA, those of a few heads
-        do at a time, at most 128 MiB, where PyTorch's products are faster than kernels that keep none.
+    The hidden units, E f / d times the size of the output, never exist in memory as a whole, and
+    the backward pass recomputes them: only the arguments are saved. On CUDA, those of a few heads
+    do at a time, at most 128 MiB, where PyTorch's products are faster than kernels that keep none.
 
-        Every tensor may have any strides, so transposed, sliced, expanded and packed tensors are
-        passed as views. The result is differentiable once, in reverse mode.
+    Every tensor may have any strides, so transposed, sliced, expanded and packed tensors are
+    passed as views. The result is differentiable once, in reverse mode.
 
-        All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also float64.
+    All tensors but ``r`` have one dtype: float32, bfloat16 or float16, on the CPU also float64.
     Biases of 16-bit networks may be in float32, and are added in it. Autocast casts the others to
-        its dtype and leaves ``r`` and float32 biases as they are.
+    its dtype and leaves ``r`` and float32 biases as they are.
 
-        Args:
-            q (Tensor): query, shape (B, L, H, d).
-            k (Tensor): gate projection, shape (G, E, f, d); H is a multiple of G.
-            u (Tensor, optional): up projection, shape (G, E, f, d). With ``None`` the network is not
-                gated: the factor of ``u`` is 1.
-            v (Tensor): down projection, shape (G, E, f, d).
-            r (Tensor, optional): weight of every sub-network, shape (B, L, H, E): float32,
-                float64, bfloat16 or float16, whatever the others are. Default: 1.
+    Args:
+        q (Tensor): query, shape (B, L, H, d).
+        k (Tensor): gate projection, shape (G, E, f, d); H is a multiple of G.
+        u (Tensor, optional): up projection, shape (G, E, f, d). With ``None`` the network is not
+            gated: the factor of ``u`` is 1.
+        v (Tensor): down projection, shape (G, E, f, d).
+        r (Tensor, optional): weight of every sub-network, shape (B, L, H, E): float32,
+            float64, bfloat16 or float16, whatever the others are. Default: 1.
 
-        Keyword Args:
-            k_bias (Tensor, optional): shape (G, E, f).
-            u_bias (Tensor, optional): shape (G, E, f); needs ``u``.
-            v_bias (Tensor, optional): shape (G, E, d).
-            activation (str): act, one of ``"silu"``, ``"gelu"`` (by the error function),
-                ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (ReLU squared), ``"sigmoid"``, ``"tanh"``.
-            k_scale (float): default: 1.
-            u_scale (float): default: 1.
-            out_scale (float): default: 1.
-            out_order (sequence of int, optional): the dimensions of the result from outermost to
-                innermost in memory, a permutation of ``(0, 1, 2, 3)``. It chooses the strides and
-                never the shape. Default: ``(0, 1, 2, 3)``, contiguous.
-            out_dtype (torch.dtype, optional): dtype of the result. Default: the dtype of ``q``.
+    Keyword Args:
+        k_bias (Tensor, optional): shape (G, E, f).
+        u_bias (Tensor, optional): shape (G, E, f); needs ``u``.
+        v_bias (Tensor, optional): shape (G, E, d).
+        activation (str): act, one of ``"silu"``, ``"gelu"`` (by the error function),
+            ``"gelu_tanh"``, ``"relu"``, ``"relu2"`` (ReLU squared), ``"sigmoid"``, ``"tanh"``.
+        k_scale (float): default: 1.
+        u_scale (float): default: 1.
+        out_scale (float): default: 1.
+        out_order (sequence of int, optional): the dimensions of the result from outermost to
+            innermost in memory, a permutation of ``(0, 1, 2, 3)``. It chooses the strides and
+            never the shape. Default: ``(0, 1, 2, 3)``, contiguous.
+        out_dtype (torch.dtype, optional): dtype of the result. Default: the dtype of ``q``.
 
-        Returns:
-            The result, of shape (B, L, H, d), accumulated in float32 (in float64 for float64 inputs)
-            and rounded once.
+    Returns:
+        The result, of shape (B, L, H, d), accumulated in float32 (in float64 for float64 inputs)
+        and rounded once.
 
-        Raises:
-            ArgumentError: an argument has a wrong shape, dtype, device or value. It is a
-                ``ValueError`` that names the argument, what came and what is allowed.
+    Raises:
+        ArgumentError: an argument has a wrong shape, dtype, device or value. It is a
+            ``ValueError`` that names the argument, what came and what is allowed.
 
-        Examples:
-            >>> q = torch.randn(8, 256, 4, 32)  # 8 sequences of 256 tokens, 4 heads of width 32
-            >>> k, u, v = (torch.randn(4, 2, 64, 32) for _ in range(3))  # 2 networks of 64 units
-            >>> r = torch.softmax(torch.randn(8, 256, 4, 2), dim=-1)
-            >>> multi_head_ffn(q, k, u, v, r).shape
-            torch.Size([8, 256, 4, 32])
+    Examples:
+        >>> q = torch.randn(8, 256, 4, 32)  # 8 sequences of 256 tokens, 4 heads of width 32
+        >>> k, u, v = (torch.randn(4, 2, 64, 32) for _ in range(3))  # 2 networks of 64 units
+        >>> r = torch.softmax(torch.randn(8, 256, 4, 2), dim=-1)
+        >>> multi_head_ffn(q, k, u, v, r).shape
+        torch.Size([8, 256, 4, 32])
 
-        Source: the multi-head feed-forward network of FlashMHF, https://arxiv.org/abs/2512.06989.
+    Source: the multi-head feed-forward network of FlashMHF, https://arxiv.org/abs/2512.06989.
     """
     problem = Problem(
         q, k, u, v, r, k_bias, u_bias, v_bias, activation, k_scale, u_scale, out_scale
