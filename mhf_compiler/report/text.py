@@ -267,14 +267,21 @@ def _unread(unread: UnreadGraph, count: int) -> str:
 def _graph_lines(graphs: Graphs) -> Iterator[str]:
     """Which networks each graph has, and how often it is called."""
     for position, graph in enumerate(graphs):
-        parts = [
-            f"{compressed(named) or _count(len(sites), 'MH-FFN')} {what}"
-            for sites, what in ((graph.rewritten, "rewritten"), (graph.declined, "declined"))
-            if (named := [path for site in sites for path in site.modules if path]) or sites
-        ]
+        kinds = ((graph.rewritten, "rewritten"), (graph.declined, "declined"))
+        parts = [f"{_networks_of(sites)} {what}" for sites, what in kinds if sites]
         often = "once" if graph.calls == 1 else f"{graph.calls} times"
         often = f", called {often}" if graph.calls else ""
         yield visible(f"  graph {position}: {'; '.join(parts) or 'no network'}{often}")
+
+
+def _networks_of(sites: Sequence[SiteReport]) -> str:
+    """The modules of some networks, and their number where the names do not show it."""
+    number = _count(networks([sites]), "MH-FFN")
+    named = [path for site in sites for path in site.modules if path]
+    if not named:
+        return number
+    hidden = any(len({*site.networks}) > len({*site.modules}) for site in sites)
+    return f"{compressed(named)} ({number})" if hidden else compressed(named)
 
 
 def graph_break_lines(graphs: Graphs, breaks: Sequence[GraphBreak]) -> Iterator[str]:

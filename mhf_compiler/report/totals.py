@@ -55,14 +55,15 @@ def networks(graphs: Iterable[Sequence[SiteReport]]) -> int:
     """How many networks the sites of some graphs are.
 
     A graph that is called for several modules is one network in each of them; the same network in
-    several graphs, as where Dynamo compiles again for other sizes, is one.
+    several graphs, as where Dynamo compiles again for other sizes, is one. Numbers of networks tell
+    them apart where modules have no names, or names of their layer alone.
     """
     found: Counter[object] = Counter()
     for sites in graphs:
         here = (
-            (module, site.location, _weights(site) if module is None else ())
+            (name, site.location, _weights(site) if name is None else ())
             for site in sites
-            for module in dict.fromkeys(site.modules)
+            for name in dict.fromkeys(site.networks or site.modules)
         )
         found |= Counter(here)
     return found.total()
