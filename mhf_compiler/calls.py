@@ -16,8 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .compat import source_name
-from .report.describe import readable, shortened
+from .report.describe import name_of_input, shortened
 from .report.paths import common_start
 from .report.values import GraphReport, Module, Operation, RegionNode, SiteReport
 
@@ -25,21 +24,27 @@ from .report.values import GraphReport, Module, Operation, RegionNode, SiteRepor
 class Names:
     """The names of a model's parameters, buffers and modules; none of a plain function."""
 
-    def __init__(self, model: Callable[..., Any]) -> None:
-        module = _module_of(model)
+    def __init__(self, model: Callable[..., Any] | None) -> None:
+        module = None if model is None else _module_of(model)
         self.of_tensors: dict[int, list[str]] = {}
         self.classes: dict[str, str] = {}
+        self.all: set[str] = set()
         if module is None:
             return
         for named in (module.named_parameters, module.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 self.of_tensors.setdefault(id(tensor), []).append(name)
+                self.all.add(name)
         modules = module.named_modules(remove_duplicate=False)
         self.classes = {path: type(one).__name__ for path, one in modules}
 
     def of(self, tensor: Any, name: str) -> str | None:
         """Of a tensor, that of its names which ends most like the name that a graph has for it."""
-        found = self.of_tensors.get(id(tensor)) if isinstance(tensor, Tensor) else None
+        return self.at(id(tensor), name) if isinstance(tensor, Tensor) else None
+
+    def at(self, address: int, name: str) -> str | None:
+        """The same of the tensor at an address."""
+        found = self.of_tensors.get(address)
         return max(found, key=lambda one: len(_common_end(one, name))) if found else None
 
 
@@ -72,10 +77,7 @@ class Calls:
 
     def followed(self, gm: fx.GraphModule, *, first: bool = True) -> Callable[..., Any]:
         """Run a graph, or a part of it, and note what it is given; the first part is a new call."""
-        inputs = [
-            readable(source_name(node) or str(node.target))
-            for node in gm.graph.find_nodes(op="placeholder")
-        ]
+        inputs = [name_of_input(node) for node in gm.graph.find_nodes(op="placeholder")]
 
         def run(*given: Any) -> Any:
             found = {
@@ -106,6 +108,23 @@ class Calls:
         kinds = [one.module_class for _ in calls for one in report.modules]
         known = {path: kind for path, kind in zip(paths, kinds, strict=True) if path is not None}
         report.modules[:] = [Module(path, kind) for path, kind in known.items()]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network that a compiled graph was called for.
+
+    Attributes:
+        number: the same wherever it is called.
+        address: of one parameter among its weights.
+        name: of that, where the report of the graph has a site's first call.
+        module: of the network, in the names of the graph.
+    """
+
+    number: int
+    address: int
+    name: str
+    module: str | None
 
 
 class _Call:
@@ -143,6 +162,68 @@ class _Call:
         return replace(operation, call=self.text(operation.call), module=module)
 
 
+def in_all_calls(site: SiteReport, given: Sequence[Mapping[str, str]]) -> SiteReport:
+    """A site of a graph inside of another, in the names of the outer graph.
+
+    Args:
+        site: in the names of the inner graph.
+        given: for each call of the inner graph: its names of what it is given, and the outer ones.
+    """
+    if not given:
+        return site
+    first = given[0]
+    named = _renamed(replace(site, runs=()), [_Call(first, {})])
+    calls = [
+        _Call({first[name]: other for name, other in one.items() if name in first}, {})
+        for one in given
+    ]
+    found = _renamed(replace(named, runs=()), calls)
+    return found if len(given) > 1 else replace(found, runs=())
+
+
+def in_calls_seen(
+    report: GraphReport, networks: Sequence[Sequence[Network]], names: Names
+) -> GraphReport:
+    """A copy of the report of a compiled graph, of the networks that it was called for.
+
+    Args:
+        report: of the graph.
+        networks: of each site; none of a site that was not followed.
+        names: of the model. What it does not know keeps the names of the graph.
+    """
+    rewritten: list[SiteReport] = []
+    modules: dict[str, str] = {}
+    for site, seen in zip(report.rewritten, networks, strict=True):
+        if not seen:
+            rewritten.append(site)
+            continue
+        # Arguments have the names of the first, which should be a network of this model.
+        seen = sorted(seen, key=lambda one: names.at(one.address, one.name) is None)
+        calls = [_call_of(one, site, names) for one in seen]
+        runs = [
+            call.of(replace(site, module=one.module)) for call, one in zip(calls, seen, strict=True)
+        ]
+        found = _renamed(replace(site, runs=()), calls[:1])
+        numbers = tuple(one.number for one in seen)
+        rewritten.append(replace(found, runs=tuple(runs), networks=numbers))
+        for call in calls:
+            named = {call.module(one.path): one.module_class for one in report.modules}
+            modules |= {path: kind for path, kind in named.items() if path is not None}
+    kept = [Module(*one) for one in modules.items()] or report.modules
+    return replace(report, rewritten=rewritten, modules=kept)
+
+
+def _call_of(network: Network, site: SiteReport, names: Names) -> _Call:
+    """The names of one network: all tensors whose names begin as that of the known parameter."""
+    key = names.at(network.address, network.name)
+    if key is None:
+        return _Call({}, names.classes)
+    call = _Call({network.name: key}, names.classes)
+    tensors = {name: call.module(name) for one in site.arguments for name in one.tensors}
+    known = {name: moved for name, moved in tensors.items() if moved in names.all and moved}
+    return _Call({network.name: key, **known}, names.classes)
+
+
 def _roots(name: str, key: str) -> tuple[str, str]:
     """What two names of one tensor begin with, where they end alike."""
     parts, others = name.split("."), key.split(".")
@@ -164,7 +245,7 @@ def _renamed(site: SiteReport, calls: Sequence[_Call]) -> SiteReport:
         site,
         module=module,
         module_class=site.module_class or first.classes.get(module or ""),
-        runs=tuple(call.of(site) for call in calls),
+        runs=tuple(call.of(replace(site, module=run)) for call in calls for run in site.modules),
         reason=site.reason and replace(site.reason, detail=first.text(site.reason.detail)),
         arguments=tuple(arguments),
         operation=site.operation and first.operation(site.operation),

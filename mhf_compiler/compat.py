@@ -23,6 +23,7 @@ from typing import Any
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing, counters
 from torch._guards import TracingContext, tracing
 from torch._inductor import custom_graph_pass
@@ -38,6 +39,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils._sympy.functions import FloorDiv, Max
@@ -52,6 +54,8 @@ __all__ = [
     "HigherOrderOperator",
     "Interruption",
     "OpOverload",
+    "RestartAnalysis",
+    "StorageWeakRef",
     "TorchDispatchMode",
     "arguments_by_name",
     "auto_functionalized",
@@ -750,6 +754,11 @@ def storage_identity(tensor: torch.Tensor) -> int:
     The memory of a DTensor is that of its shard on this device.
     """
     return int(local_tensor(tensor).untyped_storage()._cdata)
+
+
+def weak_storage(tensor: torch.Tensor) -> StorageWeakRef:
+    """The storage of a tensor, of a DTensor that of its shard here, without keeping its memory."""
+    return StorageWeakRef(local_tensor(tensor).untyped_storage())
 
 
 # DTensors. They need torch.distributed.tensor, and exist only if somebody has imported it.

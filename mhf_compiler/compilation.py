@@ -16,9 +16,11 @@ from torch import fx
 from . import compat, history
 from .buckets import CutError, Part, rewrite_whole
 from .errors import NotAnalysedError, fault, only_reporting
+from .followed import Followed
 from .options import Options, inductor_config
 from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
+from .patterns import Site
 from .report.logs import announce_fusions, announce_nothing_rewritten
 from .report.values import GraphReport
 from .substitution.graph import Originals, rewrite_graph
@@ -47,14 +49,15 @@ class Compilation:
         self.report: GraphReport | None = None
         self.folder: Path | None = None
         self.originals: Originals | None = None
+        self.sites: list[tuple[fx.GraphModule, Site]] = []
+        self.followed: Followed | None = None
         self.told = False
 
     def rewrite(self, gm: fx.GraphModule) -> None:
         """Put the ops into a graph and prepare Inductor for them; all of it, or nothing."""
         self.originals = Originals(gm)
         try:
-            self.report = rewrite_graph(gm, self.options)
-            self._prepare(gm)
+            self.prepare(gm, rewrite_graph(gm, self.options, self.keep))
         except NotAnalysedError:
             self.originals.restore()
             raise
@@ -67,17 +70,21 @@ class Compilation:
     def failed(self, error: Exception) -> None:
         """Nothing of what was found is rewritten; raises under ``strict``."""
         compat.counters["flashmhf"] = self.counted.copy()
-        self.report = None
+        self.report = self.followed = None
         self.config = _config(self.options)
         message = "rewriting failed, the graph is compiled as it is"
         fault("rewrite", message, error, strict=self.options.strict)
 
-    def prepare(self, gm: fx.GraphModule, report: GraphReport) -> None:
-        """Prepare Inductor for a graph that is rewritten."""
-        self.report = report
-        self._prepare(gm)
+    def keep(self, gm: fx.GraphModule, site: Site) -> None:
+        """Keep a site until the graph is compiled, with the graph that has it."""
+        self.sites.append((gm, site))
 
-    def _prepare(self, gm: fx.GraphModule) -> None:
+    def prepare(self, gm: fx.GraphModule, report: GraphReport) -> None:
+        """Prepare Inductor for a graph that is rewritten, and what counts its networks."""
+        self.report = report
+        if report.rewritten:
+            with only_reporting("a count of networks"):
+                self.followed = Followed(gm, self.sites)
         self.config = with_post_grad_passes(gm, self.config, self.options, tell=self.tell)
         if self.options.fallback == "inductor":
             # The user may have called the op, too.
@@ -112,12 +119,13 @@ class Compilation:
         try:
             compiled = compat.compile_graph(self.options.fallback, gm, example_inputs, self.config)
             self.hand_over()
-            return compiled
+            return compiled if self.followed is None else self.followed.calls_of(compiled, gm)
         except Exception as error:
             # Nothing was compiled, and Dynamo may trace the code again: where AOTAutograd wants a
-            # symbolic float to be a constant, it says so by an exception.
+            # symbolic float to be a constant, it says so by an exception, and only once.
             compat.counters["flashmhf"] = self.counted
-            if self.options.strict or compat.is_minifying():
+            restarts = isinstance(error, compat.RestartAnalysis)
+            if restarts or self.options.strict or compat.is_minifying():
                 raise
             original = self._compile_original(gm, example_inputs)
             if original is None:
@@ -131,7 +139,7 @@ class Compilation:
         if self.report is None or self.told:
             return
         self.told = True  # the parts of a graph that DDP has cut are compiled one after the other
-        history.keep(self.report, self.options.report)
+        history.keep(self.report, self.options.report, self.followed)
         if self.options.rewrite == "auto":
             announce_nothing_rewritten(self.report)
 
@@ -166,7 +174,7 @@ class _WholeGraph:
         self.parts: list[Part] | None = None
         self.compilation = Compilation(options)
         try:
-            gm, report, self.parts = rewrite_whole(cut, options)
+            gm, report, self.parts = rewrite_whole(cut, options, self.compilation.keep)
             self.compilation.prepare(gm, report)
         except NotAnalysedError:
             raise

@@ -22,7 +22,7 @@ from .axes import Affine, Axis, Size, at_most, multiply, plus, quotient
 from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
 from .heads import Heads, find_heads
-from .modes import Modes, inner_graphs
+from .modes import Modes, called_graphs, inner_graphs
 from .operations import is_cast
 from .products import is_product_call, is_summed_product_call
 from .reasons import Kind, Reason, Unreadable
@@ -57,6 +57,7 @@ __all__ = [
     "Value",
     "all_pieces",
     "at_most",
+    "called_graphs",
     "find_heads",
     "find_router_products",
     "find_sites",

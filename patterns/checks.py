@@ -103,8 +103,8 @@ def check_form(reading: Reading, root: Value) -> tuple[Term, Roles]:
     check_static_sizes(term, roles)
     check_router(term, roles)
     check_biases(term, roles)
+    check_multi_head(roles)  # an ordinary network may be as wide as it likes
     check_widths(roles)
-    check_multi_head(roles)
     check_dtypes(term, root)
     check_rounding(term, reading, root)
     check_range(term)

@@ -86,6 +86,8 @@ def read_output(
     outside: AbstractSet[Value],
     outputs: AbstractSet[Value] = frozenset(),
     is_held: Callable[[Value], bool] = lambda _: True,
+    *,
+    without_dropout: bool = False,
 ) -> Reading:
     """Read ``root`` as the output of an MH-FFN.
 
@@ -94,6 +96,8 @@ def read_output(
         outside: the values between down projections and candidates; all others are leaves.
         outputs: the outputs of sites found before, which are leaves even where they are views.
         is_held: whether a node has a value; others cannot be candidates.
+        without_dropout: read hidden units as if none were dropped, which tells what kind of network
+            it is. No site may be made of that.
 
     Raises:
         Declined: the root cannot be read so.
@@ -101,7 +105,7 @@ def read_output(
     if 0 in root.shape:
         raise Declined(Kind.UNSUPPORTED_PROBLEM, "its output is empty", root.origin)
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    reader = _Reader(outside, outputs, is_held)
+    reader = _Reader(outside, outputs, is_held, without_dropout)
     term = reader.output(root, index)
     return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
@@ -126,6 +130,7 @@ class _Reader:
     outside: AbstractSet[Value]
     outputs: AbstractSet[Value]
     is_held: Callable[[Value], bool]
+    without_dropout: bool
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     in_loop: bool = False  # whether one piece of an unrolled loop is read
@@ -352,7 +357,11 @@ class _Reader:
     def _down(self, contraction: Contraction, hidden: Operand, weight: Operand) -> Term:
         weight, factors = self._without_factors(weight, real_axes(hidden.index))
         units = HiddenReader(
-            real_axes(hidden.index), frozenset(contraction.summed), self.outputs, self.is_held
+            real_axes(hidden.index),
+            frozenset(contraction.summed),
+            self.outputs,
+            self.is_held,
+            self.without_dropout,
         )
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:

@@ -39,6 +39,7 @@ class HiddenReader:
     summed: frozenset[Axis]
     outputs: AbstractSet[Value]
     is_held: Callable[[Value], bool]  # whether a node has a value
+    without_dropout: bool = False  # whether they are read as if none were dropped
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     projections: list[Contraction] = field(default_factory=list)
@@ -67,6 +68,10 @@ class HiddenReader:
             return self._pointwise(value, index)
         if value.op is aten.glu.default:
             return self._glu(value, index)
+        if self.without_dropout and value.op in DROPOUT:
+            # Where dropout is no operation of its own, units are multiplied by what is drawn.
+            whole = value.op is aten.native_dropout.default
+            return self.expression(value.operands[0], index) if whole else number(1)
         piece = _one_piece(value, index)
         if piece is not None:
             self.computed |= {value, *stages_of(value)}

@@ -151,7 +151,7 @@ def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | Unrea
                 args = fx.node.map_arg(node.args, lambda argument: env[argument])
                 env[node] = switches.run(node, args)
             elif isinstance(node.target, HigherOrderOperator):
-                for place, child in _children(gm, node):
+                for place, child in called_graphs(gm, node):
                     modes: Modes | Unreadable | None = _modes_inside(
                         node, place, switches.inference
                     )
@@ -166,7 +166,7 @@ def inner_graphs(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, Modes | Unrea
     return list(found.items())
 
 
-def _children(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
+def called_graphs(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
     """The graphs that a call is given, with their places among its arguments."""
     for argument in node.all_input_nodes:
         if argument.op == "get_attr":

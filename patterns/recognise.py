@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 above[found.output] = path[path.index(found.output) + 1 :]
         elif not computes_gradients(anchor.origin):
             missed.append(_near_miss(found, anchor))
-    missed = _as_loops(missed, paths, copy)
+    missed = _ordinary_but_for_dropout(missed, paths, outside, copy)
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
     for miss in missed:
@@ -280,6 +280,43 @@ def _as_loops(
             replaced[first.anchor] = _merged_after(through, first.anchor)
     kept = [replaced.get(miss.anchor, miss) for miss in missed]
     return [miss for miss in kept if miss is not None]
+
+
+def _ordinary_but_for_dropout(
+    missed: list[NearMiss],
+    paths: dict[Value, list[Value]],
+    outside: frozenset[Value],
+    copy: CanonicalCopy,
+) -> list[NearMiss]:
+    """As ``_as_loops``; an ordinary network that drops hidden units is an ordinary one, too."""
+    ordinary = {
+        miss.anchor: replace(miss, reason=Reason(Kind.PLAIN_FFN))
+        for miss in missed
+        if miss.reason.kind is Kind.DROPOUT_INSIDE
+        and _is_ordinary_without_dropout(paths[miss.anchor], outside)
+    }
+    kept = _as_loops(missed, paths, copy)
+    if not ordinary:
+        return kept
+    # In a loop over heads, dropout is what keeps them apart.
+    alone = _as_loops([ordinary.get(miss.anchor, miss) for miss in missed], paths, copy)
+    found = {id(miss) for miss in alone}
+    return [
+        other if (other := ordinary.get(miss.anchor)) is not None and id(other) in found else miss
+        for miss in kept
+    ]
+
+
+def _is_ordinary_without_dropout(path: list[Value], outside: frozenset[Value]) -> bool:
+    """Whether a candidate is an ordinary network if its hidden units are not dropped."""
+    reasons = []
+    for root in path:
+        try:
+            check_form(read_output(root, outside, without_dropout=True), root)
+            return False
+        except Declined as declined:
+            reasons.append(declined.reason)
+    return max(reasons, key=_tells).kind is Kind.PLAIN_FFN
 
 
 def _merges(output: Value, copy: CanonicalCopy) -> dict[Value, Value]:

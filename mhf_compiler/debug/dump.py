@@ -22,7 +22,7 @@ from torch import fx
 
 from ..compat import example_of, size_hint, source_name
 from ..report import Argument, GraphReport, Report, SiteReport
-from ..report.describe import readable
+from ..report.describe import name_of_input
 from ..report.escape import markdown_cell, python_comment, python_constant, visible_lines
 from ..report.page import page
 from .accuracy import tensors_of
@@ -144,7 +144,7 @@ def program(code: str, gm: fx.GraphModule, training: bool = False) -> str:
             _TENSOR,
             "\n" + visible_lines(code.strip()) + "\n\n",
             "NAMES = [",
-            *(f"    {_name(node)!r}," for node in inputs),
+            *(f"    {name_of_input(node)!r}," for node in inputs),
             "]\n\n",
             "def inputs():",
             "    return [",
@@ -237,11 +237,6 @@ def _add_to_index(path: Path, name: str, report: GraphReport) -> None:
         if os.fstat(file.fileno()).st_size == 0:
             file.write(_INDEX)
         file.write(f"| [{name}]({name}/report.html) | {counts} | {markdown_cell(of)} |\n")
-
-
-def _name(node: fx.Node) -> str:
-    """What the model calls an input."""
-    return readable(source_name(node) or str(node.target))
 
 
 def _made(value: Any, requires_grad: bool = False) -> str:

@@ -284,6 +284,14 @@ def _before_views(value: Value) -> Value:
     return source if not source.operands else value
 
 
+def inputs_of_weights(site: Site) -> Iterator[fx.Node]:
+    """The inputs of the site's graph that its weights are read from, those of the gate first."""
+    for view in (site.gate, site.up, site.down):
+        for source in () if view is None else _sources(_before_views(view.value)):
+            if source.origin.op == "placeholder":
+                yield source.origin
+
+
 def name_of(value: Value) -> str:
     """The model's name for it: the path of a parameter, the variable of a computed value."""
     return shortened([*_names_of(value)])
@@ -298,13 +306,22 @@ def shortened(names: Sequence[str]) -> str:
 
 def _names_of(value: Value) -> Iterator[str]:
     """The names of all tensors of a stack, which may be nested; that of any other value."""
+    for source in _sources(value):
+        yield source.origin.name if source.operands else name_of_input(source.origin)
+
+
+def _sources(value: Value) -> Iterator[Value]:
+    """All tensors of a stack, which may be nested; any other value itself."""
     if value.op == STACK:
         for part in value.args:
-            yield from _names_of(_before_views(part))
-    elif not value.operands:
-        yield readable(source_name(value.origin) or str(value.origin.target))
+            yield from _sources(_before_views(part))
     else:
-        yield value.origin.name
+        yield value
+
+
+def name_of_input(node: fx.Node) -> str:
+    """The model's name for an input of a graph."""
+    return readable(source_name(node) or str(node.target))
 
 
 def readable(source: str) -> str:
@@ -440,7 +457,7 @@ def _call(node: fx.Node) -> str:
 
 def _shown(argument: object) -> str:
     if isinstance(argument, fx.Node) and argument.op in ("placeholder", "get_attr"):
-        return readable(source_name(argument) or str(argument.target))
+        return name_of_input(argument)
     return str(argument)
 
 

@@ -75,21 +75,27 @@ def grouped(sites: Sequence[SiteReport]) -> list[Group]:
 def coverages(graphs: Sequence[GraphReport]) -> list[Coverage]:
     """Of which modules the networks are rewritten, whatever their sizes, and of how many."""
     known = [module.path for graph in graphs for module in graph.modules]
-    calls: dict[Location | None, Counter[str]] = {}  # two in one module are no two calls of it
+    calls: dict[Location | None, Counter[_Called]] = {}  # two in one module are no two calls of it
     for graph in graphs:
         for location, found in _calls(graph.rewritten).items():
             # The same code compiled twice is not called twice, unless its calls were followed.
-            followed = any(site.runs for site in graph.rewritten)
             before = calls.get(location, Counter())
-            calls[location] = before + found if followed else before | found
-    return coverage(reduce(or_, calls.values(), Counter()), known)
+            calls[location] = before + found if graph.calls else before | found
+    every: Counter[_Called] = reduce(or_, calls.values(), Counter())
+    paths: Counter[str] = Counter()
+    for (path, _), times in every.items():
+        paths[path] += times
+    return coverage(paths, known)
 
 
-def _calls(sites: Iterable[SiteReport]) -> dict[Location | None, Counter[str]]:
+_Called = tuple[str, int | None]  # a module, and the number of its network if it is known
+
+
+def _calls(sites: Iterable[SiteReport]) -> dict[Location | None, Counter[_Called]]:
     """How often each module is called, by line of the source."""
-    found: dict[Location | None, Counter[str]] = {}
+    found: dict[Location | None, Counter[_Called]] = {}
     for site in sites:
-        named = [path for path in site.modules if path is not None]
+        named = [(path, number) for path, number in site.called if path is not None]
         found.setdefault(site.location, Counter()).update(named)
     return found
 
@@ -107,6 +113,7 @@ def _without_module(site: SiteReport) -> SiteReport:
         site,
         module=None,
         runs=(),
+        networks=(),
         reason=site.reason and replace(site.reason, detail=_cut(site.reason.detail, prefix)),
         arguments=arguments,
         lowered=tuple(_cut(sentence, prefix) for sentence in site.lowered),

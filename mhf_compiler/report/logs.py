@@ -102,7 +102,8 @@ def _count(report: GraphReport) -> None:
     for unread in report.unread:
         tally["unread"] += 1
         tally[f"unread.{unread.reason.kind.name}"] += 1
-    tally["sites_rewritten"] += len(report.rewritten)
+    # A graph inside of this one may be called for several layers.
+    tally["sites_rewritten"] += sum(len(site.modules) for site in report.rewritten)
     tally["sites_declined"] += len(report.declined)
     tally["ordinary"] += len(report.ordinary)
     for site in report.declined:

@@ -145,14 +145,18 @@ def _networks(graphs: Sequence[GraphReport]) -> Iterator[Block]:
         }
         for kind, sites in kinds.items():
             for site in sites:
-                for path in site.modules:
-                    key: tuple[object, ...] = (path, kind, site.location, site.formula)
+                for path, number in site.called:
+                    key: tuple[object, ...] = (path, kind, site.location, site.formula, number)
                     here[key] += 1
                     name = site.module_class or ""
                     first.setdefault(key, Block(path or "", "", kind, name, site))
         most |= here
+    times: Counter[tuple[object, ...]] = Counter()
+    for key in first:
+        times[key[:-1]] += most[key]
     for key, block in first.items():
-        yield replace(block, times=most[key])
+        if key[:-1] in times:  # networks without names of their own are one block
+            yield replace(block, times=times.pop(key[:-1]))
 
 
 def _blocks(module: _Module, layer: str) -> Iterator[tuple[str, Block]]:

@@ -36,10 +36,10 @@ from .text import (
     printed,
     rows,
     scaled,
-    totals_lines,
+    summary_lines,
     why_nothing,
 )
-from .totals import totals
+from .totals import declined_totals, totals
 from .values import GraphBreak, GraphReport, all_declined, all_notes, all_rewritten, all_unread
 
 _FOLDER = Path(__file__).parent
@@ -86,7 +86,7 @@ def notebook(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
     """The map and the overview as the output of a notebook's cell, which expands to all of it."""
     shown = _template().notebook(
         headline=headline(graphs),
-        summary=[*coverage_lines(graphs), *totals_lines(graphs), *ordinary_lines(graphs)],
+        summary=summary_lines(graphs),
         style=_trusted(_style("map.css")),
         map=_map(graphs, linked=False),
         tables=_tables(graphs),
@@ -190,6 +190,9 @@ def _about(block: Block) -> Iterable[str]:
         return
     if site.reason is not None:
         yield f"{'ordinary FFN' if block.kind == 'ordinary' else 'declined'}: {site.reason}"
+        work = site.work
+        if work is not None and work.original is not None and work.rewritten is not None:
+            yield f"estimated: {_ms(work.original)} ms, as an op {_ms(work.rewritten)} ms"
         return
     yield f"rewritten: {site.sizes}"
     if site.work is not None:
@@ -224,6 +227,11 @@ def _totals(graphs: Graphs) -> list[tuple[str, str]]:
         shown.append((scaled(found.kept_bytes, "B"), "are not kept for the backward pass"))
     if found.copied_bytes:
         shown.append((scaled(found.copied_bytes, "B"), "of weights are copied at each call"))
+    left = declined_totals(graphs)
+    if left.original is not None and left.rewritten is not None:
+        which = "the declined networks together" if left.networks > 1 else "the declined network"
+        figure = f"{_ms(left.original)} ms"
+        shown.append((figure, f"estimated for {which}, as ops {_ms(left.rewritten)} ms"))
     return shown
 
 

@@ -10,7 +10,7 @@ from ..passes.outcome import Fusion
 from .escape import visible, visible_lines
 from .groups import Group, coverages, grouped
 from .paths import compressed
-from .totals import networks, totals
+from .totals import declined_totals, networks, totals
 from .values import (
     Argument,
     GraphBreak,
@@ -37,8 +37,7 @@ Graphs = Sequence[GraphReport]
 def printed(graphs: Graphs, breaks: Sequence[GraphBreak] = ()) -> str:
     """All that is known of the graphs, and of what Dynamo noted besides."""
     rewritten, declined, notes = all_rewritten(graphs), all_declined(graphs), all_notes(graphs)
-    summary = [*coverage_lines(graphs), *totals_lines(graphs), *ordinary_lines(graphs)]
-    parts = ["\n".join([headline(graphs), *(f"  {line}" for line in summary)])]
+    parts = ["\n".join([headline(graphs), *(f"  {line}" for line in summary_lines(graphs))])]
     unread = Counter(all_unread(graphs))
     if unread:
         listed = "\n".join(_unread(one, count) for one, count in unread.items())
@@ -72,6 +71,12 @@ def headline(graphs: Graphs) -> str:
     )
 
 
+def summary_lines(graphs: Graphs) -> list[str]:
+    """What is said below the headline, of all networks together."""
+    lines = (coverage_lines, totals_lines, declined_lines, ordinary_lines)
+    return [line for each in lines for line in each(graphs)]
+
+
 def coverage_lines(graphs: Graphs) -> list[str]:
     """Where the rewritten networks are, and of how many layers; a line for each kind."""
     return list(dict.fromkeys(visible(one) for one in coverages(graphs)))
@@ -91,6 +96,19 @@ def totals_lines(graphs: Graphs) -> list[str]:
         parts.append(f"{scaled(found.copied_bytes, 'B')} of weights copied")
     large = " (a large number of tokens where it is dynamic)" if found.dynamic else ""
     return [f"in all{large}: {', '.join(parts)}"] if parts else []
+
+
+def declined_lines(graphs: Graphs) -> list[str]:
+    """What the declined networks take as they are, in one line; none if nothing is known of it."""
+    found = declined_totals(graphs)
+    if not found.calls or found.rewritten is None or found.original is None:
+        return []
+    every = networks(graph.declined for graph in graphs)
+    some = f" ({found.networks} of {every})" if found.networks < every else ""
+    return [
+        f"declined{some}: an estimated {found.original * 1e3:.3g} ms as they are, "
+        f"{found.rewritten * 1e3:.3g} ms as ops"
+    ]
 
 
 def ordinary_lines(graphs: Graphs) -> list[str]:
@@ -206,9 +224,11 @@ def _rows(site: SiteReport, each: bool) -> list[tuple[str, str]]:
         rows.append(("lowered to", "; ".join(site.lowered)))
     one = "each " if each else ""
     if site.work is not None:
-        rows.append(("work", f"{one}{_work(site.work)}"))
+        left = site.reason is not None
+        rows.append(("work", f"{one}{_work(site.work, left)}"))
         if site.work.original is not None and site.work.rewritten is not None:
-            rows.append(("estimate", f"{one}{_estimate(site.work.rewritten, site.work.original)}"))
+            estimate = _estimate(site.work.rewritten, site.work.original)
+            rows.append(("estimate", f"{one}{'would take ' if left else ''}{estimate}"))
     copied = [argument for argument in site.arguments if argument.copied_bytes]
     if copied:
         rows.append(("copied", f"{one}{_copied(copied)}"))
@@ -233,13 +253,15 @@ def _operation(operation: Operation) -> str:
     return visible(f"{where}{operation.call}")
 
 
-def _work(work: Work) -> str:
+def _work(work: Work, left: bool) -> str:
+    """What a network computes; ``left`` as it is, what the op would not store."""
     tokens = f"for {work.tokens} tokens (dynamic)" if work.dynamic else f"for {work.tokens} tokens"
     kept = f", {scaled(work.kept_bytes, 'B')} not kept for the backward pass"
     kept = kept if work.kept_bytes else ""
+    stored = "would not be stored" if left else "are not stored"
     return (
         f"{scaled(work.flops, 'FLOP')} and {scaled(work.bytes, 'B')} forward {tokens}; "
-        f"{scaled(work.hidden_bytes, 'B')} of hidden units are not stored{kept}"
+        f"{scaled(work.hidden_bytes, 'B')} of hidden units {stored}{kept}"
     )
 
 
@@ -267,14 +289,21 @@ def _unread(unread: UnreadGraph, count: int) -> str:
 def _graph_lines(graphs: Graphs) -> Iterator[str]:
     """Which networks each graph has, and how often it is called."""
     for position, graph in enumerate(graphs):
-        parts = [
-            f"{compressed(named) or _count(len(sites), 'MH-FFN')} {what}"
-            for sites, what in ((graph.rewritten, "rewritten"), (graph.declined, "declined"))
-            if (named := [path for site in sites for path in site.modules if path]) or sites
-        ]
+        kinds = ((graph.rewritten, "rewritten"), (graph.declined, "declined"))
+        parts = [f"{_networks_of(sites)} {what}" for sites, what in kinds if sites]
         often = "once" if graph.calls == 1 else f"{graph.calls} times"
         often = f", called {often}" if graph.calls else ""
         yield visible(f"  graph {position}: {'; '.join(parts) or 'no network'}{often}")
+
+
+def _networks_of(sites: Sequence[SiteReport]) -> str:
+    """The modules of some networks, and their number where the names do not show it."""
+    number = _count(networks([sites]), "MH-FFN")
+    named = [path for site in sites for path in site.modules if path]
+    if not named:
+        return number
+    hidden = any(len({*site.networks}) > len({*site.modules}) for site in sites)
+    return f"{compressed(named)} ({number})" if hidden else compressed(named)
 
 
 def graph_break_lines(graphs: Graphs, breaks: Sequence[GraphBreak]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Sums over all networks that are rewritten, each counted as often as it is called."""
+"""Sums over networks, rewritten or declined, each counted as often as it is called."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .values import GraphReport, SiteReport, all_rewritten
+from .values import GraphReport, SiteReport
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What all rewritten networks need together, in one call of the model.
+    """What networks need together, in one call of the model, all that are rewritten or declined.
 
     Attributes:
         networks: how many there are: a module's, once for each time that one graph has it.
@@ -37,10 +37,19 @@ class Totals:
 
 def totals(graphs: Sequence[GraphReport]) -> Totals:
     """The sums over all rewritten networks of some graphs."""
-    sites = [(site, len(site.modules)) for site in all_rewritten(graphs)]
+    return _totals([graph.rewritten for graph in graphs])
+
+
+def declined_totals(graphs: Sequence[GraphReport]) -> Totals:
+    """The sums over all declined networks that are known to be MH-FFNs: what the op would do."""
+    return _totals([[site for site in graph.declined if site.work is not None] for graph in graphs])
+
+
+def _totals(graphs: Sequence[Sequence[SiteReport]]) -> Totals:
+    sites = [(site, len(site.modules)) for sites in graphs for site in sites]
     works = [(site.work, calls) for site, calls in sites if site.work is not None]
     return Totals(
-        networks=networks(graph.rewritten for graph in graphs),
+        networks=networks(graphs),
         calls=sum(calls for _, calls in sites),
         dynamic=any(work.dynamic for work, _ in works),
         hidden_bytes=sum(work.hidden_bytes * calls for work, calls in works),
@@ -55,14 +64,15 @@ def networks(graphs: Iterable[Sequence[SiteReport]]) -> int:
     """How many networks the sites of some graphs are.
 
     A graph that is called for several modules is one network in each of them; the same network in
-    several graphs, as where Dynamo compiles again for other sizes, is one.
+    several graphs, as where Dynamo compiles again for other sizes, is one. Numbers of networks tell
+    them apart where modules have no names, or names of their layer alone.
     """
     found: Counter[object] = Counter()
     for sites in graphs:
         here = (
-            (module, site.location, _weights(site) if module is None else ())
+            (name, site.location, _weights(site) if name is None else ())
             for site in sites
-            for module in dict.fromkeys(site.modules)
+            for name in dict.fromkeys(site.networks or site.modules)
         )
         found |= Counter(here)
     return found.total()

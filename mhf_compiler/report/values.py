@@ -162,7 +162,9 @@ class SiteReport:
         module: path of the innermost module that contains all of it, such as ``"layers.0.ffn"``.
         module_class: class name of that module.
         runs: that module at each call of the graph, which several modules of one class may share;
-            empty if the calls were not followed, as in a compilation.
+            empty if the calls were not followed.
+        networks: of a compilation, the number of the network of each of ``runs``: the same in all
+            graphs that were called with its parameters. Empty where they were not followed.
         formula: what was matched, over the roles of ``arguments``.
         arguments: the tensors of the formula.
         lowered: what runs instead, one sentence each.
@@ -187,6 +189,7 @@ class SiteReport:
     module: str | None = None
     module_class: str | None = None
     runs: tuple[str | None, ...] = ()
+    networks: tuple[int, ...] = ()
     formula: str | None = None
     arguments: tuple[Argument, ...] = ()
     lowered: tuple[str, ...] = ()
@@ -200,6 +203,12 @@ class SiteReport:
     def modules(self) -> tuple[str | None, ...]:
         """The module at each call of the graph; one if the calls were not followed."""
         return self.runs or (self.module,)
+
+    @property
+    def called(self) -> list[tuple[str | None, int | None]]:
+        """The module at each call of the graph, and the number of its network if it is known."""
+        numbers = self.networks or (None,) * len(self.modules)
+        return [*zip(self.modules, numbers, strict=True)]
 
     @property
     def place(self) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from ..calls import in_all_calls
 from ..compat import (
     device_mesh,
     example_of,
@@ -43,6 +44,7 @@ from ..report.describe import (
     graph_break,
     matrix_products,
     modules_of,
+    name_of_input,
     near_miss_report,
     site_report,
     unread_graph,
@@ -54,6 +56,7 @@ from .aten import spell_in_aten
 from .edit import rewrite
 from .emit import EditError
 from .judge import Decision, decide, product_runs
+from .regions import calls_in
 from .verify import VerificationError, disagreement
 
 if TYPE_CHECKING:
@@ -135,9 +138,25 @@ def _rewrite_all(
             originals.restore()
             raise NotAnalysedError(str(unread))
         warn_once(str(unread))
+    if any(module is not gm for module, _ in kept):
+        with only_reporting("the calls of a graph inside of another"):
+            _name_inner_sites(gm, report, [module for module, _ in kept])
     if keep is not None:
         for module, site in kept:
             keep(module, site)
+
+
+def _name_inner_sites(
+    gm: fx.GraphModule, report: GraphReport, modules: Sequence[fx.GraphModule]
+) -> None:
+    """Give the sites of graphs inside of ``gm`` its names, and the modules of all their calls."""
+    calls = calls_in(gm)
+    for number, module in enumerate(modules):
+        if module is not gm:
+            given = [
+                {name: name_of_input(node) for name, node in call.items()} for call in calls[module]
+            ]
+            report.rewritten[number] = in_all_calls(report.rewritten[number], given)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mhf_compiler import GraphReport, Options, Report, compilation
-from mhf_compiler.substitution.graph import rewrite_graph
+from mhf_compiler.substitution.graph import Keep, rewrite_graph
 
 from .cases import Case
 
@@ -37,8 +37,8 @@ def assert_compiled_right(case: Case, **options: Any) -> Report:
     compiled = torch.compile(copy.deepcopy(model), backend="flashmhf", options=OPTIONS | options)
     report = Report()
 
-    def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
-        report.graphs.append(rewrite_graph(gm, options))
+    def rewrite(gm: fx.GraphModule, options: Options, keep: Keep) -> GraphReport:
+        report.graphs.append(rewrite_graph(gm, options, keep))
         return report.graphs[-1]
 
     with mock.patch.object(compilation, "rewrite_graph", rewrite):

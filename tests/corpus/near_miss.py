@@ -781,6 +781,20 @@ class PlainFfn(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@declined(Kind.PLAIN_FFN, label="of another width")
+@declined(Kind.PLAIN_FFN, label="with dropout", arguments={"dropout": 0.1}, random=True)
+class PlainMlp(nn.Module):
+    """Two layers, of which the second is as wide as it likes."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(H * d, f), nn.Linear(f, 3 * d)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.dropout(F.gelu(self.up(x)), self.dropout))
+
+
 @either()
 class WeightsForEachPosition(nn.Module):
     """A network for each position: mathematically the positions are heads."""
@@ -944,7 +958,7 @@ class BufferFilledUnevenly(nn.Module):
         return out
 
 
-@declined(Kind.UNEQUAL_WIDTHS)
+@declined(Kind.UNEQUAL_HEADS)
 class BufferFilledInHalves(PerHead):
     """Of the first head only a half is kept: the buffer has a hole, though every head fits."""
 
@@ -1156,6 +1170,18 @@ class DropoutOfHidden(PerHead):
         q = split_heads(x)
         hidden = F.silu(project(q, self.gate)) * project(q, self.up)
         return project(F.dropout(hidden, 0.5), self.down)
+
+
+@declined(Kind.DROPOUT_INSIDE, random=True)
+class DropoutInALoopOverHeads(PerHead):
+    """Each head by itself is an ordinary network with dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = []
+        for h, q in enumerate(x.split(d, dim=-1)):
+            hidden = F.silu(q @ self.gate[h]) * (q @ self.up[h])
+            heads.append(F.dropout(hidden, 0.5) @ self.down[h])
+        return torch.cat(heads, -1)
 
 
 @declined(Kind.ROUTER_ON_INPUT)

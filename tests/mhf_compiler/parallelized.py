@@ -260,7 +260,8 @@ def four(mesh: DeviceMesh, folder: Path) -> None:
     expected["out"] = expected["out"].chunk(2)[half]
     compare(step(model, model, x.chunk(2)[half]), expected)
     # The blocks are compiled to one graph, which they share.
-    assert counters["flashmhf"]["graphs"] == counters["flashmhf"]["sites_rewritten"] == 1
+    assert counters["flashmhf"]["graphs"] == 1
+    assert counters["flashmhf"]["sites_rewritten"] == LAYERS
 
 
 def main(rank: int, world: int, folder: Path) -> None:

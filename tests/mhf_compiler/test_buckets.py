@@ -268,6 +268,21 @@ def test_without_networks_dynamos_parts_are_compiled(parts: list[int]):
     assert len(parts) > 1
 
 
+def test_layers_that_share_the_parts_of_a_graph_count_all():
+    """Dynamo compiles the layers of ``nn.Sequential`` in DDP one by one, each in two parts."""
+    model = nn.Sequential(*(Layer() for _ in range(4)))
+    compiled = torch.compile(wrapped(model), backend="flashmhf", options=ALWAYS)
+    for _ in range(2):
+        compiled(torch.randn(2, 5, 128))
+    assert counters["flashmhf"]["graphs"] == 2  # the first layer's input has no gradients
+    assert counters["flashmhf"]["sites_rewritten"] == 4
+    report = mhf_compiler.compilation_report(compiled)
+    assert [site.runs for site in report.rewritten] == [
+        ("module.0",),
+        ("module.1", "module.2", "module.3"),
+    ]
+
+
 def test_explain_looks_at_the_whole_graph():
     report = mhf_compiler.explain(wrapped(Tower()), options=ALWAYS)(torch.randn(2, 5, 128))
     assert len(report.graphs) == 1

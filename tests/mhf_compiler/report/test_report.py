@@ -154,6 +154,23 @@ def test_totals_are_of_all_calls_and_rows_of_each():
     assert "copied      K from 2 tensors (480 B), at every call; to avoid it, keep them in" in text
 
 
+def test_what_is_declined_says_what_it_takes_and_would_take():
+    """Of a network that is called twice, and of a near-miss, which is none that is known."""
+    left = replace(FULL, reason=Reason(Kind.DOES_NOT_PAY), runs=("ffn",) * 2, lowered=())
+    near_miss = SiteReport(reason=Reason(Kind.DIFFERENT_QUERIES), module="head")
+    graph = GraphReport("", "", declined=[left, near_miss])
+    text = str(Report([graph]))
+    assert "\n  declined (1 of 2): an estimated 16 ms as they are, 4 ms as ops\n" in text
+    assert "512 B of hidden units would not" in text
+    assert "estimate    each would take 2 ms instead of 8 ms (75% less)" in text
+    page = Report([graph])._repr_html_()
+    assert "estimated: 8 ms, as an op 2 ms" in page
+    assert "16 ms as they are, 4 ms as ops" in page
+    alone = str(Report([GraphReport("", "", declined=[near_miss])]))
+    assert "estimated" not in alone
+    assert "estimate " not in alone
+
+
 def test_totals_of_an_unknown_device_have_no_times():
     unknown = replace(FULL, work=replace(WORK, rewritten=None, original=None))
     report = Report([GraphReport("", "", rewritten=[FULL, unknown])])
