@@ -88,7 +88,7 @@ class HopperForwardTile:
 
 @dataclass(frozen=True)
 class HopperBackwardTile:
-    """How Hopper's backward kernels (hopper/backward.py) cut their work.
+    """How Hopper's backward kernels (hopper/backward_*.py) cut their work.
 
     One of the two extents is resident, 128 for both warp groups, and the other one streams past.
     """

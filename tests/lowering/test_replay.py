@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_compiler.lowering.kernels import replay
 from mhf_compiler.lowering.kernels.compat import launch_compiled
-from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
+from mhf_compiler.lowering.kernels.hopper.backward_weights import Parts, plan_parts
 from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, current_device
 
 

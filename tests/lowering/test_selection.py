@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 from mhf_compiler.lowering import problem as problems  # noqa: E402
 from mhf_compiler.lowering import summary  # noqa: E402
 from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
-from mhf_compiler.lowering.kernels.hopper import backward as hopper_backward  # noqa: E402
+from mhf_compiler.lowering.kernels.hopper import backward_query, backward_weights  # noqa: E402
 from mhf_compiler.lowering.ops import norm_network  # noqa: E402
 from mhf_compiler.lowering.ops.norm_network import Like, may_pay  # noqa: E402
 from mhf_compiler.lowering.problem import Formula, NormedRouter, Problem  # noqa: E402
@@ -88,7 +88,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretend]:
             monkeypatch.setattr(module, "capability", lambda device: capability)
         return launched
 
-    for module in (launch, hopper_backward):
+    for module in (launch, backward_query, backward_weights):
         monkeypatch.setattr(module, "start", start)
     return of
 
