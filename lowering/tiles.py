@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-Kernel = Literal["forward", "normed_forward", "dq", "dv", "dk_du"]
+Kernel = Literal["forward", "normed_forward", "dq", "dv", "dk_du", "dk_dv"]
 
 TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
@@ -230,6 +230,10 @@ _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded h
         **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 3)),
         128: HopperBackwardTile(64, 128, 3),
     },
+    "dk_dv": {
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 4)),
+        128: HopperBackwardTile(64, 128, 4),
+    },
 }
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
 
@@ -342,22 +346,25 @@ def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
 
 
 def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
-    return None if sizes.routed and sizes.biased[2] else _hopper_backward("dq", sizes)
+    return _hopper_backward("dq", sizes)
 
 
 def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("dv", sizes)
+    return _hopper_backward("dv", sizes) if sizes.gated else None
 
 
 def _hopper_dk_du(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("dk_du", sizes)
+    return _hopper_backward("dk_du", sizes) if sizes.gated else None
+
+
+def _hopper_dk_dv(sizes: Sizes) -> HopperBackwardTile | None:
+    """Without a gate, both in one pass; with one, their sums would not fit the registers."""
+    return None if sizes.gated else _hopper_backward("dk_dv", sizes)
 
 
 def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
     few = sizes.tokens < _HOPPER_BACKWARD_TOKENS
     if sizes.capability != (9, 0) or sizes.dtype.itemsize != 2 or few:
-        return None
-    if not sizes.gated or sizes.biased[0] or sizes.biased[1]:
         return None
     return _HOPPER_BACKWARD[kernel].get(padded_width(sizes.head_dim))
 
@@ -370,6 +377,7 @@ _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
         "dq": _hopper_dq,
         "dv": _hopper_dv,
         "dk_du": _hopper_dk_du,
+        "dk_dv": _hopper_dk_dv,
     },
 }
 

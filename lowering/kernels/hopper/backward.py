@@ -51,6 +51,7 @@ class Constants:
 
     E: int  # sub-networks
     F: int  # hidden units of each
+    D: int  # width of a head
     HEADS_PER_GROUP: int
     ACTIVATION: str
     K_SCALE: float
@@ -60,7 +61,8 @@ class Constants:
     BD: int
     STAGES: int
     LAYOUTS: tuple[str | None, ...]  # of the weights, in the order K, U, V: "rows" or "columns"
-    # The same by name, and of the weights' gradients.
+    # The same by name, and of the weights' gradients. None for what is not there, as U of a network
+    # without a gate.
     K: str | None = None
     U: str | None = None
     V: str | None = None
@@ -109,10 +111,12 @@ def constants(
 ) -> Constants:
     groups, sub_networks, hidden, head_dim = problem.k.shape
     weights = ("K", "U", "V", "dK", "dU", "dV")
-    layouts = {name: operands[name].layout for name in weights if name in operands}
+    present = {name: x for name, x in operands.items() if x.argument is not None}
+    layouts = {name: present[name].layout for name in weights if name in present}
     return Constants(
         E=sub_networks,
         F=hidden,
+        D=head_dim,
         HEADS_PER_GROUP=problem.q.shape[2] // groups,
         ACTIVATION=problem.activation,
         K_SCALE=problem.k_scale,
@@ -140,6 +144,14 @@ def gluon_arguments(operands: dict[str, Operand]) -> dict[str, Any] | None:
             x.block_shape,
             _shared_layout(tuple(x.block_shape), x.base.dtype.itemsize),
         )
+    return arguments
+
+
+def bias_arguments(**biases: Tensor | None) -> dict[str, Any]:
+    """Biases and their gradients, (G, E, f) or (G, E, d), through pointers."""
+    arguments: dict[str, Any] = dict(biases)
+    for name, x in biases.items():
+        arguments[f"{name}_strides"] = None if x is None else x.stride()
     return arguments
 
 

@@ -1,6 +1,7 @@
 """The backward kernel of the queries for Hopper, in Gluon: dQ and dR.
 
-mhf_hopper_backward_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
+Q is in registers, and tiles of K, U and V stream past. A network without a gate has no U, and three
+products instead of five.
 """
 
 import triton
@@ -23,6 +24,7 @@ from .backward import (
     CONSUMERS,
     REGISTERS,
     ROWS,
+    bias_arguments,
     constants,
     gluon_arguments,
     load_tile,
@@ -57,6 +59,7 @@ def run_dq(
         # Through pointers: each row of a product needs one value, and each thread has two rows.
         arguments[name] = x
         arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
+    arguments |= bias_arguments(K_bias=problem.k_bias, U_bias=problem.u_bias, V_bias=problem.v_bias)
     arguments |= {"B": axes.batch, "L": axes.length}
     arguments["C"] = constants(problem, tile, blocks.hidden, operands)
     programs = triton.cdiv(axes.length, CONSUMERS.value * ROWS.value) * axes.batch * heads
@@ -66,7 +69,8 @@ def run_dq(
 
 @gluon.jit
 def mhf_hopper_backward_dq_kernel(
-    Q, K, U, V, R, dOut, dQ, dR, R_strides, dR_strides,
+    Q, K, U, V, R, K_bias, U_bias, V_bias, dOut, dQ, dR,
+    R_strides, K_bias_strides, U_bias_strides, V_bias_strides, dR_strides,
     B, L, C: gl.constexpr,
 ):  # fmt: skip
     """dQ and dR of 128 tokens of one head, 64 for each warpgroup."""
@@ -82,7 +86,10 @@ def mhf_hopper_backward_dq_kernel(
     q_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS, 1, 1, ROWS, BD], Q.layout)
     do_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS, 1, 1, ROWS, BD], dOut.layout)
     k_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + U.block_shape, U.layout)
+    if U is not None:
+        u_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + U.block_shape, U.layout)
+    else:
+        u_s = k_s  # never read
     v_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + V.block_shape, V.layout)
     tokens_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -102,11 +109,23 @@ def mhf_hopper_backward_dq_kernel(
         R += gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2]
     if dR is not None:
         dR += gl.cast(b, gl.int64) * dR_strides[0] + gl.cast(h, gl.int64) * dR_strides[2]
+    if K_bias is not None:
+        K_bias += gl.cast(g, gl.int64) * K_bias_strides[0]
+    if U_bias is not None:
+        U_bias += gl.cast(g, gl.int64) * U_bias_strides[0]
+    if V_bias is not None:
+        V_bias += gl.cast(g, gl.int64) * V_bias_strides[0]
     # The strides are not in another tuple: of those, Triton 3.6 forgets which are known to be 1.
     gl.warp_specialize(
         [
-            (_dq_consumer, (0, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
-            (_dq_consumer, (1, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
+            (_dq_consumer, (
+                0, tiles, barriers, R, R_strides, K_bias, K_bias_strides, U_bias, U_bias_strides,
+                V_bias, V_bias_strides, dQ, dR, dR_strides, b, h, l0, L, C,
+            )),
+            (_dq_consumer, (
+                1, tiles, barriers, R, R_strides, K_bias, K_bias_strides, U_bias, U_bias_strides,
+                V_bias, V_bias_strides, dQ, dR, dR_strides, b, h, l0, L, C,
+            )),
             (_dq_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C)),
         ],
         [4, 1],
@@ -136,14 +155,16 @@ def _dq_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.constexpr
         load_tile(K, g, e, f0, k_here.index(stage), k_s.index(stage), C.K == "columns")
         mbarrier.expect(v_here.index(stage), BF * BD * 2)
         load_tile(V, g, e, f0, v_here.index(stage), v_s.index(stage), C.V == "columns")
-        mbarrier.expect(u_here.index(stage), BF * BD * 2)
-        load_tile(U, g, e, f0, u_here.index(stage), u_s.index(stage), C.U == "columns")
+        if U is not None:
+            mbarrier.expect(u_here.index(stage), BF * BD * 2)
+            load_tile(U, g, e, f0, u_here.index(stage), u_s.index(stage), C.U == "columns")
         stage, phase = next_stage(stage, phase, C.STAGES)
 
 
 @gluon.jit
 def _dq_consumer(
-    consumer: gl.constexpr, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
+    consumer: gl.constexpr, tiles, barriers, R, R_strides, K_bias, K_bias_strides,
+    U_bias, U_bias_strides, V_bias, V_bias_strides, dQ, dR, dR_strides, b, h, l0, L,
     C: gl.constexpr,
 ):  # fmt: skip
     """64 tokens against all hidden units: dQ in registers, dR stored once per sub-network."""
@@ -178,10 +199,18 @@ def _dq_consumer(
                 gl.float32
             )
         dr = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, HIDDEN))
-        for _ in range(F_TILES):
+        if dR is not None and V_bias is not None:
+            v_bias = _bias(V_bias, V_bias_strides, e, 0, C.D, BD, WIDTH)
+            of_bias = gl.sum(do.load(WIDTH).to(gl.float32) * v_bias, 1)
+            dr = gl.convert_layout(of_bias, gl.SliceLayout(1, HIDDEN))
+        for i in range(F_TILES):
             k = matrix(k_s.index(stage), C.K == "columns")  # [BF, BD]
-            u = matrix(u_s.index(stage), C.U == "columns")
             v = matrix(v_s.index(stage), C.V == "columns")
+            # Loaded before the products are issued, and added when they are there.
+            if K_bias is not None:
+                k_bias = _bias(K_bias, K_bias_strides, e, i * BF, C.F, BF, HIDDEN)
+            if U_bias is not None:
+                u_bias = _bias(U_bias, U_bias_strides, e, i * BF, C.F, BF, HIDDEN)
             mbarrier.wait(k_here.index(stage), phase)
             m = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_here.index(stage), phase)
@@ -189,31 +218,45 @@ def _dq_consumer(
             m = warpgroup_mma_wait(1, [m])
             if C.K_SCALE != 1.0:
                 m *= C.K_SCALE
+            if K_bias is not None:
+                m += k_bias
             y, slope = activate_with_slope(m, ACTIVATION, True)
-            # U's product comes last: there are no registers for it before m is used up.
-            mbarrier.wait(u_here.index(stage), phase)
-            n = warpgroup_mma(q, u.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            da = warpgroup_mma_wait(1, [da])
-            dn = da * y
-            dm = da * slope
-            n = warpgroup_mma_wait(0, [n])
-            if C.U_SCALE != 1.0:
-                n *= C.U_SCALE
-            dm *= n
-            if dR is not None:
-                dr += gl.sum(dn * n, 1)
+            if C.U is not None:
+                # U's product comes last: there are no registers for it before m is used up.
+                u = matrix(u_s.index(stage), C.U == "columns")
+                mbarrier.wait(u_here.index(stage), phase)
+                n = warpgroup_mma(q, u.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                da = warpgroup_mma_wait(1, [da])
+                dn = da * y
+                dm = da * slope
+                n = warpgroup_mma_wait(0, [n])
+                if C.U_SCALE != 1.0:
+                    n *= C.U_SCALE
+                if U_bias is not None:
+                    n += u_bias
+                dm *= n
+                if dR is not None:
+                    dr += gl.sum(dn * n, 1)
+            else:
+                da = warpgroup_mma_wait(0, [da])
+                dm = da * slope
+                if dR is not None:
+                    dr += gl.sum(da * y, 1)
             if dQ is not None:
                 if R is not None:
                     dm *= r.expand_dims(1)
-                    dn *= r.expand_dims(1)
                 if C.K_SCALE != 1.0:
                     dm *= C.K_SCALE
-                if C.U_SCALE != 1.0:
-                    dn *= C.U_SCALE
                 dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
-                dn = gl.convert_layout(dn.to(DTYPE), LEFT_WIDE)
+                if C.U is not None:
+                    if R is not None:
+                        dn *= r.expand_dims(1)
+                    if C.U_SCALE != 1.0:
+                        dn *= C.U_SCALE
+                    dn = gl.convert_layout(dn.to(DTYPE), LEFT_WIDE)
                 dq = warpgroup_mma(dm, k, dq, is_async=True)
-                dq = warpgroup_mma(dn, u, dq, is_async=True)
+                if C.U is not None:
+                    dq = warpgroup_mma(dn, u, dq, is_async=True)
                 dq = warpgroup_mma_wait(0, [dq])
             mbarrier.arrive(used.index(stage), count=1)
             stage, phase = next_stage(stage, phase, C.STAGES)
@@ -223,3 +266,12 @@ def _dq_consumer(
     if dQ is not None:
         first = l0 + consumer * ROWS
         store_tile(dQ, b, h, first, dq * C.OUT_SCALE, q_s.index(consumer), False)
+
+
+@gluon.jit
+def _bias(X, strides, e, first, SIZE: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
+    """Entries from `first` on of a group's bias (E, SIZE), zero beyond it: float32 [1, BLOCK]."""
+    column = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
+    X += gl.cast(e, gl.int64) * strides[1]
+    x = gl.load(X + column * strides[2], mask=column < SIZE, other=0.0)
+    return x.to(gl.float32).expand_dims(0)

@@ -29,19 +29,14 @@ from ...problem import Gradients, Problem
 from ...tiles import HopperBackwardTile, Tile
 from ..activations import activate, activate_with_slope
 from ..launch import start
-from ..loads import store_weights
-from ..operands import (
-    TokenAxes,
-    router_operand,
-    token_axes,
-    token_operand,
-    weight_operand,
-)
+from ..loads import store_bias, store_weights
+from ..operands import router_operand, token_axes, token_operand, weight_operand
 from .backward import (
     COLUMNS_AT_LEAST,
     CONSUMERS,
     REGISTERS,
     ROWS,
+    bias_arguments,
     constants,
     gluon_arguments,
     load_tile,
@@ -74,55 +69,64 @@ def run_dv(
     problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
     """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
-    dv = gradients.v
-    assert dv is not None
-    axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.tokens, ROWS.value, 4, blocks.stages, True, columns=COLUMNS_AT_LEAST)
-    operands = {
-        "Q": token_operand(problem.q, axes, tile),
-        "K": weight_operand(problem.k, tile),
-        "U": weight_operand(problem.u, tile),
-        "R": router_operand(problem.r, axes, tile),
-        "dOut": token_operand(grad_out, axes, tile),
-        "dV": weight_operand(dv, tile),
-    }
-    arguments = gluon_arguments(operands)
-    if arguments is None:
-        return False
-    arguments |= {"B": axes.batch, "L": axes.length}
-    arguments["C"] = constants(problem, tile, blocks.tokens, operands)
-    sums = {"dV": (dv, 1.0)}
-    _sum_over_tokens(mhf_hopper_backward_dv_kernel, problem, axes, blocks, tile, arguments, sums)
-    return True
+    assert gradients.v is not None
+    return _run(
+        mhf_hopper_backward_dv_kernel,
+        ("k", "u"),
+        problem,
+        grad_out,
+        blocks,
+        {"v": _Sum(gradients.v)},
+    )
 
 
 def run_dk_du(
     problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
 ) -> bool:
-    """Fill dK and dU (G, E, f, d); False where a layout, or one of them missing, rules it out."""
-    dk, du = gradients.k, gradients.u
-    if dk is None or du is None:
+    """Fill dK, dU (G, E, f, d), and their biases' gradients (G, E, f) where these are wanted.
+
+    False where a layout, or one of the two missing, rules it out.
+    """
+    if gradients.k is None or gradients.u is None:
         return False
-    axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.tokens, ROWS.value, 4, blocks.stages, True, columns=COLUMNS_AT_LEAST)
-    operands = {
-        "Q": token_operand(problem.q, axes, tile),
-        "K": weight_operand(problem.k, tile),
-        "U": weight_operand(problem.u, tile),
-        "V": weight_operand(problem.v, tile),
-        "R": router_operand(problem.r, axes, tile),
-        "dOut": token_operand(grad_out, axes, tile),
-        "dK": weight_operand(dk, tile),
-        "dU": weight_operand(du, tile),
-    }
-    arguments = gluon_arguments(operands)
-    if arguments is None:
+    return _run(
+        mhf_hopper_backward_dk_du_kernel,
+        ("k", "u", "v"),
+        problem,
+        grad_out,
+        blocks,
+        {
+            "k": _Sum(gradients.k, problem.k_scale, gradients.k_bias),
+            "u": _Sum(gradients.u, problem.u_scale, gradients.u_bias),
+        },
+    )
+
+
+def run_dk_dv(
+    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
+) -> bool:
+    """Fill dK, dV (G, E, f, d), and dK_bias (G, E, f) where it is wanted, of a network without U.
+
+    False where a layout, or one of the two missing, rules it out.
+    """
+    if gradients.k is None or gradients.v is None:
         return False
-    arguments |= {"B": axes.batch, "L": axes.length}
-    arguments["C"] = constants(problem, tile, blocks.tokens, operands)
-    sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
-    _sum_over_tokens(mhf_hopper_backward_dk_du_kernel, problem, axes, blocks, tile, arguments, sums)
-    return True
+    return _run(
+        mhf_hopper_backward_dk_dv_kernel,
+        ("k", "v"),
+        problem,
+        grad_out,
+        blocks,
+        {"k": _Sum(gradients.k, problem.k_scale, gradients.k_bias), "v": _Sum(gradients.v)},
+    )
+
+
+class _Sum(NamedTuple):
+    """What a kernel sums over tokens: a weight's gradient, and its bias's where that is wanted."""
+
+    weight: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
 
 
 def plan_parts(owners: int, steps: int, units: int) -> Parts:
@@ -142,48 +146,74 @@ def plan_parts(owners: int, steps: int, units: int) -> Parts:
     return best
 
 
-def _sum_over_tokens(
+def _run(
     kernel: Any,
+    weights: tuple[str, ...],
     problem: Problem,
-    axes: TokenAxes,
+    grad_out: Tensor,
     blocks: HopperBackwardTile,
-    tile: Tile,
-    arguments: dict[str, Any],
-    gradients: dict[str, tuple[Tensor, float]],
-) -> None:
-    """Launch a kernel of weights' gradients, and add its partial sums."""
+    sums: dict[str, _Sum],
+) -> bool:
+    """Launch a kernel that reads some weights and sums gradients of some, and add its parts."""
+    tensors = problem.named_tensors
+    axes = token_axes(problem.q, problem.r, grad_out)
+    tile = Tile(blocks.tokens, ROWS.value, 4, blocks.stages, True, columns=COLUMNS_AT_LEAST)
+    operands = {
+        "Q": token_operand(problem.q, axes, tile),
+        "R": router_operand(problem.r, axes, tile),
+        "dOut": token_operand(grad_out, axes, tile),
+    }
+    operands |= {name.upper(): weight_operand(tensors[name], tile) for name in weights}
+    operands |= {f"d{name.upper()}": weight_operand(x.weight, tile) for name, x in sums.items()}
+    arguments = gluon_arguments(operands)
+    if arguments is None:
+        return False
+    projections = [name for name in weights if name in "ku"]
+    arguments |= bias_arguments(**{f"{x.upper()}_bias": tensors[f"{x}_bias"] for x in projections})
+    arguments |= bias_arguments(
+        **{f"d{name.upper()}_bias": x.bias for name, x in sums.items() if name in "ku"}
+    )
+    arguments |= {"B": axes.batch, "L": axes.length}
+    arguments["C"] = constants(problem, tile, blocks.tokens, operands)
     groups, sub_networks, hidden, head_dim = problem.k.shape
     owners = triton.cdiv(sub_networks * triton.cdiv(hidden, ROWS.value), CONSUMERS.value) * groups
     steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)
     plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
-    arguments["whole"], arguments["parts"] = plan.whole, plan.parts
-    shape = (plan.shared * plan.parts * CONSUMERS.value, ROWS.value, tile.padded_width(head_dim))
-    workspaces = {
-        name: problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
-        for name in gradients
-    }
-    arguments |= {f"{name}_parts": workspace for name, workspace in workspaces.items()}
+    arguments |= {"whole": plan.whole, "parts": plan.parts}
+
+    def workspace(*width: int) -> Tensor:
+        shape = (plan.shared * plan.parts * CONSUMERS.value, ROWS.value, *width)
+        return problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
+
+    for name, x in sums.items():
+        arguments[f"d{name.upper()}_parts"] = workspace(tile.padded_width(head_dim))
+        if name in "ku":
+            bias_parts = None if x.bias is None else workspace()
+            arguments[f"d{name.upper()}_bias_parts"] = bias_parts
     device = problem.q.device
     start(kernel, plan.programs, tile, device, arguments)
-    if not plan.shared:
-        return
-    for name, (gradient, scale) in gradients.items():
-        target = weight_operand(gradient, tile)
-        sums = {
+    for name, x in sums.items() if plan.shared else ():
+        target = weight_operand(x.weight, tile)
+        added = {
             "dW": target.argument,
-            "dW_parts": workspaces[name],
+            "dW_parts": arguments[f"d{name.upper()}_parts"],
             "dW_strides": target.strides,
             "dW_layout": target.layout,
+            "dX": x.bias,
+            "dX_parts": arguments.get(f"d{name.upper()}_bias_parts"),
+            "dX_strides": None if x.bias is None else x.bias.stride(),
             "first": plan.whole,
             "parts": plan.parts,
             "E": sub_networks,
             "F": hidden,
             "D": head_dim,
-            "SCALE": scale * problem.out_scale,
+            "SCALE": x.scale * problem.out_scale,
+            "OUT_SCALE": problem.out_scale,
             "BF": ROWS.value,
             "BD": tile.padded_width(head_dim),
         }
-        start(mhf_add_weight_parts_kernel, plan.shared * CONSUMERS.value, tile, device, sums)
+        start(mhf_add_weight_parts_kernel, plan.shared * CONSUMERS.value, tile, device, added)
+    return True
 
 
 @gluon.jit
@@ -212,16 +242,11 @@ def _steps(whole, parts, B, L, C: gl.constexpr):
 
 
 @gluon.jit
-def mhf_hopper_backward_dv_kernel(
-    Q, K, U, R, dOut, dV, dV_parts,
-    B, L, whole, parts, C: gl.constexpr,
-):  # fmt: skip
-    """dV of 128 hidden units, 64 for each warpgroup, over all tokens of the heads that share it."""
+def _token_ring(Q, dOut, R, C: gl.constexpr):
+    """Shared memory for the tiles of tokens, and the barriers of these and of the weights."""
     STAGES: gl.constexpr = C.STAGES
     BM: gl.constexpr = C.BS
     BD: gl.constexpr = C.BD
-    k_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + U.block_shape, U.layout)
     q_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], Q.layout)
     do_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], dOut.layout)
     if R is not None:
@@ -237,15 +262,36 @@ def mhf_hopper_backward_dv_kernel(
         mbarrier.init(q_here.index(stage), count=1)
         mbarrier.init(do_here.index(stage), count=1)
         mbarrier.init(used.index(stage), count=CONSUMERS)
+    return (q_s, do_s, r_s), (weights_here, q_here, do_here, used)
 
-    weights = (k_s, u_s)
-    tiles = (q_s, do_s, r_s)
-    barriers = (weights_here, q_here, do_here, used)
+
+@gluon.jit
+def _weight_tile(W):
+    """Shared memory for a weight's tiles, one for each consumer."""
+    return gl.allocate_shared_memory(W.dtype, [CONSUMERS] + W.block_shape, W.layout)
+
+
+@gluon.jit
+def mhf_hopper_backward_dv_kernel(
+    Q, K, U, R, K_bias, U_bias, dOut, dV, dV_parts, K_bias_strides, U_bias_strides,
+    B, L, whole, parts, C: gl.constexpr,
+):  # fmt: skip
+    """dV of 128 hidden units, 64 for each warpgroup, over all tokens of the heads that share it."""
+    weights = (_weight_tile(K), _weight_tile(U))
+    tiles, barriers = _token_ring(Q, dOut, R, C)
+    biases = (K_bias, U_bias)
+    strides = (K_bias_strides, U_bias_strides)
+    gradients = (dV, dV_parts)
     tokens = (B, L, whole, parts)
+    ROUTED: gl.constexpr = R is not None
     gl.warp_specialize(
         [
-            (_dv_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
-            (_dv_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
+            (_dv_consumer, (
+                0, weights, biases, strides, tiles, barriers, gradients, tokens, ROUTED, C,
+            )),
+            (_dv_consumer, (
+                1, weights, biases, strides, tiles, barriers, gradients, tokens, ROUTED, C,
+            )),
             (_token_producer, ((K, U), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
@@ -313,6 +359,45 @@ def _router_row(r_s, index, BM: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _bias(X, strides, whole, parts, consumer: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
+    """A bias (G, E, F) of a consumer's hidden units, zero beyond F: float32 [64, 1], or nothing."""
+    if X is None:
+        return None
+    else:
+        offsets, inside = _bias_offsets(strides, whole, parts, consumer, C, LAYOUT)
+        return gl.load(X + offsets, mask=inside, other=0.0).to(gl.float32).expand_dims(1)
+
+
+@gluon.jit
+def _bias_offsets(
+    strides, whole, parts, consumer: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Where a consumer's hidden units lie in a bias, and which of them there are."""
+    g, index = _first_tile(whole, parts, C)
+    e, f0 = _hidden_tile(index + consumer, (C.F + ROWS - 1) // ROWS)
+    f = f0 + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    offsets = gl.cast(g, gl.int64) * strides[0] + gl.cast(e, gl.int64) * strides[1]
+    return offsets + f.to(gl.int64) * strides[2], (f < C.F) & (e < C.E)
+
+
+@gluon.jit
+def _finish_bias(
+    dX, dX_parts, strides, whole, parts, consumer: gl.constexpr, acc,
+    C: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """`_finish` for the gradient of a bias [64], where it is wanted."""
+    if dX is not None:
+        part = gl.program_id(0) - whole
+        if part >= 0:
+            row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+            gl.store(dX_parts + (CONSUMERS * part + consumer) * ROWS + row, acc)
+        else:
+            offsets, inside = _bias_offsets(strides, whole, parts, consumer, C, LAYOUT)
+            value = (acc * C.OUT_SCALE).to(dX.dtype.element_ty)
+            gl.store(dX + offsets, value, mask=inside)
+
+
+@gluon.jit
 def _finish(
     dW, dW_parts, whole, parts, consumer: gl.constexpr, acc, scale: gl.constexpr, buffer,
     C: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
@@ -332,11 +417,14 @@ def _finish(
 
 @gluon.jit
 def _dv_consumer(
-    consumer: gl.constexpr, weights, tiles, barriers, dV, dV_parts, tokens,
+    consumer: gl.constexpr, weights, biases, strides, tiles, barriers, gradients, tokens,
     ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """64 hidden units against the tokens: dV stays in registers, as do K and U."""
     k_s, u_s = weights
+    K_bias, U_bias = biases
+    K_bias_strides, U_bias_strides = strides
+    dV, dV_parts = gradients
     q_s, do_s, r_s = tiles
     weights_here, q_here, do_here, used = barriers
     BM: gl.constexpr = C.BS
@@ -350,10 +438,12 @@ def _dv_consumer(
 
     nothing = gl.zeros([ROWS, BM], gl.float32, TOKENS)
     dv = gl.zeros([ROWS, BD], gl.float32, WIDTH)
+    B, L, whole, parts = tokens
+    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns").load(LEFT)  # [64, BD]
     u = matrix(u_s.index(consumer), C.U == "columns").load(LEFT)
-    B, L, whole, parts = tokens
     first, last = _steps(whole, parts, B, L, C)
     stage = 0
     phase = 0
@@ -366,12 +456,16 @@ def _dv_consumer(
         m = warpgroup_mma_wait(1, [m])
         if C.K_SCALE != 1.0:
             m *= C.K_SCALE
+        if K_bias is not None:
+            m += k_bias
         a = activate(m, ACTIVATION, True)
         if ROUTED:
             a *= _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
         n = warpgroup_mma_wait(0, [n])
         if C.U_SCALE != 1.0:
             n *= C.U_SCALE
+        if U_bias is not None:
+            n += u_bias
         a = gl.convert_layout((a * n).to(DTYPE), LEFT_WIDE)
         mbarrier.wait(do_here.index(stage), phase)
         dv = warpgroup_mma(a, do, dv, is_async=True)
@@ -387,41 +481,31 @@ def _dv_consumer(
 
 @gluon.jit
 def mhf_hopper_backward_dk_du_kernel(
-    Q, K, U, V, R, dOut, dK, dU, dK_parts, dU_parts,
+    Q, K, U, V, R, K_bias, U_bias, dOut, dK, dU, dK_bias, dU_bias,
+    dK_parts, dU_parts, dK_bias_parts, dU_bias_parts,
+    K_bias_strides, U_bias_strides, dK_bias_strides, dU_bias_strides,
     B, L, whole, parts, C: gl.constexpr,
 ):  # fmt: skip
-    """dK and dU of 128 hidden units, 64 for each warpgroup, over all tokens of their heads."""
-    STAGES: gl.constexpr = C.STAGES
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    k_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + U.block_shape, U.layout)
-    v_s = gl.allocate_shared_memory(Q.dtype, [CONSUMERS] + V.block_shape, V.layout)
-    q_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], Q.layout)
-    do_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], dOut.layout)
-    if R is not None:
-        r_s = gl.allocate_shared_memory(R.dtype, [CONSUMERS * STAGES, 1, 1, 1, BM], R.layout)
-    else:
-        r_s = q_s  # never read
-    weights_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(weights_here, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(q_here.index(stage), count=1)
-        mbarrier.init(do_here.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=CONSUMERS)
+    """dK and dU of 128 hidden units, 64 for each warpgroup, over all tokens of their heads.
 
-    weights = (k_s, u_s, v_s)
-    tiles = (q_s, do_s, r_s)
-    barriers = (weights_here, q_here, do_here, used)
-    gradients = (dK, dU, dK_parts, dU_parts)
+    Those of the biases, sums over the same tokens, come with them where they are wanted.
+    """
+    weights = (_weight_tile(K), _weight_tile(U), _weight_tile(V))
+    tiles, barriers = _token_ring(Q, dOut, R, C)
+    biases = (K_bias, U_bias)
+    strides = (K_bias_strides, U_bias_strides, dK_bias_strides, dU_bias_strides)
+    gradients = (dK, dU, dK_bias, dU_bias)
+    sums = (dK_parts, dU_parts, dK_bias_parts, dU_bias_parts)
     tokens = (B, L, whole, parts)
+    ROUTED: gl.constexpr = R is not None
     gl.warp_specialize(
         [
-            (_dk_du_consumer, (0, weights, tiles, barriers, gradients, tokens, R is not None, C)),
-            (_dk_du_consumer, (1, weights, tiles, barriers, gradients, tokens, R is not None, C)),
+            (_dk_du_consumer, (
+                0, weights, biases, strides, tiles, barriers, gradients, sums, tokens, ROUTED, C,
+            )),
+            (_dk_du_consumer, (
+                1, weights, biases, strides, tiles, barriers, gradients, sums, tokens, ROUTED, C,
+            )),
             (_token_producer, ((K, U, V), Q, dOut, R, weights, tiles, barriers, tokens, C)),
         ],
         [4, 1],
@@ -431,14 +515,17 @@ def mhf_hopper_backward_dk_du_kernel(
 
 @gluon.jit
 def _dk_du_consumer(
-    consumer: gl.constexpr, weights, tiles, barriers, gradients, tokens,
+    consumer: gl.constexpr, weights, biases, strides, tiles, barriers, gradients, sums, tokens,
     ROUTED: gl.constexpr, C: gl.constexpr,
 ):  # fmt: skip
     """64 hidden units against the tokens: dK and dU stay in registers."""
     k_s, u_s, v_s = weights
+    K_bias, U_bias = biases
+    K_bias_strides, U_bias_strides, dK_bias_strides, dU_bias_strides = strides
     q_s, do_s, r_s = tiles
     weights_here, q_here, do_here, used = barriers
-    dK, dU, dK_parts, dU_parts = gradients
+    dK, dU, dK_bias, dU_bias = gradients
+    dK_parts, dU_parts, dK_bias_parts, dU_bias_parts = sums
     BM: gl.constexpr = C.BS
     BD: gl.constexpr = C.BD
     ACTIVATION: gl.constexpr = C.ACTIVATION
@@ -450,11 +537,15 @@ def _dk_du_consumer(
     nothing = gl.zeros([ROWS, BM], gl.float32, TOKENS)
     dk = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     du = gl.zeros([ROWS, BD], gl.float32, WIDTH)
+    dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
+    du_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
+    B, L, whole, parts = tokens
+    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
     u = matrix(u_s.index(consumer), C.U == "columns")
     v = matrix(v_s.index(consumer), C.V == "columns")
-    B, L, whole, parts = tokens
     first, last = _steps(whole, parts, B, L, C)
     stage = 0
     phase = 0
@@ -468,10 +559,15 @@ def _dk_du_consumer(
         m, da = warpgroup_mma_wait(0, [m, da])
         if C.K_SCALE != 1.0:
             m *= C.K_SCALE
+        if K_bias is not None:
+            m += k_bias
         if ROUTED:
             da *= _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
         y, slope = activate_with_slope(m, ACTIVATION, True)
-        dn = gl.convert_layout((da * y).to(DTYPE), LEFT_WIDE)
+        dn = da * y
+        if dU_bias is not None:
+            du_bias += gl.sum(dn, 1)
+        dn = gl.convert_layout(dn.to(DTYPE), LEFT_WIDE)
         dm = da * slope
         # U's product takes the registers that m and da have left: issued earlier, it would spill.
         # The product for dU keeps the matrix units busy while dm waits for it.
@@ -480,7 +576,12 @@ def _dk_du_consumer(
         n = warpgroup_mma_wait(1, [n])
         if C.U_SCALE != 1.0:
             n *= C.U_SCALE
-        dm = gl.convert_layout((dm * n).to(DTYPE), LEFT_WIDE)
+        if U_bias is not None:
+            n += u_bias
+        dm *= n
+        if dK_bias is not None:
+            dk_bias += gl.sum(dm, 1)
+        dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
         dk = warpgroup_mma(dm, q, dk, is_async=True)
         du, dk = warpgroup_mma_wait(0, [du, dk])
         mbarrier.arrive(used.index(stage), count=1)
@@ -495,27 +596,147 @@ def _dk_du_consumer(
         reinterpret(u_s.index(consumer), DTYPE, dU.block_shape, dU.layout),
         C, C.dU == "columns", WIDTH,
     )  # fmt: skip
+    _finish_bias(
+        dK_bias, dK_bias_parts, dK_bias_strides, whole, parts, consumer, dk_bias, C, TOKENS
+    )
+    _finish_bias(
+        dU_bias, dU_bias_parts, dU_bias_strides, whole, parts, consumer, du_bias, C, TOKENS
+    )
+
+
+@gluon.jit
+def mhf_hopper_backward_dk_dv_kernel(
+    Q, K, V, R, K_bias, dOut, dK, dV, dK_bias, dK_parts, dV_parts, dK_bias_parts,
+    K_bias_strides, dK_bias_strides,
+    B, L, whole, parts, C: gl.constexpr,
+):  # fmt: skip
+    """dK, dV and dK_bias of 128 hidden units without a gate, over all tokens of their heads."""
+    weights = (_weight_tile(K), _weight_tile(V))
+    tiles, barriers = _token_ring(Q, dOut, R, C)
+    strides = (K_bias_strides, dK_bias_strides)
+    gradients = (dK, dV, dK_bias)
+    sums = (dK_parts, dV_parts, dK_bias_parts)
+    tokens = (B, L, whole, parts)
+    ROUTED: gl.constexpr = R is not None
+    gl.warp_specialize(
+        [
+            (_dk_dv_consumer, (
+                0, weights, K_bias, strides, tiles, barriers, gradients, sums, tokens, ROUTED, C,
+            )),
+            (_dk_dv_consumer, (
+                1, weights, K_bias, strides, tiles, barriers, gradients, sums, tokens, ROUTED, C,
+            )),
+            (_token_producer, ((K, V), Q, dOut, R, weights, tiles, barriers, tokens, C)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _dk_dv_consumer(
+    consumer: gl.constexpr, weights, K_bias, strides, tiles, barriers, gradients, sums, tokens,
+    ROUTED: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """64 hidden units against the tokens: dK and dV stay in registers."""
+    k_s, v_s = weights
+    K_bias_strides, dK_bias_strides = strides
+    q_s, do_s, r_s = tiles
+    weights_here, q_here, do_here, used = barriers
+    dK, dV, dK_bias = gradients
+    dK_parts, dV_parts, dK_bias_parts = sums
+    BM: gl.constexpr = C.BS
+    BD: gl.constexpr = C.BD
+    ACTIVATION: gl.constexpr = C.ACTIVATION
+    TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
+    DTYPE: gl.constexpr = q_s.dtype
+
+    nothing = gl.zeros([ROWS, BM], gl.float32, TOKENS)
+    dk = gl.zeros([ROWS, BD], gl.float32, WIDTH)
+    dv = gl.zeros([ROWS, BD], gl.float32, WIDTH)
+    dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
+    B, L, whole, parts = tokens
+    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    mbarrier.wait(weights_here, 0)
+    k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
+    v = matrix(v_s.index(consumer), C.V == "columns")
+    first, last = _steps(whole, parts, B, L, C)
+    stage = 0
+    phase = 0
+    for _ in range(last - first):
+        q = matrix(q_s.index(stage), False)  # [BM, BD]
+        do = matrix(do_s.index(stage), False)
+        mbarrier.wait(q_here.index(stage), phase)
+        m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(do_here.index(stage), phase)
+        da = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        m = warpgroup_mma_wait(1, [m])
+        if C.K_SCALE != 1.0:
+            m *= C.K_SCALE
+        if K_bias is not None:
+            m += k_bias
+        a, slope = activate_with_slope(m, ACTIVATION, True)
+        if ROUTED:
+            r = _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
+            a *= r
+            slope *= r
+        # The product for dV keeps the matrix units busy while dm is computed.
+        a = gl.convert_layout(a.to(DTYPE), LEFT_WIDE)
+        dv = warpgroup_mma(a, do, dv, is_async=True)
+        da = warpgroup_mma_wait(1, [da])
+        dm = da * slope
+        if dK_bias is not None:
+            dk_bias += gl.sum(dm, 1)
+        dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
+        dk = warpgroup_mma(dm, q, dk, is_async=True)
+        dv, dk = warpgroup_mma_wait(0, [dv, dk])
+        mbarrier.arrive(used.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, C.STAGES)
+    _finish(
+        dK, dK_parts, whole, parts, consumer, dk, C.K_SCALE * C.OUT_SCALE,
+        reinterpret(k_s.index(consumer), DTYPE, dK.block_shape, dK.layout),
+        C, C.dK == "columns", WIDTH,
+    )  # fmt: skip
+    _finish(
+        dV, dV_parts, whole, parts, consumer, dv, C.OUT_SCALE,
+        reinterpret(v_s.index(consumer), DTYPE, dV.block_shape, dV.layout),
+        C, C.dV == "columns", WIDTH,
+    )  # fmt: skip
+    _finish_bias(
+        dK_bias, dK_bias_parts, dK_bias_strides, whole, parts, consumer, dk_bias, C, TOKENS
+    )
 
 
 @triton.jit
 def mhf_add_weight_parts_kernel(
-    dW, dW_parts, dW_strides, first, parts,
-    E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+    dW, dX, dW_parts, dX_parts, dW_strides, dX_strides, first, parts,
+    E: tl.constexpr, F: tl.constexpr, D: tl.constexpr,
+    SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     dW_layout: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of one warpgroup's tile, in their order; `first` is the first shared block."""
+    """Add the parts of one warpgroup's tile, in their order; `first` is the first shared block.
+
+    dX is the gradient of the weight's bias, or None.
+    """
     F_TILES: tl.constexpr = (F + BF - 1) // BF
     BLOCKS: tl.constexpr = (E * F_TILES + CONSUMERS - 1) // CONSUMERS
     block = tl.program_id(0) // CONSUMERS
     consumer = tl.program_id(0) % CONSUMERS
     offsets = tl.arange(0, BF)[:, None] * BD + tl.arange(0, BD)[None, :]
     acc = tl.zeros((BF, BD), tl.float32)
+    of_bias = tl.zeros((BF,), tl.float32)
     for part in range(parts):
         tile = (block * parts + part) * CONSUMERS + consumer
         acc += tl.load(dW_parts + tile * (BF * BD) + offsets)
+        if dX is not None:
+            of_bias += tl.load(dX_parts + tile * BF + tl.arange(0, BF))
     index = (first + block) % BLOCKS * CONSUMERS + consumer
     e = index // F_TILES
     f0 = (index % F_TILES) * BF
     if e < E:
         g = (first + block) // BLOCKS
         store_weights(dW, acc * SCALE, dW_strides, g, e, f0, F, D, BF, BD, dW_layout)
+        if dX is not None:
+            store_bias(dX, of_bias * OUT_SCALE, dX_strides, g, e, f0, F, BF)
