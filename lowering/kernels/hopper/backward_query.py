@@ -201,16 +201,15 @@ def _dq_consumer(
         dr = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, HIDDEN))
         if dR is not None and V_bias is not None:
             v_bias = _bias(V_bias, V_bias_strides, e, 0, C.D, BD, WIDTH)
+            v_bias = v_bias.to(gl.float32).expand_dims(0)
             of_bias = gl.sum(do.load(WIDTH).to(gl.float32) * v_bias, 1)
             dr = gl.convert_layout(of_bias, gl.SliceLayout(1, HIDDEN))
         for i in range(F_TILES):
             k = matrix(k_s.index(stage), C.K == "columns")  # [BF, BD]
             v = matrix(v_s.index(stage), C.V == "columns")
-            # Loaded before the products are issued, and added when they are there.
+            # Biases are loaded before a product is issued, and added when it is there.
             if K_bias is not None:
                 k_bias = _bias(K_bias, K_bias_strides, e, i * BF, C.F, BF, HIDDEN)
-            if U_bias is not None:
-                u_bias = _bias(U_bias, U_bias_strides, e, i * BF, C.F, BF, HIDDEN)
             mbarrier.wait(k_here.index(stage), phase)
             m = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_here.index(stage), phase)
@@ -219,21 +218,29 @@ def _dq_consumer(
             if C.K_SCALE != 1.0:
                 m *= C.K_SCALE
             if K_bias is not None:
-                m += k_bias
+                m += k_bias.to(gl.float32).expand_dims(0)
             y, slope = activate_with_slope(m, ACTIVATION, True)
             if C.U is not None:
                 # U's product comes last: there are no registers for it before m is used up.
+                # There are none for a bias besides: where nothing scales it, the product begins with
+                # it.
                 u = matrix(u_s.index(stage), C.U == "columns")
+                n = nothing
+                BIAS_FIRST: gl.constexpr = U_bias is not None and C.U_SCALE == 1.0
+                if BIAS_FIRST:
+                    u_bias = _bias(U_bias, U_bias_strides, e, i * BF, C.F, BF, HIDDEN)
+                    n += u_bias.to(gl.float32).expand_dims(0)
                 mbarrier.wait(u_here.index(stage), phase)
-                n = warpgroup_mma(q, u.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                n = warpgroup_mma(q, u.permute((1, 0)), n, use_acc=BIAS_FIRST, is_async=True)
                 da = warpgroup_mma_wait(1, [da])
                 dn = da * y
                 dm = da * slope
                 n = warpgroup_mma_wait(0, [n])
                 if C.U_SCALE != 1.0:
                     n *= C.U_SCALE
-                if U_bias is not None:
-                    n += u_bias
+                    if U_bias is not None:
+                        u_bias = _bias(U_bias, U_bias_strides, e, i * BF, C.F, BF, HIDDEN)
+                        n += u_bias.to(gl.float32).expand_dims(0)
                 dm *= n
                 if dR is not None:
                     dr += gl.sum(dn * n, 1)
@@ -270,8 +277,7 @@ def _dq_consumer(
 
 @gluon.jit
 def _bias(X, strides, e, first, SIZE: gl.constexpr, BLOCK: gl.constexpr, LAYOUT: gl.constexpr):
-    """Entries from `first` on of a group's bias (E, SIZE), zero beyond it: float32 [1, BLOCK]."""
+    """Entries from `first` on of a group's bias (E, SIZE), zero beyond it: [BLOCK]."""
     column = first + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, LAYOUT))
     X += gl.cast(e, gl.int64) * strides[1]
-    x = gl.load(X + column * strides[2], mask=column < SIZE, other=0.0)
-    return x.to(gl.float32).expand_dims(0)
+    return gl.load(X + column * strides[2], mask=column < SIZE, other=0.0)

@@ -348,14 +348,21 @@ def _token_producer(Weights, Q, dOut, R, weights, tiles, barriers, tokens, C: gl
 
 
 @gluon.jit
-def _router_row(r_s, index, BM: gl.constexpr, LAYOUT: gl.constexpr):
-    """R of a tile of tokens, the columns of a product: float32 [1, BM].
+def _router_row(r_s, index, first: gl.constexpr, BM: gl.constexpr, LAYOUT: gl.constexpr):
+    """R of `BM` tokens of a tile, the columns of a product: float32 [1, BM].
 
     The tile may be overwritten by the copy engine after the turn without a fence, since the product
     that ends the turn has used the value.
     """
-    r = r_s.index(index).reshape([BM]).load(gl.SliceLayout(0, LAYOUT))
+    r = r_s.index(index).reshape([r_s.shape[4]]).slice(first, BM).load(gl.SliceLayout(0, LAYOUT))
     return r.to(gl.float32).expand_dims(0)
+
+
+@gluon.jit
+def _halves(x, LAYOUT: gl.constexpr):
+    """The left and the right columns of a product, which different registers hold."""
+    left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, LAYOUT), gl.convert_layout(right, LAYOUT)
 
 
 @gluon.jit
@@ -460,7 +467,7 @@ def _dv_consumer(
             m += k_bias
         a = activate(m, ACTIVATION, True)
         if ROUTED:
-            a *= _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
+            a *= _router_row(r_s, CONSUMERS * stage + consumer, 0, BM, TOKENS)
         n = warpgroup_mma_wait(0, [n])
         if C.U_SCALE != 1.0:
             n *= C.U_SCALE
@@ -562,7 +569,7 @@ def _dk_du_consumer(
         if K_bias is not None:
             m += k_bias
         if ROUTED:
-            da *= _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
+            da *= _router_row(r_s, CONSUMERS * stage + consumer, 0, BM, TOKENS)
         y, slope = activate_with_slope(m, ACTIVATION, True)
         dn = da * y
         if dU_bias is not None:
@@ -649,6 +656,7 @@ def _dk_dv_consumer(
     BD: gl.constexpr = C.BD
     ACTIVATION: gl.constexpr = C.ACTIVATION
     TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM // 2, 16])
     WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
     DTYPE: gl.constexpr = q_s.dtype
@@ -656,9 +664,9 @@ def _dk_dv_consumer(
     nothing = gl.zeros([ROWS, BM], gl.float32, TOKENS)
     dk = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     dv = gl.zeros([ROWS, BD], gl.float32, WIDTH)
-    dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
+    dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, HALF))
     B, L, whole, parts = tokens
-    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, HALF)  # [64, 1]
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
     v = matrix(v_s.index(consumer), C.V == "columns")
@@ -672,25 +680,29 @@ def _dk_dv_consumer(
         m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
         mbarrier.wait(do_here.index(stage), phase)
         da = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        m = warpgroup_mma_wait(1, [m])
-        if C.K_SCALE != 1.0:
-            m *= C.K_SCALE
-        if K_bias is not None:
-            m += k_bias
-        a, slope = activate_with_slope(m, ACTIVATION, True)
-        if ROUTED:
-            r = _router_row(r_s, CONSUMERS * stage + consumer, BM, TOKENS)
-            a *= r
-            slope *= r
-        # The product for dV keeps the matrix units busy while dm is computed.
-        a = gl.convert_layout(a.to(DTYPE), LEFT_WIDE)
-        dv = warpgroup_mma(a, do, dv, is_async=True)
-        da = warpgroup_mma_wait(1, [da])
-        dm = da * slope
-        if dK_bias is not None:
-            dk_bias += gl.sum(dm, 1)
-        dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
-        dk = warpgroup_mma(dm, q, dk, is_async=True)
+        m, da = warpgroup_mma_wait(0, [m, da])
+        # By halves: the second one is activated while the products of the first one run, and fewer
+        # values are on their way at a time.
+        ms = _halves(m, HALF)
+        das = _halves(da, HALF)
+        for half in gl.static_range(2):
+            m = ms[half]
+            if C.K_SCALE != 1.0:
+                m *= C.K_SCALE
+            if K_bias is not None:
+                m += k_bias
+            a, slope = activate_with_slope(m, ACTIVATION, True)
+            dm = das[half] * slope
+            if ROUTED:
+                r = _router_row(r_s, CONSUMERS * stage + consumer, half * (BM // 2), BM // 2, HALF)
+                a *= r
+                dm *= r
+            if dK_bias is not None:
+                dk_bias += gl.sum(dm, 1)
+            a = gl.convert_layout(a.to(DTYPE), LEFT_WIDE)
+            dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
+            dv = warpgroup_mma(a, do.slice(half * (BM // 2), BM // 2), dv, is_async=True)
+            dk = warpgroup_mma(dm, q.slice(half * (BM // 2), BM // 2), dk, is_async=True)
         dv, dk = warpgroup_mma_wait(0, [dv, dk])
         mbarrier.arrive(used.index(stage), count=1)
         stage, phase = next_stage(stage, phase, C.STAGES)
@@ -704,9 +716,7 @@ def _dk_dv_consumer(
         reinterpret(v_s.index(consumer), DTYPE, dV.block_shape, dV.layout),
         C, C.dV == "columns", WIDTH,
     )  # fmt: skip
-    _finish_bias(
-        dK_bias, dK_bias_parts, dK_bias_strides, whole, parts, consumer, dk_bias, C, TOKENS
-    )
+    _finish_bias(dK_bias, dK_bias_parts, dK_bias_strides, whole, parts, consumer, dk_bias, C, HALF)
 
 
 @triton.jit
