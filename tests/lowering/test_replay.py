@@ -23,6 +23,10 @@ from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, cur
         (660, 512, Parts(660, 0, 1)),
         (704, 16, Parts(704, 0, 1)),  # too few tokens to share
         (44, 512, Parts(0, 44, 3)),
+        (16, 128, Parts(0, 16, 8)),  # alone on the card: as many parts as fill it
+        (1, 512, Parts(0, 1, 16)),
+        (16, 40, Parts(0, 16, 5)),
+        (16, 15, Parts(16, 0, 1)),
     ],
 )
 def test_plan_parts(owners: int, steps: int, expected: Parts) -> None:

@@ -221,9 +221,8 @@ def _dq_consumer(
                 m += k_bias.to(gl.float32).expand_dims(0)
             y, slope = activate_with_slope(m, ACTIVATION, True)
             if C.U is not None:
-                # U's product comes last: there are no registers for it before m is used up.
-                # There are none for a bias besides: where nothing scales it, the product begins with
-                # it.
+                # U's product comes last: there are no registers for it before m is used up. There
+                # are none for its bias either, which it begins with where nothing scales it.
                 u = matrix(u_s.index(stage), C.U == "columns")
                 n = nothing
                 BIAS_FIRST: gl.constexpr = U_bias is not None and C.U_SCALE == 1.0

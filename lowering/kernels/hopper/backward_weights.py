@@ -10,6 +10,7 @@ tokens into parts (`plan_parts`), whose sums go to a small workspace in float32 
 fixed order by `mhf_add_weight_parts_kernel`.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ from .compat import async_load, reinterpret
 
 _MOST_PARTS = 4
 _FEWEST_STEPS = 32  # tiles of tokens in a part: below, adding the parts costs what they save
+# Where all tiles are fewer than the multiprocessors, most of which would have nothing to do.
+_MOST_PARTS_OF_FEW = 16
+_FEWEST_STEPS_OF_FEW = 8
+_ADDED_ROWS = 16  # of a tile, which one program adds
 
 
 class Parts(NamedTuple):
@@ -132,14 +137,19 @@ class _Sum(NamedTuple):
 def plan_parts(owners: int, steps: int, units: int) -> Parts:
     """Cut the tiles of the last wave of `owners` programs on `units` multiprocessors.
 
-    The fewest parts that shorten it most; each keeps enough steps to be worth its start.
+    The fewest parts that shorten it most; each keeps enough steps to be worth its start. If it is
+    the only wave, that is fewer steps, and there may be as many parts as fill it.
     """
     whole, shared = owners // units * units, owners % units
     if shared == 0:
         return Parts(owners, 0, 1)
     best = Parts(owners, 0, 1)
     shortest = 1.0  # the last wave, in times of a whole tile
-    for parts in range(2, min(_MOST_PARTS, steps // _FEWEST_STEPS) + 1):
+    most, fewest = _MOST_PARTS, _FEWEST_STEPS
+    if whole == 0:
+        most = max(most, min(_MOST_PARTS_OF_FEW, units // owners))
+        fewest = _FEWEST_STEPS_OF_FEW
+    for parts in range(2, min(most, steps // fewest) + 1):
         length = -(-shared * parts // units) / parts
         if length < shortest:
             best, shortest = Parts(whole, shared, parts), length
@@ -192,8 +202,10 @@ def _run(
             arguments[f"d{name.upper()}_bias_parts"] = bias_parts
     device = problem.q.device
     start(kernel, plan.programs, tile, device, arguments)
+    piece = replace(tile, hidden=_ADDED_ROWS)
+    programs = plan.shared * CONSUMERS.value * (ROWS.value // _ADDED_ROWS)
     for name, x in sums.items() if plan.shared else ():
-        target = weight_operand(x.weight, tile)
+        target = weight_operand(x.weight, piece)
         added = {
             "dW": target.argument,
             "dW_parts": arguments[f"d{name.upper()}_parts"],
@@ -209,10 +221,10 @@ def _run(
             "D": head_dim,
             "SCALE": x.scale * problem.out_scale,
             "OUT_SCALE": problem.out_scale,
-            "BF": ROWS.value,
+            "BF": piece.hidden,
             "BD": tile.padded_width(head_dim),
         }
-        start(mhf_add_weight_parts_kernel, plan.shared * CONSUMERS.value, tile, device, added)
+        start(mhf_add_weight_parts_kernel, programs, piece, device, added)
     return True
 
 
@@ -726,25 +738,27 @@ def mhf_add_weight_parts_kernel(
     SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
     dW_layout: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of one warpgroup's tile, in their order; `first` is the first shared block.
+    """Add the parts of BF rows of a warpgroup's tile, in their order.
 
-    dX is the gradient of the weight's bias, or None.
+    `first` is the first shared block. dX is the gradient of the weight's bias, or None.
     """
-    F_TILES: tl.constexpr = (F + BF - 1) // BF
+    F_TILES: tl.constexpr = (F + ROWS - 1) // ROWS
     BLOCKS: tl.constexpr = (E * F_TILES + CONSUMERS - 1) // CONSUMERS
-    block = tl.program_id(0) // CONSUMERS
-    consumer = tl.program_id(0) % CONSUMERS
-    offsets = tl.arange(0, BF)[:, None] * BD + tl.arange(0, BD)[None, :]
+    PIECES: tl.constexpr = ROWS // BF
+    row = tl.program_id(0) % PIECES * BF + tl.arange(0, BF)
+    consumer = tl.program_id(0) // PIECES % CONSUMERS
+    block = tl.program_id(0) // PIECES // CONSUMERS
+    offsets = row[:, None] * BD + tl.arange(0, BD)[None, :]
     acc = tl.zeros((BF, BD), tl.float32)
     of_bias = tl.zeros((BF,), tl.float32)
-    for part in range(parts):
+    for part in tl.range(0, parts, loop_unroll_factor=4):
         tile = (block * parts + part) * CONSUMERS + consumer
-        acc += tl.load(dW_parts + tile * (BF * BD) + offsets)
+        acc += tl.load(dW_parts + tile * (ROWS * BD) + offsets)
         if dX is not None:
-            of_bias += tl.load(dX_parts + tile * BF + tl.arange(0, BF))
+            of_bias += tl.load(dX_parts + tile * ROWS + row)
     index = (first + block) % BLOCKS * CONSUMERS + consumer
     e = index // F_TILES
-    f0 = (index % F_TILES) * BF
+    f0 = (index % F_TILES) * ROWS + tl.program_id(0) % PIECES * BF
     if e < E:
         g = (first + block) // BLOCKS
         store_weights(dW, acc * SCALE, dW_strides, g, e, f0, F, D, BF, BD, dW_layout)
