@@ -189,7 +189,11 @@ def _dq_consumer(
     nothing = gl.zeros([ROWS, BF], gl.float32, HIDDEN)
     dq = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     mbarrier.wait(tokens_here, 0)
-    q = matrix(q_s.index(consumer), False).load(LEFT)  # [ROWS, BD]
+    q = matrix(q_s.index(consumer), False)  # [ROWS, BD]
+    # With as many columns as hidden units and no gate, the assembler lets Q and dm share registers,
+    # though Q lives on.
+    if C.U is not None or BF != BD:
+        q = q.load(LEFT)
     do = matrix(do_s.index(consumer), False)
     stage = 0
     phase = 0
