@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .device import capability, interpreted
-from .tiles import Kernel, Sizes, Tile, select
+from .tiles import Kernel, Sizes, Tile, select, specialised
 from .workload import Workload
 
 __all__ = ["kernels_of"]
@@ -21,7 +21,8 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
             if card is not None
             else workload.sizes_on(capability(workload.device), interpreted())
         )
-        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload))
+        filled = _filled(workload, sizes)
+        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in filled)
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
         return (op, _cpu_path(), *_backward(workload), *stacked)
@@ -42,16 +43,17 @@ def _backward(workload: Workload) -> tuple[str, ...]:
     return ("the backward pass recomputes the hidden units: only the arguments are saved",)
 
 
-def _filled(w: Workload) -> list[tuple[Kernel, str]]:
+def _filled(w: Workload, sizes: Sizes) -> list[tuple[Kernel, str]]:
     """The kernels, and of the backward pass what each fills, where every argument is trained."""
     if not w.training:
         return [("forward", "")]
-    return [
-        ("forward", ""),
-        ("dq", "dQ and dR" if w.sizes.routed else "dQ"),
+    weights: list[tuple[Kernel, str]] = [
         ("dv", "dV"),
-        ("dk_du", "dK and dU" if w.sizes.gated else "dK"),
+        ("dk_du", "dK and dU" if sizes.gated else "dK"),
     ]
+    if specialised("dk_dv", sizes) is not None:
+        weights = [("dk_dv", "dK and dV")]
+    return [("forward", ""), ("dq", "dQ and dR" if sizes.routed else "dQ"), *weights]
 
 
 def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:
