@@ -349,13 +349,13 @@ def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
     tile = _hopper_backward("dq", sizes)
     if tile is None or sizes.gated:
         return tile
-    # Two tiles instead of three to a stage, and fewer values on their way: not with R's gradient.
-    if padded_width(sizes.head_dim) == 128:
-        return replace(tile, stages=4)
-    wide = (
-        -(-sizes.hidden // 128) * 128 <= 1.2 * sizes.hidden
-    )  # a padded unit costs like a real one
-    return replace(tile, hidden=128, stages=4) if wide else tile
+    # A stage has two tiles instead of three. In narrow heads they may be wider, unless R's gradient
+    # needs registers too, or too many hidden units are padding, which costs what real ones do.
+    wide = padded_width(sizes.head_dim) == 128
+    padded = -(-sizes.hidden // 128) * 128 > 1.2 * sizes.hidden
+    if wide or sizes.routed or padded:
+        return replace(tile, stages=max(4, tile.stages))
+    return replace(tile, hidden=128, stages=4)
 
 
 def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:
