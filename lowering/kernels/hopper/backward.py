@@ -7,6 +7,7 @@ and which operands of a product lie in registers.
     backward_query.py     mhf_hopper_backward_dq_kernel     dQ and dR
     backward_weights.py   mhf_hopper_backward_dv_kernel     dV
                           mhf_hopper_backward_dk_du_kernel  dK and dU
+                          mhf_hopper_backward_dk_dv_kernel  dK and dV without a gate
 
 A warpgroup's instruction multiplies 64 rows, and with both operands in shared memory it reads them
 about as fast as shared memory can give. So each warpgroup has 64 rows of its own, keeps in
@@ -14,9 +15,10 @@ registers the operand that does not change where there is room, and feeds the pr
 units straight from its registers. While one warpgroup is at its activations, the other has the
 matrix units.
 
-They take gated networks without biases, of 16-bit data and heads up to 128 wide, in any layout
-that a tensor descriptor takes. Everything else goes to the plain kernels. Heads narrower than 64
-are computed as 64 columns, of which the descriptors fill the ones that are not there with zeros.
+They take networks of 16-bit data and heads up to 128 wide, in any layout that a tensor descriptor
+takes. Everything else goes to the plain kernels, and so does the gradient of V's bias. Heads
+narrower than 64 are computed as 64 columns, of which the descriptors fill the ones that are not
+there with zeros. Biases are read through pointers.
 """
 
 from dataclasses import dataclass

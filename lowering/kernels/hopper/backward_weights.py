@@ -1,8 +1,11 @@
-"""The backward kernels of the weights for Hopper, in Gluon: dV, and dK with dU.
+"""The backward kernels of the weights for Hopper, in Gluon: dV; dK and dU; dK and dV.
 
     mhf_hopper_backward_dv_kernel     dV: K and U in registers, Q and dOut tiles stream past
     mhf_hopper_backward_dk_du_kernel  dK and dU: K, U and V in shared memory, Q and dOut tiles
                                       stream past
+    mhf_hopper_backward_dk_dv_kernel  dK and dV without a gate: K and V in shared memory, as above
+
+The gradients of the biases of hidden units come with those of their weights.
 
 They walk all tokens, so there are few, long programs: 704 for 132 multiprocessors in the 1.3B
 shape, whose sixth wave would be a third full. The tiles of the last wave are therefore cut by
