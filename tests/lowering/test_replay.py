@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from mhf_compiler.lowering.kernels import replay
 from mhf_compiler.lowering.kernels.compat import launch_compiled
 from mhf_compiler.lowering.kernels.hopper.backward_weights import Parts, plan_parts
+from mhf_compiler.lowering.kernels.plain.backward import parts_of_bias
 from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, current_device
 
 
@@ -38,6 +39,14 @@ def test_plan_parts_covers_every_tile() -> None:
         plan = plan_parts(owners, 512, 132)
         assert plan.whole + plan.shared == owners
         assert plan.programs == plan.whole + plan.shared * plan.parts
+
+
+@pytest.mark.parametrize(
+    ("owners", "steps", "expected"),
+    [(352, 4096, 1), (16, 64, 16), (16, 1024, 32), (100, 4096, 5), (1, 8, 2), (1, 7, 1)],
+)
+def test_parts_of_the_down_biass_gradient(owners: int, steps: int, expected: int) -> None:
+    assert parts_of_bias(owners, steps) == expected
 
 
 def recorded() -> _Steps:

@@ -47,6 +47,7 @@ LAYOUTS = ("dense", "by heads", "weights by columns", "misaligned")
 SUMS = (
     "mhf_add_parts_kernel",
     "mhf_add_weight_parts_kernel",
+    "mhf_add_bias_parts_kernel",
     "mhf_backward_dv_bias_kernel",
     "mhf_cut_router_kernel",
 )
