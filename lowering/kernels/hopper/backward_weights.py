@@ -382,12 +382,9 @@ def _halves(x, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def _bias(X, strides, whole, parts, consumer: gl.constexpr, C: gl.constexpr, LAYOUT: gl.constexpr):
-    """A bias (G, E, F) of a consumer's hidden units, zero beyond F: float32 [64, 1], or nothing."""
-    if X is None:
-        return None
-    else:
-        offsets, inside = _bias_offsets(strides, whole, parts, consumer, C, LAYOUT)
-        return gl.load(X + offsets, mask=inside, other=0.0).to(gl.float32).expand_dims(1)
+    """A bias (G, E, F) of a consumer's hidden units, zero beyond F: float32 [64, 1]."""
+    offsets, inside = _bias_offsets(strides, whole, parts, consumer, C, LAYOUT)
+    return gl.load(X + offsets, mask=inside, other=0.0).to(gl.float32).expand_dims(1)
 
 
 @gluon.jit
@@ -461,8 +458,10 @@ def _dv_consumer(
     nothing = gl.zeros([ROWS, BM], gl.float32, TOKENS)
     dv = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     B, L, whole, parts = tokens
-    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
-    u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
+    if K_bias is not None:
+        k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    if U_bias is not None:
+        u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns").load(LEFT)  # [64, BD]
     u = matrix(u_s.index(consumer), C.U == "columns").load(LEFT)
@@ -562,8 +561,10 @@ def _dk_du_consumer(
     dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
     du_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, TOKENS))
     B, L, whole, parts = tokens
-    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
-    u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
+    if K_bias is not None:
+        k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, TOKENS)  # [64, 1]
+    if U_bias is not None:
+        u_bias = _bias(U_bias, U_bias_strides, whole, parts, consumer, C, TOKENS)
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
     u = matrix(u_s.index(consumer), C.U == "columns")
@@ -681,7 +682,8 @@ def _dk_dv_consumer(
     dv = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     dk_bias = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, HALF))
     B, L, whole, parts = tokens
-    k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, HALF)  # [64, 1]
+    if K_bias is not None:
+        k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, HALF)  # [64, 1]
     mbarrier.wait(weights_here, 0)
     k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
     v = matrix(v_s.index(consumer), C.V == "columns")
