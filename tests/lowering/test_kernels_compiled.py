@@ -392,7 +392,7 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
         {"biased": True, "d": 64},
         {"gated": False, "biased": True, "activation": "relu", "routed": False},
         {"gated": False, "biased": True, "activation": "gelu", "routed": False, "d": 64},
-        {"gated": False, "activation": "gelu", "d": 32},
+        {"gated": False, "activation": "gelu", "routed": False, "d": 32},
     ],
     ids=str,
 )
@@ -415,6 +415,7 @@ def test_few_hidden_units_leave_the_query_in_shared_memory(compile_all: Compile)
     found = [product for loop in loops(code) for product in products(loop)]
     # Of each warp group, one product whose left operand lies in registers: that of hidden units.
     assert [product.transposed for product in found] == 2 * 4 * [True]
+    check_running(code)
 
 
 @pytest.mark.parametrize(
