@@ -18,7 +18,8 @@ matrix units.
 They take networks of 16-bit data and heads up to 128 wide, in any layout that a tensor descriptor
 takes. Everything else goes to the plain kernels, and so does the gradient of V's bias. Heads
 narrower than 64 are computed as 64 columns, of which the descriptors fill the ones that are not
-there with zeros. Biases are read through pointers.
+there with zeros; products that sum over them stop at a power of two in the kernels of dQ and of dK
+and dV. Biases are read through pointers.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...problem import Problem
-from ...tiles import Tile
+from ...tiles import Tile, padded_width
 from ..operands import Operand
 from .compat import async_load, async_store
 
@@ -61,6 +62,7 @@ class Constants:
     OUT_SCALE: float
     BS: int  # rows of the tiles that stream past: hidden units in the kernel of dQ, else tokens
     BD: int
+    BC: int  # columns of a head's, of which there may be fewer than in a tile
     STAGES: int
     LAYOUTS: tuple[str | None, ...]  # of the weights, in the order K, U, V: "rows" or "columns"
     # The same by name, and of the weights' gradients. None for what is not there, as U of a network
@@ -78,6 +80,12 @@ def matrix(buffer, COLUMNS: gl.constexpr):
     """A tile in shared memory, [1, 1, rows, columns] as it was copied, as a matrix [rows, BD]."""
     tile = buffer.reshape([buffer.shape[2], buffer.shape[3]])
     return tile.permute((1, 0)) if COLUMNS else tile
+
+
+@gluon.jit
+def head_columns(tile, C: gl.constexpr):
+    """A matrix [rows, BD] without the columns that a narrow head does not have: [rows, BC]."""
+    return tile.slice(0, C.BC, dim=1) if C.BC < C.BD else tile
 
 
 @gluon.jit
@@ -126,6 +134,7 @@ def constants(
         OUT_SCALE=problem.out_scale,
         BS=streamed,
         BD=tile.padded_width(head_dim),
+        BC=padded_width(head_dim),
         STAGES=tile.stages,
         LAYOUTS=tuple(layout for name, layout in layouts.items() if len(name) == 1),
         **layouts,

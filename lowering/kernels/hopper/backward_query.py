@@ -27,6 +27,7 @@ from .backward import (
     bias_arguments,
     constants,
     gluon_arguments,
+    head_columns,
     load_tile,
     matrix,
     next_stage,
@@ -189,12 +190,13 @@ def _dq_consumer(
     nothing = gl.zeros([ROWS, BF], gl.float32, HIDDEN)
     dq = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     mbarrier.wait(tokens_here, 0)
-    q = matrix(q_s.index(consumer), False)  # [ROWS, BD]
+    q = head_columns(matrix(q_s.index(consumer), False), C)  # [ROWS, BC]
     # With as many columns as hidden units and no gate, the assembler lets Q and dm share registers,
     # though Q lives on.
     if C.U is not None or BF != BD:
         q = q.load(LEFT)
     do = matrix(do_s.index(consumer), False)
+    do_columns = head_columns(do, C)
     stage = 0
     phase = 0
     for e in range(C.E):
@@ -215,9 +217,11 @@ def _dq_consumer(
             if K_bias is not None:
                 k_bias = _bias(K_bias, K_bias_strides, e, i * BF, C.F, BF, HIDDEN)
             mbarrier.wait(k_here.index(stage), phase)
-            m = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            k_columns = head_columns(k, C).permute((1, 0))
+            m = warpgroup_mma(q, k_columns, nothing, use_acc=False, is_async=True)
             mbarrier.wait(v_here.index(stage), phase)
-            da = warpgroup_mma(do, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            v_columns = head_columns(v, C).permute((1, 0))
+            da = warpgroup_mma(do_columns, v_columns, nothing, use_acc=False, is_async=True)
             m = warpgroup_mma_wait(1, [m])
             if C.K_SCALE != 1.0:
                 m *= C.K_SCALE
@@ -234,7 +238,8 @@ def _dq_consumer(
                     u_bias = _bias(U_bias, U_bias_strides, e, i * BF, C.F, BF, HIDDEN)
                     n += u_bias.to(gl.float32).expand_dims(0)
                 mbarrier.wait(u_here.index(stage), phase)
-                n = warpgroup_mma(q, u.permute((1, 0)), n, use_acc=BIAS_FIRST, is_async=True)
+                u_columns = head_columns(u, C).permute((1, 0))
+                n = warpgroup_mma(q, u_columns, n, use_acc=BIAS_FIRST, is_async=True)
                 da = warpgroup_mma_wait(1, [da])
                 dn = da * y
                 dm = da * slope

@@ -43,6 +43,7 @@ from .backward import (
     bias_arguments,
     constants,
     gluon_arguments,
+    head_columns,
     load_tile,
     matrix,
     next_stage,
@@ -685,8 +686,8 @@ def _dk_dv_consumer(
     if K_bias is not None:
         k_bias = _bias(K_bias, K_bias_strides, whole, parts, consumer, C, HALF)  # [64, 1]
     mbarrier.wait(weights_here, 0)
-    k = matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
-    v = matrix(v_s.index(consumer), C.V == "columns")
+    k = head_columns(matrix(k_s.index(consumer), C.K == "columns"), C)  # [64, BC]
+    v = head_columns(matrix(v_s.index(consumer), C.V == "columns"), C)
     first, last = _steps(whole, parts, B, L, C)
     stage = 0
     phase = 0
@@ -694,9 +695,11 @@ def _dk_dv_consumer(
         q = matrix(q_s.index(stage), False)  # [BM, BD]
         do = matrix(do_s.index(stage), False)
         mbarrier.wait(q_here.index(stage), phase)
-        m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q_columns = head_columns(q, C).permute((1, 0))  # [BC, BM]
+        m = warpgroup_mma(k, q_columns, nothing, use_acc=False, is_async=True)
         mbarrier.wait(do_here.index(stage), phase)
-        da = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        do_columns = head_columns(do, C).permute((1, 0))
+        da = warpgroup_mma(v, do_columns, nothing, use_acc=False, is_async=True)
         m, da = warpgroup_mma_wait(0, [m, da])
         # By halves: the second one is activated while the products of the first one run, and fewer
         # values are on their way at a time.
