@@ -21,9 +21,8 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
             if card is not None
             else workload.sizes_on(capability(workload.device), interpreted())
         )
-        kernels = tuple(
-            _kernel(kernel, of, workload, sizes) for kernel, of in _filled(workload, sizes)
-        )
+        filled = _filled(workload, sizes)
+        kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in filled)
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
     if workload.device.type == "cpu":
         return (op, _cpu_path(), *_backward(workload), *stacked)
@@ -48,14 +47,14 @@ def _filled(w: Workload, sizes: Sizes) -> list[tuple[Kernel, str]]:
     """The kernels, and of the backward pass what each fills, where every argument is trained."""
     if not w.training:
         return [("forward", "")]
-    if "backward" in backward_kernels(sizes):
-        return [("forward", ""), ("backward", "")]
-    return [
-        ("forward", ""),
-        ("dq", "dQ and dR" if w.sizes.routed else "dQ"),
-        ("dv", "dV"),
-        ("dk_du", "dK and dU" if w.sizes.gated else "dK"),
-    ]
+    fills: dict[Kernel, str] = {
+        "backward": "",
+        "dq": "dQ and dR" if sizes.routed else "dQ",
+        "dv": "dV",
+        "dk_du": "dK and dU" if sizes.gated else "dK",
+        "dk_dv": "dK and dV",
+    }
+    return [("forward", ""), *((kernel, fills[kernel]) for kernel in backward_kernels(sizes))]
 
 
 def _kernel(kernel: Kernel, of: str, w: Workload, sizes: Sizes) -> str:

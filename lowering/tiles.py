@@ -21,8 +21,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-#: "backward" is a whole backward pass, of which "dq", "dv" and "dk_du" are the parts
-Kernel = Literal["forward", "normed_forward", "backward", "dq", "dv", "dk_du"]
+#: "backward" is a whole backward pass, of which the last four are the parts
+Kernel = Literal["forward", "normed_forward", "backward", "dq", "dv", "dk_du", "dk_dv"]
 
 TRIAL_TOKENS = 4096  # beyond this, more tokens select no other kernel
 MANY_TOKENS = 8192  # beyond this, more tokens prefer no other tile
@@ -99,7 +99,7 @@ class HopperForwardTile:
 
 @dataclass(frozen=True)
 class HopperBackwardTile:
-    """How Hopper's backward kernels (hopper/backward.py) cut their work.
+    """How Hopper's backward kernels (hopper/backward_*.py) cut their work.
 
     One of the two extents is resident, 128 for both warp groups, and the other one streams past.
     """
@@ -276,6 +276,10 @@ _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded h
         **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 3)),
         128: HopperBackwardTile(64, 128, 3),
     },
+    "dk_dv": {
+        **dict.fromkeys((16, 32, 64), HopperBackwardTile(64, 128, 4)),
+        128: HopperBackwardTile(64, 128, 4),
+    },
 }
 _HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
 
@@ -308,7 +312,9 @@ def backward_kernels(sizes: Sizes) -> tuple[Kernel, ...]:
     """The kernels of a backward pass: one for all of it, or its parts."""
     if specialised("backward", sizes) is not None:
         return ("backward",)
-    return ("dq", "dv", "dk_du")
+    if specialised("dk_dv", sizes) is not None:
+        return "dq", "dk_dv"
+    return "dq", "dv", "dk_du"
 
 
 @lru_cache
@@ -413,22 +419,34 @@ def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
 
 
 def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
-    return None if sizes.routed and sizes.biased[2] else _hopper_backward("dq", sizes)
+    tile = _hopper_backward("dq", sizes)
+    if tile is None or sizes.gated:
+        return tile
+    # A stage has two tiles instead of three. In narrow heads they may be wider, unless R's gradient
+    # needs registers too, or too many hidden units are padding, which costs what real ones do.
+    wide = padded_width(sizes.head_dim) == 128
+    padded = -(-sizes.hidden // 128) * 128 > 1.2 * sizes.hidden
+    if wide or sizes.routed or padded:
+        return replace(tile, stages=max(4, tile.stages))
+    return replace(tile, hidden=128, stages=4)
 
 
 def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("dv", sizes)
+    return _hopper_backward("dv", sizes) if sizes.gated else None
 
 
 def _hopper_dk_du(sizes: Sizes) -> HopperBackwardTile | None:
-    return _hopper_backward("dk_du", sizes)
+    return _hopper_backward("dk_du", sizes) if sizes.gated else None
+
+
+def _hopper_dk_dv(sizes: Sizes) -> HopperBackwardTile | None:
+    """Without a gate, both in one pass; with one, their sums would not fit the registers."""
+    return None if sizes.gated else _hopper_backward("dk_dv", sizes)
 
 
 def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
     few = sizes.tokens < _HOPPER_BACKWARD_TOKENS
     if sizes.capability != (9, 0) or sizes.dtype.itemsize != 2 or few:
-        return None
-    if not sizes.gated or sizes.biased[0] or sizes.biased[1]:
         return None
     return _HOPPER_BACKWARD[kernel].get(padded_width(sizes.head_dim))
 
@@ -492,6 +510,7 @@ _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
         "dq": _hopper_dq,
         "dv": _hopper_dv,
         "dk_du": _hopper_dk_du,
+        "dk_dv": _hopper_dk_dv,
     },
     "batched": {
         "forward": _batched_forward,

@@ -110,8 +110,8 @@ def _tunable(workload: Workload) -> list[Kernel]:
     out_dtype = workload.out_dtype
     of_products = select("forward", sizes, out_dtype=out_dtype).family == "batched"
     kernels: list[Kernel] = [] if of_products else ["forward"]
-    if workload.training:
-        kernels += [kernel for kernel in backward_kernels(sizes) if kernel != "backward"]
+    if workload.training and "backward" not in backward_kernels(sizes):
+        kernels += ["dq", "dv", "dk_du"]
     return kernels
 
 

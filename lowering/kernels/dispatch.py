@@ -128,16 +128,25 @@ def _run_backward(problem: Problem, grad_out: Tensor, exact: Tensor, gradients: 
     tensors = (grad_out, gradients)
     if specialised_backward("backward", problem, *tensors):
         return
-    if gradients.v is not None and not specialised_backward("dv", problem, *tensors):
-        _run_plain("dv", problem, run_dv, *tensors)
-    dk_du = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
-    if any(x is not None for x in dk_du) and not specialised_backward("dk_du", problem, *tensors):
-        _run_plain("dk_du", problem, run_dk_du, *tensors)
+    if not _run_dk_dv(problem, *tensors):
+        if gradients.v is not None and not specialised_backward("dv", problem, *tensors):
+            _run_plain("dv", problem, run_dv, *tensors)
+        dk_du = (gradients.k, gradients.u, gradients.k_bias, gradients.u_bias)
+        wanted = any(x is not None for x in dk_du)
+        if wanted and not specialised_backward("dk_du", problem, *tensors):
+            _run_plain("dk_du", problem, run_dk_du, *tensors)
     if gradients.v_bias is not None:
         _run_plain("dv", problem, run_dv_bias, *tensors)
     dq = (gradients.q, gradients.r)
     if any(x is not None for x in dq) and not specialised_backward("dq", problem, *tensors):
         _run_plain("dq", problem, run_dq, *tensors)
+
+
+def _run_dk_dv(problem: Problem, grad_out: Tensor, gradients: Gradients) -> bool:
+    """Fill dK and dV at once, by the card's family, where both are wanted and it can."""
+    if gradients.k is None or gradients.v is None:
+        return False
+    return specialised_backward("dk_dv", problem, grad_out, gradients)
 
 
 def _run_plain(kernel: Kernel, problem: Problem, run: Any, *tensors: Any) -> None:

@@ -58,6 +58,7 @@ FILLS: dict[Kernel, tuple[str, ...]] = {
     "dq": ("q", "r"),
     "dv": ("v",),
     "dk_du": ("k", "u", "k_bias", "u_bias"),
+    "dk_dv": ("k", "v", "k_bias"),
 }
 _TOLERANCE = {2: 0.05, 4: 1e-4}  # of the largest row, by the bytes of an element
 _RAGGED = 16  # tokens after the last whole tile

@@ -4,7 +4,7 @@ Every gradient is checked against float64: its error may be twice that of the pl
 same dtype. Each test also checks which kernels ran.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -53,7 +53,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    """For each of the three kernels that was offered its work: whether it took it."""
+    """For each of the kernels that was offered its work: whether it took it."""
     from mhf_compiler.lowering.kernels import hopper, replay
 
     replay.forget_repeats()
@@ -68,22 +68,26 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
 
         monkeypatch.setattr(hopper, name, watched)
 
-    for name in ("run_dq", "run_dv", "run_dk_du"):
+    for name in ("run_dq", "run_dv", "run_dk_du", "run_dk_dv"):
         watch(name)
     return iter([taken])
 
 
 ALL = {"run_dq": True, "run_dv": True, "run_dk_du": True}
+UNGATED = {"run_dq": True, "run_dk_dv": True}
 
 
 def make(
     dtype: torch.dtype = torch.bfloat16,
     routed: bool = True,
     router_dtype: torch.dtype = torch.float32,
+    gated: bool = True,
+    biases: Sequence[str] = (),
     **sizes: int,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """The tensors of a problem without biases, and the gradient of its result."""
-    absent = BIASES if routed else ("r", *BIASES)
+    """The tensors of a problem, with biases if there are any, and the gradient of its result."""
+    absent = [name for name in BIASES if name not in biases]
+    absent += [name for name, there in (("r", routed), ("u", gated)) if not there]
     tensors = problems.make(
         SHAPE._replace(**sizes),
         dtype,
@@ -92,7 +96,7 @@ def make(
         scaled=True,
         device="cuda",
     )
-    q, *others = (tensors[name] for name in NAMES[:5])
+    q, *others = (tensors[name] for name in (NAMES if biases else NAMES[:5]))
     assert q is not None
     return [q, *others], torch.randn_like(q)
 
@@ -212,6 +216,183 @@ def test_nothing_is_written_beside_narrow_gradients(d: int) -> None:
     for grad, x in zip(grads, expected, strict=False):
         assert grad.equal(x)
         assert grad.as_strided((*grad.shape[:3], 64), grad.stride())[..., d:].isnan().all()
+
+
+K_AND_V = ("k_bias", "v_bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("d", [8, 16, 24, 32, 64, 96, 128])
+def test_widths_without_a_gate(
+    d: int, routed: bool, dtype: torch.dtype, runs: Iterator[Runs]
+) -> None:
+    check(*make(d=d, dtype=dtype, gated=False, routed=routed, biases=K_AND_V), "gelu")
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("biases", [(), ("k_bias",), ("v_bias",), K_AND_V])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_without_a_gate(
+    activation: str, biases: Sequence[str], runs: Iterator[Runs]
+) -> None:
+    check(*make(H=2, G=2, f=171, gated=False, biases=biases), activation)
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize("d", [16, 64, 128])
+@pytest.mark.parametrize(("f", "E"), [(16, 3), (64, 1), (128, 1), (171, 3), (341, 5), (2752, 1)])
+def test_ragged_hidden_units_without_a_gate(
+    f: int, E: int, d: int, routed: bool, runs: Iterator[Runs]
+) -> None:
+    """Tiles of 64 and of 128 hidden units in the kernel of dQ."""
+    options = {"H": 2, "G": 2, "f": f, "E": E, "d": d}
+    check(*make(gated=False, routed=routed, biases=K_AND_V, **options), "relu")
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("B", "L"), [(1, 1024), (1, 1031), (3, 1000), (1100, 1)])
+def test_ragged_tokens_with_biases(B: int, L: int, gated: bool, runs: Iterator[Runs]) -> None:
+    biases = BIASES if gated else K_AND_V
+    check(*make(B=B, L=L, H=2, G=2, gated=gated, biases=biases))
+    assert next(runs) == (ALL if gated else UNGATED)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_shared_weights_and_biases(gated: bool, groups: int, runs: Iterator[Runs]) -> None:
+    biases = BIASES if gated else K_AND_V
+    check(*make(G=groups, f=171, L=700, gated=gated, biases=biases), "gelu_tanh")
+    assert next(runs) == (ALL if gated else UNGATED)
+
+
+@pytest.mark.parametrize("biases", [*((name,) for name in BIASES), BIASES])
+@pytest.mark.parametrize("d", [16, 64, 128])
+def test_biases_of_gated_networks(d: int, biases: Sequence[str], runs: Iterator[Runs]) -> None:
+    check(*make(d=d, f=171, biases=biases))
+    assert next(runs) == ALL
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("routed", [False, True])
+def test_scales_with_biases(routed: bool, gated: bool, runs: Iterator[Runs]) -> None:
+    biases = BIASES if gated else K_AND_V
+    scales = {"k_scale": 1.3, "u_scale": 0.7 if gated else 1.0, "out_scale": 0.9}
+    check(*make(gated=gated, routed=routed, biases=biases), **scales)
+    assert next(runs) == (ALL if gated else UNGATED)
+
+
+@pytest.mark.parametrize("which", ["k", "v", "kv"])
+@pytest.mark.parametrize("d", [24, 32, 128])
+def test_weights_stored_by_columns_without_a_gate(d: int, which: str, runs: Iterator[Runs]) -> None:
+    inputs, grad_out = make(d=d, gated=False, biases=K_AND_V)
+    for i, name in ((1, "k"), (3, "v")):
+        if name in which:
+            inputs[i] = stored_as(inputs[i], (0, 1, 3, 2))
+    check(inputs, grad_out)
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("d", [32, 128])
+@pytest.mark.parametrize("L", [600, 601])
+def test_token_layouts_without_a_gate(L: int, d: int, runs: Iterator[Runs]) -> None:
+    """Heads outside of tokens; and biases that are parts of something larger."""
+    (q, k, u, v, r, k_bias, u_bias, v_bias), grad_out = make(L=L, d=d, gated=False, biases=K_AND_V)
+    assert k_bias is not None
+    assert v_bias is not None
+    k_bias, v_bias = (torch.stack([x, x * float("nan")], 3)[..., 0] for x in (k_bias, v_bias))
+    order = (0, 2, 1, 3)
+    check([stored_as(q, order), k, u, v, r, k_bias, u_bias, v_bias], stored_as(grad_out, order))
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("d", [8, 24, 32])
+def test_what_lies_beside_narrow_heads_without_a_gate(d: int, runs: Iterator[Runs]) -> None:
+    (q, k, u, v, *others), grad_out = make(d=d, gated=False, biases=K_AND_V)
+    q, k, v = map(beside_nan, (q, k, v))
+    check([q, k, u, v, *others], beside_nan(grad_out))
+    assert next(runs) == UNGATED
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"H": 16, "G": 16, "E": 22, "f": 64},  # of the last wave
+        {"H": 16, "G": 16, "E": 1, "f": 128},  # of the only one
+        {"H": 2, "G": 1, "E": 1, "f": 100},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("d", [24, 128])
+def test_parts_of_tokens_with_biases(
+    d: int, sizes: dict[str, int], gated: bool, runs: Iterator[Runs]
+) -> None:
+    biases = BIASES if gated else K_AND_V
+    check(*make(B=1, L=2048, d=d, gated=gated, biases=biases, **sizes))
+    assert next(runs) == (ALL if gated else UNGATED)
+
+
+def test_other_gradients_without_a_gate(runs: Iterator[Runs]) -> None:
+    """Where dK or dV is not wanted, the one kernel of both is not asked."""
+    from mhf_compiler.lowering.kernels import dispatch
+
+    inputs, grad_out = make(gated=False, biases=K_AND_V)
+    every = dict(zip([n for n, x in zip(NAMES, inputs, strict=True) if x is not None],
+                     fused(inputs, grad_out), strict=True))  # fmt: skip
+    taken = next(runs)
+    taken.clear()
+    problem = Problem(*inputs)
+    for name, expected in every.items():
+        gradients = problem.new_gradients([name == field for field in NAMES])
+        dispatch.backward(problem, grad_out, gradients)
+        (grad,) = gradients.wanted
+        error = (grad.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 5e-3, name
+    assert set(taken) == {"run_dq"}
+
+
+def test_same_bits_each_time_without_a_gate() -> None:
+    inputs, grad_out = make(B=4, L=1000, G=2, E=22, gated=False, biases=K_AND_V)
+    first = fused(inputs, grad_out, "gelu")
+    for _ in range(4):
+        for x, y in zip(first, fused(inputs, grad_out, "gelu"), strict=True):
+            assert x.isfinite().all()
+            assert x.equal(y)
+
+
+def test_repeated_launches_without_a_gate() -> None:
+    from mhf_compiler.lowering.kernels import replay
+
+    inputs, grad_out = make(L=1000, E=1, gated=False, biases=K_AND_V)
+    others = [x if x is None else torch.randn_like(x) for x in inputs]
+    replay.forget_repeats()
+    first = fused(inputs, grad_out)
+    repeated = fused(others, grad_out)
+    replay.forget_repeats()
+    for x, y in zip(repeated, fused(others, grad_out), strict=True):
+        assert x.equal(y)
+    for x, y in zip(first, fused(inputs, grad_out), strict=True):
+        assert x.equal(y)
+
+
+@pytest.mark.parametrize("d", [16, 128])
+def test_the_querys_gradient_over_that_of_the_result_without_a_gate(
+    d: int, runs: Iterator[Runs]
+) -> None:
+    inputs, grad_out = make(d=d, gated=False, biases=K_AND_V)
+    expected = fused(inputs, grad_out)
+    needs = [x is not None for x in inputs]
+    for _ in range(3):
+        place = grad_out.clone()
+        found = torch.ops.mhf_compiler.multi_head_ffn_backward_over_gradient(
+            place, *inputs, "silu", 1.0, 1.0, 1.0, needs
+        )
+        for x, right in zip((place, *(x for x in found if x.numel())), expected, strict=True):
+            assert x.equal(right)
+    assert next(runs) == UNGATED
 
 
 def test_layouts_for_the_plain_kernels(runs: Iterator[Runs]) -> None:

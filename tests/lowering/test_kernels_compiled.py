@@ -333,6 +333,24 @@ def check_registers(code: str, by_columns: bool = False) -> None:
     assert both == 2  # a loop for each warp group
 
 
+def check_running(code: str) -> None:
+    """Nothing is written to the registers that a product is reading, before one waits for it."""
+    read: set[int] = set()
+    products = 0
+    for line in code.splitlines():
+        product = re.search(r"HGMMA\.64x\d+x16\S* R\d+, (?:R(\d+)|gdesc)", line)
+        if product is not None:
+            left = product[1]
+            read |= set(range(int(left), int(left) + 4)) if left else set()
+            products += bool(left)
+        elif "WARPGROUP.DEPBAR" in line:
+            read.clear()
+        else:
+            written = re.search(r"\*/ +(?:@\S+ +)?[A-Z]\S* +(?:P\w+, )?R(\d+),", line)
+            assert written is None or int(written[1]) not in read, line
+    assert products
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -378,36 +396,78 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
         assert (fence, arrival) == ("FENCE.VIEW.ASYNC", "SYNCS.ARRIVE")
 
 
-@pytest.mark.parametrize("name", ["mhf_hopper_backward_dq_kernel", "mhf_hopper_backward_dv_kernel"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"d": 64}, {"d": 64, "f": 171}, {"d": 32}, {"routed": False}, {"activation": "relu2"}],
+    [
+        {},
+        {"d": 64},
+        {"d": 64, "f": 171},
+        {"d": 32},
+        {"routed": False},
+        {"activation": "relu2"},
+        {"biased": True},
+        {"biased": True, "d": 64},
+        {"gated": False, "biased": True, "activation": "relu", "routed": False},
+        {"gated": False, "biased": True, "activation": "gelu", "routed": False, "d": 64},
+        {"gated": False, "activation": "gelu", "routed": False, "d": 32},
+    ],
     ids=str,
 )
 def test_nothing_overwrites_what_the_backward_keeps(
-    name: str, options: dict[str, object], compile_all: Compile
+    options: dict[str, object], compile_all: Compile
 ) -> None:
-    """Q in the kernel of dQ, and K and U in the other, as above."""
-    check_registers(compile_all(90, **options)[name].code())
+    """Q in the kernel of dQ, and K and U in that of dV, as above."""
+    binaries = compile_all(90, **options)
+    check_registers(binaries["mhf_hopper_backward_dq_kernel"].code())
+    if options.get("gated", True):
+        check_registers(binaries["mhf_hopper_backward_dv_kernel"].code())
+    else:
+        check_running(binaries["mhf_hopper_backward_dk_dv_kernel"].code())
+
+
+def test_few_hidden_units_leave_the_query_in_shared_memory(compile_all: Compile) -> None:
+    """Without a gate, in as many columns as hidden units, it would share registers with others."""
+    options = {"gated": False, "d": 64, "f": 64, "activation": "gelu"}
+    code = compile_all(90, **options)["mhf_hopper_backward_dq_kernel"].code()
+    found = [product for loop in loops(code) for product in products(loop)]
+    # Of each warp group, one product whose left operand lies in registers: that of hidden units.
+    assert [product.transposed for product in found] == 2 * 4 * [True]
+    check_running(code)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"d": 64}, {"d": 96}, {"routed": False}, {"d": 32}, {"d": 8, "by_columns": True}],
+    [
+        {},
+        {"d": 64},
+        {"d": 96},
+        {"routed": False},
+        {"d": 32},
+        {"d": 8, "by_columns": True},
+        {"biased": True},
+        {"biased": True, "d": 64, "f": 171, "routed": False},
+        {"gated": False},
+        {"gated": False, "biased": True, "activation": "relu"},
+        {"gated": False, "biased": True, "activation": "gelu", "routed": False},
+        {"gated": False, "biased": True, "activation": "gelu", "d": 64, "dtype": torch.float16},
+        {"gated": False, "biased": True, "d": 16, "f": 128, "by_columns": True},
+    ],
     ids=str,
 )
 def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> None:
+    """All of it by kernels of its own; no product serialised, which more waits would show."""
     binaries = compile_all(90, **options)
-    for name in (
-        "mhf_hopper_backward_dq_kernel",
-        "mhf_hopper_backward_dv_kernel",
-        "mhf_hopper_backward_dk_du_kernel",
-    ):
+    weights = ("dv", "dk_du") if options.get("gated", True) else ("dk_dv",)
+    names = [f"mhf_hopper_backward_{kernel}_kernel" for kernel in ("dq", *weights)]
+    others = {"mhf_backward_dv_bias_kernel"} if options.get("biased") else set()
+    assert {x for x in without_sums(binaries) if "backward" in x} == {*names, *others}
+    for name in names:
         # A few addresses may wait in local memory; an operand that did would be dozens.
         allowed = 0 if options == {} else 8
         assert binaries[name].spilled_in_loops() <= max(allowed, FEW_IN_LOOPS[90]), name
         assert binaries[name].count("HGMMA"), name
         assert binaries[name].count("UTMALDG"), name
+        assert binaries[name].count(r"WARPGROUP\.DEPBAR") <= 8, name
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])

@@ -343,6 +343,25 @@ class TestKernels:
         (grad,) = gradients.wanted
         assert relative_error(grad, expected(tensors, grad_out, "gelu")[1 + needed]) < 1e-6
 
+    @pytest.mark.parametrize(("B", "L", "G"), [(1, 149, 1), (2, 70, 2)])
+    @pytest.mark.parametrize("routed", [False, True])
+    def test_parts_of_the_down_biass_gradient(self, routed: bool, B: int, L: int, G: int) -> None:
+        """Tokens of a few sub-networks, which several programs share."""
+        from mhf_compiler.lowering.kernels import dispatch
+        from mhf_compiler.lowering.kernels.plain.backward import parts_of_bias
+
+        steps = 2 // G * -(-B * L // 16)
+        assert 1 < parts_of_bias(G * SMALL.E, steps) < steps
+        shape = SMALL._replace(B=B, L=L, H=2, G=G)
+        tensors = make(shape, absent=() if routed else ("r",))
+        grad_out = torch.randn(B, L, 2, shape.d)
+        problem = Problem(*(tensors[name] for name in NAMES), **SCALES)
+        gradients = problem.new_gradients([name == "v_bias" for name in NAMES])
+        dispatch.backward(problem, grad_out, gradients)
+        *_, exact = expected(tensors, grad_out, "silu")
+        (grad,) = gradients.wanted
+        assert relative_error(grad, exact) < 1e-6
+
     @pytest.mark.parametrize("sizes", [(0, 5), (5, 0)])
     def test_no_tokens(self, sizes: tuple[int, int]) -> None:
         tensors = make(SHAPE._replace(B=sizes[0], L=sizes[1]))

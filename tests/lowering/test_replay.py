@@ -12,7 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mhf_compiler.lowering.kernels import replay
 from mhf_compiler.lowering.kernels.compat import launch_compiled
-from mhf_compiler.lowering.kernels.hopper.backward import Parts, plan_parts
+from mhf_compiler.lowering.kernels.hopper.backward_weights import Parts, plan_parts
+from mhf_compiler.lowering.kernels.plain.backward import parts_of_bias
 from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, current_device
 
 
@@ -23,6 +24,10 @@ from mhf_compiler.lowering.kernels.replay import _arguments, _Steps, _steps, cur
         (660, 512, Parts(660, 0, 1)),
         (704, 16, Parts(704, 0, 1)),  # too few tokens to share
         (44, 512, Parts(0, 44, 3)),
+        (16, 128, Parts(0, 16, 8)),  # alone on the card: as many parts as fill it
+        (1, 512, Parts(0, 1, 16)),
+        (16, 40, Parts(0, 16, 5)),
+        (16, 15, Parts(16, 0, 1)),
     ],
 )
 def test_plan_parts(owners: int, steps: int, expected: Parts) -> None:
@@ -34,6 +39,14 @@ def test_plan_parts_covers_every_tile() -> None:
         plan = plan_parts(owners, 512, 132)
         assert plan.whole + plan.shared == owners
         assert plan.programs == plan.whole + plan.shared * plan.parts
+
+
+@pytest.mark.parametrize(
+    ("owners", "steps", "expected"),
+    [(352, 4096, 1), (16, 64, 16), (16, 1024, 32), (100, 4096, 5), (1, 8, 2), (1, 7, 1)],
+)
+def test_parts_of_the_down_biass_gradient(owners: int, steps: int, expected: int) -> None:
+    assert parts_of_bias(owners, steps) == expected
 
 
 def recorded() -> _Steps:

@@ -275,13 +275,23 @@ class TestSelection:
         assert select("dq", ON_HOPPER).family == "hopper"
 
 
-def make(dtype: torch.dtype = torch.bfloat16, tokens: int = 1024, width: int = 8) -> Problem:
+def make(
+    dtype: torch.dtype = torch.bfloat16,
+    tokens: int = 1024,
+    width: int = 8,
+    *,
+    gated: bool = True,
+) -> Problem:
     """Heads that share weights, some stored by columns; Hopper's own kernels take all of it."""
     torch.manual_seed(0)
-    weights = [torch.randn(2, 2, 16, width).to(dtype) * (2 * width) ** -0.5 for _ in range(2)]
+    scale = (2 * width) ** -0.5
+    weights: list[Any] = [torch.randn(2, 2, 16, width).to(dtype) * scale for _ in range(2)]
     down = torch.randn(2, 2, width, 16).to(dtype).transpose(2, 3) / 6
     q, r = torch.randn(1, tokens, 4, width).to(dtype), torch.rand(1, tokens, 4, 2)
-    return Problem(q, *weights, down, r)
+    if not gated:
+        weights[1] = None
+    bias = None if gated else torch.randn(2, 2, 16).to(dtype)
+    return Problem(q, *weights, down, r, k_bias=bias)
 
 
 class Kernels:
@@ -294,6 +304,7 @@ class Kernels:
         self.problems: list[Problem] = []
         for name in ("forward", "dq", "dv", "dk_du"):
             monkeypatch.setattr(dispatch, f"run_{name}", self.kernel("plain", name))
+        for name in ("forward", "dq", "dv", "dk_du", "dk_dv"):
             monkeypatch.setattr(hopper, f"run_{name}", self.kernel("hopper", name))
         for name in ("forward", "backward"):
             monkeypatch.setattr(batched, f"run_{name}", self.kernel("batched", name))
@@ -340,6 +351,7 @@ def results(problem: Problem) -> list[Tensor]:
 
 
 ORDER = ["forward", "dv", "dk_du", "dq"]
+UNGATED = ["forward", "dk_dv", "dq"]
 
 
 class TestDispatch:
@@ -379,6 +391,30 @@ class TestDispatch:
         kernels.ran.clear()
         results(make())
         assert set(kernels.ran) == {("plain" if x == name else "hopper", x) for x in ORDER}
+
+    def test_the_one_kernel_of_dk_and_dv_is_compared(self, kernels: Kernels) -> None:
+        problem = make(gated=False)
+        results(problem)
+        assert kernels.ran == [("hopper", name) for name in UNGATED for _ in range(2)]
+        kernels.ran.clear()
+        results(problem)
+        assert kernels.ran == [("hopper", name) for name in UNGATED]
+
+    def test_two_of_plain_triton_take_its_place(self, kernels: Kernels) -> None:
+        kernels.wrong.add(("hopper", "dk_dv"))
+        with pytest.warns(RuntimeWarning, match="the hopper kernel 'dk_dv' does not compute"):
+            results(make(gated=False))
+        kernels.ran.clear()
+        results(make(gated=False))
+        hoppers = {"forward", "dq"}
+        assert kernels.ran == [("hopper" if x in hoppers else "plain", x) for x in ORDER]
+
+    @pytest.mark.parametrize("name", ["k", "v", "k_bias"])
+    def test_one_of_its_gradients_alone(self, name: str, kernels: Kernels) -> None:
+        problem = make(gated=False)
+        gradients = problem.new_gradients([field == name for field in Gradients._fields])
+        dispatch.backward(problem, torch.ones_like(problem.q), gradients)
+        assert set(kernels.ran) == {("plain", "dv" if name == "v" else "dk_du")}
 
     @pytest.mark.parametrize("name", ORDER)
     @pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1024), (torch.float32, 128)])

@@ -28,7 +28,9 @@ def unjudged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     verdicts.forget()
 
 
-def step(dtype: torch.dtype, d: int, tokens: int, by_columns: bool = False) -> list[torch.Tensor]:
+def step(
+    dtype: torch.dtype, d: int, tokens: int, by_columns: bool = False, gated: bool = True
+) -> list[torch.Tensor]:
     def weight() -> torch.Tensor:
         shape = (2, 3, d, 64) if by_columns else (2, 3, 64, d)
         x = torch.randn(shape, device="cuda", dtype=dtype) * d**-0.5
@@ -36,9 +38,15 @@ def step(dtype: torch.dtype, d: int, tokens: int, by_columns: bool = False) -> l
 
     q = torch.randn(1, tokens, 4, d, device="cuda", dtype=dtype, requires_grad=True)
     r = torch.rand(1, tokens, 4, 3, device="cuda", requires_grad=True)
-    inputs = [q, weight(), weight(), weight(), r]
-    out = multi_head_ffn(*inputs)
-    return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+    inputs = [q, weight(), weight() if gated else None, weight(), r]
+    biases = {}
+    if not gated:
+        for name, size in (("k_bias", 64), ("v_bias", d)):
+            x = torch.randn(2, 3, size, device="cuda", dtype=dtype)
+            biases[name] = x.requires_grad_()
+    out = multi_head_ffn(*inputs, **biases)
+    wanted = [x for x in (*inputs, *biases.values()) if x is not None]
+    return [out, *torch.autograd.grad(out, wanted, torch.ones_like(out))]
 
 
 @pytest.mark.parametrize("by_columns", [False, True])
@@ -67,6 +75,15 @@ def test_every_kernel_is_right(
     step(dtype, d, tokens, by_columns)
     assert torch.cuda.get_rng_state().equal(drawn)
     assert sorted(tmp_path.rglob("*.json")) == files
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("d", [16, 64, 128])
+def test_the_kernels_of_networks_without_a_gate_are_right(d: int, tmp_path: Path) -> None:
+    """One fewer where the card has one kernel for dK and dV."""
+    step(torch.bfloat16, d, 2048, gated=False)
+    own = torch.cuda.get_device_capability() == (9, 0)
+    assert len(list(tmp_path.rglob("*.json"))) == (3 if own else 4)
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")

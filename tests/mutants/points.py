@@ -42,6 +42,7 @@ GRADIENTS: dict[str, tuple[str, ...] | None] = {
         "mhf_backward_dv_kernel",
         "mhf_backward_dk_du_kernel",
         "mhf_backward_dv_bias_kernel",
+        "mhf_add_bias_parts_kernel",
     ),
     "lowering/kernels/plain/sums.py": None,
     "lowering/kernels/plain/router.py": (

@@ -1,13 +1,13 @@
-"""The backward kernels for Hopper's matrix units, written in Gluon.
+"""What the backward kernels for Hopper have in common, in Gluon.
 
-The same three kernels as in `plain/backward.py`, by the same formulas, with explicit control of
-what plain Triton leaves to the compiler: a warp that only moves tiles, two warpgroups that only
-compute, and which operands of a product lie in registers.
+The same kernels as in `plain/backward.py`, by the same formulas, with explicit control of what
+plain Triton leaves to the compiler: a warp that only moves tiles, two warpgroups that only compute,
+and which operands of a product lie in registers.
 
-    mhf_hopper_backward_dq_kernel     dQ and dR: Q in registers, K, U and V tiles stream past
-    mhf_hopper_backward_dv_kernel     dV: K and U in registers, Q and dOut tiles stream past
-    mhf_hopper_backward_dk_du_kernel  dK and dU: K, U and V in shared memory, Q and dOut tiles
-                                      stream past
+    backward_query.py     mhf_hopper_backward_dq_kernel     dQ and dR
+    backward_weights.py   mhf_hopper_backward_dv_kernel     dV
+                          mhf_hopper_backward_dk_du_kernel  dK and dU
+                          mhf_hopper_backward_dk_dv_kernel  dK and dV without a gate
 
 A warpgroup's instruction multiplies 64 rows, and with both operands in shared memory it reads them
 about as fast as shared memory can give. So each warpgroup has 64 rows of its own, keeps in
@@ -15,72 +15,32 @@ registers the operand that does not change where there is room, and feeds the pr
 units straight from its registers. While one warpgroup is at its activations, the other has the
 matrix units.
 
-The weights' gradients walk all tokens, so there are few, long programs: 704 for 132 multiprocessors
-in the 1.3B shape, whose sixth wave would be a third full. The tiles of the last wave are therefore
-cut by tokens into parts (`plan_parts`), whose sums go to a small workspace in float32 and are added
-in a fixed order by `mhf_add_weight_parts_kernel`.
-
-They take gated networks without biases, of 16-bit data and heads up to 128 wide, in any layout
-that a tensor descriptor takes. Everything else goes to the plain kernels. Heads narrower than 64
-are computed as 64 columns, of which the descriptors fill the ones that are not there with zeros.
+They take networks of 16-bit data and heads up to 128 wide, in any layout that a tensor descriptor
+takes. Everything else goes to the plain kernels, and so does the gradient of V's bias. Heads
+narrower than 64 are computed as 64 columns, of which the descriptors fill the ones that are not
+there with zeros; products that sum over them stop at a power of two in the kernels of dQ and of dK
+and dV. Biases are read through pointers.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...device import multiprocessors
-from ...problem import Gradients, Problem
-from ...tiles import HopperBackwardTile, Tile
-from ..activations import activate, activate_with_slope
-from ..launch import start
-from ..loads import store_weights
-from ..operands import (
-    Operand,
-    TokenAxes,
-    router_operand,
-    token_axes,
-    token_operand,
-    weight_operand,
-)
-from .compat import async_load, async_store, reinterpret
+from ...problem import Problem
+from ...tiles import Tile, padded_width
+from ..operands import Operand
+from .compat import async_load, async_store
 
-_CONSUMERS = gl.constexpr(2)  # warpgroups that compute; one more warp moves tiles
-_ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the kernel of dQ, else hidden units
-_REGISTERS = gl.constexpr(240)  # of a consumer's thread
-_COLUMNS = 64  # the narrowest tile: what one swizzled row of shared memory holds
-_MOST_PARTS = 4
-_FEWEST_STEPS = 32  # tiles of tokens in a part: below, adding the parts costs what they save
-
-
-class Parts(NamedTuple):
-    """How the token loop of the weights' gradients is cut.
-
-    The first `whole` programs own their tiles; each later tile is shared by `parts` programs.
-    """
-
-    whole: int
-    shared: int
-    parts: int
-
-    @property
-    def programs(self) -> int:
-        return self.whole + self.shared * self.parts
+CONSUMERS = gl.constexpr(2)  # warpgroups that compute; one more warp moves tiles
+ROWS = gl.constexpr(64)  # of a consumer's tile: tokens in the kernel of dQ, else hidden units
+REGISTERS = gl.constexpr(240)  # of a consumer's thread
+COLUMNS_AT_LEAST = 64  # the narrowest tile: what one swizzled row of shared memory holds
 
 
 @dataclass(frozen=True)
@@ -94,6 +54,7 @@ class Constants:
 
     E: int  # sub-networks
     F: int  # hidden units of each
+    D: int  # width of a head
     HEADS_PER_GROUP: int
     ACTIVATION: str
     K_SCALE: float
@@ -101,9 +62,11 @@ class Constants:
     OUT_SCALE: float
     BS: int  # rows of the tiles that stream past: hidden units in the kernel of dQ, else tokens
     BD: int
+    BC: int  # columns of a head's, of which there may be fewer than in a tile
     STAGES: int
     LAYOUTS: tuple[str | None, ...]  # of the weights, in the order K, U, V: "rows" or "columns"
-    # The same by name, and of the weights' gradients.
+    # The same by name, and of the weights' gradients. None for what is not there, as U of a network
+    # without a gate.
     K: str | None = None
     U: str | None = None
     V: str | None = None
@@ -113,21 +76,27 @@ class Constants:
 
 
 @gluon.jit
-def _matrix(buffer, COLUMNS: gl.constexpr):
+def matrix(buffer, COLUMNS: gl.constexpr):
     """A tile in shared memory, [1, 1, rows, columns] as it was copied, as a matrix [rows, BD]."""
     tile = buffer.reshape([buffer.shape[2], buffer.shape[3]])
     return tile.permute((1, 0)) if COLUMNS else tile
 
 
 @gluon.jit
-def _next(stage, phase, STAGES: gl.constexpr):
+def head_columns(tile, C: gl.constexpr):
+    """A matrix [rows, BD] without the columns that a narrow head does not have: [rows, BC]."""
+    return tile.slice(0, C.BC, dim=1) if C.BC < C.BD else tile
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
     """The buffer after `stage`, and the parity of its barriers."""
     last = stage == STAGES - 1
     return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
-def _load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constexpr):
+def load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constexpr):
     """Start the copy of a tile from row `first` on; `bar` is signalled when it has arrived."""
     if COLUMNS:
         async_load(descriptor, [outer, inner, 0, first], bar, buffer)
@@ -136,9 +105,9 @@ def _load_tile(descriptor, outer, inner, first, bar, buffer, COLUMNS: gl.constex
 
 
 @gluon.jit
-def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.constexpr):
+def store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.constexpr):
     """Round `value` [rows, BD] and store it through `buffer`; waits until the copy is done."""
-    _matrix(buffer, COLUMNS).store(value.to(descriptor.dtype))
+    matrix(buffer, COLUMNS).store(value.to(descriptor.dtype))
     fence_async_shared()
     if COLUMNS:
         async_store(descriptor, [outer, inner, 0, first], buffer)
@@ -147,661 +116,17 @@ def _store_tile(descriptor, outer, inner, first, value, buffer, COLUMNS: gl.cons
     tma.store_wait(0)
 
 
-@gluon.jit
-def mhf_hopper_backward_dq_kernel(
-    Q, K, U, V, R, dOut, dQ, dR, R_strides, dR_strides,
-    B, L, C: gl.constexpr,
-):  # fmt: skip
-    """dQ and dR of 128 tokens of one head, 64 for each warpgroup."""
-    STAGES: gl.constexpr = C.STAGES
-    BD: gl.constexpr = C.BD
-    token_tiles = gl.cdiv(L, _CONSUMERS * _ROWS)
-    program = gl.program_id(0)
-    l0 = (program % token_tiles) * (_CONSUMERS * _ROWS)
-    b = program // token_tiles % B
-    h = program // token_tiles // B
-    g = h // C.HEADS_PER_GROUP
-
-    q_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS, 1, 1, _ROWS, BD], Q.layout)
-    do_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS, 1, 1, _ROWS, BD], dOut.layout)
-    k_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + U.block_shape, U.layout)
-    v_s = gl.allocate_shared_memory(Q.dtype, [STAGES] + V.block_shape, V.layout)
-    tokens_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    u_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(tokens_here, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(k_here.index(stage), count=1)
-        mbarrier.init(u_here.index(stage), count=1)
-        mbarrier.init(v_here.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=_CONSUMERS)
-
-    tiles = (q_s, do_s, k_s, u_s, v_s)
-    barriers = (tokens_here, k_here, u_here, v_here, used)
-    if R is not None:
-        R += gl.cast(b, gl.int64) * R_strides[0] + gl.cast(h, gl.int64) * R_strides[2]
-    if dR is not None:
-        dR += gl.cast(b, gl.int64) * dR_strides[0] + gl.cast(h, gl.int64) * dR_strides[2]
-    # The strides are not in another tuple: of those, Triton 3.6 forgets which are known to be 1.
-    gl.warp_specialize(
-        [
-            (_dq_consumer, (0, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
-            (_dq_consumer, (1, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L, C)),
-            (_dq_producer, (Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C)),
-        ],
-        [4, 1],
-        [_REGISTERS, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _dq_producer(Q, K, U, V, dOut, tiles, barriers, b, h, l0, g, C: gl.constexpr):
-    """Brings the token tiles once, then all tiles of K, V and U in turn."""
-    q_s, do_s, k_s, u_s, v_s = tiles
-    tokens_here, k_here, u_here, v_here, used = barriers
-    BF: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    F_TILES: gl.constexpr = (C.F + BF - 1) // BF
-    mbarrier.expect(tokens_here, 2 * _CONSUMERS * _ROWS * BD * 2)
-    for consumer in gl.static_range(_CONSUMERS):
-        _load_tile(Q, b, h, l0 + consumer * _ROWS, tokens_here, q_s.index(consumer), False)
-        _load_tile(dOut, b, h, l0 + consumer * _ROWS, tokens_here, do_s.index(consumer), False)
-    stage = 0
-    phase = 0
-    for i in range(C.E * F_TILES):
-        e = i // F_TILES
-        f0 = (i % F_TILES) * BF
-        mbarrier.wait(used.index(stage), phase ^ 1)
-        mbarrier.expect(k_here.index(stage), BF * BD * 2)
-        _load_tile(K, g, e, f0, k_here.index(stage), k_s.index(stage), C.K == "columns")
-        mbarrier.expect(v_here.index(stage), BF * BD * 2)
-        _load_tile(V, g, e, f0, v_here.index(stage), v_s.index(stage), C.V == "columns")
-        mbarrier.expect(u_here.index(stage), BF * BD * 2)
-        _load_tile(U, g, e, f0, u_here.index(stage), u_s.index(stage), C.U == "columns")
-        stage, phase = _next(stage, phase, C.STAGES)
-
-
-@gluon.jit
-def _dq_consumer(
-    consumer: gl.constexpr, tiles, barriers, R, R_strides, dQ, dR, dR_strides, b, h, l0, L,
-    C: gl.constexpr,
-):  # fmt: skip
-    """64 tokens against all hidden units: dQ in registers, dR stored once per sub-network."""
-    q_s, do_s, k_s, u_s, v_s = tiles
-    tokens_here, k_here, u_here, v_here, used = barriers
-    BF: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    ACTIVATION: gl.constexpr = C.ACTIVATION
-    F_TILES: gl.constexpr = (C.F + BF - 1) // BF
-    HIDDEN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BF, 16])
-    WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, HIDDEN, 2)
-    LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
-    DTYPE: gl.constexpr = q_s.dtype
-
-    l = l0 + consumer * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, HIDDEN))
-    inside = l < L
-    if R is not None:
-        R += l.to(gl.int64) * R_strides[1]
-    if dR is not None:
-        dR += l.to(gl.int64) * dR_strides[1]
-    nothing = gl.zeros([_ROWS, BF], gl.float32, HIDDEN)
-    dq = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
-    mbarrier.wait(tokens_here, 0)
-    q = _matrix(q_s.index(consumer), False).load(LEFT)  # [_ROWS, BD]
-    do = _matrix(do_s.index(consumer), False)
-    stage = 0
-    phase = 0
-    for e in range(C.E):
-        if R is not None:
-            r = gl.load(R + gl.cast(e, gl.int64) * R_strides[3], mask=inside, other=0.0).to(
-                gl.float32
-            )
-        dr = gl.zeros([_ROWS], gl.float32, gl.SliceLayout(1, HIDDEN))
-        for _ in range(F_TILES):
-            k = _matrix(k_s.index(stage), C.K == "columns")  # [BF, BD]
-            u = _matrix(u_s.index(stage), C.U == "columns")
-            v = _matrix(v_s.index(stage), C.V == "columns")
-            mbarrier.wait(k_here.index(stage), phase)
-            m = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(v_here.index(stage), phase)
-            da = warpgroup_mma(do, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            m = warpgroup_mma_wait(1, [m])
-            if C.K_SCALE != 1.0:
-                m *= C.K_SCALE
-            y, slope = activate_with_slope(m, ACTIVATION, True)
-            # U's product comes last: there are no registers for it before m is used up.
-            mbarrier.wait(u_here.index(stage), phase)
-            n = warpgroup_mma(q, u.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            da = warpgroup_mma_wait(1, [da])
-            dn = da * y
-            dm = da * slope
-            n = warpgroup_mma_wait(0, [n])
-            if C.U_SCALE != 1.0:
-                n *= C.U_SCALE
-            dm *= n
-            if dR is not None:
-                dr += gl.sum(dn * n, 1)
-            if dQ is not None:
-                if R is not None:
-                    dm *= r.expand_dims(1)
-                    dn *= r.expand_dims(1)
-                if C.K_SCALE != 1.0:
-                    dm *= C.K_SCALE
-                if C.U_SCALE != 1.0:
-                    dn *= C.U_SCALE
-                dm = gl.convert_layout(dm.to(DTYPE), LEFT_WIDE)
-                dn = gl.convert_layout(dn.to(DTYPE), LEFT_WIDE)
-                dq = warpgroup_mma(dm, k, dq, is_async=True)
-                dq = warpgroup_mma(dn, u, dq, is_async=True)
-                dq = warpgroup_mma_wait(0, [dq])
-            mbarrier.arrive(used.index(stage), count=1)
-            stage, phase = _next(stage, phase, C.STAGES)
-        if dR is not None:
-            dR_here = dR + gl.cast(e, gl.int64) * dR_strides[3]
-            gl.store(dR_here, (dr * C.OUT_SCALE).to(dR.dtype.element_ty), mask=inside)
-    if dQ is not None:
-        first = l0 + consumer * _ROWS
-        _store_tile(dQ, b, h, first, dq * C.OUT_SCALE, q_s.index(consumer), False)
-
-
-@gluon.jit
-def _hidden_tile(index, F_TILES: gl.constexpr):
-    """Sub-network and first hidden unit of a tile; past the last sub-network for an idle one."""
-    return index // F_TILES, (index % F_TILES) * _ROWS
-
-
-@gluon.jit
-def _first_tile(whole, parts, C: gl.constexpr):
-    """The group of a program and, among the group's tiles of 64 hidden units, the first it has."""
-    BLOCKS: gl.constexpr = (C.E * ((C.F + _ROWS - 1) // _ROWS) + _CONSUMERS - 1) // _CONSUMERS
-    program = gl.program_id(0)
-    block = gl.where(program < whole, program, whole + (program - whole) // parts)
-    return block // BLOCKS, block % BLOCKS * _CONSUMERS
-
-
-@gluon.jit
-def _steps(whole, parts, B, L, C: gl.constexpr):
-    """The range of token tiles that a program loops over: from, to."""
-    steps = C.HEADS_PER_GROUP * B * gl.cdiv(L, C.BS)
-    shared = gl.program_id(0) - whole
-    part = shared % parts
-    first = gl.where(shared < 0, 0, steps * part // parts)
-    return first, gl.where(shared < 0, steps, steps * (part + 1) // parts)
-
-
-@gluon.jit
-def mhf_hopper_backward_dv_kernel(
-    Q, K, U, R, dOut, dV, dV_parts,
-    B, L, whole, parts, C: gl.constexpr,
-):  # fmt: skip
-    """dV of 128 hidden units, 64 for each warpgroup, over all tokens of the heads that share it."""
-    STAGES: gl.constexpr = C.STAGES
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    k_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + U.block_shape, U.layout)
-    q_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], Q.layout)
-    do_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], dOut.layout)
-    if R is not None:
-        r_s = gl.allocate_shared_memory(R.dtype, [_CONSUMERS * STAGES, 1, 1, 1, BM], R.layout)
-    else:
-        r_s = q_s  # never read
-    weights_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(weights_here, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(q_here.index(stage), count=1)
-        mbarrier.init(do_here.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=_CONSUMERS)
-
-    weights = (k_s, u_s)
-    tiles = (q_s, do_s, r_s)
-    barriers = (weights_here, q_here, do_here, used)
-    tokens = (B, L, whole, parts)
-    gl.warp_specialize(
-        [
-            (_dv_consumer, (0, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
-            (_dv_consumer, (1, weights, tiles, barriers, dV, dV_parts, tokens, R is not None, C)),
-            (_token_producer, ((K, U), Q, dOut, R, weights, tiles, barriers, tokens, C)),
-        ],
-        [4, 1],
-        [_REGISTERS, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _token_producer(Weights, Q, dOut, R, weights, tiles, barriers, tokens, C: gl.constexpr):
-    """Brings the weights' tiles once, then the tokens' tiles in turn."""
-    B, L, whole, parts = tokens
-    g, index = _first_tile(whole, parts, C)
-    first, last = _steps(whole, parts, B, L, C)
-    q_s, do_s, r_s = tiles
-    weights_here, q_here, do_here, used = barriers
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    F_TILES: gl.constexpr = (C.F + _ROWS - 1) // _ROWS
-    mbarrier.expect(weights_here, len(Weights) * _CONSUMERS * _ROWS * BD * 2)
-    for which in gl.static_range(len(Weights)):
-        for consumer in gl.static_range(_CONSUMERS):
-            e, f0 = _hidden_tile(index + consumer, F_TILES)
-            buffer = weights[which].index(consumer)
-            _load_tile(
-                Weights[which], g, e, f0, weights_here, buffer, C.LAYOUTS[which] == "columns"
-            )
-    token_tiles = gl.cdiv(L, BM)
-    l0 = (first % token_tiles) * BM
-    b = first // token_tiles % B
-    h = g * C.HEADS_PER_GROUP + first // token_tiles // B
-    stage = 0
-    phase = 0
-    for _ in range(last - first):
-        mbarrier.wait(used.index(stage), phase ^ 1)
-        if R is not None:
-            r_bytes: gl.constexpr = _CONSUMERS * BM * (R.dtype.primitive_bitwidth // 8)
-            mbarrier.expect(q_here.index(stage), BM * BD * 2 + r_bytes)
-            for consumer in gl.static_range(_CONSUMERS):
-                e, f0 = _hidden_tile(index + consumer, F_TILES)
-                async_load(
-                    R, [b, h, e, l0], q_here.index(stage), r_s.index(_CONSUMERS * stage + consumer)
-                )
-        else:
-            mbarrier.expect(q_here.index(stage), BM * BD * 2)
-        _load_tile(Q, b, h, l0, q_here.index(stage), q_s.index(stage), False)
-        mbarrier.expect(do_here.index(stage), BM * BD * 2)
-        _load_tile(dOut, b, h, l0, do_here.index(stage), do_s.index(stage), False)
-        stage, phase = _next(stage, phase, C.STAGES)
-        l0 += BM
-        if l0 >= L:
-            l0 = 0
-            b += 1
-            if b == B:
-                b = 0
-                h += 1
-
-
-@gluon.jit
-def _router_row(r_s, index, BM: gl.constexpr, LAYOUT: gl.constexpr):
-    """R of a tile of tokens, the columns of a product: float32 [1, BM].
-
-    The tile may be overwritten by the copy engine after the turn without a fence, since the product
-    that ends the turn has used the value.
-    """
-    r = r_s.index(index).reshape([BM]).load(gl.SliceLayout(0, LAYOUT))
-    return r.to(gl.float32).expand_dims(0)
-
-
-@gluon.jit
-def _finish(
-    dW, dW_parts, whole, parts, consumer: gl.constexpr, acc, scale: gl.constexpr, buffer,
-    C: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Store a weight's gradient [64, BD], or one part of it as it is."""
-    BD: gl.constexpr = C.BD
-    part = gl.program_id(0) - whole
-    if part >= 0:
-        row = gl.arange(0, _ROWS, layout=gl.SliceLayout(1, LAYOUT)).expand_dims(1)
-        column = gl.arange(0, BD, layout=gl.SliceLayout(0, LAYOUT)).expand_dims(0)
-        gl.store(dW_parts + (_CONSUMERS * part + consumer) * (_ROWS * BD) + row * BD + column, acc)
-    else:
-        g, index = _first_tile(whole, parts, C)
-        e, f0 = _hidden_tile(index + consumer, (C.F + _ROWS - 1) // _ROWS)
-        _store_tile(dW, g, e, f0, acc * scale, buffer, COLUMNS)
-
-
-@gluon.jit
-def _dv_consumer(
-    consumer: gl.constexpr, weights, tiles, barriers, dV, dV_parts, tokens,
-    ROUTED: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """64 hidden units against the tokens: dV stays in registers, as do K and U."""
-    k_s, u_s = weights
-    q_s, do_s, r_s = tiles
-    weights_here, q_here, do_here, used = barriers
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    ACTIVATION: gl.constexpr = C.ACTIVATION
-    TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, TOKENS, 2)
-    LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
-    DTYPE: gl.constexpr = q_s.dtype
-
-    nothing = gl.zeros([_ROWS, BM], gl.float32, TOKENS)
-    dv = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
-    mbarrier.wait(weights_here, 0)
-    k = _matrix(k_s.index(consumer), C.K == "columns").load(LEFT)  # [64, BD]
-    u = _matrix(u_s.index(consumer), C.U == "columns").load(LEFT)
-    B, L, whole, parts = tokens
-    first, last = _steps(whole, parts, B, L, C)
-    stage = 0
-    phase = 0
-    for _ in range(last - first):
-        q = _matrix(q_s.index(stage), False)  # [BM, BD]
-        do = _matrix(do_s.index(stage), False)
-        mbarrier.wait(q_here.index(stage), phase)
-        m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        m = warpgroup_mma_wait(1, [m])
-        if C.K_SCALE != 1.0:
-            m *= C.K_SCALE
-        a = activate(m, ACTIVATION, True)
-        if ROUTED:
-            a *= _router_row(r_s, _CONSUMERS * stage + consumer, BM, TOKENS)
-        n = warpgroup_mma_wait(0, [n])
-        if C.U_SCALE != 1.0:
-            n *= C.U_SCALE
-        a = gl.convert_layout((a * n).to(DTYPE), LEFT_WIDE)
-        mbarrier.wait(do_here.index(stage), phase)
-        dv = warpgroup_mma(a, do, dv, is_async=True)
-        dv = warpgroup_mma_wait(0, [dv])
-        mbarrier.arrive(used.index(stage), count=1)
-        stage, phase = _next(stage, phase, C.STAGES)
-    _finish(
-        dV, dV_parts, whole, parts, consumer, dv, C.OUT_SCALE,
-        reinterpret(k_s.index(consumer), DTYPE, dV.block_shape, dV.layout),
-        C, C.dV == "columns", WIDTH,
-    )  # fmt: skip
-
-
-@gluon.jit
-def mhf_hopper_backward_dk_du_kernel(
-    Q, K, U, V, R, dOut, dK, dU, dK_parts, dU_parts,
-    B, L, whole, parts, C: gl.constexpr,
-):  # fmt: skip
-    """dK and dU of 128 hidden units, 64 for each warpgroup, over all tokens of their heads."""
-    STAGES: gl.constexpr = C.STAGES
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    k_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + K.block_shape, K.layout)
-    u_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + U.block_shape, U.layout)
-    v_s = gl.allocate_shared_memory(Q.dtype, [_CONSUMERS] + V.block_shape, V.layout)
-    q_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], Q.layout)
-    do_s = gl.allocate_shared_memory(Q.dtype, [STAGES, 1, 1, BM, BD], dOut.layout)
-    if R is not None:
-        r_s = gl.allocate_shared_memory(R.dtype, [_CONSUMERS * STAGES, 1, 1, 1, BM], R.layout)
-    else:
-        r_s = q_s  # never read
-    weights_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    do_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    used = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(weights_here, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(q_here.index(stage), count=1)
-        mbarrier.init(do_here.index(stage), count=1)
-        mbarrier.init(used.index(stage), count=_CONSUMERS)
-
-    weights = (k_s, u_s, v_s)
-    tiles = (q_s, do_s, r_s)
-    barriers = (weights_here, q_here, do_here, used)
-    gradients = (dK, dU, dK_parts, dU_parts)
-    tokens = (B, L, whole, parts)
-    gl.warp_specialize(
-        [
-            (_dk_du_consumer, (0, weights, tiles, barriers, gradients, tokens, R is not None, C)),
-            (_dk_du_consumer, (1, weights, tiles, barriers, gradients, tokens, R is not None, C)),
-            (_token_producer, ((K, U, V), Q, dOut, R, weights, tiles, barriers, tokens, C)),
-        ],
-        [4, 1],
-        [_REGISTERS, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _dk_du_consumer(
-    consumer: gl.constexpr, weights, tiles, barriers, gradients, tokens,
-    ROUTED: gl.constexpr, C: gl.constexpr,
-):  # fmt: skip
-    """64 hidden units against the tokens: dK and dU stay in registers."""
-    k_s, u_s, v_s = weights
-    q_s, do_s, r_s = tiles
-    weights_here, q_here, do_here, used = barriers
-    dK, dU, dK_parts, dU_parts = gradients
-    BM: gl.constexpr = C.BS
-    BD: gl.constexpr = C.BD
-    ACTIVATION: gl.constexpr = C.ACTIVATION
-    TOKENS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    WIDTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    LEFT_WIDE: gl.constexpr = gl.DotOperandLayout(0, WIDTH, 2)
-    DTYPE: gl.constexpr = q_s.dtype
-
-    nothing = gl.zeros([_ROWS, BM], gl.float32, TOKENS)
-    dk = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
-    du = gl.zeros([_ROWS, BD], gl.float32, WIDTH)
-    mbarrier.wait(weights_here, 0)
-    k = _matrix(k_s.index(consumer), C.K == "columns")  # [64, BD]
-    u = _matrix(u_s.index(consumer), C.U == "columns")
-    v = _matrix(v_s.index(consumer), C.V == "columns")
-    B, L, whole, parts = tokens
-    first, last = _steps(whole, parts, B, L, C)
-    stage = 0
-    phase = 0
-    for _ in range(last - first):
-        q = _matrix(q_s.index(stage), False)  # [BM, BD]
-        do = _matrix(do_s.index(stage), False)
-        mbarrier.wait(q_here.index(stage), phase)
-        m = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(do_here.index(stage), phase)
-        da = warpgroup_mma(v, do.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        m, da = warpgroup_mma_wait(0, [m, da])
-        if C.K_SCALE != 1.0:
-            m *= C.K_SCALE
-        if ROUTED:
-            da *= _router_row(r_s, _CONSUMERS * stage + consumer, BM, TOKENS)
-        y, slope = activate_with_slope(m, ACTIVATION, True)
-        dn = gl.convert_layout((da * y).to(DTYPE), LEFT_WIDE)
-        dm = da * slope
-        # U's product takes the registers that m and da have left: issued earlier, it would spill.
-        # The product for dU keeps the matrix units busy while dm waits for it.
-        n = warpgroup_mma(u, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        du = warpgroup_mma(dn, q, du, is_async=True)
-        n = warpgroup_mma_wait(1, [n])
-        if C.U_SCALE != 1.0:
-            n *= C.U_SCALE
-        dm = gl.convert_layout((dm * n).to(DTYPE), LEFT_WIDE)
-        dk = warpgroup_mma(dm, q, dk, is_async=True)
-        du, dk = warpgroup_mma_wait(0, [du, dk])
-        mbarrier.arrive(used.index(stage), count=1)
-        stage, phase = _next(stage, phase, C.STAGES)
-    _finish(
-        dK, dK_parts, whole, parts, consumer, dk, C.K_SCALE * C.OUT_SCALE,
-        reinterpret(k_s.index(consumer), DTYPE, dK.block_shape, dK.layout),
-        C, C.dK == "columns", WIDTH,
-    )  # fmt: skip
-    _finish(
-        dU, dU_parts, whole, parts, consumer, du, C.U_SCALE * C.OUT_SCALE,
-        reinterpret(u_s.index(consumer), DTYPE, dU.block_shape, dU.layout),
-        C, C.dU == "columns", WIDTH,
-    )  # fmt: skip
-
-
-@triton.jit
-def mhf_add_weight_parts_kernel(
-    dW, dW_parts, dW_strides, first, parts,
-    E: tl.constexpr, F: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
-    dW_layout: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Add the parts of one warpgroup's tile, in their order; `first` is the first shared block."""
-    F_TILES: tl.constexpr = (F + BF - 1) // BF
-    BLOCKS: tl.constexpr = (E * F_TILES + _CONSUMERS - 1) // _CONSUMERS
-    block = tl.program_id(0) // _CONSUMERS
-    consumer = tl.program_id(0) % _CONSUMERS
-    offsets = tl.arange(0, BF)[:, None] * BD + tl.arange(0, BD)[None, :]
-    acc = tl.zeros((BF, BD), tl.float32)
-    for part in range(parts):
-        tile = (block * parts + part) * _CONSUMERS + consumer
-        acc += tl.load(dW_parts + tile * (BF * BD) + offsets)
-    index = (first + block) % BLOCKS * _CONSUMERS + consumer
-    e = index // F_TILES
-    f0 = (index % F_TILES) * BF
-    if e < E:
-        g = (first + block) // BLOCKS
-        store_weights(dW, acc * SCALE, dW_strides, g, e, f0, F, D, BF, BD, dW_layout)
-
-
-def run_dq(
-    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
-) -> bool:
-    """Fill dQ (B, L, H, d) and dR (B, L, H, E); False where a tensor's layout rules it out."""
-    dq, dr = gradients.q, gradients.r
-    axes = token_axes(problem.q, problem.r, grad_out, dq, dr)
-    heads = problem.q.shape[2]
-    tile = Tile(_ROWS.value, blocks.hidden, 4, blocks.stages, True, columns=_COLUMNS)
-    operands = {
-        "Q": token_operand(problem.q, axes, tile),
-        "K": weight_operand(problem.k, tile),
-        "U": weight_operand(problem.u, tile),
-        "V": weight_operand(problem.v, tile),
-        "dOut": token_operand(grad_out, axes, tile),
-    }
-    if dq is not None:
-        operands["dQ"] = token_operand(dq, axes, tile)
-    arguments = _arguments(operands)
-    if arguments is None:
-        return False
-    arguments.setdefault("dQ", None)
-    for name, x in (("R", problem.r), ("dR", dr)):
-        # Through pointers: each row of a product needs one value, and each thread has two rows.
-        arguments[name] = x
-        arguments[f"{name}_strides"] = None if x is None else axes.strides(x)
-    arguments |= {"B": axes.batch, "L": axes.length}
-    arguments["C"] = _constants(problem, tile, blocks.hidden, operands)
-    programs = triton.cdiv(axes.length, _CONSUMERS.value * _ROWS.value) * axes.batch * heads
-    start(mhf_hopper_backward_dq_kernel, programs, tile, grad_out.device, arguments)
-    return True
-
-
-def run_dv(
-    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
-) -> bool:
-    """Fill dV (G, E, f, d); False where a tensor's layout rules it out."""
-    dv = gradients.v
-    assert dv is not None
-    axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.tokens, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
-    operands = {
-        "Q": token_operand(problem.q, axes, tile),
-        "K": weight_operand(problem.k, tile),
-        "U": weight_operand(problem.u, tile),
-        "R": router_operand(problem.r, axes, tile),
-        "dOut": token_operand(grad_out, axes, tile),
-        "dV": weight_operand(dv, tile),
-    }
-    arguments = _arguments(operands)
-    if arguments is None:
-        return False
-    arguments |= {"B": axes.batch, "L": axes.length}
-    arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
-    sums = {"dV": (dv, 1.0)}
-    _sum_over_tokens(mhf_hopper_backward_dv_kernel, problem, axes, blocks, tile, arguments, sums)
-    return True
-
-
-def run_dk_du(
-    problem: Problem, grad_out: Tensor, gradients: Gradients, blocks: HopperBackwardTile
-) -> bool:
-    """Fill dK and dU (G, E, f, d); False where a layout, or one of them missing, rules it out."""
-    dk, du = gradients.k, gradients.u
-    if dk is None or du is None:
-        return False
-    axes = token_axes(problem.q, problem.r, grad_out)
-    tile = Tile(blocks.tokens, _ROWS.value, 4, blocks.stages, True, columns=_COLUMNS)
-    operands = {
-        "Q": token_operand(problem.q, axes, tile),
-        "K": weight_operand(problem.k, tile),
-        "U": weight_operand(problem.u, tile),
-        "V": weight_operand(problem.v, tile),
-        "R": router_operand(problem.r, axes, tile),
-        "dOut": token_operand(grad_out, axes, tile),
-        "dK": weight_operand(dk, tile),
-        "dU": weight_operand(du, tile),
-    }
-    arguments = _arguments(operands)
-    if arguments is None:
-        return False
-    arguments |= {"B": axes.batch, "L": axes.length}
-    arguments["C"] = _constants(problem, tile, blocks.tokens, operands)
-    sums = {"dK": (dk, problem.k_scale), "dU": (du, problem.u_scale)}
-    _sum_over_tokens(mhf_hopper_backward_dk_du_kernel, problem, axes, blocks, tile, arguments, sums)
-    return True
-
-
-def plan_parts(owners: int, steps: int, units: int) -> Parts:
-    """Cut the tiles of the last wave of `owners` programs on `units` multiprocessors.
-
-    The fewest parts that shorten it most; each keeps enough steps to be worth its start.
-    """
-    whole, shared = owners // units * units, owners % units
-    if shared == 0:
-        return Parts(owners, 0, 1)
-    best = Parts(owners, 0, 1)
-    shortest = 1.0  # the last wave, in times of a whole tile
-    for parts in range(2, min(_MOST_PARTS, steps // _FEWEST_STEPS) + 1):
-        length = -(-shared * parts // units) / parts
-        if length < shortest:
-            best, shortest = Parts(whole, shared, parts), length
-    return best
-
-
-def _sum_over_tokens(
-    kernel: Any,
-    problem: Problem,
-    axes: TokenAxes,
-    blocks: HopperBackwardTile,
-    tile: Tile,
-    arguments: dict[str, Any],
-    gradients: dict[str, tuple[Tensor, float]],
-) -> None:
-    """Launch a kernel of weights' gradients, and add its partial sums."""
-    groups, sub_networks, hidden, head_dim = problem.k.shape
-    owners = triton.cdiv(sub_networks * triton.cdiv(hidden, _ROWS.value), _CONSUMERS.value) * groups
-    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, blocks.tokens)
-    plan = plan_parts(owners, steps, multiprocessors(problem.q.device))
-    arguments["whole"], arguments["parts"] = plan.whole, plan.parts
-    shape = (plan.shared * plan.parts * _CONSUMERS.value, _ROWS.value, tile.padded_width(head_dim))
-    workspaces = {
-        name: problem.q.new_empty(shape if plan.shared else 1, dtype=torch.float32)
-        for name in gradients
-    }
-    arguments |= {f"{name}_parts": workspace for name, workspace in workspaces.items()}
-    device = problem.q.device
-    start(kernel, plan.programs, tile, device, arguments)
-    if not plan.shared:
-        return
-    for name, (gradient, scale) in gradients.items():
-        target = weight_operand(gradient, tile)
-        sums = {
-            "dW": target.argument,
-            "dW_parts": workspaces[name],
-            "dW_strides": target.strides,
-            "dW_layout": target.layout,
-            "first": plan.whole,
-            "parts": plan.parts,
-            "E": sub_networks,
-            "F": hidden,
-            "D": head_dim,
-            "SCALE": scale * problem.out_scale,
-            "BF": _ROWS.value,
-            "BD": tile.padded_width(head_dim),
-        }
-        start(mhf_add_weight_parts_kernel, plan.shared * _CONSUMERS.value, tile, device, sums)
-
-
-def _constants(
+def constants(
     problem: Problem, tile: Tile, streamed: int, operands: dict[str, Operand]
 ) -> Constants:
     groups, sub_networks, hidden, head_dim = problem.k.shape
     weights = ("K", "U", "V", "dK", "dU", "dV")
-    layouts = {name: operands[name].layout for name in weights if name in operands}
+    present = {name: x for name, x in operands.items() if x.argument is not None}
+    layouts = {name: present[name].layout for name in weights if name in present}
     return Constants(
         E=sub_networks,
         F=hidden,
+        D=head_dim,
         HEADS_PER_GROUP=problem.q.shape[2] // groups,
         ACTIVATION=problem.activation,
         K_SCALE=problem.k_scale,
@@ -809,13 +134,14 @@ def _constants(
         OUT_SCALE=problem.out_scale,
         BS=streamed,
         BD=tile.padded_width(head_dim),
+        BC=padded_width(head_dim),
         STAGES=tile.stages,
         LAYOUTS=tuple(layout for name, layout in layouts.items() if len(name) == 1),
         **layouts,
     )
 
 
-def _arguments(operands: dict[str, Operand]) -> dict[str, Any] | None:
+def gluon_arguments(operands: dict[str, Operand]) -> dict[str, Any] | None:
     """The operands as Gluon takes them; None if one has no tiles."""
     arguments: dict[str, Any] = {}
     for name, operand in operands.items():
@@ -829,6 +155,14 @@ def _arguments(operands: dict[str, Operand]) -> dict[str, Any] | None:
             x.block_shape,
             _shared_layout(tuple(x.block_shape), x.base.dtype.itemsize),
         )
+    return arguments
+
+
+def bias_arguments(**biases: Tensor | None) -> dict[str, Any]:
+    """Biases and their gradients, (G, E, f) or (G, E, d), through pointers."""
+    arguments: dict[str, Any] = dict(biases)
+    for name, x in biases.items():
+        arguments[f"{name}_strides"] = None if x is None else x.stride()
     return arguments
 
 

@@ -504,7 +504,8 @@ def _project(q, ku_ring, full, slot, lap, start, dtype: gl.constexpr, C: gl.cons
         BY_ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
         ring = reinterpret(ku_ring, dtype, [C.STAGES * BLOCKS, ROWS, 64], BY_ROWS)
     else:  # of each block of 64 rows, K's columns and then U's
-        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(C.BF * 2, 16, 2)
+        SWIZZLE: gl.constexpr = min(C.BF * 2, 128)
+        BY_COLUMNS: gl.constexpr = gl.NVMMASharedLayout(SWIZZLE, 16, 2)
         ring = reinterpret(ku_ring, dtype, [C.STAGES * BLOCKS, 64, ROWS], BY_COLUMNS)
     mbarrier.wait(full.index(slot), lap)
     mn = start

@@ -16,12 +16,13 @@ gradient has one owner, which adds in a fixed order: no atomics, the same bits e
 Padding needs no mask: dOut is zero beyond L and V beyond F, so da is zero in both.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...problem import Gradients, Problem
-from ...tiles import Tile, padded_width
+from ...tiles import ENOUGH_PROGRAMS, Tile, padded_width
 from ..activations import activate, activate_with_slope
 from ..launch import launch, parameters, sums_lie_apart
 from ..loads import (
@@ -35,6 +36,7 @@ from ..loads import (
     store_weights,
 )
 from ..operands import (
+    Operand,
     bias_operand,
     router_gradient,
     router_operand,
@@ -47,6 +49,10 @@ from .sums import add_product, no_carry
 # Two accumulators of wider heads do not fit Hopper's registers: at width 256, seven products
 # without spills took 6.5 ms where five with spills took 9.0 (H200).
 _WIDEST_PAIR = 128
+
+# Of programs that share a sum over tokens, and the tiles that each of them reads.
+_MOST_PARTS = 32
+_FEWEST_STEPS = 4
 
 _UNUSED_BY_DOWN_BIAS = (
     "F", "ACTIVATION", "K_SCALE", "U_SCALE", "APPROXIMATE", "PRECISION", "COMPENSATED", "BF",
@@ -139,17 +145,40 @@ def run_dv_bias(problem: Problem, grad_out: Tensor, gradients: Gradients, tile: 
     """Fill the gradient of V's bias (G, E, d)."""
     axes = token_axes(problem.r, grad_out)
     groups, sub_networks = problem.k.shape[:2]
+    owners = groups * sub_networks
+    steps = problem.q.shape[2] // groups * axes.batch * triton.cdiv(axes.length, tile.tokens)
+    parts = parts_of_bias(owners, steps)
+    width = padded_width(problem.q.shape[3])
+    partial = None
+    if parts > 1:
+        partial = grad_out.new_empty((owners, parts, width), dtype=torch.float32)
     operands = {
         "R": router_operand(problem.r, axes, tile),
         "dOut": token_operand(grad_out, axes, tile),
         "dV_bias": bias_operand(gradients.v_bias),
+        "Part": Operand(partial, None, None),
     }
     scalars = parameters(problem, axes, tile)
     for name in _UNUSED_BY_DOWN_BIAS:
         del scalars[name]
-    launch(
-        mhf_backward_dv_bias_kernel, groups * sub_networks, tile, grad_out.device, operands, scalars
-    )
+    scalars["parts"] = parts
+    device = grad_out.device
+    launch(mhf_backward_dv_bias_kernel, owners * parts, tile, device, operands, scalars)
+    if partial is not None:
+        added = {name: operands[name] for name in ("dV_bias", "Part")}
+        scalars = {name: scalars[name] for name in ("parts", "E", "D", "OUT_SCALE", "BD")}
+        launch(mhf_add_bias_parts_kernel, owners, tile, device, added, scalars)
+
+
+def parts_of_bias(owners: int, steps: int) -> int:
+    """How many programs share the tokens of one sub-network's gradient of V's bias.
+
+    A program reads and adds: a card takes several at a time to be busy. One that reads less than
+    some tiles costs more than it saves.
+    """
+    if owners >= ENOUGH_PROGRAMS:
+        return 1
+    return max(1, min(4 * ENOUGH_PROGRAMS // owners, steps // _FEWEST_STEPS, _MOST_PARTS))
 
 
 @triton.jit
@@ -384,22 +413,45 @@ def mhf_backward_dk_du_kernel(
 
 @triton.jit
 def mhf_backward_dv_bias_kernel(
-    R, dOut, dV_bias, R_strides, dOut_strides, dV_bias_strides,
-    B, L,
+    R, dOut, dV_bias, Part, R_strides, dOut_strides, dV_bias_strides, Part_strides,
+    B, L, parts,
     E: tl.constexpr, D: tl.constexpr, HEADS_PER_GROUP: tl.constexpr, OUT_SCALE: tl.constexpr,
     R_layout: tl.constexpr, dOut_layout: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dV_bias of one sub-network: dOut summed over its tokens, weighted by R."""
-    e = tl.program_id(0) % E
-    g = tl.program_id(0) // E
+    """dV_bias of one sub-network: dOut summed over its tokens, weighted by R; or one part of it."""
+    owner = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    e = owner % E
+    g = owner // E
     acc = tl.zeros((BM, BD), tl.float32)
-    for sequence in tl.range(0, HEADS_PER_GROUP * B):
+    token_tiles = tl.cdiv(L, BM)
+    steps = HEADS_PER_GROUP * B * token_tiles
+    for step in tl.range(steps * part // parts, steps * (part + 1) // parts):
+        sequence = step // token_tiles
         h = g * HEADS_PER_GROUP + sequence // B
         b = sequence % B
-        for l0 in tl.range(0, L, BM):
-            do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout).to(tl.float32)
-            if R is not None:
-                do *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
-            acc += do
-    store_bias(dV_bias, tl.sum(acc, 0) * OUT_SCALE, dV_bias_strides, g, e, 0, D, BD)
+        l0 = step % token_tiles * BM
+        do = load_tokens(dOut, dOut_strides, b, l0, h, L, D, BM, BD, dOut_layout).to(tl.float32)
+        if R is not None:
+            do *= load_router(R, R_strides, b, l0, h, e, L, BM, R_layout)[:, None]
+        acc += do
+    total = tl.sum(acc, 0)
+    if Part is not None:
+        tl.store(Part + tl.program_id(0) * BD + tl.arange(0, BD), total)
+    else:
+        store_bias(dV_bias, total * OUT_SCALE, dV_bias_strides, g, e, 0, D, BD)
+
+
+@triton.jit
+def mhf_add_bias_parts_kernel(
+    dV_bias, Part, dV_bias_strides, Part_strides,
+    parts, E: tl.constexpr, D: tl.constexpr, OUT_SCALE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of one sub-network's gradient of V's bias, in their order."""
+    e = tl.program_id(0) % E
+    g = tl.program_id(0) // E
+    acc = tl.zeros((BD,), tl.float32)
+    for part in tl.range(0, parts, loop_unroll_factor=4):
+        acc += tl.load(Part + (tl.program_id(0) * parts + part) * BD + tl.arange(0, BD))
+    store_bias(dV_bias, acc * OUT_SCALE, dV_bias_strides, g, e, 0, D, BD)

@@ -21,6 +21,7 @@ from ..operands import token_axes, tokens_innermost
 from ..plain.backward import run_dk_du, run_dq, run_dv
 from ..plain.forward import run_forward
 from ..replay import recorded
+from ..verdicts import FILLS
 from . import store
 from .store import TuningKey
 
@@ -151,6 +152,10 @@ def plain_runs(
     if problem.r is not None:  # as `backward` has it
         merged = token_axes(problem.q, grad_out).merged
         problem = problem._replace(r=tokens_innermost(problem.r, merged))
+    if {"dv", "dk_du"} <= set(kernels):  # the card's family may have one kernel in their place
+        gradients = problem.new_gradients([name in FILLS["dk_dv"] for name in Gradients._fields])
+        if specialised_backward("dk_dv", problem, grad_out, gradients):
+            kernels = [kernel for kernel in kernels if kernel not in ("dv", "dk_du")]
     for kernel in kernels:
         if kernel in _BACKWARD:
             launch, names = _BACKWARD[kernel]
