@@ -286,11 +286,10 @@ _HOPPER_BACKWARD_TOKENS = 1024  # fewer leave most of a card idle anyway
 # From how many tokens on PyTorch's products are faster than plain Triton's kernels.
 _BATCHED_FLOAT32_TOKENS = 256
 _BATCHED_BACKWARD_TOKENS = 1024  # of 16 bits and the widest heads that plain Triton takes
-_BATCHED_ELEMENTS = 4096  # of a tile: 16 to a thread; half of it with a gate, for the registers
+_BATCHED_ELEMENTS = 4096  # of a tile, for 128 threads; half of it with a gate, for the registers
 
-# The hidden units of a chunk, in bytes: those that a large card's L2 keeps from product to product,
-# and those that are never exceeded but by the fewest rows.
-CACHED_BYTES = 32 * 2**20
+# The hidden units of a chunk, in bytes, which only the fewest rows may exceed. Smaller chunks would
+# stay in a large card's L2, but leave products too small for it, and launches that the host is late with.
 MOST_BYTES = 128 * 2**20
 _FEWEST_ROWS = 128
 
@@ -452,16 +451,18 @@ def _hopper_backward(kernel: Kernel, sizes: Sizes) -> HopperBackwardTile | None:
 
 
 def _batched_forward(sizes: Sizes) -> BatchedTile | None:
-    if sizes.head_dim <= WIDEST_TILE and not _multiplies_slowly(sizes):
-        return None
-    return _batched_tile(sizes)
+    return _batched_tile(sizes, 256) if _multiplied_by_the_library(sizes) else None
 
 
 def _batched_backward(sizes: Sizes) -> BatchedTile | None:
     wide = padded_width(sizes.head_dim) == WIDEST_TILE and not sizes.interpreted
-    if wide and sizes.tokens >= _BATCHED_BACKWARD_TOKENS:
-        return _batched_tile(sizes)
-    return _batched_forward(sizes)
+    if wide and sizes.tokens >= _BATCHED_BACKWARD_TOKENS or _multiplied_by_the_library(sizes):
+        return _batched_tile(sizes, 128)  # whose rows are summed for the gradients of biases
+    return None
+
+
+def _multiplied_by_the_library(sizes: Sizes) -> bool:
+    return sizes.head_dim > WIDEST_TILE or _multiplies_slowly(sizes)
 
 
 def _multiplies_slowly(sizes: Sizes) -> bool:
@@ -473,17 +474,16 @@ def _multiplies_slowly(sizes: Sizes) -> bool:
     return sizes.dtype == torch.float32 and many and not sizes.interpreted
 
 
-def _batched_tile(sizes: Sizes) -> BatchedTile:
-    hidden = _shrink(256, sizes.hidden)
+def _batched_tile(sizes: Sizes, widest: int) -> BatchedTile:
+    hidden = _shrink(widest, sizes.hidden)
     return BatchedTile(_BATCHED_ELEMENTS // (1 + sizes.gated) // hidden, hidden)
 
 
 def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
     """What the products of a pass compute at a time.
 
-    As many groups of heads as keep their hidden units in the L2, or as fill the card: the products
-    that sum over hidden units, or over tokens, have few tiles. A group whose hidden units would
-    take more than `MOST_BYTES` is cut along its rows.
+    As many groups of heads as have `MOST_BYTES` of hidden units. A group that would have more is cut
+    along its rows.
     """
     rows = sizes.tokens * (sizes.heads // sizes.groups)
     units = sizes.sub_networks * sizes.hidden
@@ -493,10 +493,7 @@ def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
         most = MOST_BYTES // row // _FEWEST_ROWS * _FEWEST_ROWS
         rows = min(rows, max(_FEWEST_ROWS, most))
         return Chunk(1, rows, rows * row)
-    group = max(1, rows * row)
-    results = rows if kernel == "forward" else min(rows, units)
-    filling = -(-ENOUGH_PROGRAMS * 128 * 128 // max(1, results * sizes.head_dim))
-    groups = max(1, CACHED_BYTES // group, min(filling, MOST_BYTES // group))
+    groups = MOST_BYTES // max(1, rows * row)
     rounds = -(-sizes.groups // min(groups, sizes.groups))
     groups = -(-sizes.groups // rounds)
     return Chunk(groups, rows, groups * rows * row)

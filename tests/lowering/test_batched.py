@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 from mhf_compiler.lowering import tiles
 from mhf_compiler.lowering.kernels.batched.views import Rows, Units, units_of
 from mhf_compiler.lowering.tiles import (
-    CACHED_BYTES,
     MOST_BYTES,
     Kernel,
     Sizes,
@@ -89,26 +88,17 @@ def test_nothing_of_theirs_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuned(True, head_dim=64) == ["forward", "dq", "dv", "dk_du"]
 
 
-def test_a_chunk_stays_in_the_cache() -> None:
-    """Its hidden units do: 8 MiB of a head in the forward pass, and twice that in the backward."""
-    assert batched_chunk("forward", SIZES) == (4, 2048, 4 * 2**23)
-    assert batched_chunk("backward", SIZES) == (2, 2048, 2 * 2**24)
-    assert batched_chunk("backward", SIZES._replace(gated=True))[:2] == (2, 2048)
+def test_what_a_chunk_has() -> None:
+    """As many heads as fit: 8 MiB of each in the forward pass, and twice that in the backward."""
+    assert batched_chunk("forward", SIZES) == (16, 2048, 16 * 2**23)
+    assert batched_chunk("backward", SIZES) == (8, 2048, 8 * 2**24)
+    assert batched_chunk("backward", SIZES._replace(gated=True))[:2] == (5, 2048)
     assert batched_chunk("forward", SIZES._replace(tokens=1))[:2] == (32, 1)
 
 
 def test_chunks_are_of_equal_size() -> None:
-    chunk = batched_chunk("forward", SIZES._replace(heads=6, groups=6))
-    assert chunk.groups == 3  # and 3, not 4 and 2
-
-
-def test_a_chunk_fills_the_card() -> None:
-    """A product over hidden units has one tile for each 128 x 128 of its result."""
-    narrow = SIZES._replace(head_dim=64, hidden=4096, dtype=torch.float32, tokens=1024)
-    chunk = batched_chunk("forward", narrow)
-    assert chunk.kept > CACHED_BYTES
-    rounds = -(-32 // chunk.groups)
-    assert chunk.groups * 1024 * 64 >= 128 * 128 * 128 or chunk.kept > MOST_BYTES * (1 - 1 / rounds)
+    chunk = batched_chunk("forward", SIZES._replace(heads=18, groups=18))
+    assert chunk.groups == 9  # and 9, not 16 and 2
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

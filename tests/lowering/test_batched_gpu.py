@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import problems
+from support import families, problems
 from support.problems import BIASES, NAMES, Shape, Tensors, present, spelled, step, stored_as
 from torch import Tensor
 
@@ -86,12 +86,10 @@ def settings() -> Iterator[None]:
 @pytest.fixture(params=["groups", "rows"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One group of heads after the other, or a group's rows in pieces."""
-    from mhf_compiler.lowering import tiles
-
-    monkeypatch.setattr(tiles, "CACHED_BYTES", 1)
-    monkeypatch.setattr(tiles, "ENOUGH_PROGRAMS", 0)
-    if request.param == "rows":
-        monkeypatch.setattr(tiles, "MOST_BYTES", 1)
+    if request.param == "groups":
+        families.cut_into_groups(monkeypatch)
+    else:
+        families.cut_into_rows(monkeypatch)
     return request.param
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from support import problems
+from support import families, problems
 from support.problems import (
     BIASES,
     NAMES,
@@ -391,14 +391,10 @@ class TestBatchedProducts:
     @pytest.fixture(params=["at once", "groups", "rows"])
     def cut(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         """All groups of heads at once, one after the other, or their rows in pieces."""
-        from mhf_compiler.lowering import tiles
-
-        if request.param != "at once":
-            monkeypatch.setattr(tiles, "CACHED_BYTES", 1)
-            monkeypatch.setattr(tiles, "ENOUGH_PROGRAMS", 0)
+        if request.param == "groups":
+            families.cut_into_groups(monkeypatch)
         if request.param == "rows":
-            monkeypatch.setattr(tiles, "MOST_BYTES", 1)
-            monkeypatch.setattr(tiles, "_FEWEST_ROWS", 32)
+            families.cut_into_rows(monkeypatch, fewest=32)
         return request.param
 
     @pytest.mark.parametrize("absent", ABSENT, ids=str)
