@@ -288,8 +288,8 @@ _BATCHED_FLOAT32_TOKENS = 256
 _BATCHED_BACKWARD_TOKENS = 1024  # of 16 bits and the widest heads that plain Triton takes
 _BATCHED_ELEMENTS = 4096  # of a tile, for 128 threads; half of it with a gate, for the registers
 
-# The hidden units of a chunk, in bytes, which only the fewest rows may exceed. Smaller chunks would
-# stay in a large card's L2, but leave products too small for it, and launches that the host is late with.
+# The hidden units of a chunk, in bytes, which only the fewest rows may exceed. Smaller chunks stay in
+# a large card's L2, but their products are too small for it, and the host too slow to launch them.
 MOST_BYTES = 128 * 2**20
 _FEWEST_ROWS = 128
 
@@ -456,7 +456,8 @@ def _batched_forward(sizes: Sizes) -> BatchedTile | None:
 
 def _batched_backward(sizes: Sizes) -> BatchedTile | None:
     wide = padded_width(sizes.head_dim) == WIDEST_TILE and not sizes.interpreted
-    if wide and sizes.tokens >= _BATCHED_BACKWARD_TOKENS or _multiplied_by_the_library(sizes):
+    many = sizes.tokens >= _BATCHED_BACKWARD_TOKENS
+    if (wide and many) or _multiplied_by_the_library(sizes):
         return _batched_tile(sizes, 128)  # whose rows are summed for the gradients of biases
     return None
 
@@ -482,8 +483,8 @@ def _batched_tile(sizes: Sizes, widest: int) -> BatchedTile:
 def batched_chunk(kernel: Kernel, sizes: Sizes) -> Chunk:
     """What the products of a pass compute at a time.
 
-    As many groups of heads as have `MOST_BYTES` of hidden units. A group that would have more is cut
-    along its rows.
+    As many groups of heads as have `MOST_BYTES` of hidden units. A group that would have more is
+    cut along its rows.
     """
     rows = sizes.tokens * (sizes.heads // sizes.groups)
     units = sizes.sub_networks * sizes.hidden

@@ -402,14 +402,15 @@ class TestBatchedProducts:
         check(make(WIDE, absent=absent), "gelu")
 
     def test_cut_into_chunks(self, cut: str) -> None:
-        from mhf_compiler.lowering.tiles import Chunk, batched_chunk
+        from mhf_compiler.lowering.kernels.batched import passes
+        from mhf_compiler.lowering.tiles import Chunk
 
         tensors = make(WIDE)
         sizes = Problem(*(tensors[name] for name in NAMES)).sizes
         groups, rows = {"at once": (2, 76), "groups": (1, 76), "rows": (1, 32)}[cut]
         units = groups * rows * WIDE.E * WIDE.f
-        assert batched_chunk("forward", sizes) == Chunk(groups, rows, 2 * 4 * units)
-        assert batched_chunk("backward", sizes) == Chunk(groups, rows, 3 * 4 * units)
+        assert passes.batched_chunk("forward", sizes) == Chunk(groups, rows, 2 * 4 * units)
+        assert passes.batched_chunk("backward", sizes) == Chunk(groups, rows, 3 * 4 * units)
         check(tensors, "gelu_tanh")
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
