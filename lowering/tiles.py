@@ -288,8 +288,9 @@ _BATCHED_FLOAT32_TOKENS = 256
 _BATCHED_BACKWARD_TOKENS = 1024  # of 16 bits and the widest heads that plain Triton takes
 _BATCHED_ELEMENTS = 4096  # of a tile, for 128 threads; half of it with a gate, for the registers
 
-# The hidden units of a chunk, in bytes, which only the fewest rows may exceed. Smaller chunks stay in
-# a large card's L2, but their products are too small for it, and the host too slow to launch them.
+# The hidden units of a chunk, in bytes, which only the fewest rows may exceed. Smaller chunks stay
+# in a large card's L2, but their products are too small for it, and the host too slow to launch
+# them.
 MOST_BYTES = 128 * 2**20
 _FEWEST_ROWS = 128
 
@@ -421,13 +422,9 @@ def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
     tile = _hopper_backward("dq", sizes)
     if tile is None or sizes.gated:
         return tile
-    # A stage has two tiles instead of three. In narrow heads they may be wider, unless R's gradient
-    # needs registers too, or too many hidden units are padding, which costs what real ones do.
-    wide = padded_width(sizes.head_dim) == 128
-    padded = -(-sizes.hidden // 128) * 128 > 1.2 * sizes.hidden
-    if wide or sizes.routed or padded:
-        return replace(tile, stages=max(4, tile.stages))
-    return replace(tile, hidden=128, stages=4)
+    if padded_width(sizes.head_dim) < 128:
+        return None  # the activations are what takes time, and plain Triton has more warps for them
+    return replace(tile, stages=max(4, tile.stages))  # of two tiles instead of three
 
 
 def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:

@@ -165,8 +165,9 @@ def spelled_at_once(
         y = scale * torch.einsum("blhd,hefd->blhef", q, weights)
         return y if bias is None else y + bias
 
-    gate, up = projected(k, k_bias, k_scale), projected(u, u_bias, u_scale)
-    hidden = ACTIVATIONS[activation].function(gate) * up
+    hidden = ACTIVATIONS[activation].function(projected(k, k_bias, k_scale))
+    if u is not None:
+        hidden = hidden * projected(u, u_bias, u_scale)
     down = torch.einsum("blhef,hefd->blhed", hidden, v)
     down = down if v_bias is None else down + v_bias
     down = down if r is None else down * r.unsqueeze(-1)

@@ -299,5 +299,8 @@ def _sum_of_results(gradient: Tensor, do: Tensor, r: Tensor | None, scale: float
     """The gradient of V's bias [g, E, d]: dOut [g, rows, d] summed over rows, weighted by r."""
     if r is None:
         gradient.copy_(do.sum(1, keepdim=True, dtype=torch.float32) * scale)
-        return
-    multiply(r.to(do.dtype).transpose(1, 2), do, gradient, scale=scale)
+    elif do.dtype.itemsize == 2:
+        multiply(r.to(do.dtype).transpose(1, 2), do, gradient, scale=scale)
+    else:  # a product of so few results adds one row after the other, and loses digits
+        for e in range(r.shape[2]):
+            gradient[:, e].copy_((do * r[..., e : e + 1]).sum(1) * scale)
