@@ -36,7 +36,7 @@ _TIE = 1.05
 _TIE_THAT_SAVES_MEMORY = 1.1
 _FEWEST_TOKENS = 16  # of a tile or a vector, padded or not
 _WIDTHS = (32, 64, 128, 256)  # of padded heads
-_BATCHED_SHARE = 0.9  # of the rate of large library products, for batches of smaller ones
+_BATCHED_SHARE = 0.85  # of the rate of large library products, for batches of smaller ones
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def _original(w: Workload, device: Device) -> float:
     memory = (passes * hidden + products * _weight_bytes(w)) / device.bandwidth
     kernels = _original_kernels(w)
     busy = compute * 0.3 + memory + kernels * device.launch
+    # Products of wide heads take longer than their one pass over the hidden units.
+    busy += max(0.0, compute * 0.7 - products * hidden / device.bandwidth)
     return _with_host(busy, w, device, kernels)
 
 
@@ -220,12 +222,11 @@ def _batched(kernel: Kernel, sizes: Sizes, w: Workload, device: Device) -> float
     passes = products  # over the hidden units: what that kernel reads, and writes
     if kernel == "backward":
         # The projections again, da; and two for each of them. The kernel's results replace them.
-        products, passes = 3 * products - 1, 3 * products - 1
+        products, passes = 3 * products - 1, 3 * products - 2
     chunk = batched_chunk(kernel, sizes)
     rows = max(sizes.tokens, 1) * (sizes.heads // sizes.groups)
     chunks = -(-sizes.groups // chunk.groups) * -(-rows // chunk.rows)
-    flops = 2.0 * max(_tokens(w), _FEWEST_TOKENS) * _units(w) * sizes.head_dim
-    total = products * flops / (device.matrix * _BATCHED_SHARE)
+    total = products * _product_flops(w) / (device.matrix * _BATCHED_SHARE)
     total += (passes * _hidden_bytes(w) + products * _weight_bytes(w)) / device.bandwidth
     return total + chunks * (products + 1) * device.launch
 
@@ -278,7 +279,9 @@ def _units(w: Workload) -> int:
 
 def _product_flops(w: Workload) -> float:
     """One of the products between the width and the hidden units, with the padding of tiles."""
-    width = max(64, 1 << (w.sizes.head_dim - 1).bit_length())
+    width = w.sizes.head_dim
+    if width <= _WIDTHS[-1]:  # wider heads are the library's, both ways
+        width = max(64, 1 << (width - 1).bit_length())
     return 2.0 * max(_tokens(w), _FEWEST_TOKENS) * _units(w) * width
 
 

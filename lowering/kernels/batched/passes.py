@@ -16,6 +16,8 @@ from .hidden import activate_units, differentiate_units, row_tiles
 from .products import multiply
 from .views import Rows, Units, units_of
 
+_ROWS = 128  # that are summed at once
+
 
 def run_forward(problem: Problem, out: Tensor, tile: BatchedTile) -> bool:
     """Fill `out` (B, L, H, d), of any floating dtype."""
@@ -298,7 +300,11 @@ def _lines(bias: _BiasSum | None, m: Tensor, tile: BatchedTile) -> Tensor | None
 def _sum_of_results(gradient: Tensor, do: Tensor, r: Tensor | None, scale: float) -> None:
     """The gradient of V's bias [g, E, d]: dOut [g, rows, d] summed over rows, weighted by r."""
     if r is None:
-        gradient.copy_(do.sum(1, keepdim=True, dtype=torch.float32) * scale)
+        # In two steps: the sum of many rows at once takes memory of the size of a chunk.
+        whole = do.shape[1] // _ROWS * _ROWS
+        sums = do[:, :whole].unflatten(1, (-1, _ROWS)).sum(2, dtype=torch.float32)
+        total = sums.sum(1) + do[:, whole:].sum(1, dtype=torch.float32)
+        gradient.copy_(total.unsqueeze(1) * scale)
     elif do.dtype.itemsize == 2:
         multiply(r.to(do.dtype).transpose(1, 2), do, gradient, scale=scale)
     else:  # a product of so few results adds one row after the other, and loses digits
