@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pytest
@@ -811,25 +812,76 @@ class TestSums:
         assert torch.equal(y, (1 + 2.0**-18) * unit)
 
 
-class TestTanh:
-    """Near zero a series takes over: where it ends, it errs by less than float32 rounds."""
+class TestActivations:
+    """By themselves, in float32, where nothing is rounded to 16 bits afterwards."""
 
     __test__ = INTERPRETING
 
-    def test_it_errs_to_neither_side(self) -> None:
+    @staticmethod
+    def run(function: Any, x: Tensor, name: str, approximate: bool) -> list[Tensor]:
+        """What a function of the kernels computes: one result or two."""
         import triton
         import triton.language as tl
 
-        from mhf_compiler.lowering.kernels.activations import activate
+        results = [torch.empty_like(x) for _ in range(2)]
 
         @triton.jit
-        def kernel(x, y, activate: tl.constexpr):
-            i = tl.arange(0, 1024)
-            tl.store(y + i, activate(tl.load(x + i), "tanh", False))
+        def kernel(x, y, slope, f: tl.constexpr, NAME: tl.constexpr, APPROXIMATE: tl.constexpr,
+                   BOTH: tl.constexpr):  # fmt: skip
+            i = tl.arange(0, 2048)
+            if BOTH:
+                value, other = f(tl.load(x + i), NAME, APPROXIMATE)
+                tl.store(slope + i, other)
+            else:
+                value = f(tl.load(x + i), NAME, APPROXIMATE)
+            tl.store(y + i, value)
 
-        x = torch.linspace(0.23, 0.2499, 1024)
-        y = torch.empty_like(x)
-        kernel[(1,)](x, y, activate)
+        kernel[(1,)](x, *results, function, name, approximate, "slope" in function.__name__)
+        return results
+
+    @pytest.mark.parametrize("approximate", [False, True])
+    @pytest.mark.parametrize("name", ACTIVATIONS)
+    def test_values_and_slopes(self, name: str, approximate: bool) -> None:
+        """The interpreter's tanh is exact, so that only gelu's polynomial errs."""
+        from mhf_compiler.lowering.kernels import activations
+
+        x = torch.linspace(-9.5, 9.5, 2048)
+        exact = x.double().requires_grad_()
+        value = ACTIVATIONS[name].function(exact)
+        (slope,) = torch.autograd.grad(value.sum(), exact)
+        errs = name == "gelu" and approximate
+        (alone, _) = self.run(activations.activate, x, name, approximate)
+        both = self.run(activations.activate_with_slope, x, name, approximate)
+        assert (alone - value).abs().max() < (2.7e-5 if errs else 1e-5 if name == "relu2" else 3e-6)
+        assert both[0].sub(value).abs().max() < (2.7e-5 if errs else 1e-5)
+        assert both[1].sub(slope).abs().max() < (1.2e-4 if errs else 3e-6)
+
+    @pytest.mark.parametrize("approximate", [False, True])
+    @pytest.mark.parametrize("name", ["silu", "gelu"])
+    def test_of_halves(self, name: str, approximate: bool) -> None:
+        from mhf_compiler.lowering.kernels import activations
+
+        x = torch.linspace(-9.5, 9.5, 2048)
+        (found, _) = self.run(activations.activate_twice, x / 2, name, approximate)
+        error = (found - ACTIVATIONS[name].function(x.double())).abs().max()
+        assert error < (2.7e-5 if name == "gelu" else 3e-6)
+
+    def test_gelu_of_large_arguments(self) -> None:
+        """Its polynomial ends where it would turn round."""
+        from mhf_compiler.lowering.kernels import activations
+
+        x = torch.linspace(8, 40, 1024)
+        x = torch.cat([-x, x])
+        for function, argument in ((activations.activate, x), (activations.activate_twice, x / 2)):
+            (found, _) = self.run(function, argument, "gelu", True)
+            assert (found - x.clamp(min=0)).abs().max() < 1e-5
+
+    def test_tanh_errs_to_neither_side(self) -> None:
+        """Near zero a series takes over: where it ends, it errs by less than float32 rounds."""
+        from mhf_compiler.lowering.kernels.activations import activate
+
+        x = torch.linspace(0.23, 0.2499, 2048)
+        (y, _) = self.run(activate, x, "tanh", False)
         exact = x.double().tanh()
         error = (y - exact) / exact
         assert error.abs().max() < 4e-7

@@ -77,6 +77,10 @@ EQUIVALENT = {
         )
         for function in ("activate", "activate_with_slope")
     },
+    "lowering/kernels/activations.py:activate_twice: "
+    'tl.static_assert(NAME == "gelu", "does not begin by halving")  ->  pass': (
+        "it is called for silu and gelu alone"
+    ),
     "lowering/kernels/plain/backward.py:mhf_backward_dq_kernel: F + BF - 1  ->  (F + BF)": (
         "a tile beyond the hidden units is one of zeros"
     ),
