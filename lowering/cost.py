@@ -225,7 +225,7 @@ def _batched(kernel: Kernel, sizes: Sizes, w: Workload, device: Device) -> float
         products, passes = 3 * products - 1, 3 * products - 2
     chunk = batched_chunk(kernel, sizes)
     rows = max(sizes.tokens, 1) * (sizes.heads // sizes.groups)
-    chunks = -(-sizes.groups // chunk.groups) * -(-rows // chunk.rows)
+    chunks = -(-sizes.groups // chunk.groups) * -(-rows // max(chunk.rows, 1))
     total = products * _product_flops(w) / (device.matrix * _BATCHED_SHARE)
     total += (passes * _hidden_bytes(w) + products * _weight_bytes(w)) / device.bandwidth
     return total + chunks * (products + 1) * device.launch

@@ -530,7 +530,9 @@ def padded_width(head_dim: int) -> int:
 
 
 def _row(table: _Table, kernel: Kernel, head_dim: int) -> Row:
-    return table[max(64, padded_width(head_dim))][kernel]
+    # Wider heads have no tile: whoever asks for one has refused PyTorch's products, and is told so
+    # when it runs.
+    return table[min(max(64, padded_width(head_dim)), WIDEST_TILE)][kernel]
 
 
 def _table(itemsize: int, capability: tuple[int, int]) -> _Table:

@@ -418,21 +418,12 @@ def test_nothing_overwrites_what_the_backward_keeps(
 ) -> None:
     """Q in the kernel of dQ, and K and U in that of dV, as above."""
     binaries = compile_all(90, **options)
-    check_registers(binaries["mhf_hopper_backward_dq_kernel"].code())
+    if "mhf_hopper_backward_dq_kernel" in binaries:  # not of narrow heads without a gate
+        check_registers(binaries["mhf_hopper_backward_dq_kernel"].code())
     if options.get("gated", True):
         check_registers(binaries["mhf_hopper_backward_dv_kernel"].code())
     else:
         check_running(binaries["mhf_hopper_backward_dk_dv_kernel"].code())
-
-
-def test_few_hidden_units_leave_the_query_in_shared_memory(compile_all: Compile) -> None:
-    """Without a gate, in as many columns as hidden units, it would share registers with others."""
-    options = {"gated": False, "d": 64, "f": 64, "activation": "gelu"}
-    code = compile_all(90, **options)["mhf_hopper_backward_dq_kernel"].code()
-    found = [product for loop in loops(code) for product in products(loop)]
-    # Of each warp group, one product whose left operand lies in registers: that of hidden units.
-    assert [product.transposed for product in found] == 2 * 4 * [True]
-    check_running(code)
 
 
 @pytest.mark.parametrize(
@@ -455,11 +446,17 @@ def test_few_hidden_units_leave_the_query_in_shared_memory(compile_all: Compile)
     ids=str,
 )
 def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> None:
-    """All of it by kernels of its own; no product serialised, which more waits would show."""
+    """All of it by kernels of its own; no product serialised, which more waits would show.
+
+    But plain Triton's for dQ of narrow heads without a gate.
+    """
     binaries = compile_all(90, **options)
-    weights = ("dv", "dk_du") if options.get("gated", True) else ("dk_dv",)
-    names = [f"mhf_hopper_backward_{kernel}_kernel" for kernel in ("dq", *weights)]
+    kernels = ["dq", "dv", "dk_du"] if options.get("gated", True) else ["dq", "dk_dv"]
     others = {"mhf_backward_dv_bias_kernel"} if options.get("biased") else set()
+    if "dk_dv" in kernels and options.get("d", 128) in (16, 64):
+        kernels.remove("dq")
+        others.add("mhf_backward_dq_kernel")
+    names = [f"mhf_hopper_backward_{kernel}_kernel" for kernel in kernels]
     assert {x for x in without_sums(binaries) if "backward" in x} == {*names, *others}
     for name in names:
         # A few addresses may wait in local memory; an operand that did would be dozens.
@@ -794,7 +791,7 @@ def test_activations_compile(activation: str, compile_all: Compile) -> None:
     binaries = compile_all(90, d=64, activation=activation)
     for binary in without_sums(binaries).values():
         fast = binary.count(r"MUFU\.TANH") > 0
-        assert fast == (activation in ("silu", "gelu_tanh", "sigmoid", "tanh")), binary.name
+        assert fast == (activation not in ("relu", "relu2")), binary.name
 
 
 def test_float32_is_not_approximated(compile_all: Compile) -> None:
@@ -819,14 +816,14 @@ def over_units(
     q = torch.empty(1, 2048, 2, 320, dtype=dtype)
     gate = k if complete else None
     problem = Problem(q, k, gate, k, None, bias(), bias() if complete else None, None, activation)
-    tile = tiles._batched_tile(problem.sizes)
+    forward, backward = (tiles._batched_tile(problem.sizes, widest) for widest in (256, 128))
     m, da = units(), units()
     n = units() if complete else None
     r, dr = (torch.empty(2, 64, E) if complete else None for _ in range(2))
-    activate_units(problem, m, n, r, tile)
+    activate_units(problem, m, n, r, forward)
     sums = [torch.empty(4, 2, E * f) if x is not None else None for x in (m, n)]
     differentiate_units(
-        problem, m, n, da, r, dr, (sums[0], sums[1]), tile,
+        problem, m, n, da, r, dr, (sums[0], sums[1]), backward,
         adds_dr=complete, reads_n=complete, writes=(True, True, complete),
     )  # fmt: skip
 

@@ -77,7 +77,9 @@ def _forward(problem: Problem, out: Tensor, tile: BatchedTile) -> None:
                 elif v_bias.dtype == q.dtype:
                     multiply(weight.to(q.dtype), v_bias[groups], to)
                 else:
-                    to.copy_(torch.bmm(weight.to(v_bias.dtype), v_bias[groups]))
+                    exact = to.new_empty(to.shape, dtype=v_bias.dtype)
+                    multiply(weight.to(v_bias.dtype), v_bias[groups], exact)
+                    to.copy_(exact)
             kept = 0.0 if v_bias is None else problem.out_scale
             multiply(m, v, to, scale=problem.out_scale, keep=kept)
         rows.keep(out, groups, place)

@@ -190,11 +190,7 @@ def _dq_consumer(
     nothing = gl.zeros([ROWS, BF], gl.float32, HIDDEN)
     dq = gl.zeros([ROWS, BD], gl.float32, WIDTH)
     mbarrier.wait(tokens_here, 0)
-    q = head_columns(matrix(q_s.index(consumer), False), C)  # [ROWS, BC]
-    # With as many columns as hidden units and no gate, the assembler lets Q and dm share registers,
-    # though Q lives on.
-    if C.U is not None or BF != BD:
-        q = q.load(LEFT)
+    q = head_columns(matrix(q_s.index(consumer), False), C).load(LEFT)  # [ROWS, BC]
     do = matrix(do_s.index(consumer), False)
     do_columns = head_columns(do, C)
     stage = 0
