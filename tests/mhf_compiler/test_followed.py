@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import mhf_compiler
-from mhf_compiler import Options, compilation
+from mhf_compiler import Options, compilation, history
 from mhf_compiler.compat import counters
 
 OPTIONS = {"rewrite": "always", "fallback": "aot_eager"}
@@ -279,6 +279,14 @@ def test_explain_counts_the_calls_of_a_region():
     assert not any("_parameters_" in name for name in names)
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """`torch.compiler.reset` tells only the back ends that `torch.compile` was given."""
+    yield
+    history.forget()
+
+
+@pytest.mark.usefixtures("forgotten")
 def test_a_graph_without_networks_is_what_the_fallback_has_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -301,6 +309,7 @@ def test_a_graph_without_networks_is_what_the_fallback_has_compiled(
     assert given[-1] != returned[-1]
 
 
+@pytest.mark.usefixtures("forgotten")
 def test_what_pytorch_can_save_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch):
     """Ahead of time, and in caches, a compiled graph is saved; a function of ours cannot be."""
 
