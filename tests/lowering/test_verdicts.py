@@ -393,7 +393,7 @@ class TestDispatch:
         assert set(kernels.ran) == {("plain" if x == name else "hopper", x) for x in ORDER}
 
     def test_the_one_kernel_of_dk_and_dv_is_compared(self, kernels: Kernels) -> None:
-        problem = make(gated=False)
+        problem = make(gated=False, width=128)
         results(problem)
         assert kernels.ran == [("hopper", name) for name in UNGATED for _ in range(2)]
         kernels.ran.clear()
@@ -403,9 +403,9 @@ class TestDispatch:
     def test_two_of_plain_triton_take_its_place(self, kernels: Kernels) -> None:
         kernels.wrong.add(("hopper", "dk_dv"))
         with pytest.warns(RuntimeWarning, match="the hopper kernel 'dk_dv' does not compute"):
-            results(make(gated=False))
+            results(make(gated=False, width=128))
         kernels.ran.clear()
-        results(make(gated=False))
+        results(make(gated=False, width=128))
         hoppers = {"forward", "dq"}
         assert kernels.ran == [("hopper" if x in hoppers else "plain", x) for x in ORDER]
 

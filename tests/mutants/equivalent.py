@@ -21,7 +21,6 @@ EQUIVALENT = {
     f"{_CHECKS}check_weights: read <= inner | real(width)  ->  True": _AXES_OF_AN_OPERAND,
     f"{_OPERATIONS}holds: a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny  ->  "
     "((a.eps <= b.eps) and (a.tiny <= b.tiny))": _RANGE,
-    f"{_OPERATIONS}holds: a.max >= b.max  ->  True": _RANGE,
     f"{_CHECKS}_nested: _as_number(c) < max(steps, default=0)  ->  "
     "((_as_number(c)) <= (max(steps, default=0)))": (
         "no view reads one dimension along two axes in equal steps: it would read elements twice"
