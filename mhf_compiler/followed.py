@@ -70,6 +70,7 @@ class Followed:
         self.weights = [_weight(site, calls.get(module, [])) for module, site in sites]
         inputs = [name for one in self.weights if one is not None for name in one.inputs if name]
         self._sites = Counter(inputs)  # of each input
+        self._at_once = len(inputs)  # networks of one call
         self.counted = len(inputs)
         self.seen: dict[int, _Seen] = {}
         self._open = set(inputs)
@@ -116,6 +117,9 @@ class Followed:
                     self.seen[id(parameter)] = _Seen(name, weak_storage(parameter))
             there = sum(self._sites[one.input] for one in self.seen.values())
             if there > self.counted:
+                # As if the graph had been compiled for each of the layers.
+                graphs = -(-there // self._at_once) - -(-self.counted // self._at_once)
+                counters["flashmhf"]["graphs"] += graphs
                 counters["flashmhf"]["sites_rewritten"] += there - self.counted
                 self.counted = there
 
