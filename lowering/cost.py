@@ -79,7 +79,7 @@ class Shares(NamedTuple):
 
     forward: float
     backward: float
-    plain_backward: float  # of what no backward kernels of the card's own take
+    plain_backward: float  # of what the card's own backward kernels do not take, or have no gate
 
 
 class Host(NamedTuple):
@@ -130,11 +130,12 @@ def _rewritten_bytes(w: Workload) -> float:
 
     PyTorch's batched products have the hidden units of a chunk in addition.
     """
-    copies = w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    found = _result_bytes(w) + w.copied * _weight_bytes(w) * (2 if w.training else 1)
+    if w.device.type != "cuda":
+        return found
     passes: tuple[Kernel, ...] = ("forward", "backward") if w.training else ("forward",)
     chunks = [batched_chunk(x, w.sizes).kept for x in passes if _is_batched(x, w.sizes)]
-    of_products = w.device.type == "cuda"
-    return _result_bytes(w) + copies + (max(chunks, default=0) if of_products else 0)
+    return found + max(chunks, default=0)
 
 
 def _original_bytes(w: Workload) -> float:
@@ -246,6 +247,8 @@ def _with_host(busy: float, w: Workload, device: Device, kernels: int, of_the_op
 def _shares(w: Workload, device: Device) -> tuple[float, float]:
     """The op's rates, forward and backward, as shares of that of large library products."""
     shares = _by_width(device.shares, w)
+    # Without a gate there is less to multiply for each activation, and the card's own kernel of dK
+    # and dV ("dk_dv") comes no nearer to the products than plain Triton's do with one.
     own = specialised("dv", w.sizes_on((device.major, 0))) is not None
     return shares.forward, shares.backward if own else shares.plain_backward
 

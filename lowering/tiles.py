@@ -248,17 +248,16 @@ _HOPPER_FORWARD: dict[int, tuple[HopperForwardTile, ...]] = {
     128: (HopperForwardTile(2, 64, 3, 240, True, "trailing", 128),),
     256: (HopperForwardTile(2, 32, 3, 240, False, "trailing", 64),),
 }
-_HOPPER_UNGATED_FORWARD = (
-    _HOPPER_FORWARD
-    | {  # without U a tile has room for more hidden units
-        64: _HOPPER_FORWARD[64][1:],
-        128: (
-            HopperForwardTile(2, 128, 2, 240, True, "turns", 128),
-            HopperForwardTile(2, 64, 4, 240, True, "turns", 128),
-        ),
-        256: (HopperForwardTile(2, 64, 2, 240, False, "turns", 128),),
-    }
-)
+# Without U a tile has room for more hidden units. The narrowest heads, in which the activations are
+# what takes time, go to plain Triton, which has more warps for them.
+_HOPPER_UNGATED_FORWARD: dict[int, tuple[HopperForwardTile, ...]] = {
+    64: _HOPPER_FORWARD[64][1:],
+    128: (
+        HopperForwardTile(2, 128, 2, 240, True, "turns", 128),
+        HopperForwardTile(2, 64, 4, 240, True, "turns", 128),
+    ),
+    256: (HopperForwardTile(2, 64, 2, 240, False, "turns", 128),),
+}
 _HOPPER_FORWARD_TOKENS = 256  # fewer are faster as small tiles that many programs share
 
 _HOPPER_BACKWARD: dict[Kernel, dict[int, HopperBackwardTile]] = {  # by padded head width, as above
@@ -419,12 +418,9 @@ def _hopper_normed_forward(sizes: Sizes) -> HopperForwardTile | None:
 
 
 def _hopper_dq(sizes: Sizes) -> HopperBackwardTile | None:
-    tile = _hopper_backward("dq", sizes)
-    if tile is None or sizes.gated:
-        return tile
-    if padded_width(sizes.head_dim) < 128:
-        return None  # the activations are what takes time, and plain Triton has more warps for them
-    return replace(tile, stages=max(4, tile.stages))  # of two tiles instead of three
+    # As in the forward pass, activations without a gate go where more warps are at them.
+    narrow = not sizes.gated and padded_width(sizes.head_dim) < 128
+    return None if narrow else _hopper_backward("dq", sizes)
 
 
 def _hopper_dv(sizes: Sizes) -> HopperBackwardTile | None:
@@ -460,16 +456,13 @@ def _batched_backward(sizes: Sizes) -> BatchedTile | None:
 
 
 def _multiplied_by_the_library(sizes: Sizes) -> bool:
-    return sizes.head_dim > WIDEST_TILE or _multiplies_slowly(sizes)
+    """Whether Triton's tiles cannot multiply, or far slower for want of matrix units.
 
-
-def _multiplies_slowly(sizes: Sizes) -> bool:
-    """Whether products of Triton's tiles are far slower than the library's: without matrix units.
-
-    Interpreted, all kernels run on problems of any width and dtype, where they can.
+    Interpreted, they do where they can.
     """
     many = sizes.tokens >= _BATCHED_FLOAT32_TOKENS
-    return sizes.dtype == torch.float32 and many and not sizes.interpreted
+    slow = sizes.dtype == torch.float32 and many and not sizes.interpreted
+    return sizes.head_dim > WIDEST_TILE or slow
 
 
 def _batched_tile(sizes: Sizes, widest: int) -> BatchedTile:

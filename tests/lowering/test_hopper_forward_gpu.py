@@ -138,7 +138,9 @@ def test_small_and_large_arguments(size: float, dtype: torch.dtype, pipelined: N
     ids=lambda absent: "without " + " ".join(absent) if absent else "complete",
 )
 @pytest.mark.parametrize("d", [16, 32, 64, 128, 256])
-def test_optional_inputs(absent: tuple[str, ...], d: int, pipelined: None) -> None:
+def test_optional_inputs(absent: tuple[str, ...], d: int, request: pytest.FixtureRequest) -> None:
+    if d > 32 or "u" not in absent:  # plain Triton has the narrowest heads without a gate
+        request.getfixturevalue("pipelined")
     check(make(d=d, E=3, absent=absent), k_scale=1.3, u_scale=0.7, out_scale=0.9)
     check(make(d=d, E=3, absent=absent))
 

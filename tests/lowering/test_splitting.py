@@ -94,3 +94,12 @@ def test_narrow_heads_take_the_tiles_of_64_columns(width: int) -> None:
     forward = specialised("forward", SIZES._replace(head_dim=width))
     assert forward is not None
     assert forward.tile.schedule == ("order" if width <= 32 else "turns")
+
+
+@pytest.mark.parametrize("width", [8, 32, 33, 64, 65, 128])
+def test_what_plain_triton_keeps_of_networks_without_a_gate(width: int) -> None:
+    """Where activations take longer than products; dK and dV are one kernel of Hopper's anyway."""
+    ungated = SIZES._replace(head_dim=width, gated=False)
+    assert (specialised("forward", ungated) is None) == (width <= 32)
+    assert (specialised("dq", ungated) is None) == (width <= 64)
+    assert specialised("dk_dv", ungated) is not None

@@ -6,8 +6,8 @@
     passes.py    the forward and the backward pass, a chunk of heads at a time
 
 Heads of any width, on any card. The products follow PyTorch's settings, TF32 among them. Hidden
-units do reach memory here, but those of a few heads at a time, which stay in a large card's L2, and
-never more than tiles.py has as `MOST_BYTES`. So there are five products in the backward pass, eight
+units do reach memory here, but those of a few heads at a time: as many as tiles.py has as
+`MOST_BYTES`. So there are five products in the backward pass, eight
 with a gate, where kernels that keep nothing need seven and thirteen.
 """
 

@@ -295,7 +295,7 @@ NARROW = (
     "backward kernel for Hopper of dK and dU: 64 tokens x 128 hidden units, 3 stages",
 )
 UNGATED = (
-    "backward kernel for Hopper of dQ and dR: 128 tokens x 64 hidden units, 4 stages",
+    "backward kernel for Hopper of dQ and dR: 128 tokens x 64 hidden units, 3 stages",
     "backward kernel for Hopper of dK and dV: 64 tokens x 128 hidden units, 4 stages",
 )
 AMPERES = (
