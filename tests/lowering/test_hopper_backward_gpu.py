@@ -78,6 +78,10 @@ UNGATED = {"run_dq": True, "run_dk_dv": True}
 NARROW_UNGATED = {"run_dk_dv": True}  # dQ is plain Triton's
 
 
+def ungated(d: int) -> dict[str, bool]:
+    return UNGATED if d > 64 else NARROW_UNGATED
+
+
 def make(
     dtype: torch.dtype = torch.bfloat16,
     routed: bool = True,
@@ -229,7 +233,7 @@ def test_widths_without_a_gate(
     d: int, routed: bool, dtype: torch.dtype, runs: Iterator[Runs]
 ) -> None:
     check(*make(d=d, dtype=dtype, gated=False, routed=routed, biases=K_AND_V), "gelu")
-    assert next(runs) == (UNGATED if d > 64 else NARROW_UNGATED)
+    assert next(runs) == ungated(d)
 
 
 @pytest.mark.parametrize("biases", [(), ("k_bias",), ("v_bias",), K_AND_V])
@@ -249,7 +253,7 @@ def test_ragged_hidden_units_without_a_gate(
 ) -> None:
     options = {"H": 2, "G": 2, "f": f, "E": E, "d": d}
     check(*make(gated=False, routed=routed, biases=K_AND_V, **options), "relu")
-    assert next(runs) == (UNGATED if d > 64 else NARROW_UNGATED)
+    assert next(runs) == ungated(d)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -292,7 +296,7 @@ def test_weights_stored_by_columns_without_a_gate(d: int, which: str, runs: Iter
         if name in which:
             inputs[i] = stored_as(inputs[i], (0, 1, 3, 2))
     check(inputs, grad_out)
-    assert next(runs) == (UNGATED if d > 64 else NARROW_UNGATED)
+    assert next(runs) == ungated(d)
 
 
 @pytest.mark.parametrize("d", [32, 128])
@@ -305,7 +309,7 @@ def test_token_layouts_without_a_gate(L: int, d: int, runs: Iterator[Runs]) -> N
     k_bias, v_bias = (torch.stack([x, x * float("nan")], 3)[..., 0] for x in (k_bias, v_bias))
     order = (0, 2, 1, 3)
     check([stored_as(q, order), k, u, v, r, k_bias, u_bias, v_bias], stored_as(grad_out, order))
-    assert next(runs) == (UNGATED if d > 64 else NARROW_UNGATED)
+    assert next(runs) == ungated(d)
 
 
 @pytest.mark.parametrize("d", [8, 24, 32])
@@ -332,7 +336,7 @@ def test_parts_of_tokens_with_biases(
 ) -> None:
     biases = BIASES if gated else K_AND_V
     check(*make(B=1, L=2048, d=d, gated=gated, biases=biases, **sizes))
-    assert next(runs) == (ALL if gated else UNGATED)
+    assert next(runs) == (ALL if gated else ungated(d))
 
 
 def test_other_gradients_without_a_gate(runs: Iterator[Runs]) -> None:
@@ -392,7 +396,7 @@ def test_the_querys_gradient_over_that_of_the_result_without_a_gate(
         )
         for x, right in zip((place, *(x for x in found if x.numel())), expected, strict=True):
             assert x.equal(right)
-    assert next(runs) == UNGATED
+    assert next(runs) == ungated(d)
 
 
 def test_layouts_for_the_plain_kernels(runs: Iterator[Runs]) -> None:
