@@ -207,6 +207,7 @@ def launch_all(
     biased: bool = False,
     wide_biases: bool = False,
     by_columns: bool = False,
+    forward: bool = True,
     backward: bool = True,
 ) -> None:
     """The forward and the whole backward of heads with 22 sub-networks, on memory never read."""
@@ -233,7 +234,8 @@ def launch_all(
     )
     problem = Problem(*inputs, activation=activation)
     out = torch.empty_like(q, dtype=torch.float32 if wide_biases else dtype)
-    dispatch.forward(problem, out)
+    if forward:
+        dispatch.forward(problem, out)
     if backward:
         gradients = problem.new_gradients([x is not None for x in inputs])
         dispatch.backward(problem, torch.empty_like(out), gradients)
@@ -401,47 +403,17 @@ def test_the_query_has_been_read_before_its_memory_is_given_back(
     [
         {},
         {"d": 64},
-        {"d": 64, "f": 171},
-        {"d": 32},
-        {"routed": False},
-        {"activation": "relu2"},
-        {"biased": True},
-        {"biased": True, "d": 64},
-        {"gated": False, "biased": True, "activation": "relu", "routed": False},
-        {"gated": False, "biased": True, "activation": "gelu", "routed": False, "d": 64},
-        {"gated": False, "activation": "gelu", "routed": False, "d": 32},
-    ],
-    ids=str,
-)
-def test_nothing_overwrites_what_the_backward_keeps(
-    options: dict[str, object], compile_all: Compile
-) -> None:
-    """Q in the kernel of dQ, and K and U in that of dV, as above."""
-    binaries = compile_all(90, **options)
-    if "mhf_hopper_backward_dq_kernel" in binaries:  # not of narrow heads without a gate
-        check_registers(binaries["mhf_hopper_backward_dq_kernel"].code())
-    if options.get("gated", True):
-        check_registers(binaries["mhf_hopper_backward_dv_kernel"].code())
-    else:
-        check_running(binaries["mhf_hopper_backward_dk_dv_kernel"].code())
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"d": 64},
         {"d": 96},
-        {"routed": False},
         {"d": 32},
         {"d": 8, "by_columns": True},
+        {"routed": False, "activation": "relu2"},
         {"biased": True},
         {"biased": True, "d": 64, "f": 171, "routed": False},
         {"gated": False},
-        {"gated": False, "biased": True, "activation": "relu"},
         {"gated": False, "biased": True, "activation": "gelu", "routed": False},
         {"gated": False, "biased": True, "activation": "gelu", "d": 64, "dtype": torch.float16},
         {"gated": False, "biased": True, "d": 16, "f": 128, "by_columns": True},
+        {"gated": False, "activation": "relu", "routed": False, "d": 32},
     ],
     ids=str,
 )
@@ -450,14 +422,15 @@ def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> No
 
     But plain Triton's for dQ of narrow heads without a gate.
     """
-    binaries = compile_all(90, **options)
-    kernels = ["dq", "dv", "dk_du"] if options.get("gated", True) else ["dq", "dk_dv"]
+    binaries = compile_all(90, forward=False, **options)
+    gated = options.get("gated", True)
+    kernels = ["dq", "dv", "dk_du"] if gated else ["dq", "dk_dv"]
     others = {"mhf_backward_dv_bias_kernel"} if options.get("biased") else set()
-    if "dk_dv" in kernels and options.get("d", 128) in (16, 64):
+    if not gated and options.get("d", 128) in (16, 32, 64):
         kernels.remove("dq")
         others.add("mhf_backward_dq_kernel")
     names = [f"mhf_hopper_backward_{kernel}_kernel" for kernel in kernels]
-    assert {x for x in without_sums(binaries) if "backward" in x} == {*names, *others}
+    assert set(without_sums(binaries)) == {*names, *others}
     for name in names:
         # A few addresses may wait in local memory; an operand that did would be dozens.
         allowed = 0 if options == {} else 8
@@ -465,6 +438,12 @@ def test_hopper_backward(options: dict[str, object], compile_all: Compile) -> No
         assert binaries[name].count("HGMMA"), name
         assert binaries[name].count("UTMALDG"), name
         assert binaries[name].count(r"WARPGROUP\.DEPBAR") <= 8, name
+    # Nothing overwrites what is kept in registers: Q in the kernel of dQ, K and U in that of dV.
+    by_columns = bool(options.get("by_columns"))
+    for kernel in {"dq", "dv"} & {*kernels}:
+        check_registers(binaries[f"mhf_hopper_backward_{kernel}_kernel"].code(), by_columns)
+    if not gated:
+        check_running(binaries["mhf_hopper_backward_dk_dv_kernel"].code())
 
 
 @pytest.mark.parametrize("d", [8, 16, 24, 32, 40, 64, 96, 128, 160, 192, 256])
@@ -560,9 +539,9 @@ def test_strides_that_no_descriptor_takes(compile_all: Compile) -> None:
 
 # Triton refuses to load what needs more shared memory than the driver says there is. Heads of 96
 # have the tiles of those of 128, which every architecture compiles above: here where least fits,
-# and in the kernels for Hopper.
+# and in the kernels for Hopper. Those of 256 with biases are compiled below.
 @pytest.mark.parametrize(
-    ("architecture", "d"), [(80, 256), (86, 256), (90, 256), (100, 256), (86, 96), (90, 96)]
+    ("architecture", "d"), [(80, 256), (90, 256), (100, 256), (86, 96), (90, 96)]
 )
 def test_shared_memory_suffices(architecture: int, d: int, compile_all: Compile) -> None:
     compile_all(architecture, d=d)
@@ -577,9 +556,9 @@ def test_shared_memory_suffices_in_float32(architecture: int, d: int, compile_al
 @pytest.mark.parametrize(
     ("architecture", "options"),
     [
-        (90, {"biased": True, "groups": 4}),
+        (90, {"biased": True, "groups": 4, "wide_biases": True}),
         (90, {"gated": False, "routed": False}),
-        *((card, {"d": 256, "biased": True, "wide_biases": True}) for card in (86, 90)),
+        (86, {"d": 256, "biased": True, "wide_biases": True}),
         (90, {"f": 341, "dtype": torch.float16, "by_columns": True}),
         (90, {"tokens": 1}),
         (90, {"tokens": 200, "f": 20}),
@@ -615,9 +594,17 @@ def router_products(d: int, dtype: torch.dtype) -> None:
     router.backward_onto(torch.empty_like(q), logits, q, weight, True)
 
 
+# The widest takes the most registers; the others are its code with shorter loops.
 @pytest.mark.parametrize(
     ("architecture", "d", "dtype"),
-    pairs(KINDS_OF_CARDS, [32, 128, 256], [torch.bfloat16, torch.float16]),
+    [
+        *((card, 256, torch.bfloat16) for card in (80, 90, 120)),
+        *((card, 256, torch.float16) for card in (86, 100)),
+        (90, 128, torch.float16),
+        (100, 128, torch.bfloat16),
+        (86, 32, torch.bfloat16),
+        (90, 32, torch.float16),
+    ],
 )
 def test_router_products(architecture: int, d: int, dtype: torch.dtype, pretend: Pretend) -> None:
     """On matrix units, in registers, at the most sub-networks that are taken."""
@@ -786,14 +773,6 @@ def test_a_routers_parts(weights: torch.dtype, pretend: Pretend) -> None:
     assert binary.spilled() == 0
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_compile(activation: str, compile_all: Compile) -> None:
-    binaries = compile_all(90, d=64, activation=activation)
-    for binary in without_sums(binaries).values():
-        fast = binary.count(r"MUFU\.TANH") > 0
-        assert fast == (activation not in ("relu", "relu2")), binary.name
-
-
 def test_float32_is_not_approximated(compile_all: Compile) -> None:
     for binary in compile_all(90, d=32, dtype=torch.float32).values():
         assert not binary.count(r"MUFU\.TANH"), binary.name
@@ -859,3 +838,28 @@ def test_kernels_between_products_of_ragged_hidden_units(f: int, pretend: Preten
     over_units(torch.bfloat16, f)
     assert len(driver.loaded) == 2
     assert all(binary.spilled() == 0 for binary in driver.loaded)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_compile(activation: str, pretend: Pretend) -> None:
+    """By the card's instruction where they are made of one; with their slopes, and two at a time.
+
+    Every kernel calls the same functions for them: here the smallest, and the one of pairs.
+    """
+    driver = pretend(90)
+    over_units(torch.bfloat16, 2048, activation=activation)
+    launch_all(d=64, activation=activation, backward=False)
+    binaries = {binary.name: binary for binary in driver.loaded}
+    units = {"mhf_batched_forward_kernel", "mhf_batched_backward_kernel"}
+    assert {*without_sums(binaries)} == {"mhf_hopper_forward_kernel", *units}
+    for binary in without_sums(binaries).values():
+        fast = binary.count(r"MUFU\.TANH") > 0
+        assert fast == (activation not in ("relu", "relu2")), binary.name
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_activations_of_hopper_backward(activation: str, compile_all: Compile) -> None:
+    binaries = without_sums(compile_all(90, d=64, activation=activation, forward=False))
+    assert len(binaries) == 3
+    for binary in binaries.values():
+        assert bool(binary.count(r"MUFU\.TANH")) == (activation == "silu"), binary.name
