@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.inductor import no_caches
 from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -195,7 +196,7 @@ def broken_stage(
     module, _, name = request.param.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"mhf_compiler.{module}"), name, _broken)
     fallback = "inductor" if request.param in _IN_INDUCTOR else "aot_eager"
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with no_caches():
         yield {"fallback": fallback}
 
 
@@ -447,7 +448,7 @@ def test_the_fallback_gets_dynamos_own_graph(
 
 def test_inductor_generates_the_same_code_as_without_the_back_end():
     model, x = WithoutHeads(), tokens()
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.no_grad(), no_caches():
         found: dict[str, list[str]] = {}
         for backend in ("inductor", "flashmhf"):
             torch.compiler.reset()
