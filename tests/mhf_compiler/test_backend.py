@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
-from support.inductor import no_caches
+from support.inductor import NO_CPP, no_caches
 from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -186,6 +186,7 @@ STAGES = [  # every place where the back end calls what is ours, except for the 
 ]
 _ONLY_REPORTING = STAGES[-4:]
 _IN_INDUCTOR = STAGES[-6:-3]
+AOT = {"fallback": "aot_eager"}
 
 
 @pytest.fixture(params=STAGES)
@@ -195,9 +196,8 @@ def broken_stage(
     """A part of the back end that raises, and the options with which it is called."""
     module, _, name = request.param.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"mhf_compiler.{module}"), name, _broken)
-    fallback = "inductor" if request.param in _IN_INDUCTOR else "aot_eager"
     with no_caches():
-        yield {"fallback": fallback}
+        yield {"fallback": "inductor"} | NO_CPP if request.param in _IN_INDUCTOR else AOT
 
 
 def test_no_failure_reaches_the_user(broken_stage: dict[str, Any], tmp_path: Path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import operator
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from models.harness import assert_close, step
 from models.networks import FFNS, LENGTH, Tower, tokens
+from support.forks import run_code, run_script
 from support.networks import Heads
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export, unflatten
@@ -569,8 +568,8 @@ def test_the_option_verify():
 
 def test_the_option_dump_dir(tmp_path: Path):
     rewritten(export(Heads(), (x(),)), dump_dir=tmp_path)
-    script = tmp_path / "graph_0" / "compare.py"
-    subprocess.run([sys.executable, str(script)], check=True, capture_output=True)
+    done = run_script(tmp_path / "graph_0" / "compare.py")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -669,4 +668,5 @@ assert "mhf_compiler.patterns" not in sys.modules
 assert not [name for name in sys.modules if name.startswith("mhf_compiler.lowering.kernels")]
 torch.testing.assert_close(program.module()(given), expected)
 """
-    subprocess.run([sys.executable, "-I", "-c", code], check=True)
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr
