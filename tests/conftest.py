@@ -17,7 +17,7 @@ import pytest
 # a thread for every core would spend most of their time in that. Read when PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 TESTS = Path(__file__).parent
 

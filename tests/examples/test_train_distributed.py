@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from support.ranks import run_as_torchrun_does
 
@@ -13,9 +12,9 @@ TINY = (
 )
 
 
-def train(*arguments: str, **how: Any) -> str:
+def train(*arguments: str) -> str:
     """What two processes print."""
-    return run_as_torchrun_does(SCRIPT, 2, *TINY, *arguments, **how)
+    return run_as_torchrun_does(SCRIPT, 2, *TINY, *arguments)
 
 
 def steps(printed: str) -> list[int]:
@@ -34,6 +33,5 @@ def test_it_stops_and_resumes(tmp_path: Path):
 
 
 def test_networks_are_rewritten():
-    no_cpp = {"torch._inductor.config.fallback_by_default": True}
-    printed = train("--parallel", "tp", "--steps", "2", "--rewrite", "always", settings=no_cpp)
+    printed = train("--parallel", "tp", "--steps", "2", "--rewrite", "always")
     assert re.findall(r"(\d+) tokens/s, (\d+) rewritten", printed)[-1][1] == "1"

@@ -9,8 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from .forks import Program, run_together
+from .inductor import NO_CPP
 
 _TESTS = Path(__file__).parents[1]
+#: Every rank would compile the same C++, see inductor.py.
+NO_CPP_AT_ALL = {f"torch._inductor.config.{name}": value for name, value in NO_CPP.items()}
 
 
 def run_ranks(program: Path, world: int, folder: Path) -> None:
@@ -19,14 +22,16 @@ def run_ranks(program: Path, world: int, folder: Path) -> None:
     Raises:
         AssertionError: one has failed, with what it raised; or is not done after five minutes.
     """
-    # It finds this package, too, next to which lies a folder that has the name of the product.
-    how: dict[str, Any] = {"modules": ["mhf_compiler"], "path_last": [_TESTS]}
+    how: dict[str, Any] = {
+        # It finds this package, too, next to which lies a folder that has the name of the product.
+        "modules": ["mhf_compiler"],
+        "path_last": [_TESTS],
+        "settings": NO_CPP_AT_ALL,
+    }
     _run([Program(program, (rank, world, folder), **how) for rank in range(world)])
 
 
-def run_as_torchrun_does(
-    script: Path, world: int, *arguments: str, settings: dict[str, Any] | None = None
-) -> str:
+def run_as_torchrun_does(script: Path, world: int, *arguments: str) -> str:
     """Run a script once for each of ``world`` ranks, and return what they print.
 
     As for ``torchrun``, the ranks meet in a store of the process that starts them.
@@ -44,7 +49,7 @@ def run_as_torchrun_does(
                 script,
                 arguments,
                 environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                settings or {},
+                NO_CPP_AT_ALL,
             )
             for rank in range(world)
         ]
