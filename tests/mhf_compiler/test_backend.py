@@ -3,8 +3,6 @@
 import copy
 import importlib
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.forks import run_code
 from support.inductor import NO_CPP, no_caches
 from support.networks import HEADS, Heads
 from torch import Tensor, nn
@@ -475,9 +474,7 @@ print(torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"])
 
 
 def test_by_name_alone_in_a_new_process(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-c", BY_NAME], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_code(BY_NAME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1\n"
 

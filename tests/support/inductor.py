@@ -10,6 +10,8 @@ import torch._inductor.config as config
 #: takes three of a test's four seconds. Passes get the same graph. For tests of what passes find
 #: and decline; what Inductor itself makes of a rewritten graph needs its C++.
 NO_CPP = {"fallback_by_default": True}
+#: The same as settings of a process, see forks.py.
+NO_CPP_AT_ALL = {f"torch._inductor.config.{name}": value for name, value in NO_CPP.items()}
 
 
 @contextmanager

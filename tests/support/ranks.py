@@ -9,11 +9,9 @@ from typing import Any
 import torch.distributed as dist
 
 from .forks import Program, run_together
-from .inductor import NO_CPP
+from .inductor import NO_CPP_AT_ALL
 
 _TESTS = Path(__file__).parents[1]
-#: Every rank would compile the same C++, see inductor.py.
-NO_CPP_AT_ALL = {f"torch._inductor.config.{name}": value for name, value in NO_CPP.items()}
 
 
 def run_ranks(program: Path, world: int, folder: Path) -> None:
@@ -26,7 +24,7 @@ def run_ranks(program: Path, world: int, folder: Path) -> None:
         # It finds this package, too, next to which lies a folder that has the name of the product.
         "modules": ["mhf_compiler"],
         "path_last": [_TESTS],
-        "settings": NO_CPP_AT_ALL,
+        "settings": NO_CPP_AT_ALL,  # every rank would compile the same
     }
     _run([Program(program, (rank, world, folder), **how) for rank in range(world)])
 
