@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from support.forks import run_code
+from support.inductor import NO_CPP_AT_ALL
 
 import mhf_compiler
 
@@ -28,9 +31,16 @@ def fresh(code: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def modules_after(code: str) -> set[str]:
+def forked(code: str) -> str:
+    """What a process prints that has imported PyTorch and its compilers, and nothing of ours."""
+    done = run_code(code, settings=NO_CPP_AT_ALL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def modules_after(code: str, run: Callable[[str], str] = fresh) -> set[str]:
     report = "import json, sys; print(json.dumps(sorted(sys.modules)))"
-    return set(json.loads(fresh(f"{code}\n{report}").splitlines()[-1]))
+    return set(json.loads(run(f"{code}\n{report}").splitlines()[-1]))
 
 
 def ours(modules: set[str]) -> set[str]:
@@ -39,7 +49,7 @@ def ours(modules: set[str]) -> set[str]:
 
 def test_the_backend_is_listed_without_being_imported() -> None:
     modules = modules_after(
-        "import torch._dynamo; assert 'flashmhf' in torch._dynamo.list_backends()"
+        "import torch._dynamo; assert 'flashmhf' in torch._dynamo.list_backends()", forked
     )
     assert not ours(modules)
 
@@ -47,16 +57,13 @@ def test_the_backend_is_listed_without_being_imported() -> None:
 HEAVY = {"triton", "sympy", "torch._dynamo", "torch._inductor", "mhf_compiler.patterns"}
 
 
-def test_importing_the_package_is_light() -> None:
-    """It needs torch, and little more: no kernel, no compiler."""
-    modules = modules_after("import mhf_compiler")
+def test_importing_the_package_defines_the_ops_and_is_light() -> None:
+    """As a saved program needs it: with torch, and little more, no kernel and no compiler."""
+    modules = modules_after(
+        "import torch, mhf_compiler; torch.ops.mhf_compiler.multi_head_ffn.default"
+    )
     assert not HEAVY & modules
     assert not any(name.startswith("mhf_compiler.lowering.kernels") for name in modules)
-
-
-def test_importing_the_package_defines_the_ops() -> None:
-    """As a saved program needs it."""
-    fresh("import torch, mhf_compiler; torch.ops.mhf_compiler.multi_head_ffn.default")
 
 
 def test_loading_the_entry_point_is_as_light() -> None:
@@ -121,7 +128,7 @@ for model, rewrite, fallback in (
 
 def test_a_process_that_never_meets_a_site() -> None:
     """It needs the op's definition, as any that imports the package, and no kernels."""
-    modules = modules_after(NO_SITE)
+    modules = modules_after(NO_SITE, forked)
     assert not any(name.startswith("mhf_compiler.lowering.kernels") for name in modules)
 
 

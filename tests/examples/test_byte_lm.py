@@ -5,13 +5,13 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support.forks import run_script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "byte_lm.py"
 
@@ -161,11 +161,9 @@ def test_the_verdict_names_what_is_wrong(byte_lm: ModuleType) -> None:
 
 
 def test_the_command_line_writes_figures_and_a_plot(byte_lm: ModuleType, tmp_path: Path) -> None:
+    """The figures come from a process of their own."""
     options = ["--device", "cpu", "--steps", "2", "--batch", "2", "--length", "32"]
-    command = [sys.executable, str(SCRIPT), "--backends", "eager", *options]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
+    done = run_script(SCRIPT, "--backends", "eager", *options, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "eager" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())

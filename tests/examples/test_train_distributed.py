@@ -1,10 +1,9 @@
 """The example trains on several devices, and goes on from what others have written."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from support.ranks import run_as_torchrun_does
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
 TINY = (
@@ -15,16 +14,7 @@ TINY = (
 
 def train(*arguments: str) -> str:
     """What two processes print."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*torchrun, SCRIPT, *TINY, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_as_torchrun_does(SCRIPT, 2, *TINY, *arguments)
 
 
 def steps(printed: str) -> list[int]:

@@ -3,8 +3,6 @@
 import copy
 import importlib
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import networks
+from support.forks import run_code
+from support.inductor import NO_CPP, no_caches
 from support.networks import HEADS, Heads
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
@@ -185,6 +185,7 @@ STAGES = [  # every place where the back end calls what is ours, except for the 
 ]
 _ONLY_REPORTING = STAGES[-4:]
 _IN_INDUCTOR = STAGES[-6:-3]
+AOT = {"fallback": "aot_eager"}
 
 
 @pytest.fixture(params=STAGES)
@@ -194,9 +195,8 @@ def broken_stage(
     """A part of the back end that raises, and the options with which it is called."""
     module, _, name = request.param.rpartition(".")
     monkeypatch.setattr(importlib.import_module(f"mhf_compiler.{module}"), name, _broken)
-    fallback = "inductor" if request.param in _IN_INDUCTOR else "aot_eager"
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield {"fallback": fallback}
+    with no_caches():
+        yield {"fallback": "inductor"} | NO_CPP if request.param in _IN_INDUCTOR else AOT
 
 
 def test_no_failure_reaches_the_user(broken_stage: dict[str, Any], tmp_path: Path):
@@ -447,7 +447,7 @@ def test_the_fallback_gets_dynamos_own_graph(
 
 def test_inductor_generates_the_same_code_as_without_the_back_end():
     model, x = WithoutHeads(), tokens()
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.no_grad(), no_caches():
         found: dict[str, list[str]] = {}
         for backend in ("inductor", "flashmhf"):
             torch.compiler.reset()
@@ -474,9 +474,7 @@ print(torch._dynamo.utils.counters["flashmhf"]["sites_rewritten"])
 
 
 def test_by_name_alone_in_a_new_process(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-c", BY_NAME], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = run_code(BY_NAME, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1\n"
 

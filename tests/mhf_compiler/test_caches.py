@@ -1,21 +1,19 @@
 """PyTorch's caches of compiled graphs from process to process: what is found again, what is not.
 
 A copy of the package is compiled with, so that its sources can be changed between processes. Each
-process costs seconds, so there are few, and each is asked several things; what belongs to the key
-is tested by itself in passes/test_cache_key.py.
+process costs a second or more, so there are few, and each is asked several things; what belongs to
+the key is tested by itself in passes/test_cache_key.py.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forks import run_script
 
 import mhf_compiler
 
@@ -27,7 +25,9 @@ import contextlib, json, pathlib, torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch._dynamo.utils import counters
+from mhf_compiler.passes import cache_key
 
+cache_key._COARSE = 0  # seconds: the copy may have been made right before this process
 torch.manual_seed(0)
 ARTIFACTS = pathlib.Path("artifacts")
 found = {}
@@ -103,16 +103,16 @@ class Machine:
 
     def run(self, steps: str, package: str = "package", caches: str = "caches") -> dict[str, Any]:
         """What a new process writes down."""
-        (self.folder / "script.py").write_text(BEGIN + steps + END)
-        environment = os.environ | {
-            "PYTHONPATH": str(self.folder / package),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / caches),
-            "CXX": "none",  # to build what runs on a CPU would take most of the time
-        }
-        command = [sys.executable, "script.py"]
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        script = self.folder / package / "script.py"  # which finds the package next to it
+        script.write_text(BEGIN + steps + END)
+        done = run_script(
+            script,
+            environment={"TORCHINDUCTOR_CACHE_DIR": str(self.folder / caches)},
+            # To build what runs on a CPU would take most of the time.
+            settings={"torch._inductor.config.cpp.cxx": ["none"]},
+            cwd=self.folder,
         )
+        assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
         assert isinstance(found, dict)
         return found
@@ -160,7 +160,6 @@ first_step("an option of Inductor's", heads, epilogue_fusion=False)
 first_step("another fallback", heads, fallback="aot_eager")
 first_step("a pass of the user's", heads, post_grad_custom_post_pass=lambda graph: None)
 first_step("float16", heads, modes=lambda: torch.autocast("cpu", torch.float16))
-from mhf_compiler.passes import cache_key
 cards = cache_key.cards
 cache_key.cards = lambda: (('another card', 9, 0, 132),)
 cache_key.interpreted = lambda: False

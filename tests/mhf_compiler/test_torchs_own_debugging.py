@@ -1,20 +1,18 @@
 """What PyTorch offers for finding a fault works with this back end as with Inductor's.
 
-Where a setting is tested, the script is a process of its own: PyTorch reads most settings when it
-is imported.
+Where a setting is tested, the script is a process of its own, which begins with the setting.
 """
 
-import os
 import re
 import runpy
-import subprocess
-import sys
 import traceback
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
+from support.forks import run_script
 from support.inductor import no_caches
 from torch._inductor import lowering
 
@@ -61,38 +59,38 @@ esac
 """
 
 
+#: Of graphs alone: where all are disabled, the headers of Inductor's C++ are compiled each time.
+NO_CACHES = {
+    "torch._inductor.config.fx_graph_cache": False,
+    "torch._functorch.config.enable_autograd_cache": False,
+}
+
+
 def line_of(text: str) -> int:
     return next(n for n, line in enumerate(SCRIPT.splitlines(), 1) if text in line)
 
 
-def execute(
-    script: Path, *arguments: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    folder = script.parent
-    settings = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", **(environment or {})}
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def execute(script: Path, *arguments: str, **how: Any) -> CompletedProcess[str]:
+    settings = NO_CACHES | how.pop("settings", {})
+    return run_script(script, *arguments, settings=settings, **how)
 
 
-def run(
-    folder: Path, backend: str, what: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, backend: str, what: str, **how: Any) -> CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    return execute(script, backend, what, environment=environment)
+    return execute(script, backend, what, **how)
 
 
-def without_compiler(folder: Path) -> dict[str, str]:
+def without_compiler(folder: Path) -> dict[str, Any]:
+    """Settings."""
     compiler = folder / "c++"
     compiler.write_text(NO_COMPILER)
     compiler.chmod(0o755)
-    return {"CXX": str(compiler)}
+    return {"torch._inductor.config.cpp.cxx": str(compiler)}
+
+
+def debug_dir(folder: Path) -> dict[str, Any]:
+    return {"torch._dynamo.config.debug_dir_root": str(folder / "torch_compile_debug")}
 
 
 # The minifier.
@@ -102,8 +100,8 @@ def without_compiler(folder: Path) -> dict[str, str]:
 def launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that the minifier writes where the compiled graph does not compile."""
     folder = tmp_path_factory.mktemp(request.param)
-    settings = {"TORCHDYNAMO_REPRO_AFTER": request.param, "TORCH_COMPILE_DEBUG_DIR": str(folder)}
-    done = run(folder, "flashmhf", "training", **without_compiler(folder), **settings)
+    settings = without_compiler(folder) | {"torch._dynamo.config.repro_after": request.param}
+    done = run(folder, "flashmhf", "training", settings=settings | debug_dir(folder))
     assert "no compiler today" in done.stderr
     (path,) = folder.rglob("minifier_launcher.py")
     return path
@@ -120,7 +118,7 @@ def test_the_minifiers_program_names_the_back_end_or_has_the_op(launcher: Path):
 
 
 def test_the_minifiers_program_fails_as_the_model_did(launcher: Path):
-    done = execute(launcher, "run", environment=without_compiler(launcher.parent))
+    done = execute(launcher, "run", settings=without_compiler(launcher.parent))
     assert done.returncode != 0
     assert "no compiler today" in done.stderr
 
@@ -128,7 +126,7 @@ def test_the_minifiers_program_fails_as_the_model_did(launcher: Path):
 def test_the_minifier_finds_a_smaller_program(launcher: Path):
     if "after_aot" in launcher.read_text():
         pytest.skip("what fails in the C++ compiler is not minified after autograd, by none")
-    done = execute(launcher, "minify", environment=without_compiler(launcher.parent))
+    done = execute(launcher, "minify", settings=without_compiler(launcher.parent))
     assert "Wrote minimal repro out to" in done.stderr
     assert "backend='flashmhf'" in (launcher.parent / "repro.py").read_text()
 
@@ -179,8 +177,9 @@ def test_what_inductor_cannot_compile_is_told_with_the_users_line(
 
 
 def debug_folder(folder: Path, backend: str) -> Path:
-    settings = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(folder)}
-    done = run(folder, backend, "inference", **settings)
+    settings = {"torch._inductor.config.trace.enabled": True} | debug_dir(folder)
+    environment = {"TORCH_COMPILE_DEBUG": "1"}
+    done = run(folder, backend, "inference", environment=environment, settings=settings)
     assert done.returncode == 0, done.stderr
     (found,) = {path.parent for path in folder.glob("torch_compile_debug/**/output_code.py")}
     return found

@@ -6,13 +6,12 @@ gets the copy. These processes are forked from one that has imported PyTorch, to
 
 import ast
 import json
-import os
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from support.forks import run_code
 from support.networks import HEADS
 from support.private_names import COMPAT, private_names
 
@@ -93,7 +92,7 @@ torch.compiler.reset()
 with torch.no_grad():  # after a backward pass, no fork can have one
     torch.compile(plain, backend="inductor")(x)  # finds the C++ compiler for all
 torch.compiler.reset()
-for line in sys.stdin:
+for line in open(sys.argv[1]):
     name, source, fallback, strict = json.loads(line)
     sys.stdout.flush()
     if os.fork() == 0:
@@ -115,7 +114,7 @@ Told = dict[str, Any]  # by name: the warnings, or what was raised
 
 
 @pytest.fixture(scope="module")
-def attempts() -> dict[bool, Told]:
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Told]:
     """Lenient and strict, all forked from one process.
 
     Names that only Inductor's part of the way needs are tried with Inductor.
@@ -126,15 +125,10 @@ def attempts() -> dict[bool, Told]:
         for name, text in every.items()
     ]
     lines += [(name, every[name], "eager", True) for name in STRICT]
-    # A fork has none of its parent's threads, and would wait for Inductor's for ever.
-    done = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input="\n".join(map(json.dumps, lines)),
-        env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    asked = tmp_path_factory.mktemp("without") / "asked"
+    asked.write_text("\n".join(map(json.dumps, lines)))
+    done = run_code(RUN, asked)
+    assert done.returncode == 0, done.stderr
     found: dict[bool, Told] = {False: {}, True: {}}
     for line in done.stdout.splitlines():
         if line.startswith("["):

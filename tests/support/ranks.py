@@ -1,37 +1,17 @@
-"""Processes of one program, forked from one that has imported PyTorch to save its time."""
+"""The processes of one program that has several."""
 
 from __future__ import annotations
 
-import multiprocessing
-from functools import cache
-from multiprocessing.context import ForkServerContext
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-_IMPORTED = (
-    "torch._inductor.compile_fx",
-    "torch.distributed.tensor",
-    "torch.distributed.fsdp",
-    "torch.distributed.checkpoint",
-    "mhf_compiler.compilation",
-    "mhf_compiler.lowering.ops",
-    "mhf_compiler.patterns",
-)
+import torch.distributed as dist
 
-# Source, since the processes cannot import this module before their path has been set: what lies
-# next to the program, as for any script, and this package.
-_START = """
-import gc, runpy, sys, traceback
-gc.freeze()
-gc.set_threshold(100_000, 20, 20)
-sys.argv = {argv!r}
-sys.path += {path!r}
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except BaseException:
-    with open({error!r}, "w") as file:
-        traceback.print_exc(file=file)
-    raise
-"""
+from .forks import Program, run_together
+from .inductor import NO_CPP_AT_ALL
+
+_TESTS = Path(__file__).parents[1]
 
 
 def run_ranks(program: Path, world: int, folder: Path) -> None:
@@ -40,24 +20,42 @@ def run_ranks(program: Path, world: int, folder: Path) -> None:
     Raises:
         AssertionError: one has failed, with what it raised; or is not done after five minutes.
     """
-    processes = []
-    for rank in range(world):
-        argv = [str(argument) for argument in (program, rank, world, folder)]
-        path = [str(program.parent), str(Path(__file__).parents[1])]
-        error = str(folder / f"error_{rank}.txt")
-        source = _START.format(argv=argv, path=path, error=error)
-        processes.append(_server().Process(target=exec, args=(source, {}), daemon=True))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
-    errors = [file.read_text() for file in sorted(folder.glob("error_*.txt"))]
-    assert [process.exitcode for process in processes] == [0] * world, "\n".join(errors)
+    how: dict[str, Any] = {
+        # It finds this package, too, next to which lies a folder that has the name of the product.
+        "modules": ["mhf_compiler"],
+        "path_last": [_TESTS],
+        "settings": NO_CPP_AT_ALL,  # every rank would compile the same
+    }
+    _run([Program(program, (rank, world, folder), **how) for rank in range(world)])
 
 
-@cache
-def _server() -> ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_IMPORTED])
-    return context
+def run_as_torchrun_does(script: Path, world: int, *arguments: str) -> str:
+    """Run a script once for each of ``world`` ranks, and return what they print.
+
+    As for ``torchrun``, the ranks meet in a store of the process that starts them.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(world),
+    }
+    return _run(
+        [
+            Program(
+                script,
+                arguments,
+                environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                NO_CPP_AT_ALL,
+            )
+            for rank in range(world)
+        ]
+    )
+
+
+def _run(programs: Sequence[Program]) -> str:
+    done = run_together(programs)
+    ended, errors = [each.returncode for each in done], [each.stderr for each in done]
+    assert ended == [0] * len(programs), "\n".join(errors)
+    return "".join(each.stdout for each in done)

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from corpus.positive import POSITIVE
+from support.forks import run_script
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -33,9 +33,7 @@ def compiled(model: Any, folder: Path, *inputs: Any, **settings: Any) -> None:
 
 def run_alone(path: Path) -> str:
     """What a program prints, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, path.name], cwd=path.parent, capture_output=True, text=True, check=False
-    )
+    done = run_script(path)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
