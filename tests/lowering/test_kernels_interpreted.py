@@ -163,6 +163,16 @@ def patched_once() -> Iterator[None]:
                 return function.rewrite()(*given, **named)
 
             monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+            # It makes integers of a condition on scalars, which Triton 3.9's takes for no mask.
+            store = interpreter.InterpreterBuilder.create_masked_store
+
+            def masked_store(self, pointers, value, mask, *rest):
+                if isinstance(mask, interpreter.TensorHandle):  # of a descriptor it is an array
+                    mask = interpreter.TensorHandle(mask.data.astype(bool), mask.dtype)
+                return store(self, pointers, value, mask, *rest)
+
+            monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", masked_store)
         yield
 
 
