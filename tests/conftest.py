@@ -7,10 +7,16 @@ name of the product.
 
 import gc
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# OpenMP's threads sleep while they wait. They would spin, and two processes of tests that each have
+# a thread for every core would spend most of their time in that. Read when PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 TESTS = Path(__file__).parent
