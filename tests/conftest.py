@@ -7,6 +7,7 @@ name of the product.
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ TESTS = Path(__file__).parent
 # An einsum of three operands contracts them from left to right, unless opt_einsum happens to be
 # installed: the programs of the tests are the same everywhere.
 torch.backends.opt_einsum.enabled = False
+
+# pytest listens to loggers that do not propagate, and for a listener of this one every graph is
+# printed several times.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

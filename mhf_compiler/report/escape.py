@@ -21,7 +21,9 @@ def visible_lines(text: str) -> str:
     Python takes a lone ``\r`` for the end of a line, and with it for that of a comment.
     """
     return "\n".join(
-        "".join(c if c.isprintable() or c == "\t" else _spelled(c) for c in line)
+        line
+        if line.isprintable()  # nearly all are, and graphs have many
+        else "".join(c if c.isprintable() or c == "\t" else _spelled(c) for c in line)
         for line in text.split("\n")
     )
 

@@ -39,11 +39,11 @@ class Case:
         return f"{self.model.__name__}-{self.label}" if self.label else self.model.__name__
 
     def build(self) -> nn.Module:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return self.model(**self.arguments).to(self.dtype).train(self.gradients)
 
     def inputs(self) -> tuple[Tensor, ...]:
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         return tuple(torch.randn(shape, dtype=self.dtype) for shape in self.shapes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -24,8 +25,8 @@ _WIDER = {torch.complex64: torch.complex128}
 def assert_compiled_right(case: Case, **options: Any) -> Report:
     """The compiled model gives the model's results, gradients and buffers, up to rounding.
 
-    Returns what the back end reports of it, so that it is compiled once for both. ``options`` are
-    added to those above.
+    Returns what the back end reports of it, which can be printed, so that it is compiled once for
+    both. ``options`` are added to those above.
 
     The reference is the model in float64. The bound is four times what the model itself is off by,
     but at least four units in the last place of the lowest precision that it computes in.
@@ -35,13 +36,7 @@ def assert_compiled_right(case: Case, **options: Any) -> Report:
     exact = _run(case, copy.deepcopy(model).to(wider))
     plain = _run(case, copy.deepcopy(model))
     compiled = torch.compile(copy.deepcopy(model), backend="flashmhf", options=OPTIONS | options)
-    report = Report()
-
-    def rewrite(gm: fx.GraphModule, options: Options, keep: Keep) -> GraphReport:
-        report.graphs.append(rewrite_graph(gm, options, keep))
-        return report.graphs[-1]
-
-    with mock.patch.object(compilation, "rewrite_graph", rewrite):
+    with reported() as report:
         found = _run(case, compiled)
     assert list(found) == list(plain)
     for name, reference in exact.items():
@@ -51,17 +46,32 @@ def assert_compiled_right(case: Case, **options: Any) -> Report:
         rounding = torch.finfo(case.precision or case.dtype).eps * largest
         allowed = 4 * max(_distance(plain[name], reference), rounding)
         assert _distance(found[name], reference) <= allowed, name
+    assert str(report)
+    assert report.to_json()
     return report
+
+
+@contextmanager
+def reported() -> Iterator[Report]:
+    """What the back end reports of the graphs that it compiles in here, without ``explain``."""
+    report = Report()
+
+    def rewrite(gm: fx.GraphModule, options: Options, keep: Keep) -> GraphReport:
+        report.graphs.append(rewrite_graph(gm, options, keep))
+        return report.graphs[-1]
+
+    with mock.patch.object(compilation, "rewrite_graph", rewrite):
+        yield report
 
 
 def _run(case: Case, model: nn.Module) -> dict[str, Tensor]:
     """One step in the model's dtype: outputs, gradients and what the inputs hold after it."""
     dtype = next((p.dtype for p in model.parameters()), case.dtype)
     inputs = [x.to(dtype).requires_grad_(case.gradients) for x in case.inputs()]
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     with torch.set_grad_enabled(case.gradients):
         results = list(_flat(model(*inputs)))
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     loss = torch.zeros((), dtype=torch.float64)
     for result in results:
         if result.requires_grad:

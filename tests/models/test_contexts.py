@@ -120,11 +120,11 @@ def test_a_network_that_two_models_share():
 
 
 def test_a_method_compiled():
-    model, x = Tower(2, NAMES).double(), tokens()
+    model, x = Tower(1, NAMES).double(), tokens()
     expected = model(x)
     model.forward = flashmhf(model.forward)  # type: ignore[method-assign]
     torch.testing.assert_close(model(x), expected)
-    assert tally() == Tally(sites=4)
+    assert tally() == Tally(sites=2)
 
 
 # Functional calls and transforms.
@@ -132,14 +132,14 @@ def test_a_method_compiled():
 
 def test_functional_call():
     """Parameters come in as arguments; gradients by ``torch.func.grad`` of the whole."""
-    model, x = Tower(LAYERS, NAMES).double(), tokens()
+    model, x = Tower(1, NAMES).double(), tokens()
     state = {name: p.detach() for name, p in model.named_parameters()}
 
     def objective(state: dict[str, Tensor], x: Tensor) -> Tensor:
         return loss([functional_call(model, state, (x,))])
 
     torch.testing.assert_close(flashmhf(objective)(state, x), objective(state, x))
-    assert tally() == Tally(sites=2 * LAYERS)
+    assert tally() == Tally(sites=2)
 
 
 class Head(nn.Module):
@@ -229,12 +229,12 @@ def test_steps_of_an_optimizer(compiled_step: bool):
 
     A compiled step rounds otherwise than an eager one, whatever compiles it.
     """
-    model = Tower(2, NAMES).double()
+    model = Tower(1, NAMES).double()
     twin = copy.deepcopy(model)
     ours, theirs = (flashmhf, aot_eager) if compiled_step else (as_it_is, as_it_is)
     found, expected = _train(flashmhf(twin), twin, ours), _train(model, model, theirs)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert tally() == Tally(sites=4)
+    assert tally() == Tally(sites=2)
 
 
 def aot_eager(function: Model) -> Model:
@@ -247,7 +247,7 @@ def as_it_is(function: Model) -> Model:
 
 def test_the_whole_training_step_in_one_call():
     """Forward and backward in one compiled function: the break is at ``backward``."""
-    model, x = Tower(2, NAMES).double(), tokens()
+    model, x = Tower(1, NAMES).double(), tokens()
     twin = copy.deepcopy(model)
 
     def train(model: nn.Module, x: Tensor) -> Tensor:
@@ -259,11 +259,11 @@ def test_the_whole_training_step_in_one_call():
     torch.testing.assert_close(found, expected)
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert tally() == Tally(sites=4)
+    assert tally() == Tally(sites=2)
 
 
 def test_gradients_accumulate_over_calls():
-    model = Tower(2, NAMES).double()
+    model = Tower(1, NAMES).double()
     twin = copy.deepcopy(model)
     inputs = [tokens() for _ in range(3)]
     for call in (flashmhf(twin), model):
@@ -271,7 +271,7 @@ def test_gradients_accumulate_over_calls():
             loss([call(x)]).backward()
     for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    assert tally() == Tally(sites=4)
+    assert tally() == Tally(sites=2)
 
 
 def test_compiled_autograd():
@@ -289,8 +289,8 @@ def test_compiled_autograd():
 def test_settings_of_dynamo(setting: str):
     """Floats as constants; sizes as symbols from the beginning."""
     with torch._dynamo.config.patch({setting: not getattr(torch._dynamo.config, setting)}):
-        assert_same_steps(Tower(2, NAMES).double(), tokens())
-    assert tally() == Tally(sites=4)
+        assert_same_steps(Tower(1, NAMES).double(), tokens())
+    assert tally() == Tally(sites=2)
 
 
 def test_mixed_modes_in_one_graph():

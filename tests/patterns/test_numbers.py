@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from corpus.cases import E, H, d, f
+from corpus.harness import reported
 from models.harness import OPTIONS
 from torch import Tensor
 
-import mhf_compiler
 from mhf_compiler.compat import counters
 from mhf_compiler.patterns import Kind
 from mhf_compiler.patterns.operations import holds
@@ -29,12 +29,12 @@ B, L = 2, 6
 
 
 def weights(dtype: torch.dtype = f32) -> list[Tensor]:
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     return [(torch.randn(H, E, f, d) * d**-0.5).to(dtype) for _ in range(3)]
 
 
 def queries(dtype: torch.dtype = f32) -> Tensor:
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     return torch.randn(B, L, H, d).to(dtype)
 
 
@@ -56,23 +56,29 @@ def network(x: Tensor, k: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 def check(program: Program, arguments: list[Any], expected: Expected, bound: float = 1e-5) -> None:
-    """The compiled program computes what the program does, and is rewritten or not as expected."""
+    """The compiled program computes what the program does, and is rewritten or not as expected.
+
+    One that is declined stays as it is: it is trained, and AOTAutograd is left out.
+    """
+    declined = isinstance(expected, Kind)
+    options = OPTIONS | {"fallback": "eager"} if declined else OPTIONS
     results = []
-    for training in (False, True):
+    for training in [True] if declined else [False, True]:
         given = [
             [x.clone().requires_grad_(training and x.is_floating_point()) for x in arguments]
             for _ in range(2)
         ]
         torch.compiler.reset()
         counters.clear()
-        compiled = torch.compile(program, backend="flashmhf", options=OPTIONS)
-        plain, found = program(*given[0]), compiled(*given[1])
-        assert counters["flashmhf"]["sites_rewritten"] == (
-            expected if isinstance(expected, int) else 0
-        )
+        compiled = torch.compile(program, backend="flashmhf", options=options)
+        with reported() as report:
+            plain, found = program(*given[0]), compiled(*given[1])
+        assert counters["flashmhf"]["sites_rewritten"] == (0 if declined else expected)
+        if declined:
+            assert expected in {site.reason.kind for site in report.declined if site.reason}
         results.append((plain, found))
         if training:
-            torch.manual_seed(3)
+            torch.default_generator.manual_seed(3)
             direction = torch.randn(plain.shape).to(plain.dtype)
             for y in (plain, found):
                 y.backward(direction)
@@ -87,9 +93,6 @@ def check(program: Program, arguments: list[Any], expected: Expected, bound: flo
             torch.testing.assert_close(
                 found, plain, rtol=0, atol=bound * largest + 1e-30, equal_nan=True
             )
-    if isinstance(expected, Kind):
-        report = mhf_compiler.explain(program, options=OPTIONS)(*arguments)
-        assert expected in {site.reason.kind for site in report.declined if site.reason}
 
 
 # Dtypes between the parts.
@@ -162,7 +165,7 @@ def test_biases_of_other_dtypes(
         y = down(units.to(v.dtype), v)
         return (y + b if place == "down" else y).sum(3)
 
-    torch.manual_seed(4)
+    torch.default_generator.manual_seed(4)
     bias = (torch.randn(H, E, d if place == "down" else f) * 3).to(of_bias)
     low = of_network is not f32
     check(
@@ -238,19 +241,17 @@ def _router_and_scale(x: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> 
 
 @pytest.mark.parametrize("program", [_two_routers, _router_and_scale])
 @pytest.mark.parametrize("dtype", [f16, bf16], ids=str)
-@pytest.mark.parametrize("size", [1.0, 300.0, 2e-5])
-def test_two_routers_in_16_bits(program: Program, dtype: torch.dtype, size: float):
+def test_two_routers_in_16_bits(program: Program, dtype: torch.dtype):
     """Their product may be larger, or smaller, than what 16 bits hold, where the result is not."""
-    router = (torch.rand(B, L, H, E) * size).to(dtype)
-    given = [queries(dtype) * 0.5, *weights(dtype), router]
-    plain = program(*given)
-    exact = program(*(x.double() for x in given))
-    torch.compiler.reset()
-    counters.clear()
-    found = torch.compile(program, backend="flashmhf", options=OPTIONS)(*given)
+    compiled = torch.compile(program, backend="flashmhf", options=OPTIONS)
+    for size in (1.0, 300.0, 2e-5):
+        router = (torch.rand(B, L, H, E) * size).to(dtype)
+        given = [queries(dtype) * 0.5, *weights(dtype), router]
+        plain = program(*given)
+        exact = program(*(x.double() for x in given))
+        error = float((compiled(*given).double() - exact).norm())
+        assert error <= 2 * float((plain.double() - exact).norm()) + 1e-9, size
     assert counters["flashmhf"]["sites_rewritten"] == 1
-    error = float((found.double() - exact).norm())
-    assert error <= 2 * float((plain.double() - exact).norm()) + 1e-9
 
 
 def _scaled_after_bias(factor: float) -> Program:
@@ -312,27 +313,25 @@ UNITS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Expected]] = 
 
 
 @pytest.mark.parametrize("name", UNITS)
-@pytest.mark.parametrize("special", [0.0, float("inf"), float("nan"), 1e4])
-def test_nothing_cancels(name: str, special: float):
+def test_nothing_cancels(name: str):
     """What is added and taken away is rounded; zeros and infinities are no numbers to divide."""
     units, expected = UNITS[name]
 
     def program(x: Tensor, k: Tensor, u: Tensor, v: Tensor, r: Tensor) -> Tensor:
         return down(units(projected(x, k), projected(x, u), r[..., None]), v).sum(3)
 
-    router = torch.rand(B, L, H, E)
-    router[0, 0] = special
-    x = queries()
-    x[1, 1] = special
-    arguments = [x, *weights(), router]
-    torch.compiler.reset()
-    counters.clear()
-    found = torch.compile(program, backend="flashmhf", options=OPTIONS)(*arguments)
-    plain = program(*arguments)
+    compiled = torch.compile(program, backend="flashmhf", options=OPTIONS)
+    for special in (0.0, float("inf"), float("nan"), 1e4):
+        router = torch.rand(B, L, H, E)
+        router[0, 0] = special
+        x = queries()
+        x[1, 1] = special
+        arguments = [x, *weights(), router]
+        found, plain = compiled(*arguments), program(*arguments)
+        finite = plain.isfinite()
+        assert torch.equal(found.isfinite(), finite), special
+        torch.testing.assert_close(found[finite], plain[finite], rtol=1e-4, atol=1e-4)
     assert counters["flashmhf"]["sites_rewritten"] == expected
-    finite = plain.isfinite()
-    assert torch.equal(found.isfinite(), finite)
-    torch.testing.assert_close(found[finite], plain[finite], rtol=1e-4, atol=1e-4)
 
 
 # Casts.
@@ -404,13 +403,13 @@ def test_casts_in_between(
     arguments = [queries(of_network), *weights(of_network)]
     torch.compiler.reset()
     counters.clear()
-    found = torch.compile(program, backend="flashmhf", options=OPTIONS)(*arguments)
+    with reported() as report:
+        found = torch.compile(program, backend="flashmhf", options=OPTIONS)(*arguments)
     plain = program(*arguments)
     bound = 3e-2 if of_network in (bf16, f16) else 1e-5
     torch.testing.assert_close(found, plain, rtol=0, atol=bound * float(plain.abs().max()))
     assert counters["flashmhf"]["sites_rewritten"] == (expected if isinstance(expected, int) else 0)
     if isinstance(expected, Kind):
-        report = mhf_compiler.explain(program, options=OPTIONS)(*arguments)
         assert expected in {site.reason.kind for site in report.declined if site.reason}
 
 

@@ -108,7 +108,7 @@ def test_nothing_is_copied():
 
 
 def test_every_layer():
-    counts = infer(lambda m, x: x + m(x + m(x + m(x)))).counts
+    counts = infer(lambda m, x: x + m(x + m(x + m(x))), **NO_CPP).counts
     assert counts[FUSED] == counts[PARTS[0]] == counts[PARTS[1]] == 3
 
 
@@ -283,7 +283,7 @@ def test_dynamic_shapes(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
     monkeypatch.setattr(norm_network_op, "may_pay", lambda *sizes: asked.append(sizes) or True)
     module = Network()
-    options = {"rewrite": "always", "strict": True}
+    options = {"rewrite": "always", "strict": True, **NO_CPP}
     model = torch.compile(module, backend="flashmhf", options=options, dynamic=True)
     with torch.no_grad(), no_caches():
         for sizes in ((3, 7), (5, 4)):
@@ -336,7 +336,8 @@ def test_a_pass_that_fails_leaves_what_the_others_did(monkeypatch: pytest.Monkey
 
 def test_training_keeps_all_of_it_apart():
     module, x = Network(), torch.randn(B, L, H * d).bfloat16()
-    model = torch.compile(module, backend="flashmhf", options={"rewrite": "always"})
+    options = {"rewrite": "always", **NO_CPP}
+    model = torch.compile(module, backend="flashmhf", options=options)
     with no_caches():
         model(x).sum().backward()
     assert counters["flashmhf"][f"{PARTS[1]}_declined"] == 1  # the passes ran
