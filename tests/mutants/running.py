@@ -87,6 +87,7 @@ class Memory:
     """
 
     def __init__(self) -> None:
+        gc.unfreeze()  # what the tests' own setting has frozen: it would not be seen
         gc.collect()
         self.caches = _caches()
         self.functions: dict[tuple[str, str], list[FunctionType]] = {}
