@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from ..compat import no_fake_mode
-from ..debug.accuracy import compare, seed_generators
+from ..debug.accuracy import Difference, compare, seed_generators
 from ..debug.extract import Given, Sizes, Spelling
 from ..patterns import COPY, STACK, CanonicalCopy, Site, Value
 from .emit import Editor
 
 _LARGE, _TINY = 1e4, 1e-6  # factors of the random numbers
+
+# Of the error that is allowed. Where few numbers are summed, plain PyTorch's roundings may cancel
+# in one draw, and ours then seem large: what is wrong is so in other draws as well.
+_BY_CHANCE = 2
 
 
 class VerificationError(RuntimeError):
@@ -52,10 +56,18 @@ def disagreement(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | N
         torch.set_grad_enabled(training),
         torch.autocast(site.device.type, enabled=False),
     ):
-        for name, inputs in _samples(original.given, training):
-            finite = all(bool(x.isfinite().all()) for x in inputs)
-            for difference in compare(original, replaced, inputs, overflows=not finite):
-                if not difference.agrees:
+        for name, draw in _samples(original.given, training):
+
+            def disagreeing(seed: int, draw: Callable[[], list[Tensor]] = draw) -> list[Difference]:
+                seed_generators(seed)
+                inputs = draw()
+                finite = all(bool(x.isfinite().all()) for x in inputs)
+                found = compare(original, replaced, inputs, overflows=not finite)
+                return [difference for difference in found if not difference.agrees]
+
+            for difference in disagreeing(0):
+                by_chance = difference.error <= _BY_CHANCE * difference.allowed
+                if not by_chance or any(map(disagreeing, (1, 2))):
                     return f"with {name}, {difference}"
     return None
 
@@ -122,8 +134,10 @@ class _Alone(Editor):
 # What it is tried on.
 
 
-def _samples(given: Sequence[Given], training: bool) -> Iterator[tuple[str, list[Tensor]]]:
-    """Inputs, and what they are called."""
+def _samples(
+    given: Sequence[Given], training: bool
+) -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
+    """What inputs are called, and how to draw them."""
 
     def filled(fill: Callable[[Tensor], Tensor]) -> list[Tensor]:
         made = []
@@ -134,15 +148,17 @@ def _samples(given: Sequence[Given], training: bool) -> Iterator[tuple[str, list
             made.append(tensor)
         return made
 
-    seed_generators(0)
-    yield "random numbers", filled(lambda x: x)
-    yield "zeros", filled(lambda x: x.zero_())
-    yield "large numbers", filled(lambda x: x.mul_(_LARGE))
-    yield "tiny numbers", filled(lambda x: x.mul_(_TINY))
-    for name, number in (("an infinity", math.inf), ("a NaN", math.nan)):
+    def one_among(number: float) -> list[Tensor]:
         inputs = [x.detach() for x in filled(lambda x: x)]  # of gradients, there is no rule
         inputs[0] = _with_one(inputs[0], number)
-        yield f"{name} among the queries", inputs
+        return inputs
+
+    yield "random numbers", lambda: filled(lambda x: x)
+    yield "zeros", lambda: filled(lambda x: x.zero_())
+    yield "large numbers", lambda: filled(lambda x: x.mul_(_LARGE))
+    yield "tiny numbers", lambda: filled(lambda x: x.mul_(_TINY))
+    yield "an infinity among the queries", lambda: one_among(math.inf)
+    yield "a NaN among the queries", lambda: one_among(math.nan)
 
 
 def _with_one(tensor: Tensor, number: float) -> Tensor:

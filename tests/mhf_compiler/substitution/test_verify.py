@@ -1,6 +1,7 @@
 """Option ``verify``: a site that computes something else is declined, or raises under strict."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor, fx, nn
 import mhf_compiler
 from mhf_compiler import MhfCompilerWarning
 from mhf_compiler.compat import counters
+from mhf_compiler.debug.accuracy import Difference
 from mhf_compiler.patterns import Kind
 from mhf_compiler.substitution import graph as substitution
+from mhf_compiler.substitution import verify
 from mhf_compiler.substitution.emit import EditError, Editor
 
 H, d, f = 4, 8, 5
@@ -96,6 +99,30 @@ def test_right_rewrites_pass(dtype: torch.dtype, mode: Any):
         mhf_compiler.assert_rewritten(
             Heads().to(dtype), (tokens().to(dtype),), sites=1, verify=True, options={"strict": True}
         )
+
+
+@pytest.mark.parametrize(
+    ("errors", "declined"),
+    [([1.5], False), ([2.5], True), ([1.5, 1.5], True), ([1.5, 0.5, 1.5], True)],
+    ids=str,
+)
+def test_an_error_a_little_too_large_has_to_come_again(
+    errors: list[float], declined: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Where it does not, PyTorch's own roundings cancelled. In parts of what is allowed."""
+    draws: list[Tensor] = []
+
+    def compare(original: Any, replaced: Any, inputs: list[Tensor], **_: Any) -> list[Difference]:
+        draws.append(inputs[0])
+        error = errors[len(draws) - 1] if len(draws) <= len(errors) else 0.0
+        return [Difference("output 0", error, 0.1, 1.0)]
+
+    monkeypatch.setattr(verify, "compare", compare)
+    compiled = torch.compile(Heads(), backend="flashmhf", options=VERIFY | {"fallback": "eager"})
+    with pytest.warns(MhfCompilerWarning) if declined else nullcontext():
+        compiled(tokens())
+    assert counters["flashmhf"]["declined.NOT_VERIFIED"] == declined
+    assert errors == [2.5] or not draws[0].equal(draws[1])
 
 
 def test_random_numbers_of_the_model_stay():
