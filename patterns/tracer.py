@@ -380,8 +380,8 @@ def _may_write(node: fx.Node) -> bool:
     if module.partition(".")[0] not in ("torch", "_operator"):
         return True
     in_place = name.endswith("_") and not name.endswith("__")
-    updates = module == "_operator" and name in _UPDATES
-    return in_place or updates or name == "__setitem__" or "out" in node.kwargs
+    updates = name in _UPDATES or name == "__setitem__"
+    return in_place or updates or "out" in node.kwargs
 
 
 def _is_about_shards(node: fx.Node) -> bool:

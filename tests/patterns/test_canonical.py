@@ -551,6 +551,28 @@ def test_what_is_read_of_a_buffer_that_was_partly_written_there_is_not_the_old()
     assert Copied(function, x(), x()).result.source.op is SCATTER
 
 
+def test_parts_that_are_no_ranges_are_not_taken_for_the_same_part():
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        out = a.clone()
+        out[::2].copy_(b[::2])
+        out[::3].copy_(b[::3])
+        return out
+
+    later = Copied(function, x(), x()).result
+    assert later.op is later.source.op is SCATTER
+
+
+def test_a_node_that_finds_what_was_written_to_a_part_looks_into_the_whole():
+    def function(a: Tensor) -> Tensor:
+        out = a.clone()
+        out[0].copy_(a[1].sin())
+        return out[0].cos()
+
+    copied = Copied(function, x())
+    found_in = copied.copy.looked_into[copied.nodes["cos"]]
+    assert {value.op for value in found_in} == {SCATTER}
+
+
 def test_a_fake_tensor_from_outside_is_not_known_and_another_class_is_not_followed():
     copy = CanonicalCopy()
     values = ValueNumbering(copy)

@@ -360,14 +360,22 @@ def test_a_bias_may_be_summed_over_one_sub_network():
     assert site.down_bias is not None
 
 
+def test_a_bias_of_each_sub_network_is_summed_with_a_dimension_of_one():
+    compute = lambda m, x: (m.hidden(x) @ m.down + m.bias.unsqueeze(1)).unsqueeze(0).sum((0, 1))  # noqa: E731
+    site = the_site(compute, TOKENS)
+    assert site.sub_networks == H
+    assert site.down_bias is not None
+
+
 @pytest.mark.parametrize(
     ("added", "detail"),
     [
         (lambda y, q, b: y + b + b.sin(), "a second bias is added to the output"),
+        (lambda y, q, b: y + q[:, :1], "a tensor is added to the output"),
         (lambda y, q, b: y * q[:, :1] + b, "a tensor is added to the output"),
         (lambda y, q, b: (y + b) * q[:, :1] + b.sin(), "a tensor is added to the output"),
     ],
-    ids=["two", "after a router", "two around a router"],
+    ids=["two", "of tokens alone", "after a router", "two around a router"],
 )
 def test_what_is_added_is_named(added: Callable[[Tensor, Tensor, Tensor], Tensor], detail: str):
     def compute(m: Ffn, x: Tensor) -> Tensor:

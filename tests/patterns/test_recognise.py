@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import graph_of
+from support.graphs import call, graph_of
 from support.values import a_value
 from torch import Tensor, nn
 
 from mhf_compiler.patterns import Kind, Reason, find_sites
-from mhf_compiler.patterns.canonical import Value
+from mhf_compiler.patterns.canonical import INPUT, Value
 from mhf_compiler.patterns.checks import TWO_DIMENSIONS
 from mhf_compiler.patterns.recognise import _PROJECTED as PROJECTED
 from mhf_compiler.patterns.recognise import (
     Findings,
+    _adds_to,
     _is_unfinished,
     _keeps_form,
     _may_be_activation,
@@ -119,6 +120,31 @@ def test_a_product_over_its_own_operand_is_looked_at_if_it_reads_hidden_units():
     assert looked_at(torch.neg, True) == 0
 
 
+def test_an_unknown_result_of_hidden_units_is_no_product():
+    def compute(x: Tensor, w: Tensor) -> Tensor:
+        h = (x @ w @ w).relu()
+        return call(h, unknown, h)
+
+    gm = graph_of(compute, torch.randn(T, T), torch.randn(T, T))
+    (node,) = gm.graph.find_nodes(op="call_function", target=unknown)
+    node.meta["val"] = torch.randn(T, T)
+    assert find_sites(gm).looked_at == 0
+
+
+def unknown(hidden: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def test_tokens_that_are_weighed_by_tokens_are_attended_to():
+    """Though a projection has the logits: with weights instead, it would be a network."""
+
+    def looked_at(values: Callable[[Ffn, Tensor], Tensor]) -> int:
+        return found(lambda m, x: (x @ m.up[0]).softmax(-1) @ values(m, x)).looked_at
+
+    assert looked_at(lambda m, x: m.down[0]) == 1
+    assert looked_at(lambda m, x: x[:f]) == 0
+
+
 OWN = SimpleNamespace(namespace="theirs", tags=())
 
 
@@ -183,6 +209,12 @@ def test_an_operation_of_a_projection_keeps_its_form(op: Any, shape: tuple[int, 
     assert _keeps_form(a_value(op, projection, shape=shape), {projection: PROJECTED}) is keeps
 
 
+def test_the_order_of_a_projection_is_none():
+    projection = a_value(aten.mm.default, shape=(T, d))
+    order = a_value(aten.argsort.default, projection, shape=(T, d), dtype=torch.int64)
+    assert not _keeps_form(order, {projection: PROJECTED})
+
+
 def test_a_norm_of_hidden_units_is_read_through():
     norm = Traced(lambda x, w: F.layer_norm((x @ w).relu(), [T]) @ w)
     (projection,) = _projections_of(norm["matmul_1"])
@@ -190,6 +222,13 @@ def test_a_norm_of_hidden_units_is_read_through():
 
 
 # The way up from an anchor.
+
+
+def test_a_product_is_read_again_for_the_output_that_it_is_added_to():
+    output, other = a_value(aten.mm.default), a_value(aten.mm.default)
+    product = a_value(aten.addmm.default, output, a_value(INPUT), a_value(INPUT))
+    assert _adds_to(product, frozenset({output}))
+    assert not _adds_to(product, frozenset({other}))
 
 
 def test_networks_that_only_a_dead_operation_merges_are_apart():
@@ -326,6 +365,9 @@ def test_parts_of_one_network_are_told_why_they_are_apart():
     two = Reason(Kind.TOKEN_DEPENDENT_WEIGHTS, TWO_DIMENSIONS, None)
     assert told(merged, two) is None
     assert told(summed, two) is two
+    unequal = Reason(Kind.UNEQUAL_HEADS, "", None)
+    assert told(merged, unequal) is unequal
+    assert told(summed, unequal) is None
     unknown = told(merged, Reason(Kind.UNKNOWN_OPERATION, "sin", None))
     assert unknown is not None
     assert (unknown.kind, unknown.detail) == (Kind.OPERATION_IN_LOOP, "sin")
@@ -346,6 +388,7 @@ def not_summed(
 
 
 OFFENCE = Reason(Kind.UNKNOWN_OPERATION, "cos", None)
+UNNAMED = Reason(Kind.UNKNOWN_OPERATION, "", None)
 
 
 @pytest.mark.parametrize(
@@ -355,6 +398,7 @@ OFFENCE = Reason(Kind.UNKNOWN_OPERATION, "cos", None)
         (lambda x, y: x.sin().cos().sum(0), ["x"], [], "sin"),
         (lambda x, y: x.sum(0), ["x", "sum_1"], [OFFENCE], "cos"),
         (lambda x, y: x.sum(0), ["x", "sum_1"], [], None),
+        (lambda x, y: x.sum(0), ["x", "sum_1"], [UNNAMED], None),
         (lambda x, y: (x @ y).sin().sum(0), ["x"], [OFFENCE], None),
         (lambda x, y: (x.sin(), x.sin().sum(0)), ["x"], [], None),
         (lambda x, y: x.sin()[0] * 2, ["x"], [], None),
@@ -364,6 +408,7 @@ OFFENCE = Reason(Kind.UNKNOWN_OPERATION, "cos", None)
         "the first of two",
         "summed already",
         "nothing",
+        "nothing with a name",
         "another product",
         "returned before",
         "a view of less",

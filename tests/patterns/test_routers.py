@@ -588,6 +588,15 @@ def test_a_product_of_what_no_node_holds_is_none():
         assert _read(copy["matmul"], site, frozenset(), copy.copy) is None
 
 
+def test_a_bias_that_no_node_holds_is_not_computed_again():
+    copy = Traced(lambda x, y, z: torch.addmm(z.t(), x.bfloat16().float(), y), 3)
+    site: Any = SimpleNamespace(query=SimpleNamespace(shape=(1, N)), replaces=set())
+    assert _read(copy["addmm"], site, frozenset(), copy.copy) is not None
+    bias = copy["addmm"].operands[0]
+    del copy.copy._holdings[bias]
+    assert _read(copy["addmm"], site, frozenset(), copy.copy) is None
+
+
 def test_nothing_is_looked_for_in_or_behind_other_sites():
     copy = Traced(lambda x, y: (x.bfloat16().float() @ y).sin().cos())
     site: Any = SimpleNamespace(

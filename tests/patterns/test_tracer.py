@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.graphs import dynamic_graph_of, graph_of
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from mhf_compiler.compat import ExportedInput, FakeTensorMode, set_exported_input
 from mhf_compiler.patterns import tracer
@@ -20,6 +21,7 @@ from mhf_compiler.patterns.tracer import (
     _asks_for_sizes,
     _is_about_shards,
     _known_result,
+    _makes_new_sizes,
     _may_write,
     _Tracer,
     trace,
@@ -178,6 +180,8 @@ def function_of(module: str) -> Callable[[], None]:
         (node("call_function", operator.add), False),
         (node("call_function", torch.sin), False),
         (node("call_function", torch.sin, out=1), True),
+        (node("call_function", Tensor.add_), True),  # of no module
+        (node("call_function", Tensor.add), False),
         (node("call_function", torch.ops.aten.add_.Tensor), True),
         (node("call_function", torch.ops.aten.add.Tensor), False),
         (node("call_function", theirs), True),
@@ -195,6 +199,7 @@ def test_a_function_may_write_by_its_name(called: fx.Node, writes: bool):
         (node("call_method", "sin"), False),
         (node("call_function", torch.sin), False),
         (node("call_function", operator.add), False),
+        (node("call_function", Tensor.sin), False),  # of no module
         (node("call_function", function_of("torch.distributed.tensor")), True),
         (node("call_function", function_of("model")), True),
     ],
@@ -217,6 +222,23 @@ def test_a_function_is_about_shards_by_where_it_is_defined(called: fx.Node, abou
 )
 def test_what_asks_for_sizes_has_no_effect(called: fx.Node, asks: bool):
     assert _asks_for_sizes(called) is asks
+
+
+def test_a_node_that_asks_for_a_size_may_go():
+    copy = trace(graph_of(lambda a: a.view(a.size(0), -1), x()))
+    assert "size" in {one.name for one in copy.pure}
+
+
+def test_a_size_of_data_in_a_transform_is_that_of_the_batched_result(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """There, what is known of a result is not what the result would be."""
+    selected = node("call_method", "nonzero")
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        selected.meta["val"] = mode.from_tensor(x()).nonzero()
+    assert _makes_new_sizes(selected, {})
+    monkeypatch.setattr(tracer, "functorch_depth", lambda: 1)
+    assert not _makes_new_sizes(selected, {})
 
 
 def test_the_result_of_a_node_is_not_known_without_an_example():
@@ -264,6 +286,14 @@ def test_an_operation_is_about_shards_by_its_function(monkeypatch: pytest.Monkey
     (sine,) = graph.gm.graph.find_nodes(op="call_method", target="sin")
     sine.target = "redistribute"
     assert graph.depends("sin")
+
+
+def test_a_plain_tensor_next_to_dtensors_may_be_overwritten(monkeypatch: pytest.MonkeyPatch):
+    graph = Sharded(lambda a, b: (a.sin(), b.add_(1)), monkeypatch, 2)
+    _, plain = graph.gm.graph.find_nodes(op="placeholder")
+    (called,) = graph.gm.graph.find_nodes(op="call_method", target="add_")
+    called.meta["val"] = plain.meta["val"]
+    assert not graph.depends("add_")
 
 
 def test_an_operation_in_vmap_depends_on_shards(monkeypatch: pytest.MonkeyPatch):
