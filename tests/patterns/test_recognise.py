@@ -275,7 +275,11 @@ def test_projections_in_a_site_are_no_near_misses_where_they_read_something_acti
 
 @pytest.mark.parametrize(
     ("levels", "kind"),
-    [((), Kind.UNKNOWN_OPERATION), ((1,), Kind.FUNCTION_TRANSFORM), (None, Kind.FUNCTION_TRANSFORM)],
+    [
+        ((), Kind.UNKNOWN_OPERATION),
+        ((1,), Kind.FUNCTION_TRANSFORM),
+        (None, Kind.FUNCTION_TRANSFORM),
+    ],
     ids=["nowhere", "in grad", "in vmap"],
 )
 def test_an_output_that_no_node_holds_is_read_where_gradients_are_computed(

@@ -195,7 +195,7 @@ def test_a_product_that_is_added_is_taken_apart_where_that_rounds_nothing_else()
 
 
 class Fma:
-    """In place of the operator, which not every release has, and Dynamo defines when it needs it."""
+    """In place of the operator, which Dynamo defines when it needs it, where a release has it."""
 
     namespace = "prims"
 
