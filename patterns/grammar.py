@@ -628,7 +628,7 @@ class _Sum:
         self.dtypes.add(leaf.value.dtype)
         later = leaf.addend.addition is not self.root
         allowed = self.reader.in_loop or later or self.reader.is_highest(self.root)
-        if not allowed or len(self.residuals) > 1 or len(self.dtypes) > 1:
+        if not allowed or len(self.residuals) > 1:
             detail = f"{operation_name(leaf.value)} is added"
             raise Declined(Kind.UNKNOWN_OPERATION, detail, self.root.origin)
 

@@ -300,11 +300,8 @@ def _ordinary_but_for_dropout(
         return kept
     # In a loop over heads, dropout is what keeps them apart.
     alone = _as_loops([ordinary.get(miss.anchor, miss) for miss in missed], paths, copy)
-    found = {id(miss) for miss in alone}
-    return [
-        other if (other := ordinary.get(miss.anchor)) is not None and id(other) in found else miss
-        for miss in kept
-    ]
+    apart = {miss.anchor: miss for miss in alone if ordinary.get(miss.anchor) is miss}
+    return [apart.get(miss.anchor, miss) for miss in kept]
 
 
 def _is_ordinary_without_dropout(path: list[Value], outside: frozenset[Value]) -> bool:

@@ -306,3 +306,12 @@ def test_a_cast_is_not_read_beyond_the_output_of_another_network():
     held = lambda value: value in (x, view)  # noqa: E731
     assert above_views(cast, held).value.source is x
     assert above_views(cast, held, stops={view}).value.source is not x
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_cast_is_read_below_views_that_gradients_flow_through_as_through_it(recorded: bool):
+    x = a_value(INPUT)
+    view = a_value(torch.ops.aten.view.default, x, (24,), shape=(24,), requires_grad_mode=recorded)
+    cast = Operand(a_value(TO, view, shape=(24,), dtype=BFLOAT16), (axis_form(Axis(24)),))
+    source = above_views(cast, lambda value: value is x).value.source
+    assert source is (x if recorded else view)

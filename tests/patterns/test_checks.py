@@ -27,7 +27,13 @@ from mhf_compiler.patterns.canonical import (
     Storage,
     Value,
 )
-from mhf_compiler.patterns.checks import _check_readable, _has_gradient, _nested, check_piece
+from mhf_compiler.patterns.checks import (
+    _check_readable,
+    _check_returned_alone,
+    _has_gradient,
+    _nested,
+    check_piece,
+)
 from mhf_compiler.patterns.reasons import Declined
 from mhf_compiler.patterns.recognise import Findings
 
@@ -755,6 +761,27 @@ def test_a_reader_that_nothing_reads_is_none():
     assert site.pieces == ()
 
 
+def test_zeros_may_look_like_a_view_of_what_is_added_to_them():
+    def started(m: Ffn, q: Tensor) -> Tensor:
+        q = q[:, :, 0]
+        outs = [(F.silu(q @ m.gate[e]) * (q @ m.up[e])) @ m.down[e] for e in range(H)]
+        return sum(outs, torch.zeros_like(outs[0].transpose(0, 1)).transpose(0, 1))
+
+    assert len(found(started).sites) == 1
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [lambda m, q: m.gate[0, :, 0], lambda m, q: m.gate[:, :, 0], lambda m, q: q[:, :, :1].sin()],
+    ids=["alone", "and heads", "and tokens"],
+)
+def test_a_factor_of_output_features_is_no_router(factor: Callable[[Ffn, Tensor], Tensor]):
+    """The op's routers have no such axis: they would be read at one feature for all."""
+    (site,) = found(lambda m, q: project(m.hidden(q), m.down) * factor(m, q)).sites
+    assert site.routers == ()
+    assert site.output.op is not torch.ops.aten.mul.Tensor
+
+
 def heads_of_wider_products(m: Ffn, q: Tensor) -> tuple[Tensor, Tensor]:
     """Of each product the first half is a head's output."""
     wide = torch.cat([m.down, m.down], -1)
@@ -997,6 +1024,25 @@ def test_a_heads_output_that_no_node_holds_is_not_cut_out():
     with pytest.raises(Declined) as declined:
         check_piece(piece, None, piece, CanonicalCopy())  # type: ignore[arg-type]
     assert declined.value.reason.kind is Kind.ESCAPING_INTERMEDIATE
+
+
+@pytest.mark.parametrize(
+    ("strides", "kind"), [((6, 1), None), ((1, 4), Kind.MUTATION)], ids=["as it is", "turned"]
+)
+def test_a_result_is_returned_in_the_memory_that_it_is_computed_in(
+    strides: tuple[int, ...], kind: Kind | None
+):
+    value = a_value(torch.ops.aten.mm.default)
+    graph, copy, memory = fx.Graph(), CanonicalCopy(), Storage(value)
+    node = graph.placeholder("x")
+    copy.add_result(node, value, memory, strides, is_part=False)
+    copy.add_read(graph.output(node), node, value, memory)
+    declined = None
+    try:
+        _check_returned_alone(value, copy)
+    except Declined as error:
+        declined = error.reason.kind
+    assert declined is kind
 
 
 @pytest.mark.parametrize("op", [INPUT, OPAQUE, COPY, SCATTER])

@@ -274,6 +274,11 @@ def test_heads_in_vmap_have_one_residual():
     assert sites(lambda y, x, z: y + x.sin() + z) == []
 
 
+def test_a_factor_of_each_element_is_no_router():
+    compute = lambda m, x: (m.hidden(x) @ m.down) * x.sin()  # noqa: E731
+    assert refused(compute, HEADS).detail == "multiplied elementwise"
+
+
 # Buffers and pieces.
 
 
@@ -302,6 +307,14 @@ def test_a_buffer_that_is_not_is_told(starts: list[int], heads: int, detail: str
     assert detail in refused(filled(starts, heads), TOKENS).detail
 
 
+def test_what_outputs_are_merged_with_is_no_operation_in_their_loop():
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        return torch.stack([m.one(x[0], 0) @ m.down[0], x[1].sin()])
+
+    reason = refused(compute, HEADS)
+    assert (reason.kind, reason.detail) == (Kind.UNKNOWN_OPERATION, "sin")
+
+
 def test_a_reason_in_a_loop_that_is_no_operation_stays():
     def compute(m: Ffn, x: Tensor) -> Tensor:
         dropped = (F.dropout(m.one(x[h], h)) @ m.down[h] for h in range(H))
@@ -319,6 +332,7 @@ def test_the_mean_of_a_projection_is_named_where_it_is_no_hidden_unit():
     assert miss.reason.kind is Kind.NOT_A_PRODUCT
     assert miss.reason.node is not None
     assert miss.reason.node.name == "mean"
+    assert miss.reason.detail == "2 activated and 0 linear projections"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from mhf_compiler.patterns.meaning import (
     _is_positive,
     _over,
     _unsigned,
+    plus,
     read_hidden,
     times,
 )
@@ -382,6 +383,13 @@ def test_a_product_is_simplified_where_nothing_cancels():
     assert times(P0, P0) == P0**2
     assert times(P0, 1 / P0).has(Unsimplified)
     assert times(sympy.exp(P0), sympy.exp(-P0)).has(Unsimplified)
+
+
+def test_what_rounds_is_told_as_such():
+    """Not as an activation that nobody knows: ``x + 1000 - 1000`` is what was meant."""
+    with pytest.raises(Declined) as declined:
+        read_hidden(sympy.Max(0, plus(P0 + 1000, sympy.Integer(-1000))))
+    assert "which rounds" in declined.value.reason.detail
 
 
 def test_a_sum_below_a_division_keeps_its_signs():

@@ -56,6 +56,7 @@ def test_zeros_are_what_a_factory_made(op: Any, args: tuple[Any, ...], zero: boo
     made = a_value(op, *args)
     assert is_zero(made) is zero
     assert is_zero(a_value(aten.detach.default, made)) is zero
+    assert is_zero(a_value(aten._to_copy.default, made, dtype=torch.float64)) is zero
     assert not is_zero(a_value(aten.sin.default, made))
 
 

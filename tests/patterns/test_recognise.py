@@ -20,6 +20,7 @@ from mhf_compiler.patterns.recognise import _PROJECTED as PROJECTED
 from mhf_compiler.patterns.recognise import (
     Findings,
     _adds_to,
+    _anchors,
     _is_unfinished,
     _keeps_form,
     _may_be_activation,
@@ -30,6 +31,7 @@ from mhf_compiler.patterns.recognise import (
     _projections_of,
     _summed_apart,
     _sums_after,
+    _try,
 )
 from mhf_compiler.patterns.tracer import trace
 
@@ -287,6 +289,54 @@ def test_networks_are_of_one_loop():
     assert said(found(twice)) == [Kind.OPERATION_IN_LOOP, Kind.PLAIN_FFN]
 
 
+def dropped(m: Ffn, x: Tensor, e: int) -> Tensor:
+    """One network that drops hidden units."""
+    return F.dropout((x @ m.up[e]).relu(), 0.1) @ m.down[e]
+
+
+def test_ordinary_networks_that_drop_hidden_units_are_ordinary_but_in_a_loop():
+    apart = found(lambda m, x: (dropped(m, x, 0), dropped(m, x, 1)))
+    assert said(apart) == [Kind.PLAIN_FFN] * 2
+    loop = found(lambda m, x: merged_after_a_sine([dropped(m, x, 0), dropped(m, x, 1)]))
+    assert said(loop) == [Kind.DROPOUT_INSIDE] * 2
+
+
+def test_projections_in_a_site_are_no_near_misses_where_they_read_something_activated():
+    def activated(m: Ffn, x: Tensor) -> Tensor:
+        x = F.elu(x @ (m.up[0] @ m.down[0]))
+        return m.plain(x, 0) + m.plain(x, 1)
+
+    findings = found(activated)
+    assert findings.looked_at == 4
+    assert len(findings.sites) == 1
+    assert findings.near_misses == []
+
+
+@pytest.mark.parametrize(
+    ("levels", "kind"),
+    [
+        ((), Kind.UNKNOWN_OPERATION),
+        ((1,), Kind.FUNCTION_TRANSFORM),
+        (None, Kind.FUNCTION_TRANSFORM),
+    ],
+    ids=["nowhere", "in grad", "in vmap"],
+)
+def test_an_output_that_no_node_holds_is_read_where_gradients_are_computed(
+    levels: tuple[int, ...] | None, kind: Kind
+):
+    """Below the views of an ``einsum``: a network, but none whose gradients could be given."""
+
+    def heads(m: Ffn, x: Tensor) -> Tensor:
+        return torch.einsum("htf,hfd->thd", (x @ m.up).relu(), m.down)
+
+    copy = trace(graph_of(Ffn(heads), torch.randn(T, d)))
+    (anchor,) = _anchors(copy)
+    copy.levels[anchor.origin] = levels
+    reason = _try(anchor, frozenset({anchor}), copy, frozenset())
+    assert isinstance(reason, Reason)
+    assert reason.kind is kind
+
+
 def a_site(output: Value, query: Value | None = None) -> Any:
     sizes = dict.fromkeys(("heads", "head_dim", "sub_networks", "hidden"), 2)
     return SimpleNamespace(
@@ -396,6 +446,7 @@ UNNAMED = Reason(Kind.UNKNOWN_OPERATION, "", None)
     [
         (lambda x, y: x.sin().sum(0), ["x"], [], "sin"),
         (lambda x, y: x.sin().cos().sum(0), ["x"], [], "sin"),
+        (lambda x, y: (x * 2).sin().sum(0), ["x"], [], "sin"),
         (lambda x, y: x.sum(0), ["x", "sum_1"], [OFFENCE], "cos"),
         (lambda x, y: x.sum(0), ["x", "sum_1"], [], None),
         (lambda x, y: x.sum(0), ["x", "sum_1"], [UNNAMED], None),
@@ -406,6 +457,7 @@ UNNAMED = Reason(Kind.UNKNOWN_OPERATION, "", None)
     ids=[
         "an operation",
         "the first of two",
+        "after a scale",
         "summed already",
         "nothing",
         "nothing with a name",

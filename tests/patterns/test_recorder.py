@@ -151,6 +151,18 @@ def test_what_is_written_to_two_tensors_is_unknown(function: Callable[[Tensor, T
     assert sum(value.op == OPAQUE for value in copy.values) >= 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_that_are_updated_are_an_effect(training: bool):
+    """The schema of a batch norm does not say so."""
+    recording = Recording()
+    x, mean, variance = (recording.tensor(*shape) for shape in ((4, 6), (6,), (6,)))
+    args = x, None, None, mean, variance, training, 0.1, 1e-5
+    with recording.mode:
+        recording.recorder.record(Call(aten.native_batch_norm.default, args, {}, (x.sin(),)))
+    assert recording.recorder.has_effects is training
+    assert (recording.memory.read(mean).op == OPAQUE) is training
+
+
 def test_only_what_is_written_is(own: Any):
     x, y = torch.randn(4), torch.randn(4)
     assert _written_by(Call(own.shown.default, (x, y), {}, x)) == [y]
@@ -180,3 +192,22 @@ def test_a_product_that_is_added_is_taken_apart_where_that_rounds_nothing_else()
     assert of_three(aten.addcmul.default, whole, whole, whole, result=whole) == 1
     assert of_three(aten.addcmul.default, x, narrow, narrow, result=x) == 1
     assert of_three(torch.ops.prims.where.default, x > 0, x, x, result=x) == 1
+
+
+class Fma:
+    """In place of the operator, which Dynamo defines when it needs it, where a release has it."""
+
+    namespace = "prims"
+
+    def __str__(self) -> str:
+        return "prims.fma.default"
+
+
+def test_a_multiple_that_dynamo_adds_is_a_sum_with_a_number():
+    """``x * 2 + y`` is no product of two tensors."""
+    x, y = torch.randn(4), torch.randn(4)
+    assert of_three(Fma(), x, x, y, result=x) == 2
+    (added,) = _taken_apart(Call(Fma(), (x, 2.0, y), {}, x))
+    assert (added.func, added.kwargs) == (aten.add.Tensor, {"alpha": 2.0})
+    assert added.args[0] is y
+    assert added.args[1] is x

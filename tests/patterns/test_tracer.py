@@ -119,6 +119,19 @@ def test_a_graph_under_inference_mode_enters_no_region_itself():
     assert copy.inference == set()
 
 
+def test_a_mark_is_an_effect():
+    """Dynamo writes down ``requires_grad_`` so; no operation runs for it."""
+
+    def _set_tensor_requires_grad(tensor: Tensor) -> Tensor:
+        return tensor
+
+    gm = with_function(_set_tensor_requires_grad)
+    (node,) = gm.graph.find_nodes(op="call_function", target=_set_tensor_requires_grad)
+    copy = trace(gm)
+    assert node not in copy.pure
+    assert copy.value_of[node].requires_grad
+
+
 def a_subclass() -> Tensor:
     from torch.testing._internal.two_tensor import TwoTensor
 

@@ -94,6 +94,11 @@ def test_pieces_that_are_no_index_maps_are_not_read_together():
     assert read(cat(piece, piece, shape=(14, 5))) is None
 
 
+def test_what_is_merged_with_something_that_is_no_view_is_not_read_as_one():
+    rows = a_slice(0, 3)
+    assert read(cat(rows, a_value(INPUT, shape=(3, 6)), shape=(6, 6))) is None
+
+
 def test_only_a_cat_along_the_same_dimension_grows():
     a = a_value(INPUT)
     inner = cat(a, a, shape=(8, 6))
@@ -108,6 +113,8 @@ def test_a_cat_without_gradients_grows_into_one_with_them_if_none_is_wanted(want
     a = a_value(INPUT, requires_grad=wanted)
     inner = cat(a, a, shape=(8, 6), requires_grad_mode=False)
     assert grows_into(inner, cat(inner, a, shape=(12, 6))) is not wanted
+    same = {"requires_grad_mode": False}
+    assert grows_into(inner, cat(inner, a, shape=(12, 6), **same))
 
 
 def test_a_cat_that_is_a_piece_is_no_stage():
