@@ -168,6 +168,10 @@ NONE: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         [randn(2, 3, 5), randn(4, 3, 1)],
     ),
     "a transposed convolution": (F.conv_transpose1d, [randn(2, 3, 5), randn(3, 4, 1)]),
+    "channels of two groups of a convolution": (
+        lambda a, b: F.conv1d(a, b, groups=2)[:, 1:3],
+        [randn(2, 6, 5), randn(4, 3, 1)],
+    ),
     "a mean": (lambda a, b: (a * b).mean(1), [randn(3, 4), randn(3, 4)]),
     "a convolution that is transposed": (
         F.conv_transpose1d,
