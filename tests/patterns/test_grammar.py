@@ -247,7 +247,9 @@ def test_what_is_made_of_another_input_is_a_bias_of_each_sub_network():
 
 
 def test_a_router_may_be_expanded_to_all_features():
-    compute = lambda m, x: (m.hidden(x) @ m.down) * x[..., :1].sigmoid().expand(-1, -1, d)  # noqa: E731
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        return (m.hidden(x) @ m.down) * x[..., :1].sigmoid().expand(-1, -1, d)
+
     assert the_site(compute, HEADS).routed
 
 
