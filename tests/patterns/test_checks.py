@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -670,7 +671,7 @@ def test_what_the_checks_let_through(compute: Callable[[Ffn, Tensor], Any]):
     ("compute", "detail"),
     [
         (hidden_units_returned, "it is returned"),
-        (hidden_units_summed, "read by"),
+        (hidden_units_summed, r"read by .*test_checks\.py:\d+: return .*hidden\.square\(\)\.mean"),
         (lambda m, q: weighted(m, q, lambda hidden: hidden.mean(-1, keepdim=True)), "read by"),
         (lambda m, q: weighted(m, q, lambda h: torch.ones_like(h[..., :1])), "read by"),
     ],
@@ -683,7 +684,7 @@ def test_hidden_units_that_escape_are_told_with_their_reader(
     assert report.rewritten == []
     (miss,) = report.declined
     assert miss.reason is not None
-    assert detail in miss.reason.detail
+    assert re.search(detail, miss.reason.detail)
 
 
 def test_a_router_that_is_one_number_in_float64_is_one():
@@ -878,6 +879,18 @@ def test_a_network_is_not_half_in_a_region_of_inference_mode(trained: bool):
     assert reasons(found(finished, trained=trained)) == [Kind.GRADIENTS_CUT]
 
 
+def test_a_result_that_is_overwritten_is_not_replaced():
+    """Not even where nothing reads its memory afterwards, which another check would see."""
+
+    def overwritten(m: Ffn, q: Tensor) -> Tensor:
+        y = project(m.hidden(q), m.down)
+        z = y.sin()
+        y.zero_()
+        return z
+
+    assert reasons(found(overwritten, trained=False)) == [Kind.MUTATION]
+
+
 def test_a_result_may_be_copied_into_an_input_and_not_computed_there():
     def copied(m: Ffn, q: Tensor) -> Tensor:
         y = project(m.hidden(q), m.down)
@@ -953,6 +966,10 @@ def test_a_router_before_a_cast_of_the_weights_is_told_apart(
     assert reasons(found(narrow(form, weights))) == [kind]
 
 
+def gathered(x: Tensor, z: Tensor) -> Tensor:
+    return x.gather(1, z.argsort(1))
+
+
 def added_by_addmm(x: Tensor, z: Tensor) -> Tensor:
     return torch.addmm(x, z.t(), torch.ones(d, d))
 
@@ -985,7 +1002,7 @@ class Two(Ffn):
 
 
 @pytest.mark.parametrize("source", [0, 1])
-@pytest.mark.parametrize("query", [added_by_addmm, read_twice, doubled])
+@pytest.mark.parametrize("query", [added_by_addmm, gathered, read_twice, doubled])
 def test_weights_may_not_be_made_of_what_tokens_are_made_of(
     query: Callable[[Tensor, Tensor], Tensor], source: int
 ):

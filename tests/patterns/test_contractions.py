@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
+from support.values import a_value
 from torch import Tensor, fx
 
 from mhf_compiler.compat import FakeTensorMode
@@ -168,6 +170,10 @@ NONE: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
         [randn(2, 3, 5), randn(4, 3, 1)],
     ),
     "a transposed convolution": (F.conv_transpose1d, [randn(2, 3, 5), randn(3, 4, 1)]),
+    "channels of two groups of a convolution": (
+        lambda a, b: F.conv1d(a, b, groups=2)[:, 1:3],
+        [randn(2, 6, 5), randn(4, 3, 1)],
+    ),
     "a mean": (lambda a, b: (a * b).mean(1), [randn(3, 4), randn(3, 4)]),
     "a convolution that is transposed": (
         F.conv_transpose1d,
@@ -186,6 +192,19 @@ NONE: dict[str, tuple[Callable[..., Any], list[Tensor]]] = {
 @pytest.mark.parametrize(("function", "inputs"), NONE.values(), ids=NONE)
 def test_others_are_not(function: Callable[..., Any], inputs: list[Tensor]):
     assert read(canonical(function, *inputs))[1] is None
+
+
+def test_a_convolution_has_as_many_channels_in_each_group():
+    """PyTorch has made sure of it; of a symbolic number of channels it is not known here."""
+    channels = sympy.Symbol("channels", integer=True, positive=True)
+    options = [1], [0], [1], False, [0]
+    for count, known in ((channels, False), (2 * channels, True)):
+        weight = a_value(INPUT, shape=(count, 3, 1))
+        operands = a_value(INPUT, shape=(2, 6, 5)), weight, None
+        convolution = a_value(
+            torch.ops.aten.convolution.default, *operands, *options, 2, shape=(2, count, 5)
+        )
+        assert (read(convolution)[1] is not None) is known
 
 
 def test_a_matmul_that_sums_nothing_is_a_product():

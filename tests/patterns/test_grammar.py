@@ -238,6 +238,21 @@ def test_what_is_made_of_parameters_is_a_bias_of_one_token():
     assert site.residual is None
 
 
+def test_what_is_made_of_another_input_is_a_bias_of_each_sub_network():
+    def compute(m: Ffn, x: Tensor, z: Tensor) -> Tensor:
+        outs = [m.one(x, e) @ m.down[e] + z[e].sin() for e in range(H)]
+        return outs[0] + outs[1] + outs[2] + outs[3]
+
+    assert the_site(compute, TOKENS, torch.randn(H, d)).down_bias is not None
+
+
+def test_a_router_may_be_expanded_to_all_features():
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        return (m.hidden(x) @ m.down) * x[..., :1].sigmoid().expand(-1, -1, d)
+
+    assert the_site(compute, HEADS).routed
+
+
 def test_tokens_that_are_added_to_all_heads_are_added_after_the_site():
     site = the_site(lambda m, x: (m.hidden(x[0]) @ m.down) + x[0], HEADS)
     assert site.residual is None
@@ -315,6 +330,11 @@ def test_what_outputs_are_merged_with_is_no_operation_in_their_loop():
     assert (reason.kind, reason.detail) == (Kind.UNKNOWN_OPERATION, "sin")
 
 
+def test_a_part_of_a_buffer_that_cuts_heads_is_not_read():
+    part = refused(lambda m, x: filled([0, 8, 16, 24])(m, x)[:, 4:20], TOKENS)
+    assert part.kind is Kind.UNSUPPORTED_LAYOUT
+
+
 def test_a_reason_in_a_loop_that_is_no_operation_stays():
     def compute(m: Ffn, x: Tensor) -> Tensor:
         dropped = (F.dropout(m.one(x[h], h)) @ m.down[h] for h in range(H))
@@ -342,9 +362,14 @@ def test_the_mean_of_a_projection_is_named_where_it_is_no_hidden_unit():
         (lambda x, w: x @ x.t(), False),
         (lambda x, w: w @ w.t(), False),
         (lambda x, w: (x @ w) * 2, True),
+        (lambda x, w: (x @ w) * x[:, :f], False),
         (lambda x, w: x * 2, False),
+        (lambda x, w: x.cos(), False),
     ],
-    ids=["of tokens", "of tokens with tokens", "of weights", "scaled", "none"],
+    ids=[
+        *("of tokens", "of tokens with tokens", "of weights", "scaled", "multiplied by tokens"),
+        *("none", "no product"),
+    ],
 )
 def test_a_product_projects_what_is_multiplied_with_weights(
     product: Callable[[Tensor, Tensor], Tensor], projected: bool

@@ -19,6 +19,7 @@ from mhf_compiler.patterns.canonical import INPUT
 from mhf_compiler.patterns.meaning import (
     ACTIVATIONS,
     POINTWISE,
+    Clamped,
     Hidden,
     Line,
     Unsimplified,
@@ -325,6 +326,12 @@ def test_only_a_clamp_at_zero_is_relu(arguments: tuple[float | None, ...]):
     with pytest.raises(Declined) as declined:
         POINTWISE[clamp](a_value(clamp, x, *arguments), P0)
     assert declined.value.reason.kind is Kind.UNKNOWN_ACTIVATION
+
+
+def test_a_clamp_whose_slope_differs_from_that_of_relu_is_told():
+    with pytest.raises(Declined) as declined:
+        read_hidden(Clamped(P0))
+    assert "slope is 1" in declined.value.reason.detail
 
 
 GATE = sympy.Max(0, P0)
