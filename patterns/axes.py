@@ -202,6 +202,21 @@ def plus(a: Size, b: Size) -> Size:
     return _tidy(sympy.expand(sympy.sympify(a) + b))
 
 
+def stride_in_sizes(stride: Size) -> Size:
+    """A stride as a product of the sizes further inside, expanded, of a tensor that has elements.
+
+    PyTorch computes strides with ``Max(1, size)`` in place of a size that may be zero, and leaves
+    ``s * (t - 1)`` as it is. Where a size is zero, no stride is ever used.
+    """
+    if isinstance(stride, int):
+        return stride
+    found = sympy.sympify(stride).replace(
+        lambda e: e.func.__name__ == "Max" and len(e.args) == 2 and sympy.S.One in e.args,
+        lambda e: e.args[1] if e.args[0] == 1 else e.args[0],
+    )
+    return _tidy(sympy.expand(found))
+
+
 def quotient(a: Size, b: Size) -> Size | None:
     """``a / b`` when ``b`` divides ``a`` for every value of the symbols, else None."""
     if isinstance(a, int) and isinstance(b, int):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Size, multiply, stride_order
+from .axes import Size, multiply, stride_in_sizes, stride_order
 from .parts import Range, ViewStep, shown_range
 from .reasons import Reason, Unreadable
 
@@ -100,14 +100,15 @@ class Value:
 
     def memory_order(self) -> tuple[int, ...] | None:
         """The dimensions from outermost to innermost in memory; None where there are gaps."""
+        strides = [*map(stride_in_sizes, self.strides)]
         inner_first = sorted(
             range(len(self.shape)),
             # Dimensions of size one are placed outside of all others.
-            key=lambda dim: (self.shape[dim] == 1, stride_order(self.strides[dim])),
+            key=lambda dim: (self.shape[dim] == 1, stride_order(strides[dim])),
         )
         step: Size = 1
         for dim in inner_first:
-            if self.shape[dim] != 1 and self.strides[dim] != step:
+            if self.shape[dim] != 1 and strides[dim] != step:
                 return None
             step = multiply(step, self.shape[dim])
         return tuple(inner_first[::-1])

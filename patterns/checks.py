@@ -51,10 +51,11 @@ _UNSAVED = MERGES | {
 #: what is said of weights that differ along two dimensions, where sub-networks are not summed, too
 TWO_DIMENSIONS = "they differ along two dimensions of the tokens"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: of the factors of projections, which are multiplied in float32; it reaches a little further
-_LARGEST_FACTOR = 2.0**126
+#: of the factors of projections, which are multiplied in float32, or in float64 where all is; the
+#: dtypes reach a little further
+_LARGEST_FACTOR = {torch.float32: 2.0**126, torch.float64: 2.0**1022}
 #: and of those moved into a tensor, which leaves as much to the numbers in it
-_LARGEST_MOVED = 2.0**63
+_LARGEST_MOVED = {torch.float32: 2.0**63, torch.float64: 2.0**511}
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,10 +396,9 @@ def check_range(term: Term) -> None:
     if term.value.dtype is torch.float16 and any(abs(scale) > 1 for scale in moved):
         detail = f"multiplied by {max(moved, key=abs):g}"
         raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
-    if term.value.dtype is torch.float64:
-        return
+    held = torch.float64 if term.value.dtype is torch.float64 else torch.float32
     inside = [p.scale for p in projections]
-    for scales, largest in ((moved, _LARGEST_MOVED), (inside, _LARGEST_FACTOR)):
+    for scales, largest in ((moved, _LARGEST_MOVED[held]), (inside, _LARGEST_FACTOR[held])):
         for scale in scales:
             if not 1 / largest <= abs(scale) <= largest:
                 detail = f"a factor of {scale:g}"

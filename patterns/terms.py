@@ -12,8 +12,6 @@ from .canonical import Value
 from .contractions import Operand
 from .reasons import Declined, Kind
 
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-
 
 @dataclass(frozen=True, slots=True)
 class Projection:
@@ -98,14 +96,16 @@ def scaled(term: Term, factor: float) -> Term:
     """A number times the term.
 
     Raises:
-        Declined: float32, which the op multiplies in, cannot hold the product of all factors.
+        Declined: float32, which the op multiplies in except for float64, cannot hold the product of
+            all factors.
     """
     residual = term.residual
     if residual is not None:
         residual = replace(residual, scale=residual.scale * factor)
     scale = term.scale * factor
-    # Outside of these, float32 rounds to zero or to infinity.
-    if not (_SMALLEST <= abs(scale) <= _LARGEST or term.value.dtype is torch.float64):
+    double = term.value.dtype is torch.float64
+    held = torch.finfo(torch.float64 if double else torch.float32)
+    if not held.tiny <= abs(scale) <= held.max:  # it is rounded to zero or to infinity
         raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {scale}", term.value.origin)
     return replace(term, scale=scale, residual=residual)
 

@@ -104,6 +104,29 @@ def test_a_masked_loss():
     assert_same(lambda x, m: network(x)[m].mean(), tokens(), torch.rand(2, 6) > 0.5, sites=1)
 
 
+PARTS = {
+    "all but the last": lambda x: x[:, :-1],
+    "all but the first": lambda x: x[:, 1:].contiguous(),
+    "one more": lambda x: torch.cat([x[:, :1], x], 1),
+    "padded": lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)),
+    "those of a mask": lambda x: x[x[..., 0, 0] > 0][None],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_a_network_on_a_part_of_dynamic_tokens(part: Any):
+    """Whose strides PyTorch writes as of sizes that may be zero, and not multiplied out."""
+    network = Network()
+
+    def model(x: Tensor) -> Tensor:  # [B, L, H, d] to a part of it
+        q = part(x)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (network.k, network.u))
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, network.v)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert_same(model, tokens().unflatten(-1, (H, d)), sites=1, dynamic=True)
+
+
 @pytest.mark.usefixtures("_data_dependent")
 def test_a_network_on_masked_tokens():
     network = Network()

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch.utils._sympy.functions import Max
 
 from mhf_compiler.compat import FakeTensorMode
 from mhf_compiler.patterns.axes import (
@@ -30,6 +31,7 @@ from mhf_compiler.patterns.axes import (
     same_index,
     same_steps,
     split,
+    stride_in_sizes,
     stride_order,
     through_reshape,
 )
@@ -285,6 +287,16 @@ def test_sizes_with_symbols():
     assert quotient(4 * n + 4, 4) == n + 1
     assert isinstance(quotient(12 * n, n), int)
     assert isinstance(quotient(0, n), int)
+
+
+def test_strides_are_products_of_sizes():
+    """Of a tensor without elements they would not be, but are never used."""
+    for stride in (8 * Max(1, n), 8 * Max(n, 1), 8 * n):
+        assert stride_in_sizes(stride) == 8 * n
+    assert stride_in_sizes(8 * m * Max(1, n - 1)) == multiply(multiply(8, m), n - 1)
+    assert stride_in_sizes(4 * Max(m, n)) == 4 * Max(m, n)
+    assert isinstance(stride_in_sizes(sympy.Integer(8)), int)
+    assert stride_in_sizes(8) == 8
 
 
 def test_sizes_are_expanded_whichever_of_two_is_a_number():

@@ -358,6 +358,16 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         lambda m, q: per_head(m, q, lambda y, _: torch.add(y * 1e25, m.down[0, 0], alpha=1e-15)),
         {},
     ),
+    "check_range, a bias beyond float64": (
+        Kind.UNSUPPORTED_PROBLEM,
+        lambda m, q: heads_in(torch.float64, m, q, lambda y, _: y * 1e-200 + m.down[0, 0].double()),
+        {},
+    ),
+    "check_range, a network that vanishes in float64": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: heads_in(torch.float64, m, q, lambda y, _: y * 1e-200 * 1e-200),
+        {},
+    ),
     "check_range, a projection beyond float32": (
         Kind.UNSUPPORTED_PROBLEM,
         lambda m, q: project(F.relu(project(q * 0, m.gate) * 1e30 * 1e30), m.down),
