@@ -364,7 +364,7 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         {},
     ),
     "check_range, a network that vanishes in float64": (
-        Kind.UNKNOWN_OPERATION,
+        Kind.OPERATION_IN_LOOP,
         lambda m, q: heads_in(torch.float64, m, q, lambda y, _: y * 1e-200 * 1e-200),
         {},
     ),
