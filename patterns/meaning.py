@@ -215,7 +215,7 @@ def _subtracted_from(value: Value, a: Expression, b: Expression) -> Expression:
 def _alpha(value: Value) -> Expression:
     alpha = value.argument(2, "alpha", 1)
     if not is_number(alpha):
-        raise Declined(Kind.VARYING_NUMBER, node=value.origin)
+        raise _unread(alpha, value)
     return number(alpha)
 
 
@@ -261,13 +261,20 @@ LINEAR = frozenset(
 )
 
 
+def _unread(number: Any, value: Value) -> Declined:
+    """What is said of a number that is infinite or none, or that is not known."""
+    if isinstance(number, float):
+        return Declined(Kind.UNKNOWN_OPERATION, f"the number {number}", value.origin)
+    return Declined(Kind.VARYING_NUMBER, node=value.origin)
+
+
 def pointwise_arguments(value: Value) -> list[Any]:
     """The tensors and numbers that ``POINTWISE[value.op]`` takes as expressions."""
     takes_options = value.op in (aten.clamp.default, aten.clamp_min.default, aten.gelu.default)
     arguments = list(value.args[: 1 if takes_options else 2])
     for argument in arguments:
         if not is_number(argument) and not isinstance(argument, Value):
-            raise Declined(Kind.VARYING_NUMBER, node=value.origin)
+            raise _unread(argument, value)
     return arguments
 
 

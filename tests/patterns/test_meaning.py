@@ -237,6 +237,19 @@ def test_other_activations_are_not_guessed_at(act: Function, gated: bool):
     assert found in (Kind.UNKNOWN_ACTIVATION, Kind.NOT_A_PRODUCT)
 
 
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        lambda gate, up: F.silu(gate) * up * math.inf,
+        lambda gate, up: F.silu(gate * math.nan) * up,
+        lambda gate, up: F.silu(torch.add(gate, gate, alpha=-math.inf)) * up,
+    ],
+    ids=["an infinity", "not a number", "a multiple"],
+)
+def test_a_number_that_is_none_is_no_variable(hidden: Function):
+    assert reason(hidden) is Kind.UNKNOWN_OPERATION
+
+
 NO_PRODUCTS = {
     "both activated": lambda gate, up: F.silu(gate) * F.silu(up),
     "two sorts": lambda gate, up: F.silu(gate) * torch.tanh(up),
