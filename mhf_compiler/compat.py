@@ -290,8 +290,8 @@ def grad_levels() -> tuple[int, ...] | None:
 
 def leave_functorch_levels(depth: int) -> None:
     """Leave the levels above ``depth``, which an exception has left open."""
-    if functorch_depth() > depth:
-        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    while functorch_depth() > depth:  # PyTorch 2.11's own way to do so leaves all of them
+        torch._C._functorch.pop_dynamic_layer_stack()
 
 
 def copy_dynamo_metadata(old: torch.fx.Node, new: torch.fx.Node) -> None:

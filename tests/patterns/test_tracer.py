@@ -12,7 +12,13 @@ from support.graphs import dynamic_graph_of, graph_of
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from mhf_compiler.compat import ExportedInput, FakeTensorMode, set_exported_input
+from mhf_compiler.compat import (
+    ExportedInput,
+    FakeTensorMode,
+    functorch_depth,
+    leave_functorch_levels,
+    set_exported_input,
+)
 from mhf_compiler.patterns import tracer
 from mhf_compiler.patterns.canonical import OPAQUE, CanonicalCopy, UntraceableGraph
 from mhf_compiler.patterns.reasons import Unreadable
@@ -96,6 +102,20 @@ def test_a_node_in_vmap_that_does_not_run_is_refused():
     with pytest.raises(UntraceableGraph) as caught:
         trace(graphs[0])
     assert caught.value.reason.detail == "in vmap"
+    assert functorch_depth() == 0
+
+
+def test_levels_around_a_graph_stay_where_it_leaves_its_own():
+    """On PyTorch 2.11 as well, which has a function for it that leaves them all."""
+
+    def failing_inside(a: Tensor) -> Tensor:
+        torch._C._functorch._vmap_increment_nesting(3, "error")
+        leave_functorch_levels(1)
+        assert functorch_depth() == 1
+        return a.sin()
+
+    tensor = x()
+    assert torch.vmap(failing_inside)(tensor).equal(tensor.sin())
 
 
 def test_a_number_that_is_an_input_of_an_exported_program_is_one():
