@@ -203,18 +203,25 @@ def plus(a: Size, b: Size) -> Size:
 
 
 def stride_in_sizes(stride: Size) -> Size:
-    """A stride as a product of the sizes further inside, expanded, of a tensor that has elements.
+    """A stride as a product of sizes, expanded; it may be another one where such a size is zero.
 
-    PyTorch computes strides with ``Max(1, size)`` in place of a size that may be zero, and leaves
-    ``s * (t - 1)`` as it is. Where a size is zero, no stride is ever used.
+    PyTorch has ``Max(1, size)`` as a factor in place of a size that may be zero, and leaves
+    ``s * (t - 1)`` as it is. A stride that equals the product of the sizes further inside then does
+    so wherever the tensor has elements. What is no factor stays: ``8 * Max(1, n) + 8`` is 16 for
+    zero, where a dimension of ``n + 1`` is not empty.
     """
     if isinstance(stride, int):
         return stride
-    found = sympy.sympify(stride).replace(
-        lambda e: e.func.__name__ == "Max" and len(e.args) == 2 and sympy.S.One in e.args,
-        lambda e: e.args[1] if e.args[0] == 1 else e.args[0],
-    )
-    return _tidy(sympy.expand(found))
+    factors = sympy.Mul.make_args(sympy.sympify(stride))
+    return product(_size_in(factor) for factor in factors)
+
+
+def _size_in(factor: sympy.Expr) -> Size:
+    """``size`` of ``Max(1, size)``; anything else as it is."""
+    if factor.func.__name__ != "Max" or len(factor.args) != 2 or sympy.S.One not in factor.args:
+        return factor
+    (size,) = (argument for argument in factor.args if argument != 1)
+    return size
 
 
 def quotient(a: Size, b: Size) -> Size | None:

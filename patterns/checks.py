@@ -39,7 +39,7 @@ from .reasons import Declined, Kind
 from .rolling import STACK, in_reading_order, renamed, same_tensor
 from .site import WIDE_BIAS, Site, TensorView
 from .source import locate
-from .terms import Term
+from .terms import Term, multiplied_in
 from .views import LIKES, MERGES, all_pieces, broadcast, is_view, through_view, through_views
 
 #: operations that autograd saves nothing of
@@ -396,7 +396,7 @@ def check_range(term: Term) -> None:
     if term.value.dtype is torch.float16 and any(abs(scale) > 1 for scale in moved):
         detail = f"multiplied by {max(moved, key=abs):g}"
         raise Declined(Kind.FLOAT16_RANGE, detail, term.value.origin)
-    held = torch.float64 if term.value.dtype is torch.float64 else torch.float32
+    held = multiplied_in(term.value.dtype)
     inside = [p.scale for p in projections]
     for scales, largest in ((moved, _LARGEST_MOVED[held]), (inside, _LARGEST_FACTOR[held])):
         for scale in scales:

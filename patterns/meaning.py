@@ -261,10 +261,10 @@ LINEAR = frozenset(
 )
 
 
-def _unread(number: Any, value: Value) -> Declined:
-    """What is said of a number that is infinite or none, or that is not known."""
-    if isinstance(number, float):
-        return Declined(Kind.UNKNOWN_OPERATION, f"the number {number}", value.origin)
+def _unread(argument: Any, value: Value) -> Declined:
+    """What is said of an argument that is infinite, not a number, or not known."""
+    if isinstance(argument, float):
+        return Declined(Kind.UNKNOWN_OPERATION, f"the number {argument}", value.origin)
     return Declined(Kind.VARYING_NUMBER, node=value.origin)
 
 

@@ -92,19 +92,22 @@ class Term:
         )
 
 
+def multiplied_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a network's factors are multiplied."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 def scaled(term: Term, factor: float) -> Term:
     """A number times the term.
 
     Raises:
-        Declined: float32, which the op multiplies in except for float64, cannot hold the product of
-            all factors.
+        Declined: the dtype that the op multiplies in cannot hold the product of all factors.
     """
     residual = term.residual
     if residual is not None:
         residual = replace(residual, scale=residual.scale * factor)
     scale = term.scale * factor
-    double = term.value.dtype is torch.float64
-    held = torch.finfo(torch.float64 if double else torch.float32)
+    held = torch.finfo(multiplied_in(term.value.dtype))
     if not held.tiny <= abs(scale) <= held.max:  # it is rounded to zero or to infinity
         raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {scale}", term.value.origin)
     return replace(term, scale=scale, residual=residual)

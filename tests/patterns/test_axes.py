@@ -291,10 +291,12 @@ def test_sizes_with_symbols():
 
 def test_strides_are_products_of_sizes():
     """Of a tensor without elements they would not be, but are never used."""
-    for stride in (8 * Max(1, n), 8 * Max(n, 1), 8 * n):
-        assert stride_in_sizes(stride) == 8 * n
+    some = sympy.Symbol("some", integer=True, nonnegative=True)
+    for stride in (8 * Max(1, some), 8 * Max(some, 1), 8 * some):
+        assert stride_in_sizes(stride) == 8 * some
     assert stride_in_sizes(8 * m * Max(1, n - 1)) == multiply(multiply(8, m), n - 1)
-    assert stride_in_sizes(4 * Max(m, n)) == 4 * Max(m, n)
+    for other in (4 * Max(m, some), 8 * Max(1, some) + 8):  # the latter is 16 for none
+        assert stride_in_sizes(other) == other
     assert isinstance(stride_in_sizes(sympy.Integer(8)), int)
     assert stride_in_sizes(8) == 8
 
