@@ -37,6 +37,7 @@ from mhf_compiler.compat import (
     new_fake,
     no_new_guards,
     storage_identity,
+    tree_leaves,
     unbacked_symbols,
 )
 
@@ -103,6 +104,7 @@ class _Tracer(fx.Interpreter):
         self._inference = torch.is_inference_mode_enabled()  # from the beginning
         self._attributes: dict[str, Any] = {}
         self._programs: dict[Hashable, Program] = {}
+        self._overwriting: dict[fx.GraphModule, bool] = {}  # of the graphs inside of this one
         self._sharded = False  # whether there are DTensors
 
     def trace(self) -> CanonicalCopy:
@@ -287,8 +289,14 @@ class _Tracer(fx.Interpreter):
         return self.fetch_attr(str(node.target)) if node.op == "get_attr" else example_of(node)
 
     def _opaque_call(self, node: fx.Node, arguments: Any) -> Any:
-        """A higher-order operation: its results are opaque, and it may overwrite its arguments."""
-        values = self._overwrite(arguments)
+        """A higher-order operation: its results are opaque, and it may overwrite its arguments.
+
+        One that is given graphs does to its arguments what they do, such as a checkpoint.
+        """
+        self._recorder.has_effects = True  # it may also draw random numbers, or register a hook
+        graphs = [one for one in tree_leaves(arguments) if isinstance(one, fx.GraphModule)]
+        writes = not graphs or any(map(self._overwrites_inputs, graphs))
+        values = self._overwrite(arguments) if writes else self._read(arguments)
         self._copy.escaping.update(values)
         results = map_tensors(lambda x: self._new(x, OPAQUE), _known_result(node))
         for tensor in tensors_in(results):
@@ -300,10 +308,7 @@ class _Tracer(fx.Interpreter):
     def _unknown_call(self, node: fx.Node, arguments: Any) -> Any:
         """An operation that cannot be run here: its results are opaque."""
         writes = _may_write(node)
-        if writes:
-            values = self._overwrite(arguments)
-        else:
-            values = tuple(map(self._memory.read, tensors_in(arguments)))
+        values = self._overwrite(arguments) if writes else self._read(arguments)
         results = map_tensors(lambda x: self._new(x, OPAQUE, values), _known_result(node))
         known = tensors_in(results)
         if writes or _is_unfollowed(results) or not known:
@@ -315,12 +320,28 @@ class _Tracer(fx.Interpreter):
             value.subclass = why
         return results
 
+    def _overwrites_inputs(self, graph: fx.GraphModule) -> bool:
+        """Whether a graph inside of this one writes to what it is given, or may do so."""
+        known = self._overwriting.get(graph)
+        if known is None:
+            inner = _Tracer(graph)
+            try:
+                with inner.switches:
+                    known = bool(inner.trace().written_outside)
+            except UntraceableGraph:
+                known = True
+            self._overwriting[graph] = known
+        return known
+
+    def _read(self, arguments: Any) -> tuple[Value, ...]:
+        """The values of all that a node is given."""
+        return tuple(map(self._memory.read, tensors_in(arguments)))
+
     def _overwrite(self, arguments: Any) -> tuple[Value, ...]:
         """Give all that a node is given unknown new values; returns what was there before."""
         self._recorder.has_effects = True
-        given = tensors_in(arguments)
-        values = tuple(map(self._memory.read, given))
-        for tensor in given:
+        values = self._read(arguments)
+        for tensor in tensors_in(arguments):
             self._memory.write_unknown(tensor)
         return values
 

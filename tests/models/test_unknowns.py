@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from corpus.cases import H, d, f
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 import mhf_compiler
 from mhf_compiler.patterns import Kind
-from models.harness import OPTIONS, flashmhf, forget, tally
+from models.harness import OPTIONS, Tally, assert_same_steps, flashmhf, forget, tally
 
 aten = torch.ops.aten
 
@@ -267,3 +268,100 @@ def test_products_by_every_name(product: Any):
         return torch.cat(outputs, -1)
 
     assert_same(model, tokens(), sites=1)
+
+
+# What reads a network's output without being read itself.
+
+
+class AuxiliaryLoss(torch.autograd.Function):
+    """Returns its first argument; the second gets a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones(())
+
+
+class InPlace(torch.autograd.Function):
+    """Overwrites what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        return y.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+def hooked(y: Tensor) -> Tensor:
+    y.register_hook(lambda gradient: gradient * 2)
+    return y.sin()
+
+
+@torch.compiler.nested_compile_region
+def region(y: Tensor) -> Tensor:
+    return y.sin() * 2
+
+
+def checkpointed(body: Any) -> Any:
+    return lambda y: checkpoint(body, y, use_reentrant=False)
+
+
+READERS = {
+    "an autograd.Function": lambda y: AuxiliaryLoss.apply(y, y.detach().mean()),
+    "a hook": hooked,
+    "a branch": lambda y: torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,)),
+    "a region": region,
+    "two regions": lambda y: region(y) + region(y + 1),
+    "a checkpoint": checkpointed(lambda y: (y * 2).add_(1)),
+}
+WRITERS = {
+    "an autograd.Function": InPlace.apply,
+    "a checkpoint": checkpointed(lambda y: y.mul_(2)),
+    "a checkpoint, through a view": checkpointed(lambda y: (y[0].mul_(2), y * 2)[1]),
+}
+
+
+class Heads(Network):
+    """The network's output as it is, without residual: (..., H * d) to (..., H, d)."""
+
+    def __init__(self, then: Any) -> None:
+        super().__init__()
+        self.then = then
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d))
+        gate, up = (torch.einsum("...hd,hdf->...hf", q, w) for w in (self.k, self.u))
+        return self.then(torch.einsum("...hf,hfd->...hd", F.silu(gate) * up, self.v))
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_what_reads_the_output_does_not_overwrite_it(reader: Any):
+    assert_same_steps(Heads(reader), tokens())
+    assert tally() == Tally(sites=1)
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_what_overwrites_the_output_does(writer: Any):
+    assert_same_steps(Heads(writer), tokens())
+    assert tally().failures == 0
+
+
+def test_a_network_reads_what_a_graph_inside_of_this_one_has_overwritten():
+    """The gate is computed before that, the up projection after it."""
+    network = Network()
+
+    def model(x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d)) * 1
+        gate = torch.einsum("...hd,hdf->...hf", q, network.k)
+        checkpoint(lambda t: t.mul_(2).sum(), q, use_reentrant=False)
+        up = torch.einsum("...hd,hdf->...hf", q, network.u)
+        return torch.einsum("...hf,hfd->...hd", F.silu(gate) * up, network.v)
+
+    with torch.no_grad():
+        assert_same(model, tokens(), sites=0)

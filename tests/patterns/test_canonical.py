@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 from support.values import a_value
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
@@ -391,6 +392,39 @@ def test_higher_order_operations_are_opaque():
     assert cosine.source.op == OPAQUE
     exponential = next(value for value in copy.values if value.op is aten.exp.default)
     assert exponential in copy.escaping
+
+
+def update(t: Tensor) -> Tensor:
+    return t.add_(1)
+
+
+BODIES = {
+    "reads it": (torch.sin, False),
+    "writes to what it made": (lambda t: update(t * 2), False),
+    "returns a view of it": (lambda t: t.view_as(t), False),
+    "writes to it": (update, True),
+    "writes to a view of it": (lambda t: (update(t.view(-1)[1:]), t.sin())[1], True),
+    "writes to it, as an option": (lambda t: F.relu(t, inplace=True), True),
+    "in a graph inside of that": (
+        lambda t: checkpoint(update, t.view_as(t), use_reentrant=False),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "is_written"), BODIES.values(), ids=BODIES)
+def test_what_a_higher_order_operation_overwrites(
+    body: Callable[[Tensor], Tensor], is_written: bool
+):
+    """That which the graph that it is given writes to."""
+
+    def function(a: Tensor) -> Tensor:
+        b = a.exp()
+        return checkpoint(body, b, use_reentrant=False) + b
+
+    _, copy = dynamo_graph(function, x())
+    exponential = next(value for value in copy.values if value.op is aten.exp.default)
+    assert copy.is_overwritten(exponential) == is_written
 
 
 def test_tensor_subclasses_are_not_followed():
