@@ -38,14 +38,24 @@ class Names:
         modules = module.named_modules(remove_duplicate=False)
         self.classes = {path: type(one).__name__ for path, one in modules}
 
-    def of(self, tensor: Any, name: str) -> str | None:
-        """Of a tensor, that of its names which ends most like the name that a graph has for it."""
-        return self.at(id(tensor), name) if isinstance(tensor, Tensor) else None
+    def of(self, given: Mapping[str, int]) -> dict[str, str]:
+        """The names of tensors that one call of a graph, or one network, is given.
 
-    def at(self, address: int, name: str) -> str | None:
-        """The same of the tensor at an address."""
-        found = self.of_tensors.get(address)
-        return max(found, key=lambda one: len(_common_end(one, name))) if found else None
+        A tensor that several layers share has several. It gets that of the layer which most of the
+        tensors belong to, and then the one that ends most like the name that the graph has for it.
+
+        Args:
+            given: the addresses of tensors by the names that the graph has for them.
+        """
+        found = {name: self.of_tensors.get(address, []) for name, address in given.items()}
+        votes = Counter(
+            roots for name, keys in found.items() for roots in {_roots(name, key) for key in keys}
+        )
+        return {
+            name: max(keys, key=lambda key: (votes[_roots(name, key)], len(_common_end(key, name))))
+            for name, keys in found.items()
+            if keys
+        }
 
 
 def _module_of(model: Any) -> nn.Module | None:
@@ -80,11 +90,8 @@ class Calls:
         inputs = [name_of_input(node) for node in gm.graph.find_nodes(op="placeholder")]
 
         def run(*given: Any) -> Any:
-            found = {
-                name: key
-                for name, tensor in zip(inputs, given, strict=False)
-                if (key := self.names.of(tensor, name)) is not None
-            }
+            tensors = zip(inputs, given, strict=False)
+            found = self.names.of({name: id(x) for name, x in tensors if isinstance(x, Tensor)})
             if first or not self.seen:
                 self.seen.append(found)
             else:
@@ -116,14 +123,13 @@ class Network:
 
     Attributes:
         number: the same wherever it is called.
-        address: of one parameter among its weights.
-        name: of that, where the report of the graph has a site's first call.
+        given: the addresses of the parameters among its weights, by their names where the report of
+            the graph has a site's first call.
         module: of the network, in the names of the graph.
     """
 
     number: int
-    address: int
-    name: str
+    given: Mapping[str, int]
     module: str | None
 
 
@@ -198,7 +204,7 @@ def in_calls_seen(
             rewritten.append(site)
             continue
         # Arguments have the names of the first, which should be a network of this model.
-        seen = sorted(seen, key=lambda one: names.at(one.address, one.name) is None)
+        seen = sorted(seen, key=lambda one: not names.of(one.given))
         calls = [_call_of(one, site, names) for one in seen]
         runs = [
             call.of(replace(site, module=one.module)) for call, one in zip(calls, seen, strict=True)
@@ -214,14 +220,14 @@ def in_calls_seen(
 
 
 def _call_of(network: Network, site: SiteReport, names: Names) -> _Call:
-    """The names of one network: all tensors whose names begin as that of the known parameter."""
-    key = names.at(network.address, network.name)
-    if key is None:
+    """The names of one network: all tensors whose names begin as those of the known parameters."""
+    found = names.of(network.given)
+    if not found:
         return _Call({}, names.classes)
-    call = _Call({network.name: key}, names.classes)
+    call = _Call(found, names.classes)
     tensors = {name: call.module(name) for one in site.arguments for name in one.tensors}
     known = {name: moved for name, moved in tensors.items() if moved in names.all and moved}
-    return _Call({network.name: key, **known}, names.classes)
+    return _Call({**known, **found}, names.classes)
 
 
 def _roots(name: str, key: str) -> tuple[str, str]:

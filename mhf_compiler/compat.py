@@ -105,6 +105,7 @@ __all__ = [
     "redistributed",
     "register_shardings",
     "reset_cuda_graphs",
+    "reset_with_dynamo",
     "run_afresh",
     "run_pass",
     "runs_pass_after_autograd",
@@ -1065,6 +1066,17 @@ def cache_folder() -> Path | None:
         return Path(cache_dir()) / "flashmhf"
     except OSError:
         return None
+
+
+def reset_with_dynamo(backend: Callable[..., Any]) -> None:
+    """Have the next ``torch.compiler.reset`` call ``backend.reset``.
+
+    Dynamo notes back ends where ``torch.compile`` is called, forgets them at a reset, and does not
+    note them again where code is compiled anew.
+    """
+    from torch._dynamo.eval_frame import cached_backends
+
+    cached_backends.setdefault(id(backend), backend)
 
 
 def reset_cuda_graphs() -> None:

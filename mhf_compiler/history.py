@@ -6,10 +6,11 @@ They are plain values, which keep neither graphs nor tensors alive, and only so 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from .calls import Names
+from .compat import reset_with_dynamo
 from .errors import only_reporting
 from .followed import Followed, in_calls
 from .report import GraphReport, Report
@@ -41,7 +42,7 @@ def compilation_report(model: Callable[..., Any] | None = None) -> Report:
         than 32 MB. Reports of graphs that are compiled later are not added to it.
     """
     names = Names(model)
-    numbers: dict[int, int] = {}
+    numbers: dict[Hashable, int] = {}
     graphs = [
         report if followed is None else in_calls(report, followed, names, numbers)
         for report, followed in [*_kept]
@@ -55,6 +56,9 @@ def keep(
     followed: Followed | None = None,
 ) -> None:
     """Keep the report of a graph, and hand it to whoever has asked for it by the option."""
+    from .backend import flashmhf
+
+    reset_with_dynamo(flashmhf)
     _kept.append((report, followed))
     while len(_kept) > 1 and sum(len(one.before) + len(one.after) for one, _ in _kept) > _MOST_CODE:
         _kept.popleft()

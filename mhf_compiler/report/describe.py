@@ -285,11 +285,23 @@ def _before_views(value: Value) -> Value:
 
 
 def inputs_of_weights(site: Site) -> Iterator[fx.Node]:
-    """The inputs of the site's graph that its weights are read from, those of the gate first."""
-    for view in (site.gate, site.up, site.down):
-        for source in () if view is None else _sources(_before_views(view.value)):
-            if source.origin.op == "placeholder":
-                yield source.origin
+    """The inputs of the site's graph that its weights are read from, those of the gate first.
+
+    The weights of its router are among them, and what else its arguments are computed from, unless
+    the queries are computed from it, too.
+    """
+    before = {value for value in site.query.value.ancestors() if value.operands}
+    views = site.views()
+    todo = [views[role].value for role in views if role not in ("query", "residual")][::-1]
+    seen = {*before}
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        todo += value.operands[::-1]
+        if not value.operands and value.origin.op == "placeholder":
+            yield value.origin
 
 
 def name_of(value: Value) -> str:

@@ -104,11 +104,11 @@ def _count(report: GraphReport) -> None:
         tally[f"unread.{unread.reason.kind.name}"] += 1
     # A graph inside of this one may be called for several layers.
     tally["sites_rewritten"] += sum(len(site.modules) for site in report.rewritten)
-    tally["sites_declined"] += len(report.declined)
-    tally["ordinary"] += len(report.ordinary)
+    tally["sites_declined"] += sum(len(site.modules) for site in report.declined)
+    tally["ordinary"] += sum(len(site.modules) for site in report.ordinary)
     for site in report.declined:
         if site.reason is not None:
-            tally[f"declined.{site.reason.kind.name}"] += 1
+            tally[f"declined.{site.reason.kind.name}"] += len(site.modules)
 
 
 def _log(report: GraphReport) -> None:

@@ -117,9 +117,12 @@ def _rewrite_all(
     """Rewrite a graph and those inside of it, or none of them."""
     originals = Originals(gm)
     kept: list[tuple[fx.GraphModule, Site]] = []
+    told: list[_Told] = []
     try:
         judge = partial(decide, options=options, training=training, card=card)
-        if not run_pass(gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, judge)):
+        if not run_pass(
+            gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, told, judge)
+        ):
             report.notes.append(f"the pass {PASS!r} is disabled, or left out by a bisection")
         if report.rewritten:
             report.after = gm.print_readable(print_output=False)
@@ -138,25 +141,28 @@ def _rewrite_all(
             originals.restore()
             raise NotAnalysedError(str(unread))
         warn_once(str(unread))
-    if any(module is not gm for module, _ in kept):
+    inner = [one for one in told if one[0] is not gm]
+    if inner:
         with only_reporting("the calls of a graph inside of another"):
-            _name_inner_sites(gm, report, [module for module, _ in kept])
+            _name_inner_sites(gm, inner)
     if keep is not None:
         for module, site in kept:
             keep(module, site)
 
 
-def _name_inner_sites(
-    gm: fx.GraphModule, report: GraphReport, modules: Sequence[fx.GraphModule]
-) -> None:
-    """Give the sites of graphs inside of ``gm`` its names, and the modules of all their calls."""
+#: a graph, and where the report of what was found in it is: in which list, and at which place
+_Told = tuple[fx.GraphModule, list[SiteReport], int]
+
+
+def _name_inner_sites(gm: fx.GraphModule, inner: Sequence[_Told]) -> None:
+    """Give what was found in graphs inside of ``gm`` its names, and the modules of all calls."""
     calls = calls_in(gm)
-    for number, module in enumerate(modules):
-        if module is not gm:
-            given = [
-                {name: name_of_input(node) for name, node in call.items()} for call in calls[module]
-            ]
-            report.rewritten[number] = in_all_calls(report.rewritten[number], given)
+    for module, sites, place in inner:
+        given = [
+            {name: name_of_input(node) for name, node in call.items()}
+            for call in calls.get(module, [])
+        ]
+        sites[place] = in_all_calls(sites[place], given)
 
 
 @contextmanager
@@ -197,6 +203,7 @@ def _rewrite_module(
     options: Options,
     report: GraphReport,
     kept: list[tuple[fx.GraphModule, Site]],
+    told: list[_Told],
     judge: Callable[[Site], Decision],
 ) -> None:
     for inner, modes in inner_graphs(gm):
@@ -206,13 +213,17 @@ def _rewrite_module(
                 report.unread.append(unread_graph(Reason(modes, node=products[0])))
         else:
             with modes.entered():
-                _rewrite_module(inner, options, report, kept, judge)
+                _rewrite_module(inner, options, report, kept, told, judge)
     findings = find_sites(gm, shape_env_in(gm))
     decisions = [_on_shards(judge(site), gm, findings) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
     decisions = _write(gm, decisions, findings, options.strict)
+    lists = report.rewritten, report.declined, report.ordinary
+    before = [len(sites) for sites in lists]
     _describe(gm, findings, decisions, report)
+    for sites, start in zip(lists, before, strict=True):
+        told += [(gm, sites, place) for place in range(start, len(sites))]
     kept += [(gm, decision.site) for decision in decisions if decision.reason is None]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import mhf_compiler
-from mhf_compiler import Options, compilation, history
+from mhf_compiler import Options, compilation
 from mhf_compiler.compat import counters
 
 OPTIONS = {"rewrite": "always", "fallback": "aot_eager"}
@@ -170,6 +170,78 @@ def test_of_two_networks_in_a_layer_one_may_be_shared():
     assert [len(site.runs) for site in report.rewritten] == [1, LAYERS]
 
 
+SHARED = [("gate",), ("down",), ("gate", "up"), ("up", "down")]
+
+
+@pytest.mark.parametrize("names", SHARED, ids="_".join)
+def test_layers_that_share_some_weights_count_all(names: tuple[str, ...]):
+    model = by_layers(Model())
+    for layer in model.layers[1:]:
+        for name in names:
+            setattr(layer.ffn, name, getattr(model.layers[0].ffn, name))
+    x = tokens()
+    for _ in range(2):
+        torch.testing.assert_close(model(x), Model.forward(model, x))
+    assert counters["flashmhf"]["graphs"] == LAYERS
+    assert counted() == LAYERS
+    explained = mhf_compiler.explain(model, options=OPTIONS)(x)
+    for report in (mhf_compiler.compilation_report(model), explained):
+        assert first_lines(report, 2) == [
+            "4 MH-FFNs rewritten, 0 declined, in 1 graph",
+            "  layers.{0-3}.ffn: all 4 layers",
+        ]
+
+
+def test_layers_that_share_all_but_a_router_count_all():
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.down = gate, down
+            self.router = nn.Parameter(torch.randn(4, 8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (4, 8))
+            router = torch.einsum("blhd,hde->blhe", q, self.router).sigmoid()
+            hidden = F.silu(torch.einsum("blhd,hefd->blhef", q, self.gate))
+            y = torch.einsum("blhef,hefd->blhed", hidden, self.down)
+            return (y * router[..., None]).sum(3).flatten(2)
+
+    gate, down = (nn.Parameter(torch.randn(4, 3, 16, 8) / 4) for _ in range(2))
+    model = by_layers(Model(Routed))
+    model(tokens())
+    assert counted() == LAYERS
+    report = mhf_compiler.compilation_report(model)
+    assert first_lines(report, 2)[1] == "  layers.{0-3}: all 4 layers"
+
+
+def test_one_module_at_several_places_counts_once():
+    model = Model(layers=1)
+    model.layers.extend([model.layers[0]] * 3)
+    model.layers[0].compile(backend="flashmhf", options=OPTIONS)
+    model(tokens())
+    assert counted() == 1
+
+
+def test_of_many_weights_four_are_looked_at():
+    experts = [f"experts_{number}" for number in range(9)]
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in experts:
+                setattr(self, name, Heads())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(getattr(self, name)(x) for name in experts)
+
+    model = by_layers(Model(Experts))
+    for layer in model.layers[1:]:
+        for name in experts[:-1]:
+            setattr(layer, name, getattr(model.layers[0], name))
+    model(tokens())
+    assert counted() == LAYERS
+
+
 def network(x: Tensor, gate: Tensor, down: Tensor) -> Tensor:
     heads = x.unflatten(-1, (4, 8))
     hidden = F.silu(torch.einsum("blhd,hfd->blhf", heads, gate))
@@ -203,10 +275,8 @@ def test_parameters_that_are_made_anew_do_not_count_up():
 def test_nothing_is_kept_alive_and_another_model_takes_the_place():
     model = by_layers(Model())
     model(tokens())
-    others = [*model.layers[1].parameters()]
-    assert not any(map(weakref.getweakrefs, others))  # torch.utils.swap_tensors refuses those
     gone = [weakref.ref(one) for one in model.parameters()]
-    del model, others
+    del model
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
     other = by_layers(Model())
@@ -216,6 +286,16 @@ def test_nothing_is_kept_alive_and_another_model_takes_the_place():
     assert counted() == LAYERS
     report = mhf_compiler.compilation_report(other)
     assert first_lines(report, 2)[1] == "  layers.{0-3}.ffn: all 4 layers"
+
+
+def test_parameters_that_were_seen_can_be_swapped():
+    """PyTorch refuses to swap what has weak references, its own ones, too."""
+    model = by_layers(Model())
+    model(tokens())
+    for parameter in model.layers[1].parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.randn_like(parameter)))
+    model(tokens())
+    assert counted() == LAYERS
 
 
 def test_two_models_at_the_same_time_count_both():
@@ -279,14 +359,86 @@ def test_explain_counts_the_calls_of_a_region():
     assert not any("_parameters_" in name for name in names)
 
 
-@pytest.fixture
-def forgotten() -> Iterator[None]:
-    """`torch.compiler.reset` tells only the back ends that `torch.compile` was given."""
-    yield
-    history.forget()
+class Again(nn.Module):
+    def __init__(self, layer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layer = layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.layer(x)
+        return x
 
 
-@pytest.mark.usefixtures("forgotten")
+def test_a_region_that_one_module_calls_again_is_called_again():
+    model = Again(Region)
+    run = torch.compile(model, backend="flashmhf", options=OPTIONS)
+    explained = mhf_compiler.explain(model, options=OPTIONS)(tokens())
+    counters.clear()
+    for _ in range(2):
+        run(tokens())
+    assert counted() == 3
+    for report in (mhf_compiler.compilation_report(model), explained):
+        assert first_lines(report, 2)[1] == "  layer.ffn: 3 times"
+        assert (report.totals.networks, report.totals.calls) == (1, 3)
+
+
+def test_a_call_of_a_region_whose_weights_are_computed_is_not_lost():
+    @torch.compiler.nested_compile_region
+    def heads(x: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+        return network(x, gate, down)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.down = (nn.Parameter(torch.randn(4, 16, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return heads(heads(x, self.gate, self.down), self.gate * 2, self.down * 2)
+
+    model = Both()
+    run = torch.compile(model, backend="flashmhf", options=OPTIONS)
+    run(tokens())
+    assert counted() == 2
+    assert mhf_compiler.compilation_report(model).totals.calls == 2
+
+
+class Ordinary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.up(x)))
+
+
+class Unknown(Heads):
+    """Heads with an activation that the op does not have."""
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        hidden = F.softplus(q @ self.gate) * (q @ self.up)
+        return (hidden @ self.down).transpose(1, 2).flatten(2)
+
+
+def test_what_is_declined_or_ordinary_in_a_region_counts_at_each_call():
+    model = Model(lambda: nn.Sequential(Ordinary(), Unknown()))
+    torch.compile(model, backend="flashmhf", options=OPTIONS)(tokens())
+    tally = counters["flashmhf"]
+    assert tally["ordinary"] == tally["sites_declined"] == LAYERS
+    assert tally["declined.UNKNOWN_ACTIVATION"] == LAYERS
+    explained = mhf_compiler.explain(model, options=OPTIONS)(tokens())
+    for report in (explained, mhf_compiler.compilation_report(model)):
+        assert first_lines(report, 2) == [
+            "0 MH-FFNs rewritten, 4 declined, in 1 graph",
+            "  4 ordinary FFNs, left to Inductor: layers.{0-3}.0.down",
+        ]
+    again = mhf_compiler.explain(Again(Unknown), options=OPTIONS)(tokens())
+    assert [site.runs for site in again.declined] == [("layer",) * 3]
+
+
 def test_a_graph_without_networks_is_what_the_fallback_has_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -309,7 +461,6 @@ def test_a_graph_without_networks_is_what_the_fallback_has_compiled(
     assert given[-1] != returned[-1]
 
 
-@pytest.mark.usefixtures("forgotten")
 def test_what_pytorch_can_save_is_handed_on_as_it_is(monkeypatch: pytest.MonkeyPatch):
     """Ahead of time, and in caches, a compiled graph is saved; a function of ours cannot be."""
 

@@ -36,6 +36,20 @@ def test_what_was_compiled_is_reported_without_tracing_it():
     assert mhf_compiler.compilation_report().graphs == []
 
 
+@pytest.mark.parametrize("how", ["back end", "passes"])
+def test_every_reset_forgets_the_reports(how: str):
+    given = {"backend": "flashmhf", "options": OPTIONS}
+    if how == "passes":
+        given = {"options": mhf_compiler.inductor_options({"rewrite": "always"})}
+    run = torch.compile(Heads(), **given)
+    for _ in range(3):
+        with torch.no_grad():
+            run(tokens())
+        assert len(mhf_compiler.compilation_report().graphs) == 1
+        torch.compiler.reset()  # after which Dynamo does not know the back end any more
+        assert mhf_compiler.compilation_report().graphs == []
+
+
 def test_what_is_explained_was_not_compiled():
     mhf_compiler.explain(Heads(), options=OPTIONS)(tokens())
     assert mhf_compiler.compilation_report().graphs == []
