@@ -585,6 +585,46 @@ def test_modes_reach_inductor(how: dict[str, Any], monkeypatch: pytest.MonkeyPat
     assert given == [{"triton.cudagraphs": True}]
 
 
+#: a parameter (4, 16, 8) of each layout
+LAYOUTS: dict[str, Callable[[], Tensor]] = {
+    "contiguous": lambda: torch.randn(4, 16, 8),
+    "transposed": lambda: torch.randn(4, 8, 16).transpose(1, 2),
+    "permuted": lambda: torch.randn(8, 16, 4).permute(2, 1, 0),
+    "part of a packed tensor": lambda: torch.randn(4, 16, 3, 8)[:, :, 1],
+    "slice of a flat vector": lambda: torch.randn(2000)[7 : 7 + 512].view(4, 16, 8),
+    "expanded": lambda: torch.randn(1, 16, 8).expand(4, 16, 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_leaves_have_the_strides_that_they_have_in_eager(layout: str):
+    def network(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8))
+        hidden = F.silu(torch.einsum("blhd,hfd->blhf", q, gate))
+        hidden = hidden * torch.einsum("blhd,hfd->blhf", q, up)
+        return torch.einsum("blhf,hfd->blhd", hidden, down).flatten(-2)
+
+    made = LAYOUTS[layout]
+    leaves = [nn.Parameter(x) for x in (torch.randn(6, 2, 32).transpose(0, 1), *_times(3, made))]
+    options = {"rewrite": "always", "fallback": "aot_eager", "strict": True}
+    run = torch.compile(network, backend="flashmhf", options=options)
+    network(*leaves).sum().backward()
+    strides = [one.grad.stride() for one in leaves]
+    for rounds in range(2):  # the second adds to gradients that are there
+        for one in leaves if rounds == 0 else ():
+            one.grad = None
+        run(*leaves).sum().backward()
+        assert [one.grad.stride() for one in leaves] == strides
+    assert counters["flashmhf"]["sites_rewritten"] == 1
+    # Before autograd's own contract they have those of the arguments, if these are dense.
+    for one, gradient in zip(leaves, torch.autograd.grad(run(*leaves).sum(), leaves), strict=True):
+        assert gradient.stride() == torch.empty_like(one).stride()
+
+
+def _times(number: int, made: Callable[[], Tensor]) -> Iterator[Tensor]:
+    return (made() for _ in range(number))
+
+
 def test_reset_drops_cuda_graphs(monkeypatch: pytest.MonkeyPatch):
     """As ``torch.compiler.reset`` does for Inductor."""
     calls: list[str] = []
