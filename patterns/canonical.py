@@ -300,7 +300,9 @@ class CanonicalCopy:
                 if but_by.isdisjoint(map(_written_part, self.written[writer])):
                     yield writer
 
-    def overwriter_of(self, value: Value, but_by: AbstractSet[Value]) -> fx.Node | None:
+    def overwriter_of(
+        self, value: Value, but_by: AbstractSet[Value] = frozenset()
+    ) -> fx.Node | None:
         """The first node that overwrites the memory of one that holds the value, as above."""
         return next(self._overwriters(value, but_by), None)
 

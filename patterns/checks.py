@@ -471,8 +471,8 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
     node = copy.made_by(piece)
     if node is None or piece.dtype is not root.dtype:
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
-    if copy.is_overwritten(piece):
-        raise Declined(Kind.MUTATION, "the output of one head", node)
+    if (writer := copy.overwriter_of(piece)) is not None:
+        raise Declined(Kind.MUTATION, "the output of one head is overwritten", writer)
     _check_memory_inside(piece, copy)
     _check_returned_alone(piece, copy)
     if copy.shares_what_is_returned(piece):
@@ -530,8 +530,8 @@ def _has_gradient(value: Value, copy: CanonicalCopy) -> bool:
 def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:
     """The op's operands are intact at its position, and no node overwrites its result."""
     node = _maker(root, copy)
-    if copy.is_overwritten(root):
-        raise Declined(Kind.MUTATION, "its output", node)
+    if (writer := copy.overwriter_of(root)) is not None:
+        raise Declined(Kind.MUTATION, "its output is overwritten, or a part of it", writer)
     _check_memory_inside(root, copy)
     _check_returned_alone(root, copy)
     for reader, seen in copy.changed_reads(root):

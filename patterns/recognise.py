@@ -165,14 +165,19 @@ def _parts_of_one(
             if value.op in _PLAIN_SUMS | MATRIX_PRODUCTS | _MERGED:
                 parts.setdefault(value, {})[site.output] = site
     for whole, members in sorted(parts.items(), key=lambda item: item[0].step):
-        forms = {_form(site, with_query=whole.op not in _MERGED) for site in members.values()}
-        if len(members) > 1 and len(forms) == 1:
+        merged = whole.op in _MERGED
+        forms = {_form(site, with_query=not merged) for site in members.values()}
+        # Of a sum that grows in a loop, all but the last term may be one site.
+        counted = {_form(site, with_query=not merged, counted=merged) for site in members.values()}
+        if len(members) > 1 and len(counted) == 1:
             path = above[next(iter(members))]
             results = [tried.get(value) for value in path[: path.index(whole) + 1]]
             reasons = [result for result in results if isinstance(result, Reason)]
             if not reasons:
                 continue  # the sum is the output of the last of them
             reason = max(reasons, key=_tells)
+            if len(forms) > 1 and reason.kind is not Kind.MUTATION:
+                continue  # networks of different sizes
             if reason.kind is Kind.UNEQUAL_HEADS and whole.op not in _MERGED:
                 continue  # the sum of two whole networks
             if reason.detail == TWO_DIMENSIONS and whole.op in _MERGED:
@@ -197,9 +202,12 @@ def _left_out(
                 break
 
 
-def _form(site: Site, with_query: bool) -> Any:
-    """What sub-networks of one sum, or heads of one network, have in common."""
-    sizes = site.heads, site.head_dim, site.sub_networks, site.hidden
+def _form(site: Site, with_query: bool, counted: bool = True) -> Any:
+    """What sub-networks of one sum, or heads of one network, have in common.
+
+    Unless ``counted``, whatever the number of sub-networks.
+    """
+    sizes = site.heads, site.head_dim, site.sub_networks if counted else None, site.hidden
     return sizes, site.activation, site.gated, site.query.value if with_query else None
 
 
