@@ -608,11 +608,8 @@ class WritesAfter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = split_heads(x).transpose(-3, -2)
-        router = q.sigmoid()
-        y, *others = (
-            router[..., e, None] * (F.silu(q @ gate) @ down)
-            for e, (gate, down) in enumerate(zip(self.gate, self.down, strict=True))
-        )
+        weights = zip(self.gate, self.down, strict=True)
+        y, *others = (F.silu(q @ gate) @ down for gate, down in weights)
         for other in others:
             y = y + other
         self.write(y)
