@@ -51,6 +51,7 @@ __all__ = [
     "ExportedInput",
     "FakeTensor",
     "FakeTensorMode",
+    "FloorDiv",
     "HigherOrderOperator",
     "Interruption",
     "OpOverload",
@@ -85,6 +86,7 @@ __all__ = [
     "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
     "is_tracing",
+    "least_without_floors",
     "leave_functorch_levels",
     "load_cpp",
     "local_tensor",
@@ -156,8 +158,28 @@ def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr
 
 
 def _divided(dividend: sympy.Expr, divisor: sympy.Expr) -> sympy.Expr:
-    numerator, denominator = sympy.fraction(sympy.cancel(dividend / divisor))
+    numerator, denominator = sympy.cancel(dividend / divisor).as_numer_denom()
     return numerator if denominator == 1 else FloorDiv(dividend, divisor)
+
+
+def least_without_floors(expression: sympy.Expr) -> sympy.Expr:
+    """A number that has the sign of the least that a sum of integers can be, without ``//``.
+
+    ``q * (p // q)`` is ``p`` less a remainder from 0 to ``q - 1``. Where a quotient is not divided
+    by a positive number, or enters in another way than times a number, it stays.
+    """
+    while True:
+        floors = sorted(expression.atoms(FloorDiv), key=sympy.count_ops, reverse=True)
+        for floor in floors:  # those that contain others come first
+            factor, (dividend, divisor) = expression.coeff(floor), floor.args
+            rest = sympy.expand(expression - factor * floor)
+            known = factor.is_Integer and divisor.is_Integer and divisor > 0 and not rest.has(floor)
+            if known:
+                remainder = divisor - 1 if factor > 0 else 0
+                expression = sympy.expand(divisor * rest + factor * (dividend - remainder))
+                break
+        else:
+            return expression
 
 
 def _largest(*numbers: sympy.Expr) -> sympy.Expr:

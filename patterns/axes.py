@@ -22,6 +22,8 @@ from typing import TypeAlias
 
 import sympy
 
+from mhf_compiler.compat import least_without_floors
+
 Size: TypeAlias = int | sympy.Expr
 
 
@@ -246,7 +248,8 @@ def at_most(a: Size, b: Size) -> bool:
     """Whether ``a <= b`` for every value of the symbols; False when that is not known."""
     if isinstance(a, int) and isinstance(b, int):
         return a <= b
-    return bool(sympy.expand(sympy.sympify(b) - a).is_nonnegative)
+    more = sympy.expand(sympy.sympify(b) - a)
+    return bool(more.is_nonnegative or least_without_floors(more).is_nonnegative)
 
 
 def split(axis: Axis, inner_size: Size) -> bool:

@@ -101,8 +101,9 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
     findings.copy = copy
     anchors = list(_anchors(copy))
     findings.looked_at = len(anchors)
-    paths = {anchor: _path(anchor, copy) for anchor in anchors}
-    outside = frozenset(value for path in paths.values() for value in path)
+    inside: set[Value] = set()  # of paths: what lies between parts of a value and where they meet
+    paths = {anchor: _path(anchor, copy, inside) for anchor in anchors}
+    outside = frozenset(value for path in paths.values() for value in path) | inside
     tried: dict[Value, Site | Reason] = {}
     above: dict[Value, list[Value]] = {}  # the candidates above the output of each site
     missed: list[NearMiss] = []
@@ -493,17 +494,20 @@ def _read_pointwise(anchor: Value) -> set[Value]:
     return seen
 
 
-def _path(anchor: Value, copy: CanonicalCopy) -> list[Value]:
-    """The candidates for the output above an anchor: up while there is exactly one reader.
+def _path(anchor: Value, copy: CanonicalCopy, inside: set[Value]) -> list[Value]:
+    """The candidates for the output above an anchor, through which all that reads it goes.
 
-    The output of one head may have more readers than what merges the heads.
+    The output of one head may have more readers than what merges the heads. What lies between
+    readers of different parts and the value in which they meet is added to ``inside``.
     """
     path = [anchor]
     while True:
-        alone = path[-1] not in copy.escaping
-        reader = (_only_reader(path[-1], copy) if alone else None) or _merge_of(path[-1], copy)
+        between: set[Value] = set()
+        reader = None if path[-1] in copy.escaping else _meeting(path[-1], copy, between)
+        reader = reader or _merge_of(path[-1], copy)
         if reader is None or not is_outside_operation(reader):
             return path
+        inside |= between
         path.append(reader)
 
 
@@ -513,15 +517,27 @@ def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:
     return next((reader for reader in merges if len(set(reader.args[0])) > 1), None)
 
 
-def _only_reader(value: Value, copy: CanonicalCopy) -> Value | None:
-    """The only reader of a value's numbers. Nodes that split it and merge it again count as one."""
-    readers = {reader for reader in value.readers if copy.is_live(reader)}
-    readers = {reader for reader in readers if not _reads_sizes(reader, copy)}
-    if len(readers) > 1 and all(is_view(reader) for reader in readers):
-        readers = {second for first in readers for second in first.readers if copy.is_live(second)}
-        if not all(reader.op in MERGES for reader in readers):
+def _meeting(value: Value, copy: CanonicalCopy, between: set[Value]) -> Value | None:
+    """The first value through which all that reads this one's numbers goes: often its only reader.
+
+    Parts of a batched product are read one by one, and meet in a sum or where they are merged.
+    What lies between, which the grammar has rules for, is added to ``between``.
+    """
+    todo = _readers(value, copy)
+    while len(todo) > 1:
+        # Operands come first in the order of execution: all that may meet in it is known by then.
+        first = min(todo, key=lambda one: one.step)
+        if first in copy.escaping or not is_outside_operation(first):
             return None
-    return readers.pop() if len(readers) == 1 else None
+        between.add(first)
+        todo = (todo - {first}) | _readers(first, copy)
+    return todo.pop() if todo else None
+
+
+def _readers(value: Value, copy: CanonicalCopy) -> set[Value]:
+    """The live readers of a value's numbers."""
+    readers = {reader for reader in value.readers if copy.is_live(reader)}
+    return {reader for reader in readers if not _reads_sizes(reader, copy)}
 
 
 def _reads_sizes(value: Value, copy: CanonicalCopy) -> bool:
@@ -550,7 +566,7 @@ def _best(
             reasons.append(result)
     best = max(reversed(reasons), key=_tells)
     if best.detail == TWO_DIMENSIONS:
-        return _not_summed(path, reasons, copy) or best
+        return _not_summed(path, reasons, copy) or _parts_apart(path[-1], copy) or best
     return best
 
 
@@ -579,6 +595,44 @@ def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -
         if reduces:
             return offends[-1] if offends else None
     return None
+
+
+def _parts_apart(value: Value, copy: CanonicalCopy) -> Reason | None:
+    """Why parts of a value that are added up are not all of it: what else is done with others.
+
+    Parts of a batched product are sub-networks where all that are read are added.
+    """
+    done: dict[Value, Value | None] = {value: None}  # by what comes of it: what was done but add
+    summed: set[Value] = set()
+    others: list[Reason] = []
+    todo = {value}
+    for _ in range(_SOON):
+        if not todo:
+            break
+        one = min(todo, key=lambda each: each.step)
+        todo.remove(one)
+        if one in copy.escaping and one not in summed:
+            others.append(Reason(Kind.ESCAPING_INTERMEDIATE, "a part is returned", one.origin))
+        for reader in _readers(one, copy):
+            if reader.op in MATRIX_PRODUCTS:
+                plain = False
+            else:
+                plain = is_outside_operation(reader)
+                done.setdefault(reader, done[one] if plain or done[one] is not None else reader)
+                todo.add(reader)
+            parts = {operand for operand in reader.operands if operand in done}
+            if reader in done and len(parts) > 1 and (reader.op in _PLAIN_SUMS or not plain):
+                what = next((done[part] for part in (*parts, reader) if done[part]), None)
+                if what is not None:
+                    return Reason(Kind.UNKNOWN_OPERATION, operation_name(what), what.origin)
+                summed.add(reader)
+            elif not plain and one not in summed:
+                detail = f"a part is read by {operation_name(reader)}"
+                others.append(Reason(Kind.ESCAPING_INTERMEDIATE, detail, reader.origin))
+    if not summed:
+        return None
+    several = Reason(Kind.ESCAPING_INTERMEDIATE, "its parts are in several sums", value.origin)
+    return others[0] if others else several
 
 
 def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:

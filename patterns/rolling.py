@@ -21,7 +21,10 @@ from .axes import (
     contiguous_strides,
     each_of,
     leaves,
+    real,
+    real_axes,
     run_length,
+    same_index,
     same_steps,
     stride_order,
 )
@@ -29,19 +32,58 @@ from .canonical import Value
 from .casts import as_one_cast, same_cast
 from .contractions import Operand
 from .reasons import Declined, Kind
-from .terms import Term
+from .terms import Term, scaled
 
 STACK = "stack"  # a value that is in no graph yet: its args, stacked along a new first dimension
 
 
 def join_sum(terms: Sequence[Term]) -> Term:
-    """The sum of isomorphic terms: their sub-networks become an axis that is summed."""
+    """The sum of isomorphic terms: their sub-networks become an axis that is summed.
+
+    A term that is added several times is a multiple of it.
+
+    Raises:
+        Declined: the terms differ in form, or the op would compute a sub-network more than once.
+    """
+    terms = _counted(terms)
     if len(terms) == 1:
         return terms[0]
     ordered = sorted(terms, key=_weight_offset)  # addition commutes: find the order of storage
     axis = Axis(len(terms))
     joined = _join(ordered, axis_form(axis))
+    inner = [joined.gate.query, joined.gate.weight, joined.down]
+    inner += [] if joined.up is None else [joined.up.weight]
+    if not real(leaves((axis,))) <= frozenset().union(*(real_axes(one.index) for one in inner)):
+        detail = "a sub-network is added more than once, with different factors"
+        raise Declined(Kind.UNEQUAL_HEADS, detail, terms[0].value.origin)
     return replace(joined, sub_networks=(axis, *joined.sub_networks))
+
+
+def _counted(terms: Sequence[Term]) -> list[Term]:
+    """The terms, each of them once, times the number of times that it occurs."""
+    kinds: dict[tuple[int, tuple[Any, ...]], list[list[Term]]] = {}
+    for term in terms:
+        place = id(term.down.value), tuple(form.offset for form in term.down.index)
+        equal = kinds.setdefault(place, [])
+        known = next((group for group in equal if _same_term(group[0], term)), None)
+        if known is None:
+            equal.append([term])
+        else:
+            known.append(term)
+    groups = [group for equal in kinds.values() for group in equal]
+    return [scaled(group[0], len(group)) if len(group) > 1 else group[0] for group in groups]
+
+
+def _same_term(one: Term, other: Term) -> bool:
+    """Whether two terms are the same formula of the same elements."""
+    if _form(one) != _form(other):
+        return False
+    ours, theirs = one.operands(), _renamed(other, one).operands()
+    return all(
+        same_tensor(ours[role].value, theirs[role].value)
+        and same_index(ours[role].index, theirs[role].index)
+        for role in ours
+    )
 
 
 def join_pieces(terms: Sequence[Term], position: Affine) -> Term:

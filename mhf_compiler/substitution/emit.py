@@ -17,6 +17,7 @@ from torch import fx
 
 from ..compat import (
     BUCKET,
+    FloorDiv,
     example_of,
     place_numbers,
     placed_alike,
@@ -323,9 +324,10 @@ class Editor:
     ) -> fx.Node:
         """One axis, read with a step that does not divide the dimension."""
         (axis, step), *others = terms
-        if others or not all(isinstance(s, int) for s in (axis.size, step, offset, size)):
+        end = plus(offset, plus(multiply(step, plus(axis.size, -1)), 1))
+        if others or not isinstance(step, int) or not at_most(end, size):
             raise EditError("an argument is read at irregular distances")
-        every = slice(offset, offset + step * (axis.size - 1) + 1, step)
+        every = slice(self.size(offset), self.size(end), step)
         return self.call(operator.getitem, node, (*(slice(None),) * dim, every))
 
     def _one_unknown(self, sizes: list[Size], known: list[int | None]) -> tuple[Any, ...]:
@@ -419,6 +421,8 @@ class Editor:
             for part in rest:
                 total = self.call(function, total, part)
             return total
+        if isinstance(size, FloorDiv):
+            return self.call(operator.floordiv, *map(self.size, size.args))
         raise EditError(f"the size {size} is not known in the graph")
 
     def _symbol(self, symbol: sympy.Symbol) -> fx.Node:

@@ -113,6 +113,7 @@ KINDS = (
     "dispatched",  # the tokens of each head one after another, (heads * tokens, d)
     "one size",  # heads, sub-networks, tokens, hidden units and width are the same number
     "one token",  # with biases, which then move as the tokens do
+    "slices",  # sub-networks of one product are added slice by slice
 )
 VALUES = ("zeros", "zero weights", "large", "large weights", "tiny", "an infinity", "a NaN")
 _LARGE, _TINY = 1e4, 1e-6
@@ -1224,6 +1225,8 @@ class _Generator:
         w = self.writer
         at = y.dim("e")
         rest = tuple(a for a in y.dims if a != "e")
+        if self.kind == "slices":
+            return self._added(w.let("y", y), at, rest)
         dim = at if self.chance(0.5) else at - len(y.dims)
         if not self.router and self.chance(0.3):
             self.scales[2] /= self.sizes["e"]
@@ -1235,6 +1238,22 @@ class _Generator:
             wider = self.more.choice(["float32", "float64"])
             text = f"{y.atom}.sum({dim}, dtype=torch.{wider})"
         return w.let("y", Named(text, rest))
+
+    def _added(self, y: Named, at: int, rest: Dims) -> Named:
+        """The sum over sub-networks, which are cut out of what they were computed in."""
+        places = [*range(self.sizes["e"])]
+        self.more.shuffle(places)
+        before = ":, " * at
+        text = self.more.choice(
+            [
+                f"sum({y.text}.unbind({at}))",
+                f"sum({y.text}.split(1, {at})).squeeze({at})",
+                " + ".join(f"{y.text}[{before}{e}]" for e in places),
+                " + ".join(f"{y.text}.select({at}, {e})" for e in places),
+                " + ".join(f"{y.text}.narrow({at}, {e}, 1).squeeze({at})" for e in places),
+            ]
+        )
+        return self.writer.let("y", Named(text, rest))
 
     def _final(self, y: Named) -> Named:
         if self.chance(0.1):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch.utils._sympy.functions import Max
 
-from mhf_compiler.compat import FakeTensorMode
+from mhf_compiler.compat import FakeTensorMode, FloorDiv
 from mhf_compiler.patterns.axes import (
     Affine,
     Axis,
@@ -323,6 +323,25 @@ def test_a_division_has_to_be_exact_for_all_values(a: Any, b: Any):
         (n, n + 1, True),
         (n, m, False),
         (2 * n, n, False),
+        # n is at least 1
+        (FloorDiv(n, 2), n, True),
+        (n, FloorDiv(n, 2), False),
+        (0, FloorDiv(n, 2), True),
+        (1, FloorDiv(n, 2), False),
+        (FloorDiv(n + 1, 2), n, True),
+        (FloorDiv(n + 2, 2), n, False),  # of 1
+        (2 * FloorDiv(n + 1, 2) - 1, n, True),
+        (2 * FloorDiv(n + 1, 2), n, False),  # of odd ones
+        (3 * FloorDiv(n, 3), n, True),
+        (n, 3 * FloorDiv(n, 3) + 2, True),
+        (n, 3 * FloorDiv(n, 3) + 1, False),
+        (FloorDiv(n, 3), FloorDiv(n, 2), False),  # it is, but the remainders are not known
+        (FloorDiv(n, 2) + FloorDiv(n, 3), n, True),
+        (FloorDiv(FloorDiv(n, 2) + 1, 2), n, True),
+        (FloorDiv(n, m), n, False),
+        (FloorDiv(n, -2), n, False),  # not read
+        (FloorDiv(n, 2) ** 2, n**2, False),
+        (m * FloorDiv(n, 2), m * n, False),
     ],
 )
 def test_order_has_to_hold_for_all_values(a: Any, b: Any, known: bool):

@@ -7,7 +7,7 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from mhf_compiler.compat import symbolic_size
+from mhf_compiler.compat import FloorDiv, symbolic_size
 from mhf_compiler.patterns.axes import Size
 from mhf_compiler.patterns.parts import Range, ViewStep, is_number, plain, shown_range
 
@@ -89,6 +89,17 @@ def test_plain_arguments_have_expressions_for_symbolic_sizes():
     number, (first, name), named = plain([1, (size, "a"), {"b": [size]}])
     assert (number, name) == (1, "a")
     assert first is named["b"][0] is symbol
+
+
+def test_only_quotients_without_a_remainder_are_divided():
+    env = ShapeEnv()
+    size = env.create_unbacked_symint()
+    s = symbolic_size(size)
+    assert symbolic_size((2 * size + 4) // 2) == s + 2
+    for rounded in (size // 2, (size + 1) // 2, (3 * size + 2) // 4):
+        expression = symbolic_size(rounded)
+        assert expression.has(FloorDiv)
+        assert expression.subs(s, 5) == rounded.node.expr.subs(s, 5)
 
 
 @pytest.mark.parametrize(

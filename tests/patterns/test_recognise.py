@@ -24,9 +24,9 @@ from mhf_compiler.patterns.recognise import (
     _is_unfinished,
     _keeps_form,
     _may_be_activation,
+    _meeting,
     _near_miss,
     _not_summed,
-    _only_reader,
     _parts_of_one,
     _projections_of,
     _summed_apart,
@@ -245,12 +245,29 @@ def test_networks_that_only_a_dead_operation_merges_are_apart():
     assert said(findings) == [Kind.PLAIN_FFN] * H
 
 
-def test_the_reader_of_two_parts_is_not_the_reader_of_the_whole():
-    """But what merges them is."""
-    copy = Traced(lambda x, y: ((x @ y)[:, :3] * (x @ y)[:, 3:], (y @ x)[:3], (y @ x)[3:]))
-    assert _only_reader(copy["matmul"], copy.copy) is None
-    copy = Traced(lambda x, y: torch.cat([(x @ y)[:, :3], (x @ y)[:, 3:]], 1).sin())
-    assert _only_reader(copy["matmul"], copy.copy) is copy["cat"]
+MEETING: dict[str, tuple[Callable[[Tensor, Tensor], Any], str | None]] = {
+    "merged": (lambda x, y: torch.cat([(x @ y)[:, :3], (x @ y)[:, 3:]], 1).sin(), "cat"),
+    "added": (lambda x, y: ((x @ y)[:, :3] + (x @ y)[:, 3:]).sin(), "add"),
+    "scaled first": (lambda x, y: (2 * (x @ y)[:, :3] + (x @ y)[:, 3:].neg()).sin(), "add"),
+    "and again": (lambda x, y: ((x @ y)[:, :3] + (x @ y)[:, 3:] + (x @ y)[:, :3]).sin(), "add_1"),
+    "only one": (lambda x, y: (x @ y)[:, :3].sin(), "getitem"),
+    "another operation": (lambda x, y: (x @ y)[:, :3].sin() + (x @ y)[:, 3:], None),
+    "one is returned": (lambda x, y: ((p := (x @ y)[:, :3]) + (x @ y)[:, 3:], p), None),
+    "two results": (lambda x, y: ((x @ y)[:, :3].neg(), (x @ y)[:, 3:].neg()), None),
+    "sizes": (lambda x, y: ((x @ y).sin(), torch.zeros_like((x @ y)[:, :3])), "sin"),
+}
+
+
+@pytest.mark.parametrize(("function", "where"), MEETING.values(), ids=MEETING)
+def test_where_all_that_is_read_of_a_value_meets(
+    function: Callable[[Tensor, Tensor], Any], where: str | None
+):
+    copy = Traced(function)
+    between: set[Value] = set()
+    meeting = _meeting(copy["matmul"], copy.copy, between)
+    assert meeting is (None if where is None else copy[where])
+    assert meeting not in between
+    assert where is None or all(copy["matmul"] in value.ancestors() for value in between)
 
 
 def test_a_buffer_that_is_written_into_another_one_is_finished():
