@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 
 import torch
 
-from .axes import Index, Size, at_most, plus, product
+from .axes import Axis, Index, Size, at_most, leaves, plus, product, real, real_axes
 from .canonical import Value
 from .contractions import Operand
 from .operations import is_cast
@@ -51,6 +51,38 @@ def same_cast(a: Value, b: Value) -> bool:
     """Whether two values are casts of one value to one dtype."""
     alike = is_cast(a) and is_cast(b) and a.dtype is b.dtype and a.source is b.source
     return alike and a.requires_grad_mode is b.requires_grad_mode
+
+
+def repetition(
+    read: Operand,
+    axes: AbstractSet[Axis],
+    is_held: Callable[[Value], bool],
+    stops: AbstractSet[Value] = frozenset(),
+) -> Value | None:
+    """The tensor in which elements are repeated along some of the axes; None if there is none.
+
+    Reading further loses those axes. Of the tensors that a node holds it is the lowest whose memory
+    has room for the repeated elements, so that different views of it are views of one tensor. The
+    walk goes no further than ``stops``.
+    """
+    value, index = read.value, read.index
+    held: list[Value] = []
+    while value not in stops:
+        held += [value] if is_held(value) else []
+        step = (value.source, index) if is_cast(value) else through_view(value, index)
+        if step is None:
+            break
+        before = real_axes(index)
+        value, index = step
+        # Reading may have split an axis.
+        if not real(leaves(before)) & real(leaves(axes)) <= real_axes(index) and held:
+            return next(filter(_has_room, reversed(held)), held[-1])
+    return None
+
+
+def _has_room(value: Value) -> bool:
+    """Whether no two elements are one in memory."""
+    return all(step != 0 for step, size in zip(value.strides, value.shape, strict=True) if size != 1)
 
 
 def above_views(
