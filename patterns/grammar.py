@@ -102,7 +102,7 @@ def read_output(
         without_dropout: read hidden units as if none were dropped, which tells what kind of network
             it is. No site may be made of that.
         repeated: tensors in which queries are repeated, and are read as they stand.
-        repetitions: is given all such tensors that are found, whether the output can be read or not.
+        repetitions: is given all such tensors that are found, even if the root cannot be read.
 
     Raises:
         Declined: the root cannot be read so.
@@ -372,6 +372,7 @@ class _Reader:
             self.outputs,
             self.is_held,
             self.without_dropout,
+            in_loop=self.in_loop,
             repeated=self.repeated,
             outer=self.outer,
             repetitions=self.repetitions,

@@ -40,6 +40,7 @@ class HiddenReader:
     outputs: AbstractSet[Value]
     is_held: Callable[[Value], bool]  # whether a node has a value
     without_dropout: bool = False  # whether they are read as if none were dropped
+    in_loop: bool = False  # whether one piece of an unrolled loop is read
     repeated: AbstractSet[Value] = frozenset()  # tensors that queries are read from as they stand
     outer: Sequence[Axis] = ()  # of the output
     repetitions: set[Value] = field(default_factory=set)  # of queries, along those or their width
@@ -144,7 +145,7 @@ class HiddenReader:
         hidden = frozenset(leaves(self.summed))
         query, weight = (left, right) if real_axes(right.index) & hidden else (right, left)
         along = {*self.outer, *contraction.summed}
-        repeated = repetition(query, along, self.is_held, self.outputs)
+        repeated = repetition(query, along, self.is_held, in_loop=self.in_loop, stops=self.outputs)
         if repeated is not None:
             self.repetitions.add(repeated)
         return Projection(

@@ -44,9 +44,7 @@ _OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT1
 #: of what activates no projection, which tells nothing where it is a projection itself
 _OF_HIDDEN_UNITS = frozenset({Kind.NOT_A_PRODUCT, Kind.ADDED_PROJECTIONS})
 #: of axes that some tensor lacks, or has too many of
-_OF_AXES = frozenset(
-    {Kind.UNPAIRED_BRANCHES, Kind.TOKEN_DEPENDENT_WEIGHTS, Kind.IRREGULAR_WEIGHTS}
-)
+_OF_AXES = frozenset({Kind.UNPAIRED_BRANCHES, Kind.TOKEN_DEPENDENT_WEIGHTS, Kind.IRREGULAR_WEIGHTS})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
