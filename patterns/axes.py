@@ -261,6 +261,29 @@ def split(axis: Axis, inner_size: Size) -> bool:
     return True
 
 
+def paired(a: Iterable[Axis], b: Iterable[Axis]) -> dict[Axis, Axis] | None:
+    """The axes of ``a``, each with the one of ``b`` in its place; None where their sizes differ.
+
+    Both are given outermost first. What is one axis on one side and several on the other is split.
+    """
+    mine, theirs = [*leaves(a)], [*leaves(b)]
+    pairs: dict[Axis, Axis] = {}
+    while mine and theirs:
+        one, other = mine.pop(), theirs.pop()
+        if one.size != other.size:
+            if split(one, other.size):
+                mine += one.leaves()
+                theirs.append(other)
+            elif split(other, one.size):
+                mine.append(one)
+                theirs += other.leaves()
+            else:
+                return None
+        else:
+            pairs[one] = other
+    return None if real((*mine, *theirs)) else pairs
+
+
 def stride_order(stride: Size) -> tuple[bool, int, int]:
     """Sort key: small strides first, symbolic ones after all numbers, by their factors."""
     if isinstance(stride, int):

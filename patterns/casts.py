@@ -12,11 +12,24 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 import torch
+from torch import fx
 
-from .axes import Index, Size, at_most, plus, product
+from .axes import (
+    Axis,
+    Index,
+    Size,
+    at_most,
+    axis_form,
+    leaves,
+    plus,
+    product,
+    real,
+    real_axes,
+)
 from .canonical import Value
 from .contractions import Operand
 from .operations import is_cast
+from .products import is_product_call
 from .views import is_view, through_view
 
 aten = torch.ops.aten
@@ -51,6 +64,61 @@ def same_cast(a: Value, b: Value) -> bool:
     """Whether two values are casts of one value to one dtype."""
     alike = is_cast(a) and is_cast(b) and a.dtype is b.dtype and a.source is b.source
     return alike and a.requires_grad_mode is b.requires_grad_mode
+
+
+def repetition(
+    read: Operand,
+    axes: AbstractSet[Axis],
+    is_held: Callable[[Value], bool],
+    *,
+    in_loop: bool = False,
+    stops: AbstractSet[Value] = frozenset(),
+) -> Value | None:
+    """The tensor in which elements are repeated along some of the axes; None if there is none.
+
+    Reading further loses those axes. Of the tensors that have them, and are more than a step inside
+    of a call, it is the lowest whose memory has room for the repeated elements, so that different
+    views of it are views of one tensor.
+
+    Args:
+        read: where the walk begins.
+        axes: those that count; others may be lost, such as sub-networks that share queries.
+        is_held: whether a node has a value.
+        in_loop: whether a place in a dimension is the loop's, which goes along all of it.
+        stops: the walk goes no further.
+    """
+    value, index = read.value, read.index
+    above: fx.Node | None = None
+    whole: list[Value] = []
+    while value not in stops:
+        given = value.origin is not above and not is_product_call(value.origin)
+        whole += [value] if given or is_held(value) else []
+        if in_loop:
+            index, passed = _along_loops(index, value.shape)
+            axes = axes | passed
+        before, above = real_axes(index), value.origin
+        step = (value.source, index) if is_cast(value) else through_view(value, index)
+        if step is None:
+            break
+        value, index = step
+        # Reading may have split an axis.
+        if not real(leaves(before)) & real(leaves(axes)) <= real_axes(index) and whole:
+            return next(filter(_has_room, reversed(whole)), whole[-1])
+    return None
+
+
+def _along_loops(index: Index, shape: Sequence[Size]) -> tuple[Index, set[Axis]]:
+    """The index with an axis in place of each number, and those axes."""
+    own = {at: Axis(size) for at, size in enumerate(shape) if not index[at].axes()}
+    moved = (axis_form(own[at]) if at in own else form for at, form in enumerate(index))
+    return tuple(moved), set(own.values())
+
+
+def _has_room(value: Value) -> bool:
+    """Whether no two elements are one in memory."""
+    return all(
+        step != 0 for step, size in zip(value.strides, value.shape, strict=True) if size != 1
+    )
 
 
 def above_views(

@@ -24,6 +24,7 @@ from .axes import (
     axes_of,
     axis_form,
     leaves,
+    paired,
     product,
     quotient,
     real,
@@ -119,9 +120,9 @@ def one_query(term: Term) -> Term:
         return term
     mine = in_reading_order(up.contracted, up.query.index)
     theirs = in_reading_order(gate.contracted, gate.query.index)
-    if [axis.size for axis in mine] != [axis.size for axis in theirs]:
+    mapping = paired(mine, theirs)
+    if mapping is None:
         raise Declined(Kind.DIFFERENT_QUERIES, node=up.value.origin)
-    mapping = dict(zip(mine, theirs, strict=True))
     query = renamed(up.query, mapping)
     if not same_tensor(query.value, gate.query.value):
         queries = map(_first, (query.value, gate.query.value))

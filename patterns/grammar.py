@@ -16,7 +16,7 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +28,7 @@ from .axes import (
     Size,
     axis_form,
     multiply,
+    paired,
     product,
     real_axes,
     same_index,
@@ -88,6 +89,8 @@ def read_output(
     is_held: Callable[[Value], bool] = lambda _: True,
     *,
     without_dropout: bool = False,
+    repeated: AbstractSet[Value] = frozenset(),
+    repetitions: set[Value] | None = None,
 ) -> Reading:
     """Read ``root`` as the output of an MH-FFN.
 
@@ -98,6 +101,8 @@ def read_output(
         is_held: whether a node has a value; others cannot be candidates.
         without_dropout: read hidden units as if none were dropped, which tells what kind of network
             it is. No site may be made of that.
+        repeated: tensors in which queries are repeated, and are read as they stand.
+        repetitions: is given all such tensors that are found, even if the root cannot be read.
 
     Raises:
         Declined: the root cannot be read so.
@@ -105,7 +110,9 @@ def read_output(
     if 0 in root.shape:
         raise Declined(Kind.UNSUPPORTED_PROBLEM, "its output is empty", root.origin)
     index = tuple(axis_form(Axis(size)) for size in root.shape)
-    reader = _Reader(outside, outputs, is_held, without_dropout)
+    outer = tuple(axis for form in index for axis in form.axes())
+    found = set() if repetitions is None else repetitions
+    reader = _Reader(outside, outputs, is_held, without_dropout, outer, repeated, found)
     term = reader.output(root, index)
     return Reading(term, index, frozenset(reader.computed), frozenset(reader.crossed))
 
@@ -131,6 +138,9 @@ class _Reader:
     outputs: AbstractSet[Value]
     is_held: Callable[[Value], bool]
     without_dropout: bool
+    outer: Sequence[Axis]  # of the root
+    repeated: AbstractSet[Value]
+    repetitions: set[Value]
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     in_loop: bool = False  # whether one piece of an unrolled loop is read
@@ -362,6 +372,10 @@ class _Reader:
             self.outputs,
             self.is_held,
             self.without_dropout,
+            in_loop=self.in_loop,
+            repeated=self.repeated,
+            outer=self.outer,
+            repetitions=self.repetitions,
         )
         expression = units.expression(hidden.value, hidden.index)
         if not units.projections:
@@ -471,10 +485,9 @@ def _with_query_of(gate: Projection, up: Projection) -> Projection:
     modes = {value.requires_grad_mode for value in (*passed, *other_passed)}
     mine = in_reading_order(up.contracted, at)
     theirs = in_reading_order(gate.contracted, other_at)
-    alike = [axis.size for axis in mine] == [axis.size for axis in theirs]
-    if base is not other_base or casts != other_casts or len(modes) > 1 or not alike:
+    to_mine = paired(theirs, mine)
+    if base is not other_base or casts != other_casts or len(modes) > 1 or to_mine is None:
         return up
-    to_mine = dict(zip(theirs, mine, strict=True))
     if not same_index(tuple(form.replaced(to_mine) for form in other_at), at):
         return up
     return replace(up, query=renamed(gate.query, to_mine))

@@ -8,7 +8,7 @@ what activation, scales and factors the expression stands for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ import torch
 
 from .axes import Axis, Index, leaves, real, real_axes, same_index, within
 from .canonical import OPAQUE, SCATTER, Value
-from .casts import above_views
+from .casts import above_views, repetition
 from .contractions import Contraction, Operand, as_contraction
 from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, times
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
@@ -40,6 +40,10 @@ class HiddenReader:
     outputs: AbstractSet[Value]
     is_held: Callable[[Value], bool]  # whether a node has a value
     without_dropout: bool = False  # whether they are read as if none were dropped
+    in_loop: bool = False  # whether one piece of an unrolled loop is read
+    repeated: AbstractSet[Value] = frozenset()  # tensors that queries are read from as they stand
+    outer: Sequence[Axis] = ()  # of the output
+    repetitions: set[Value] = field(default_factory=set)  # of queries, along those or their width
     computed: set[Value] = field(default_factory=set)
     crossed: set[Value] = field(default_factory=set)
     projections: list[Contraction] = field(default_factory=list)
@@ -126,9 +130,9 @@ class HiddenReader:
         self.operands.append(Operand(value, index))
         return sympy.Symbol(f"l{len(self.operands) - 1}")
 
-    def _through_views(self, read: Operand) -> Operand:
-        found = Operand(*through_views(read.value, read.index, self.crossed, self.outputs))
-        return above_views(found, self.is_held, self.outputs)
+    def _through_views(self, read: Operand, stops: AbstractSet[Value]) -> Operand:
+        found = Operand(*through_views(read.value, read.index, self.crossed, stops))
+        return above_views(found, self.is_held, stops)
 
     def leaf(self, symbol: sympy.Symbol) -> Operand:
         """The tensor that a symbol of ``expression`` stands for."""
@@ -140,9 +144,13 @@ class HiddenReader:
         left, right = contraction.left, contraction.right
         hidden = frozenset(leaves(self.summed))
         query, weight = (left, right) if real_axes(right.index) & hidden else (right, left)
+        along = {*self.outer, *contraction.summed}
+        repeated = repetition(query, along, self.is_held, in_loop=self.in_loop, stops=self.outputs)
+        if repeated is not None:
+            self.repetitions.add(repeated)
         return Projection(
-            query=self._through_views(query),
-            weight=self._through_views(weight),
+            query=self._through_views(query, self.outputs | self.repeated),
+            weight=self._through_views(weight, self.outputs),
             contracted=contraction.summed,
             scale=line.scale,
             bias=None if line.bias is None else self.leaf(line.bias),

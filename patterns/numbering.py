@@ -87,7 +87,7 @@ class ValueNumbering:
             if written is None or not written.is_disjoint(wanted):
                 break
             value = value.source
-        like = Like(step.shape, value.dtype, value.device, step.strides)
+        like = Like(step.shape, step.dtype, value.device, step.strides)
         return self.value(step.op, (value, *step.args), step.kwargs, like, step.item)
 
     def scatter(self, base: Value, part: Value, chain: tuple[ViewStep, ...]) -> Value:

@@ -28,6 +28,7 @@ class ViewStep:
     item: int | None
     shape: tuple[Size, ...]  # of the view
     strides: tuple[Size, ...]
+    dtype: torch.dtype  # another one where numbers are reinterpreted: ``view_as_real``
 
 
 @dataclass(frozen=True, slots=True)

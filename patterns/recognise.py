@@ -43,6 +43,8 @@ _PROJECTED, _ACTIVATED, _SOFTENED, _ATTENDING = 1, 2, 4, 8
 _OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT16_RANGE})
 #: of what activates no projection, which tells nothing where it is a projection itself
 _OF_HIDDEN_UNITS = frozenset({Kind.NOT_A_PRODUCT, Kind.ADDED_PROJECTIONS})
+#: of axes that some tensor lacks, or has too many of
+_OF_AXES = frozenset({Kind.UNPAIRED_BRANCHES, Kind.TOKEN_DEPENDENT_WEIGHTS, Kind.IRREGULAR_WEIGHTS})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -651,14 +653,32 @@ def _try(
     if not held and not levels:
         kind = Kind.FUNCTION_TRANSFORM if levels is None else Kind.UNKNOWN_OPERATION
         return Reason(kind, "", root.origin)
-    try:
-        reading = read_output(root, outside, outputs, lambda one: copy.made_by(one) is not None)
-        if held:
-            return build_site(reading, root, copy)
-        check_form(reading, root)
-    except Declined as declined:
-        return declined.reason
-    return Reason(Kind.FUNCTION_TRANSFORM, "", root.origin)  # no node has it without its gradients
+
+    def read(repeated: frozenset[Value], repetitions: set[Value]) -> Site | Reason:
+        try:
+            reading = read_output(
+                root,
+                outside,
+                outputs,
+                lambda one: copy.made_by(one) is not None,
+                repeated=repeated,
+                repetitions=repetitions,
+            )
+            if held:
+                return build_site(reading, root, copy)
+            check_form(reading, root)
+        except Declined as declined:
+            return declined.reason
+        # No node has it without its gradients.
+        return Reason(Kind.FUNCTION_TRANSFORM, "", root.origin)
+
+    repetitions: set[Value] = set()
+    result = read(frozenset(), repetitions)
+    if isinstance(result, Site) or not repetitions:
+        return result
+    # What is read through a repetition lacks axes: of tokens, of heads that share queries.
+    again = read(frozenset(repetitions), set())
+    return again if isinstance(again, Site) or result.kind in _OF_AXES else result
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:

@@ -148,7 +148,7 @@ class Recorder(TorchDispatchMode):
             return
         for tensor, item in _results(call):
             if tensor not in self._memory:
-                step = ViewStep(call.func, rest, call.kwargs, item, *sizes_of(tensor))
+                step = ViewStep(call.func, rest, call.kwargs, item, *sizes_of(tensor), tensor.dtype)
                 value = self._values.view(source, step)
                 chain = (*base.chain, step)
                 self._memory.add_view(tensor, base.storage, chain, value, source)
@@ -162,7 +162,7 @@ class Recorder(TorchDispatchMode):
             name, _ = _names(call.func)
             raise UntraceableGraph(Unreadable.REPLACED_TENSOR, name, self._memory.node)
         rest = map_tensors(self._memory.read, call.args[1:])
-        step = ViewStep(functional, rest, call.kwargs, None, *sizes_of(target))
+        step = ViewStep(functional, rest, call.kwargs, None, *sizes_of(target), target.dtype)
         self._memory.view_in_place(target, step)
 
     def _record_write(self, call: Call) -> None:

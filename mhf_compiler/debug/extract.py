@@ -46,9 +46,13 @@ class Given:
     def make(self) -> Tensor:
         """Small random numbers, or zeros for integers."""
         made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        # Of an expanded tensor one element stands for all along a dimension.
+        own = made[tuple(slice(0, 1) if step == 0 else slice(None) for step in self.stride)]
         if not made.is_floating_point():
-            return made.zero_()
-        return made.normal_(std=0.3).requires_grad_(self.requires_grad)
+            own.zero_()
+            return made
+        own.normal_(std=0.3)
+        return made.requires_grad_(self.requires_grad)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class _Look:
     requires_grad: bool
     sizes: tuple[tuple[Size, ...], tuple[Size, ...]]  # shape and strides
     shard: tuple[Hashable, ...]  # of a DTensor: mesh, placements, shape and strides of the shard
+    unresolved: tuple[bool, bool]  # whether its numbers are yet to be conjugated, and negated
 
     def make(self) -> torch.Tensor:
         """A tensor that looks so, in memory of its own."""
@@ -88,6 +89,9 @@ class _Look:
         made = torch.empty_strided(
             local.shape, local.stride(), dtype=self.dtype, device=self.device
         )
+        conjugated, negated = self.unresolved
+        made = made.conj() if conjugated else made
+        made = torch.ops.aten._neg_view.default(made) if negated else made
         if self.shard:
             made = dtensor_of(made, self.example)
         return made.requires_grad_() if self.requires_grad else made
@@ -322,7 +326,9 @@ def _look(seen: Any) -> Any:
         shard: tuple[Hashable, ...] = ()
         if device_mesh(seen) is not None:
             shard = (device_mesh(seen), placements(seen), *_sizes(local_tensor(seen)))
-        return _Look(seen, seen.dtype, seen.device, seen.requires_grad, _sizes(seen), shard)
+        unresolved = seen.is_conj(), seen.is_neg()
+        sizes = _sizes(seen)
+        return _Look(seen, seen.dtype, seen.device, seen.requires_grad, sizes, shard, unresolved)
     return repr(seen)
 
 

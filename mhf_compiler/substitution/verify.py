@@ -163,9 +163,9 @@ def _samples(
         return inputs
 
     yield "random numbers", lambda: filled(lambda x: x)
-    yield "zeros", lambda: filled(lambda x: x.zero_())
-    yield "large numbers", lambda: filled(lambda x: x.mul_(_LARGE))
-    yield "tiny numbers", lambda: filled(lambda x: x.mul_(_TINY))
+    yield "zeros", lambda: filled(torch.zeros_like)
+    yield "large numbers", lambda: filled(lambda x: x * _LARGE)
+    yield "tiny numbers", lambda: filled(lambda x: x * _TINY)
     yield "an infinity among the queries", lambda: one_among(math.inf)
     yield "a NaN among the queries", lambda: one_among(math.nan)
 

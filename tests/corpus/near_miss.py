@@ -242,6 +242,80 @@ class OtherHeadsQuery(PerHead):
         return project(F.silu(project(q, self.gate)) * project(q.roll(1, 2), self.up), self.down)
 
 
+@declined(Kind.DIFFERENT_QUERIES, label="tokens", arguments={"dim": 1})
+@declined(Kind.DIFFERENT_QUERIES, label="heads", arguments={"dim": 2})
+class RepeatedInTwoOrders(PerHead):
+    """One branch reads the queries as [0, 1, 0, 1], the other one as [0, 0, 1, 1]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x).narrow(self.dim, 0, 2)
+        times = [2 if dim == self.dim else 1 for dim in range(4)]
+        gate, up = project(q.repeat(times), self.gate), self.up
+        return project(F.silu(gate) * project(q.repeat_interleave(2, self.dim), up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class RepeatedInOneBranch(PerHead):
+    """One branch reads the first two heads twice, the other one all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = project(q[:, :, :2].repeat(1, 1, 2, 1), self.gate)
+        return project(F.silu(gate) * project(q, self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES)
+class RepeatedWithoutGradient(PerHead):
+    """No gradient flows back through the up projection, which reads equal queries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        with torch.no_grad():
+            without = q.repeat(1, 2, 1, 1)
+        gate = project(q.repeat(1, 2, 1, 1), self.gate)
+        return project(F.silu(gate) * project(without, self.up), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class RepeatedHiddenUnits(PerHead):
+    """The hidden units are repeated between the products: each is computed once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        hidden = F.silu(project(q, self.gate)) * project(q, self.up)
+        return project(hidden.repeat(1, 2, 1, 1), self.down)
+
+
+@declined(Kind.NOT_A_PRODUCT)
+class RepeatedGate(PerHead):
+    """The gate is repeated after its projection, the up projection reads repeated queries."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        gate = F.silu(project(q, self.gate)).repeat(1, 2, 1, 1)
+        return project(gate * project(q.repeat_interleave(2, 1), self.up), self.down)
+
+
+@declined(Kind.DIFFERENT_QUERIES, label="parts", arguments={"conjugates": False})
+@declined(Kind.DIFFERENT_QUERIES, label="conjugates", arguments={"conjugates": True})
+class TwoPartsOfComplexNumbers(PerHead):
+    """The gate reads the real or imaginary part of what the up projection reads another part of."""
+
+    def __init__(self, conjugates: bool) -> None:
+        super().__init__()
+        self.conjugates = conjugates
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.fft.fft(split_heads(x))
+        other = numbers.conj().imag if self.conjugates else numbers.real
+        gate, up = project(numbers.imag, self.gate), project(other, self.up)
+        return project(F.silu(gate) * up, self.down)
+
+
 @declined(Kind.DIFFERENT_QUERIES, random=True)
 class DroppedOutTwice(PerHead):
     """Each branch reads the query through a dropout of its own."""

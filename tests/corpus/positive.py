@@ -1592,6 +1592,158 @@ class TwoGrownNetworks(_Growing):
         return torch.cat([first, self.stages(x, tuple(w.flip(0) for w in weights))[-1]], -1)
 
 
+# Queries that are repeated before the network, or computed out of complex numbers.
+
+#: what is done to queries (B, L, H, d)
+REPETITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tokens": lambda q: q.repeat(1, 2, 1, 1),
+    "batch": lambda q: q.repeat(3, 1, 1, 1),
+    "interleaved tokens": lambda q: q.repeat_interleave(2, 1),
+    "beams": lambda q: q[:, None].expand(-1, 3, -1, -1, -1).flatten(0, 1),
+    "one token": lambda q: q[:, :1].expand(q.shape),
+    "heads": lambda q: q[:, :, : H // 2].repeat(1, 1, 2, 1),
+    "interleaved heads": lambda q: q[:, :, : H // 2].repeat_interleave(2, 2),
+    "expanded heads": lambda q: q[:, :, : H // 2, None].expand(-1, -1, -1, 2, -1).flatten(2, 3),
+    "parts that are merged again": lambda q: torch.cat([q[:, :, :2], q[:, :, :2]], 2),
+    "heads and tokens": lambda q: q[:, :, : H // 2].repeat(1, 2, 2, 1),
+    "features": lambda q: q[..., : d // 2].repeat(1, 1, 1, 2),
+}
+
+
+def _repeated(model: type[nn.Module]) -> type[nn.Module]:
+    for what in REPETITIONS:
+        model = mhf(what, sub_networks=E, arguments={"what": what})(model)
+    return model
+
+
+@_repeated
+class RepeatedQueries(SubNetworks):
+    """The network computes on the repeated queries, of which some may be equal."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.repeated = REPETITIONS[what]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.repeated(split_heads(x))
+        r, out = self.router(q), torch.zeros_like(q)
+        for e in range(E):
+            gate = torch.einsum("blhd,hdf->blhf", q, self.gate[:, e])
+            up = torch.einsum("blhd,hdf->blhf", q, self.up[:, e])
+            y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down[:, e])
+            out = out + r[..., e, None] * y
+        return out
+
+
+@mhf("heads", arguments={"what": "heads"})
+@mhf("interleaved heads", arguments={"what": "interleaved heads"})
+class LoopOverRepeatedHeads(PerHead):
+    """Each head of a loop reads its place in the repeated queries."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.repeated = REPETITIONS[what]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.repeated(split_heads(x))
+        heads = zip(q.unbind(2), self.gate, self.up, self.down, strict=True)
+        return torch.stack([(F.silu(y @ k) * (y @ u)) @ v for y, k, u, v in heads], 2)
+
+
+@mhf()
+class RepeatedUnderVmap(PerHead):
+    """No node holds the repeated queries: they are repeated again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def head(q: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+            q = q.repeat_interleave(2, 1)
+            return (F.silu(q @ gate) * (q @ up)) @ down
+
+        heads = torch.vmap(head, in_dims=(2, 0, 0, 0), out_dims=2)
+        return heads(split_heads(x), self.gate, self.up, self.down)
+
+
+@mhf()
+class RepeatedInTwoSpellings(PerHead):
+    """Both branches read the same elements, of two tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = split_heads(x)
+        same = q[:, None].expand(-1, 2, -1, -1, -1).flatten(1, 2)
+        gate = torch.einsum("blhd,hdf->blhf", q.repeat(1, 2, 1, 1), self.gate)
+        up = torch.einsum("blhd,hdf->blhf", same, self.up)
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+
+
+@mhf()
+class RepeatedAndOverwritten(PerHead):
+    """What was repeated is gone when the network runs; the result is repeated as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        q = split_heads(x).repeat(1, 2, 1, 1)
+        x.zero_()
+        gate = torch.einsum("blhd,hdf->blhf", q, self.gate)
+        up = torch.einsum("blhd,hdf->blhf", q, self.up)
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down).repeat(1, 2, 1, 1)
+
+
+def rotated(q: Tensor, angle: Tensor) -> Tensor:
+    """Pairs of the last dimension, as complex numbers, turned by an angle."""
+    turned = torch.view_as_complex(q.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(turned * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+
+
+#: what is done to a tensor and angles that fit its last dimension
+OUT_OF_COMPLEX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rotated": rotated,
+    "real part": lambda x, angle: torch.fft.fft(x).real,
+    "imaginary part": lambda x, angle: torch.fft.fft2(x, dim=(1, -1)).imag,
+    "of the conjugate": lambda x, angle: torch.fft.fft(x).conj().imag,
+}
+
+
+def _of_complex_numbers(model: type[nn.Module]) -> type[nn.Module]:
+    for how in OUT_OF_COMPLEX:
+        for what in ("query", "weights", "router"):
+            label, given = f"{what} {how}", {"what": what, "how": how}
+            model = mhf(label, arguments=given, routed=what == "router")(model)
+    return model
+
+
+@_of_complex_numbers
+class OutOfComplexNumbers(PerHead):
+    """Real numbers again, where the network reads them."""
+
+    def __init__(self, what: str, how: str) -> None:
+        super().__init__()
+        self.what, self.real = what, OUT_OF_COMPLEX[how]
+        self.angle = weight(d // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, down = split_heads(x), self.down
+        q = self.real(q, self.angle) if self.what == "query" else q
+        gate_up = self.gate, self.up
+        if self.what == "weights":
+            gate_up = self.real(self.gate.mT, self.angle).mT, self.up
+            down = self.real(down, self.angle)
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in gate_up)
+        y = torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, down)
+        return y * self.real(q, self.angle)[..., :1] if self.what == "router" else y
+
+
+@mhf()
+class WrittenThroughComplexNumbers(PerHead):
+    """A part of complex numbers is overwritten before their real parts are read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = torch.fft.fft(split_heads(x))
+        torch.view_as_real(numbers)[..., 0].mul_(3.0)
+        q = numbers.real
+        gate, up = (torch.einsum("blhd,hdf->blhf", q, w) for w in (self.gate, self.up))
+        return torch.einsum("blhf,hfd->blhd", F.silu(gate) * up, self.down)
+
+
 # Ranking models: a network for each of a few tokens, which are features of one request.
 
 _TOKENS = {"heads": H, "gated": False, "activation": "gelu"}

@@ -92,7 +92,15 @@ BEFORE = {
     "activation": "F.silu({x})",
     "scale": "{x} * 0.5",
     "linear": "self.before({x})",
+    # What repeats a part of the input along its first dimension, and what leaves complex numbers.
+    "repeat": "{x}[:1].repeat({x}.shape[0], *[1] * ({x}.dim() - 1))",
+    "repeat_interleave": "{x}[:1].repeat_interleave({x}.shape[0], 0)",
+    "expand": "{x}[:1].expand({x}.shape).contiguous()",
+    "real part": "torch.fft.fft({x}).real",
+    "imaginary part": "torch.fft.fft({x}).conj().imag",
 }
+_MADE = ("repeat", "repeat_interleave", "expand")
+_OUT_OF_COMPLEX = ("real part", "imaginary part")
 AFTER = {
     "nothing": "{out}",
     "residual": "x + {out}",
@@ -112,6 +120,7 @@ KINDS = (
     "fused sums",  # addcmul, addmm and baddbmm, with their factors
     "dispatched",  # the tokens of each head one after another, (heads * tokens, d)
     "one size",  # heads, sub-networks, tokens, hidden units and width are the same number
+    "made queries",  # repeated before the network, or computed out of complex numbers
     "one token",  # with biases, which then move as the tokens do
     "slices",  # sub-networks of one product are added slice by slice
 )
@@ -690,6 +699,9 @@ class _Generator:
         if merged:
             options += ["linear"]
         kind = self.draw("before", *options)
+        if self.kind == "made queries":  # of 16 bits there are no complex numbers
+            of_complex = () if self.numeric in _HALF else _OUT_OF_COMPLEX
+            kind = self.features["before"] = self.more.choice(_MADE + of_complex)
         if kind == "linear":
             self.init.append("self.before = nn.Linear(H * d, H * d)")
         if kind == "nothing":

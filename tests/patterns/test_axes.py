@@ -24,6 +24,7 @@ from mhf_compiler.patterns.axes import (
     at_most,
     axis_form,
     multiply,
+    paired,
     plus,
     quotient,
     real,
@@ -454,3 +455,21 @@ def test_a_place_that_is_not_divided_evenly_reads_no_repeated_offsets():
     offsets = [(Affine((), offset),) for offset in (0, 0, 5, 5)]
     assert along(offsets, axis_form(Axis(4))) is not None
     assert along(offsets, Affine(((Axis(3), 1),), 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "others"),
+    [([8], [4, 2]), ([4, 2], [8]), ([2, 6], [4, 3]), ([1, 8], [8]), ([2, 3, 4], [24]), ([5], [5])],
+)
+def test_paired_axes_count_the_same_in_the_same_order(sizes: list[int], others: list[int]):
+    mine, theirs = [*map(Axis, sizes)], [*map(Axis, others)]
+    pairs = paired(mine, theirs)
+    assert pairs is not None
+    assert [a.size for a in pairs] == [b.size for b in pairs.values()]
+    ours, places = ([leaf for axis in axes for leaf in axis.leaves()] for axes in (mine, theirs))
+    assert [pairs[leaf] for leaf in ours if leaf.size != 1] == [p for p in places if p.size != 1]
+
+
+@pytest.mark.parametrize(("sizes", "others"), [([6], [4]), ([2, 3], [4, 2]), ([8], [4]), ([3], [])])
+def test_axes_that_count_differently_are_no_pairs(sizes: list[int], others: list[int]):
+    assert paired(map(Axis, sizes), map(Axis, others)) is None

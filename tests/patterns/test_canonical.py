@@ -255,6 +255,28 @@ def test_a_copy_is_cast_and_broadcast():
     assert (value.source.op, value.source.shape) == (INPUT, (6,))
 
 
+@pytest.mark.parametrize(
+    ("view", "dtype"),
+    [
+        (lambda x: torch.view_as_complex(x), torch.complex64),
+        (lambda x: torch.view_as_real(torch.view_as_complex(x) * 1j), torch.float32),
+        (lambda x: torch.fft.fft(x).conj().imag, torch.float32),
+        (lambda x: x.view(torch.int32)[0], torch.int32),
+    ],
+)
+def test_a_view_has_the_dtype_that_it_gives_the_numbers(
+    view: Callable[[Tensor], Tensor], dtype: torch.dtype
+):
+    """A number that is read with other bits is not the same number, and so is a copy of it."""
+
+    def copied(x: Tensor) -> tuple[Tensor, Tensor]:
+        shown = view(x)
+        return shown, torch.zeros_like(shown).copy_(shown)
+
+    shown, copy = Copied(copied, torch.randn(4, 2)).results
+    assert shown.dtype is copy.dtype is dtype
+
+
 def test_what_is_written_to_out_is_what_would_be_returned():
     def function(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         out = a.sin()

@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.graphs import graph_of
 from support.values import a_value
 from torch import Tensor, fx
 
 import mhf_compiler
 from mhf_compiler.patterns import STACK, Kind, Site, find_sites
-from mhf_compiler.patterns.axes import Axis, axis_form
+from mhf_compiler.patterns.axes import Affine, Axis, axis_form
 from mhf_compiler.patterns.canonical import INPUT, Value
-from mhf_compiler.patterns.casts import above_views, as_one_cast, same_cast
+from mhf_compiler.patterns.casts import above_views, as_one_cast, repetition, same_cast
 from mhf_compiler.patterns.contractions import Operand
+from mhf_compiler.patterns.tracer import trace
 
 T, H, E, d, f = 6, 3, 2, 8, 5
 OPTIONS = {"rewrite": "always", "fallback": "eager", "strict": True, "verify": True}
@@ -315,3 +317,55 @@ def test_a_cast_is_read_below_views_that_gradients_flow_through_as_through_it(re
     cast = Operand(a_value(TO, view, shape=(24,), dtype=BFLOAT16), (axis_form(Axis(24)),))
     source = above_views(cast, lambda value: value is x).value.source
     assert source is (x if recorded else view)
+
+
+# Repetitions.
+
+
+def read_by(
+    function: Callable[..., Any], *, number: int | None = None
+) -> tuple[Operand, set[Axis]]:
+    """What a function of (T, H, d) returns, read along all dimensions but for a number."""
+    gm = graph_of(function, X)
+    (value,) = trace(gm).reads[gm.graph.output_node()].values()
+    axes = [Axis(size) for size in value.shape]
+    index = tuple(map(axis_form, axes))
+    if number is not None:
+        index = (Affine((), number), *index[1:])
+    return Operand(value, index), {*axes}
+
+
+@pytest.mark.parametrize(
+    ("function", "maker"),
+    [
+        (lambda x: x.repeat(2, 1, 1), "repeat"),
+        (lambda x: x.repeat(2, 1, 1).view(2, T, H * d).transpose(0, 2), "repeat"),
+        (lambda x: x.repeat_interleave(2, 1), "repeat_interleave"),
+        (lambda x: x[:, None].expand(T, 2, H, d), "expand"),
+        (lambda x: x[:, None].expand(T, 2, H, d).flatten(0, 1).transpose(0, 1), "flatten"),
+        (lambda x: x.repeat(2, 1, 1).bfloat16().unsqueeze(0), "repeat"),
+        (lambda x: torch.cat([x[:2], x[:2]]), "cat"),
+    ],
+)
+def test_a_repetition_is_the_lowest_tensor_with_room_for_it(
+    function: Callable[[Tensor], Tensor], maker: str
+):
+    read, axes = read_by(function)
+    found = repetition(read, axes, lambda one: False)
+    assert found is not None
+    assert found.origin.name == maker
+    assert repetition(read, axes, lambda one: False, stops={found}) is None
+    assert repetition(read, set(), lambda one: False) is None  # no axis counts
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x[1:4, :, ::2].mT, lambda x: x[:, None], lambda x: x.repeat(1, 1, 1) + x]
+)
+def test_what_shows_each_element_once_is_no_repetition(function: Callable[[Tensor], Tensor]):
+    assert repetition(*read_by(function), lambda one: True) is None
+
+
+def test_a_loop_goes_along_all_places_of_a_dimension():
+    read, axes = read_by(lambda x: x.repeat(2, 1, 1), number=7)
+    assert repetition(read, axes, lambda one: True) is None
+    assert repetition(read, axes, lambda one: True, in_loop=True) is read.value

@@ -307,7 +307,9 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     ),
     "assign_roles, a query of one feature": (
         Kind.UNPAIRED_BRANCHES,
-        lambda m, q: project(m.hidden(q[..., :1].expand(-1, -1, -1, d)), m.down),
+        lambda m, q: project(
+            F.silu((q[..., :1, None] * m.gate).sum(-2)) * (q[..., :1, None] * m.up).sum(-2), m.down
+        ),
         {},
     ),
     "check_weights, of the up projection": (

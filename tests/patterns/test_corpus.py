@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpus.cases import TOKENS, B, Case, H, L, d
+from corpus.cases import TOKENS, B, Case, E, H, L, d
 from corpus.harness import OPTIONS, assert_compiled_right
 from corpus.near_miss import NEAR_MISSES
 from corpus.positive import POSITIVE, Einsum
@@ -54,6 +54,18 @@ def test_einsums_contracted_in_another_order(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.backends.opt_einsum, "enabled", True)
     monkeypatch.setattr(torch.backends.opt_einsum, "strategy", "optimal")
     assert len(assert_compiled_right(POSITIVE[name]).rewritten) == 1
+
+
+@pytest.mark.parametrize("name", [n for n in POSITIVE if n.startswith("RepeatedQueries")])
+def test_repetitions_of_symbolic_sizes(name: str):
+    case = POSITIVE[name]
+    (x,) = case.inputs()
+    for dim in (0, 1):
+        torch._dynamo.mark_dynamic(x, dim)
+    options = OPTIONS | {"verify": True}
+    report = mhf_compiler.explain(case.build(), options=options)(x.requires_grad_())
+    assert report.declined == []
+    assert [site.sub_networks for site in report.rewritten] == [E]
 
 
 @near_miss

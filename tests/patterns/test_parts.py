@@ -17,11 +17,11 @@ ROWS: tuple[Size, ...] = (6, 4)
 
 
 def row(*args: Any) -> ViewStep:
-    return ViewStep(aten.select.int, args, {}, None, (4,), (1,))
+    return ViewStep(aten.select.int, args, {}, None, (4,), (1,), torch.float32)
 
 
 def rows(width: Size, *args: Any) -> ViewStep:
-    return ViewStep(aten.slice.Tensor, args, {}, None, (width, 4), (4, 1))
+    return ViewStep(aten.slice.Tensor, args, {}, None, (width, 4), (4, 1), torch.float32)
 
 
 SHOWN: dict[str, tuple[ViewStep, Range]] = {
@@ -45,8 +45,10 @@ UNKNOWN: dict[str, ViewStep] = {
     "an unknown row": row(0, n - 2),
     "a row before the first": row(0, -7),
     "rows up to an unknown one": rows(n, 0, 0, n),
-    "with names": ViewStep(aten.slice.Tensor, (0,), {"start": 2}, None, (4, 4), (4, 1)),
-    "another view": ViewStep(aten.t.default, (), {}, None, (4, 6), (1, 4)),
+    "with names": ViewStep(
+        aten.slice.Tensor, (0,), {"start": 2}, None, (4, 4), (4, 1), torch.float32
+    ),
+    "another view": ViewStep(aten.t.default, (), {}, None, (4, 6), (1, 4), torch.float32),
 }
 
 
@@ -62,7 +64,9 @@ def test_a_range_in_a_range_is_none():
 
 def test_a_range_in_an_unknown_part_is_none():
     assert shown_range([rows(3, 0, 0, 6, 2), row(0, 1)], ROWS) is None
-    in_another_order = ViewStep(aten.as_strided.default, ((6, 4), (1, 6)), {}, None, ROWS, (1, 6))
+    in_another_order = ViewStep(
+        aten.as_strided.default, ((6, 4), (1, 6)), {}, None, ROWS, (1, 6), torch.float32
+    )
     assert shown_range([in_another_order, row(0, 1)], ROWS) is None
 
 
