@@ -134,10 +134,10 @@ class Followed:
                 if not parameters:
                     known.discard(looked_at)
                     continue
-                addresses = {name: id(x) for name, x in parameters.items()}
-                if (key := (*addresses.values(),)) not in self.seen:
+                at = {name: id(x) for name, x in parameters.items()}
+                if (key := (*at.values(),)) not in self.seen:
                     storages = [*map(weak_storage, parameters.values())]
-                    self.seen[key] = _Seen(inputs, addresses, storages)
+                    self.seen[key] = _Seen(inputs, at, storages)
             there = sum(self._networks[one.inputs] for one in self.seen.values())
             if there > self.counted:
                 # As if the graph had been compiled for each of the layers.
