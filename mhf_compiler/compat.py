@@ -39,6 +39,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
+from torch.fx.traceback import NodeSource
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -82,6 +83,7 @@ __all__ = [
     "inductor_options",
     "interruptions",
     "is_graph_of_dynamo",
+    "is_profiled",
     "is_minifying",
     "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
@@ -92,6 +94,7 @@ __all__ = [
     "local_tensor",
     "make_fx",
     "named_arguments",
+    "named_source",
     "names_of_self",
     "new_fake",
     "no_fake_mode",
@@ -124,6 +127,7 @@ __all__ = [
     "tell_inductor_of",
     "trace_artifact",
     "tracing_context",
+    "tracks_provenance",
     "tree_leaves",
     "unbacked_symbols",
     "unwrap_for_grad",
@@ -140,6 +144,8 @@ no_fake_mode = unset_fake_temporarily
 no_saved_tensor_hooks = _disable_saved_tensors_hooks_during_tracing
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
+#: whether a profiler records this thread, in some 30 ns
+is_profiled = torch.autograd._profiler_enabled
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
@@ -660,6 +666,20 @@ class _Passes(CustomGraphPass):
 
 
 _PRE_GRAD, _POST_GRAD = "pre_grad_custom_pass", "post_grad_custom_post_pass"
+
+
+def named_source(name: str) -> Any:
+    """What a node's ``from_node`` may begin with, so that Inductor's comments call it ``name``."""
+    source = NodeSource(None)
+    source.node_info = NodeSource.NodeInfo(name, name, -1)
+    return source
+
+
+def tracks_provenance() -> bool:
+    """Whether Inductor keeps what each node was made from, for its own debugging."""
+    import torch._inductor.config
+
+    return bool(torch._inductor.config.trace.provenance_tracking_level)
 
 
 def disables_added_passes() -> bool:

@@ -18,6 +18,7 @@ from .buckets import CutError, Part, rewrite_whole
 from .errors import NotAnalysedError, fault, only_reporting
 from .followed import Followed
 from .options import Options, inductor_config
+from .passes.layers import Layers, layers_of
 from .passes.manager import with_post_grad_passes
 from .passes.outcome import Fusion
 from .patterns import Site
@@ -51,6 +52,7 @@ class Compilation:
         self.originals: Originals | None = None
         self.sites: list[tuple[fx.GraphModule, Site]] = []
         self.followed: Followed | None = None
+        self.layers: Layers = {}
         self.told = False
 
     def rewrite(self, gm: fx.GraphModule) -> None:
@@ -85,7 +87,11 @@ class Compilation:
         if report.rewritten:
             with only_reporting("a count of networks"):
                 self.followed = Followed(gm, self.sites)
-        self.config = with_post_grad_passes(gm, self.config, self.options, tell=self.tell)
+            with only_reporting("the names of layers in profiles"):
+                self.layers = layers_of(self.sites, report.rewritten)
+        self.config = with_post_grad_passes(
+            gm, self.config, self.options, tell=self.tell, layers=self.layers
+        )
         if self.options.fallback == "inductor":
             # The user may have called the op, too.
             from .lowering.ops import ALL, MUTATING

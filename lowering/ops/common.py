@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import differentiates_forward
+from .profiled import is_profiled, range_of_layer
 
 __all__ = [
     "empty_like_in_order",
@@ -59,6 +60,9 @@ def register(
         def call(*arguments: Any) -> Any:
             if checked:
                 check(*arguments)
+            elif compute is not None and is_profiled():
+                with range_of_layer():
+                    return operator(compute, *arguments)
             return operator(compute, *arguments)
 
         call.__name__ = call.__qualname__ = name

@@ -42,19 +42,22 @@ class _UnknownSourceError(Exception):
     """It is not known which source runs in this process."""
 
 
-def cache_key(options: Options, passes: Sequence[str]) -> tuple[str, ...] | None:
+def cache_key(
+    options: Options, passes: Sequence[str], layers: Sequence[str] = ()
+) -> tuple[str, ...] | None:
     """All that decides what becomes of a rewritten graph, apart from the graph; None if unknown.
 
     Args:
         options: the back end's. Those of Inductor's own are in its key.
         passes: the names of those that run after autograd.
+        layers: the names of those that the ops compute, which comments in the code have.
     """
     try:
         _check_sources()
         return (
             package_hash(),
             repr((options.rewrite, options.strict, options.verify)),
-            repr(tuple(passes)),
+            repr((tuple(passes), tuple(layers))),
             # What the ops are traced under; before torch 2.13 the keys hold not all of it.
             repr((Modes.now(), torch.get_default_dtype())),
             repr(_machine()),

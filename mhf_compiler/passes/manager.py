@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from ..compat import counters, disables_added_passes, run_pass, with_pass
-from ..errors import MhfCompilerWarning, fault
+from ..errors import MhfCompilerWarning, fault, only_reporting
 from ..options import Options
 from .cache_key import cache_key
+from .layers import Layers, name_layers, names_in
 from .layouts import fix_layouts
 from .memory import calls_our_op
 from .norm_network import fuse_norm_network
@@ -35,7 +36,12 @@ Tell = Callable[[Sequence[Fusion], Sequence[str]], None]
 
 
 def with_post_grad_passes(
-    gm: fx.GraphModule, config: dict[str, Any], options: Options, *, tell: Tell | None = None
+    gm: fx.GraphModule,
+    config: dict[str, Any],
+    options: Options,
+    *,
+    tell: Tell | None = None,
+    layers: Layers | None = None,
 ) -> dict[str, Any]:
     """Inductor's settings for one of Dynamo's graphs, with our passes if the graph has the op.
 
@@ -47,6 +53,7 @@ def with_post_grad_passes(
         tell: is called after the passes with what they did and declined, and with remarks; for
             training once for the forward graph and once for the backward graph. Not called if
             Inductor finds the compiled graph in its cache.
+        layers: what to call the layers that compute the ops, in a profile.
     """
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
     if not any(calls_our_op(node) for graph in graphs for node in graph.nodes):
@@ -59,8 +66,9 @@ def with_post_grad_passes(
             stacklevel=2,
         )
     names = passes_for(training=torch.is_grad_enabled())
-    run = partial(run_passes, names, options.strict, tell)
-    return with_pass(config, run, cache_key(options, names))
+    layers = layers or {}
+    run = partial(run_passes, names, options.strict, tell, layers=layers)
+    return with_pass(config, run, cache_key(options, names, names_in(gm, layers)))
 
 
 def passes_for(*, training: bool) -> tuple[str, ...]:
@@ -68,15 +76,24 @@ def passes_for(*, training: bool) -> tuple[str, ...]:
     return _FOR_TRAINING if training else tuple(PASSES)
 
 
-def run_passes(names: Sequence[str], strict: bool, tell: Tell | None, graph: fx.Graph) -> None:
+def run_passes(
+    names: Sequence[str],
+    strict: bool,
+    tell: Tell | None,
+    graph: fx.Graph,
+    *,
+    layers: Layers | None = None,
+) -> None:
     """Run passes over a graph, count what they did, fix the layouts for our ops, and call them
-    without checks.
+    without checks, by names that say which of the ``layers`` they compute.
 
     The layouts are needed for correct results. So that step is none of the passes that can be
     disabled, and if it fails the back end compiles the original graph.
     """
     fusions: list[Fusion] = []
     notes: list[str] = []
+    with only_reporting("the names of layers in profiles"):
+        name_layers(graph, layers or {})  # first: what a pass puts in a call's place is named so
     for name in names:
         found = _run(name, strict, graph)
         if found is None:
