@@ -83,15 +83,16 @@ __all__ = [
     "inductor_options",
     "interruptions",
     "is_graph_of_dynamo",
-    "is_profiled",
     "is_minifying",
     "is_part_of_buckets",
+    "is_profiled",
     "is_traceable_wrapper_subclass",
     "is_tracing",
     "least_without_floors",
     "leave_functorch_levels",
     "load_cpp",
     "local_tensor",
+    "looks_up_rewritten_graph",
     "make_fx",
     "named_arguments",
     "named_source",
@@ -665,6 +666,7 @@ class _Passes(CustomGraphPass):
         return None if None in keys else tuple(keys)
 
 
+_TIMING = "pre_grad_pass_timing"  # from torch 2.13 on; before, it was always early
 _PRE_GRAD, _POST_GRAD = "pre_grad_custom_pass", "post_grad_custom_post_pass"
 
 
@@ -732,10 +734,16 @@ def with_added_passes(
         _PRE_GRAD: _setting([first, *_users_passes(config, _PRE_GRAD)]),
         _POST_GRAD: _setting([*_users_passes(config, _POST_GRAD), last]),
     }
-    timing = "pre_grad_pass_timing"  # from torch 2.13 on; before, that was the only time
-    if config.get(timing, getattr(torch._inductor.config, timing, None)) == "default":
-        added[timing] = "early"
+    if config.get(_TIMING, getattr(torch._inductor.config, _TIMING, None)) == "default":
+        added[_TIMING] = "early"
     return config | added
+
+
+def looks_up_rewritten_graph() -> bool:
+    """Whether graphs go through the pass before autograd before they are looked up in a cache."""
+    import torch._inductor.config
+
+    return bool(getattr(torch._inductor.config, _TIMING, "early") == "early")
 
 
 def runs_pass_after_autograd() -> bool:

@@ -7,7 +7,7 @@ was is not compiled in its place.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +20,7 @@ from .compilation import Compilation, tell_of_buckets
 from .errors import fault
 from .options import GivenOptions, OptionError, Options, inductor_config, parse_options
 from .passes.cache_key import cache_key, package_hash
+from .passes.layers import Layers, names_in
 from .passes.manager import PASSES, Tell, passes_for, run_passes
 from .passes.memory import calls_our_op
 from .report.logs import announce
@@ -43,12 +44,35 @@ def options_with_passes(options: GivenOptions | None) -> dict[str, Any]:
         partial(rewrite_before_autograd, ours),
         partial(run_after_autograd, ours.strict),
         (package_hash(), repr(replace(ours, report=None))),  # the address of a function is no key
-        partial(cache_key, ours, tuple(PASSES)),
+        partial(_key_now, ours),
     )
 
 
-#: for each graph that is being compiled: the passes after autograd, and who is told what they did
-_compiling: WeakKeyDictionary[Any, tuple[tuple[str, ...], Tell]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Graph:
+    """What the passes after autograd have to know of a graph that is being compiled.
+
+    Attributes:
+        passes: the names of those that run.
+        tell: is told what they did.
+        layers: what to call the layers in a profile.
+        names: of all calls of our ops.
+    """
+
+    passes: tuple[str, ...]
+    tell: Tell
+    layers: Layers
+    names: tuple[str, ...]
+
+
+_compiling: WeakKeyDictionary[Any, _Graph] = WeakKeyDictionary()
+
+
+def _key_now(options: Options) -> tuple[str, ...] | None:
+    """What stands for the passes in the caches of the graph that is being compiled."""
+    context = compat.tracing_context()
+    found = None if context is None else _compiling.get(context)
+    return cache_key(options, tuple(PASSES), () if found is None else found.names)
 
 
 def rewrite_before_autograd(options: Options, graph: fx.Graph) -> None:
@@ -85,11 +109,14 @@ def _rewrite(options: Options, gm: fx.GraphModule) -> None:
     if compat.is_part_of_buckets(gm):
         only_here = LookupError("a pass of Inductor's sees one part at a time")
         tell_of_buckets(gm, only_here, strict=options.strict)
+    compilation.rewrite(gm)
     context = compat.tracing_context()
     if context is not None:
-        names = passes_for(training=torch.is_grad_enabled())
-        _compiling[context] = names, compilation.tell
-    compilation.rewrite(gm)
+        passes = passes_for(training=torch.is_grad_enabled())
+        # Else code of an equal graph, which has other names, would be found under a key without.
+        layers = compilation.layers if compat.looks_up_rewritten_graph() else {}
+        names = names_in(gm, layers)
+        _compiling[context] = _Graph(passes, compilation.tell, layers, names)
     compilation.hand_over()
 
 
@@ -105,5 +132,7 @@ def run_after_autograd(strict: bool, graph: fx.Graph) -> None:
         return
     context = compat.tracing_context()
     found = None if context is None else _compiling.get(context)
-    names, tell = found or (passes_for(training=True), None)
-    run_passes(names, strict, tell, graph)
+    if found is None:
+        run_passes(passes_for(training=True), strict, None, graph)
+    else:
+        run_passes(found.passes, strict, found.tell, graph, layers=found.layers)

@@ -30,7 +30,7 @@ from .recognise import Findings, NearMiss, find_sites
 from .rolling import STACK
 from .routers import find_router_products
 from .site import Location, RouterProduct, Site, TensorView
-from .source import locate
+from .source import locate, modules_around
 from .views import RESHAPES, all_pieces, is_factory
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "is_product_call",
     "is_summed_product_call",
     "locate",
+    "modules_around",
     "multiply",
     "plus",
     "quotient",

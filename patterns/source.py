@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import fx
 
-from .site import Location
+from .products import is_product_call
+from .site import Location, RouterProduct, Site
 
 _FRAME = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)$')
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -34,3 +37,19 @@ def locate(node: fx.Node) -> Location | None:
         else:
             own = found
     return own or installed
+
+
+def modules_around(site: Site | RouterProduct) -> dict[str, tuple[str, Any]]:
+    """The innermost modules that contain all products of a site, as a node's ``nn_module_stack``.
+
+    Views before and after them may be outside.
+    """
+    replaced = {value.origin for value in site.replaces} if isinstance(site, Site) else set()
+    products = [node for node in replaced if is_product_call(node)] or [site.output_node]
+    stacks = [(node.meta.get("nn_module_stack") or {}).items() for node in products]
+    levels = zip(*stacks, strict=False)
+    return dict(level[0] for level in takewhile(_is_one_module, levels))
+
+
+def _is_one_module(level: tuple[tuple[str, tuple[str, Any]], ...]) -> bool:
+    return len({path for _, (path, _) in level}) == 1

@@ -4,7 +4,7 @@ An op's schema has no place for a name, and the host has no time for one: a call
 code takes it from there, where a comment in front of each call says what the call is made of. The
 passes after autograd write the layer into it:
 
-    # Topologically Sorted Source Nodes: [linear, multi_head_ffn of layers.0.ffn], Original ATen: ...
+    # Topologically Sorted Source Nodes: [linear, multi_head_ffn of layers.0.ffn], ...
     buf8 = torch.ops.mhf_compiler.multi_head_ffn.compiled(...)
 
 It is read while a profiler runs, and once for each line. A call that nothing is known of is in no
@@ -26,8 +26,8 @@ from ...compat import is_profiled as is_profiled
 __all__ = ["is_profiled", "mark_of", "range_of_layer"]
 
 _CALL = re.compile(r"torch\.ops\.mhf_compiler\.(\w+)\.compiled\(")
-_MARK = re.compile(r"(?<=[\[ ])\w+ of ([^\s,\[\]]*)")
-_READABLE = re.compile(r"[^\s,\[\]]+")
+_NODES = re.compile(r"(Topologically Sorted|Unsorted) Source Nodes: \[([^\]]*)\]")
+_READABLE = re.compile(r"[^\s\]]+")
 _DEPTH = 4  # frames between an op and the code that calls it, at most
 
 
@@ -67,7 +67,10 @@ def _call_at(file: str, line: int) -> tuple[bool, str | None]:
     if call is None:
         return False, None
     while (comment := linecache.getline(file, line := line - 1).strip()).startswith("#"):
-        layers = _MARK.findall(comment.partition("Source Nodes: ")[2].partition("]")[0])
-        if layers:
-            return True, f"mhf_compiler::{call[1]} of {layers[-1]}" if layers[-1] else None
+        nodes = _NODES.search(comment)
+        named = [node for node in nodes[2].split(", ") if " of " in node] if nodes else []
+        if nodes and named:
+            layer = named[-1].partition(" of ")[2]
+            known = layer and (len(named) == 1 or nodes[1] != "Unsorted")
+            return True, f"mhf_compiler::{call[1]} of {layer}" if known else None
     return True, None

@@ -10,20 +10,20 @@ Inductor's cache keeps the code, so the names are a part of its key.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from ..compat import named_source, tracks_provenance
 from ..lowering.ops.profiled import mark_of
-from ..patterns import Site
-from ..report.describe import readable
+from ..patterns import Site, modules_around
 from ..report.paths import compressed
 from ..report.values import SiteReport
 from .memory import calls_our_op
 
 __all__ = ["Layers", "layers_of", "name_layers", "names_in"]
 
-#: the paths of modules as Dynamo has them, and what the report calls the layer that is computed there
+#: what the report calls the layers, by the paths of their modules as Dynamo has them
 Layers = Mapping[str, str]
 
 
@@ -33,11 +33,10 @@ def layers_of(
     """The layers of all sites. A graph inside of another may compute several of them."""
     found: dict[str, str] = {}
     for (_, site), report in zip(sites, reports, strict=False):
-        name = compressed(module for module in report.modules if module)
-        paths = _paths(site.output_node)
-        here = [path for path in paths if readable(path) == report.module] + paths[-1:]
-        if name:
-            found.update(dict.fromkeys(here, name))
+        name = compressed(module for module in report.modules if module).replace(", ", ",")
+        paths = _paths(modules_around(site))
+        if paths and name:
+            found[paths[-1]] = name
     return found
 
 
@@ -63,12 +62,14 @@ def name_layers(graph: fx.Graph, layers: Layers) -> None:
 
 
 def _layer(node: fx.Node, layers: Layers) -> str:
-    """The layer of the innermost module that has one; nothing if none has."""
-    return next((layers[path] for path in reversed(_paths(node)) if path in layers), "")
+    """The layer of the innermost module that has one; nothing if none has.
 
-
-def _paths(node: fx.Node) -> list[str]:
-    """The modules that a node was traced in, or the one that it is the derivative of."""
+    A node of the backward pass is in the modules of the one that it is the derivative of.
+    """
     meta = node.meta
     stack = meta.get("nn_module_stack") or meta.get("fwd_nn_module_stack") or {}
+    return next((layers[path] for path in reversed(_paths(stack)) if path in layers), "")
+
+
+def _paths(stack: Mapping[str, tuple[str, Any]]) -> list[str]:
     return [path for path, _ in stack.values()]  # outermost first

@@ -11,10 +11,10 @@ from __future__ import annotations
 import linecache
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -32,6 +32,7 @@ from ..patterns import (
     Value,
     is_product_call,
     locate,
+    modules_around,
 )
 from .folding import folded
 from .values import (
@@ -355,8 +356,12 @@ def _readable(source: str, selves: tuple[str, ...]) -> str:
 
 def _modules(node: fx.Node) -> list[tuple[str, str]]:
     """The modules that a node was traced in, outermost first: path, and name of the class."""
-    stack = (node.meta.get("nn_module_stack") or {}).values()
-    return [(readable(path), getattr(kind, "__name__", str(kind))) for path, kind in stack]
+    return _named(node.meta.get("nn_module_stack") or {})
+
+
+def _named(stack: Mapping[str, tuple[str, Any]]) -> list[tuple[str, str]]:
+    modules = stack.values()
+    return [(readable(path), getattr(kind, "__name__", str(kind))) for path, kind in modules]
 
 
 def _module_of_site(site: Site) -> tuple[str | None, str | None]:
@@ -371,22 +376,7 @@ def classes_around(site: Site) -> set[str]:
 
 
 def _stack_of_site(site: Site) -> list[tuple[str, str]]:
-    nodes = {value.origin for value in site.replaces}
-    products = [node for node in nodes if is_product_call(node)]
-    common: list[tuple[str, str]] | None = None
-    for node in products or [site.output_node]:
-        stack = _modules(node)
-        common = stack if common is None else list(_common(common, stack))
-    return common or []
-
-
-def _common(
-    stack: Iterable[tuple[str, str]], other: Iterable[tuple[str, str]]
-) -> Iterator[tuple[str, str]]:
-    for entry, same in zip(stack, other, strict=False):
-        if entry != same:
-            return
-        yield entry
+    return _named(modules_around(site))
 
 
 def boundary(site: Site) -> dict[Value, str]:

@@ -37,6 +37,7 @@ from ..patterns import (
     Value,
     all_pieces,
     at_most,
+    modules_around,
     multiply,
     plus,
     quotient,
@@ -81,6 +82,7 @@ class Editor:
         self.results = results
         self.position = copy.positions[site.output_node]
         self.last = nodes[site.output_node]
+        self.modules = modules_around(site)  # the output may be a view outside of them
         self.made: dict[Value, fx.Node] = {}
         self.inserted: list[fx.Node] = []
 
@@ -167,9 +169,11 @@ class Editor:
         """
         with self.graph.inserting_after(self.last):
             self.last = self.graph.call_function(target, args, kwargs)
-        for key in ("stack_trace", "nn_module_stack", BUCKET):
+        for key in ("stack_trace", BUCKET):
             if key in self.site.output_node.meta:
                 self.last.meta[key] = self.site.output_node.meta[key]
+        if self.modules:
+            self.last.meta["nn_module_stack"] = self.modules
         self.inserted.append(self.last)
         return self.last
 
