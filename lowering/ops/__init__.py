@@ -6,6 +6,7 @@ in_place.py      these over memory that is no longer needed
 norm_router.py   norm_and_route: a norm of the queries, and their router
 norm_network.py  the same and the network, in one op
 sharding.py      how they compute on the shards of DTensors
+profiled.py      the layer's name around a call, in a profile
 common.py        the factory that registers them, and what they share
 """
 
