@@ -1,7 +1,9 @@
 """``python -m benchmarks``: lists benchmarks, runs them, draws what they found."""
 
 import os
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +30,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ffn": ffn.BENCHMARK,
     "ffn-lengths": ffn.LENGTHS_BENCHMARK,
     "ffn-tokens": ffn.TOKENS_BENCHMARK,
+    "ffn-steps": ffn.STEPS_BENCHMARK,
     "blocks": blocks.INFERENCE_BENCHMARK,
     "blocks-training": blocks.TRAINING_BENCHMARK,
     "per-token": per_token.BENCHMARK,
@@ -115,10 +118,22 @@ def run(
         sys.exit(1)
 
 
+def command(name: str, settings: Settings) -> str:
+    """What measures the same again, on the same kind of device."""
+    words = ["python -m benchmarks run", name, f"--repeats {settings.repeats}"]
+    words += [f"--device {settings.device}"] if settings.device == "cpu" else []
+    words += [f"--shape {','.join(map(str, shape))}" for shape in settings.shapes]
+    words += [f"--only {shlex.quote(value)}" for value in settings.only]
+    words += [f"--without {shlex.quote(value)}" for value in settings.without]
+    return " ".join([*words, *(["--quick"] if settings.quick else [])])
+
+
 def run_one(name: str, settings: Settings, out: Path | None) -> bool:
     """Run, print and write one benchmark; false where something computes wrong numbers."""
     benchmark = BENCHMARKS[name]
     about = results.machine(settings.device) | {"repeats": settings.repeats}
+    about["command"] = command(name, settings)
+    start = time.perf_counter()
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     rows, interrupted = [], False
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
@@ -127,6 +142,7 @@ def run_one(name: str, settings: Settings, out: Path | None) -> bool:
                 rows.append(row)
         except KeyboardInterrupt:  # hours may have gone into what is there
             interrupted = about["interrupted"] = True
+    about["seconds"] = round(time.perf_counter() - start)
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(results.table(f"{name}: {about['device']}, torch {about['torch']}", rows))
     for line in benchmark.summary(rows):

@@ -27,6 +27,12 @@ from .models import PAPER, SHAPE_NAMES, SWIGLU_HIDDEN, MultiHeadFFN, SwiGLU, bat
 
 PHASES = ("forward", "training")
 LENGTHS = (192, 384, 768, 1536, 3072, 6144, 12288, 16128)  # the paper's, doubled from 192
+_SMALL = (8, 96, 8, 256)  # the 128M model
+#: tokens of a small training step of both models
+STEPS = (
+    *((1, length, *PAPER[2:]) for length in (128, 1024)),
+    *((*tokens, *_SMALL) for tokens in ((1, 128), (1, 512), (4, 1024))),
+)
 _CHECKED = 64  # tokens whose results are compared: no token needs another one
 _TINY = (2, 64, 2, 16, 2, 32)
 
@@ -53,8 +59,24 @@ def cases_of_tokens(settings: Settings) -> Iterator[Case]:
         yield case((tokens, 1, *base[2:]), "forward", settings, mode="reduce-overhead")
 
 
-def case(shape: Sequence[int], phase: str, settings: Settings, mode: str | None = None) -> Case:
-    about = dict(zip(SHAPE_NAMES, shape, strict=True)) | {"phase": phase}
+def cases_of_steps(settings: Settings) -> Iterator[Case]:
+    """Small training steps, which the host limits; on a GPU in CUDA graphs, too, without it."""
+    modes = {"calls": None, "CUDA graphs": "reduce-overhead"}
+    if settings.device != "cuda":
+        del modes["CUDA graphs"]
+    for shape in settings.shapes or ((_TINY,) if settings.quick else STEPS):
+        for launched, mode in modes.items():
+            yield case(shape, "training", settings, mode, {"launched": launched})
+
+
+def case(
+    shape: Sequence[int],
+    phase: str,
+    settings: Settings,
+    mode: str | None = None,
+    about: Row | None = None,
+) -> Case:
+    about = dict(zip(SHAPE_NAMES, shape, strict=True)) | {"phase": phase} | (about or {})
     built = partial(build, tuple(shape), phase == "training", settings.device, mode)
     return Case(about, built, busy=mode is not None)
 
@@ -154,7 +176,7 @@ def summary(rows: list[Row]) -> list[str]:
         line = f"{best['B'] * best['L']} tokens, {best['phase']}: "
         line += f"{faster:.2f} times as fast as Inductor's better"
         for name in ("eager, loop", "SwiGLU, Inductor"):
-            if rivals[name].get("peak_mib"):
+            if rivals.get(name, {}).get("peak_mib") and best["peak_mib"]:
                 less = rivals[name]["peak_mib"] / best["peak_mib"]
                 line += f", {less:.1f} times less memory than {name}"
         lines.append(line)
@@ -182,6 +204,12 @@ LENGTHS_BENCHMARK = Benchmark(
         Plot("memory against length", "L", "peak_mib", each="phase"),
         Plot("latency against length", "L", "ms", each="phase"),
     ),
+    summary=summary,
+    devices=("cuda", "cpu"),
+)
+STEPS_BENCHMARK = Benchmark(
+    "small training steps of the whole FFN, as called and in CUDA graphs",
+    of_cases(cases_of_steps),
     summary=summary,
     devices=("cuda", "cpu"),
 )

@@ -214,8 +214,11 @@ def test_a_run_of_a_part(
 ) -> None:
     done = CliRunner().invoke(command.main, ["run", "right", "--out", str(tmp_path), *options])
     assert done.exit_code == 0, done.output
-    _, rows = results.read(tmp_path / "right.json")
+    about, rows = results.read(tmp_path / "right.json")
     assert [(row["size"], row["contender"]) for row in rows] == expected
+    again = "python -m benchmarks run right --repeats 2"
+    same = f"{again} --device cpu {' '.join(options)}"
+    assert (about["command"], about["seconds"]) == (same, pytest.approx(0, abs=60))
 
 
 @pytest.mark.usefixtures("listed")
@@ -383,3 +386,15 @@ def test_the_summary_of_the_cpu_path() -> None:
     (line,) = cpu_path.summary(rows)
     assert "1.50 times as fast" in line
     assert "4.0 times less memory" in line
+
+
+def test_the_summary_of_a_part_says_what_it_can() -> None:
+    case = {"B": 1, "L": 8, "phase": "training"}
+    rows = [
+        case | {"contender": "Inductor, loop", "ms": 3.0, "peak_mib": 4.0},
+        case | {"contender": "flashmhf, loop", "ms": 1.5, "peak_mib": 0.0},
+    ]
+    [line] = ffn.summary(rows)
+    assert line.endswith("2.00 times as fast as Inductor's better")
+    [line] = ffn.summary([*rows, case | {"contender": "eager, loop", "ms": 9.0, "peak_mib": 8.0}])
+    assert "less memory" not in line
