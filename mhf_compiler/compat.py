@@ -146,7 +146,7 @@ no_saved_tensor_hooks = _disable_saved_tensors_hooks_during_tracing
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
 #: whether a profiler records this thread; asking takes some 50 ns
-is_profiled = torch.autograd._profiler_enabled
+is_profiled = torch._C._autograd._profiler_enabled
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:
