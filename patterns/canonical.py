@@ -306,6 +306,47 @@ class CanonicalCopy:
         """The first node that overwrites the memory of one that holds the value, as above."""
         return next(self._overwriters(value, but_by), None)
 
+    def takes_place_of_node(self, value: Value) -> bool:
+        """Whether what computes a value anew must take the place of a node, and may do so.
+
+        It must where the node's memory is overwritten later: what then reads it reads another
+        value. It may where nothing else holds the value, and where whatever reads or writes that
+        memory from then on goes through the node.
+        """
+        node = self.made_by(value)
+        if node is None or not self.is_overwritten(value):
+            return False
+        storage = self._storage_of.get(node)
+        holders = [holding.node for holding in self._holdings[value]]
+        if storage is None or storage.is_outside or storage.may_be or node not in holders:
+            return False
+        if any(self._storage_of[one] is not storage for one in holders):
+            return False
+        return self._strides[node] == value.strides and self._is_gone_through(node, storage)
+
+    def _is_gone_through(self, node: fx.Node, storage: Storage) -> bool:
+        """Whether all later nodes that read or write a storage go through a node that lies in it.
+
+        What an earlier node made of a tensor in it, and is no tensor itself, may hold views.
+        """
+        holding: set[fx.Node] = set()  # tensors in it from before, and what may hold some
+        through = {node}
+        for one, position in self.positions.items():
+            given = one.all_input_nodes
+            where = self._storage_of.get(one)
+            if one is node:
+                continue
+            if position < self.positions[node]:
+                if where is storage or (where is None and not holding.isdisjoint(given)):
+                    holding.add(one)
+            elif not holding.isdisjoint(given):
+                return False
+            elif not through.isdisjoint(given):
+                through.add(one)
+            elif where is storage:
+                return False
+        return True
+
     def memory_of(self, node: fx.Node) -> int | None:
         """A number for the memory that a node's tensor lies in."""
         storage = self._storage_of.get(node)

@@ -424,6 +424,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
     A node that reads only its sizes does no harm if its own result disappears: zeros to add to.
     """
     parts = {root, *_parts_of(root)}
+    writes = {SCATTER} if copy.takes_place_of_node(root) else set()  # into the result's memory
     likes: set[Value] = set()
     for value in reading.computed:
         todo = [value]
@@ -434,6 +435,8 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
             if current in copy.escaping:
                 raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
             for reader in _outer_readers(current, reading, root, copy):
+                if reader.op in writes:
+                    continue
                 if reader.op in LIKES:
                     likes.add(reader)
                 elif not (reader in reading.crossed or is_view(reader) or is_cast(reader)):
@@ -474,6 +477,7 @@ def check_piece(piece: Value, reading: Reading, root: Value, copy: CanonicalCopy
         raise Declined(Kind.ESCAPING_INTERMEDIATE, "the output of one head", piece.origin)
     if (writer := copy.overwriter_of(piece)) is not None:
         raise Declined(Kind.MUTATION, "the output of one head is overwritten", writer)
+    _check_not_overwritten(root, copy)  # the head would be a part of it
     _check_memory_inside(piece, copy)
     _check_returned_alone(piece, copy)
     if copy.shares_what_is_returned(piece):
@@ -529,17 +533,23 @@ def _has_gradient(value: Value, copy: CanonicalCopy) -> bool:
 
 
 def check_memory(operands: Iterable[Operand], root: Value, copy: CanonicalCopy) -> None:
-    """The op's operands are intact at its position, and no node overwrites its result."""
+    """The op's operands are intact at its position, and its result may be overwritten later."""
     node = _maker(root, copy)
-    if (writer := copy.overwriter_of(root)) is not None:
-        raise Declined(Kind.MUTATION, "its output is overwritten, or a part of it", writer)
+    if not copy.takes_place_of_node(root):
+        _check_not_overwritten(root, copy)
     _check_memory_inside(root, copy)
     _check_returned_alone(root, copy)
+    for operand in operands:
+        _check_readable(operand.value, copy, node, root.requires_grad_mode)
+
+
+def _check_not_overwritten(root: Value, copy: CanonicalCopy) -> None:
+    """Whoever reads the result's memory reads the result."""
+    if (writer := copy.overwriter_of(root)) is not None:
+        raise Declined(Kind.MUTATION, "its output is overwritten, or a part of it", writer)
     for reader, seen in copy.changed_reads(root):
         if seen is not root and root in seen.ancestors():
             raise Declined(Kind.MUTATION, "its output is read through an older view", reader)
-    for operand in operands:
-        _check_readable(operand.value, copy, node, root.requires_grad_mode)
 
 
 def _check_memory_inside(value: Value, copy: CanonicalCopy) -> None:

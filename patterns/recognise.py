@@ -502,7 +502,7 @@ def _path(anchor: Value, copy: CanonicalCopy, inside: set[Value]) -> list[Value]
     The output of one head may have more readers than what merges the heads. What lies between
     readers of different parts and the value in which they meet is added to ``inside``.
     """
-    path = [anchor]
+    path = [anchor, *_views_of_its_node(anchor, copy)]
     while True:
         between: set[Value] = set()
         reader = None if path[-1] in copy.escaping else _meeting(path[-1], copy, between)
@@ -511,6 +511,19 @@ def _path(anchor: Value, copy: CanonicalCopy, inside: set[Value]) -> list[Value]
             return path
         inside |= between
         path.append(reader)
+
+
+def _views_of_its_node(value: Value, copy: CanonicalCopy) -> list[Value]:
+    """The views of a value up to the one that its node has returned, lowest first.
+
+    They may have no live reader, where that is overwritten next.
+    """
+    views: list[Value] = []
+    current = copy.value_of.get(value.origin, value)
+    while current is not value and is_view(current) and current.origin is value.origin:
+        views.append(current)
+        current = current.source
+    return views[::-1] if current is value else []
 
 
 def _merge_of(value: Value, copy: CanonicalCopy) -> Value | None:

@@ -44,18 +44,23 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: Canoni
     """
     edit = _copied_graph(graph)
     results: dict[Value, fx.Node] = {}
+    current = dict(edit.nodes)  # which a result may have taken the place of
     for site in sorted(sites, key=lambda site: copy.positions[site.output_node]):
-        editor = Editor(edit.graph, edit.nodes, copy, site, results)
+        editor = Editor(edit.graph, current, copy, site, results)
         try:
             output = editor.insert()
             made = {site.output: output, **{p: editor.piece(output, p) for p in site.pieces}}
         except EditError as error:
             error.site = site
             raise
-        results |= made
         edit.inserted.update(dict.fromkeys(editor.inserted, site))
+        if copy.takes_place_of_node(site.output):
+            _replace_node(edit, site.output_node, output)
+            current[site.output_node] = output
+            continue
+        results |= made
         for value, result in made.items():
-            _redirect_readers(edit, value, result, copy, after=editor.position)
+            _redirect_readers(edit, current, value, result, copy, after=editor.position)
     _remove_dead(edit.graph, edit.nodes, copy, sites)
     edit.graph.lint()
     return edit
@@ -73,8 +78,20 @@ def _copied_graph(graph: fx.Graph) -> Edit:
     return Edit(edited, nodes)
 
 
+def _replace_node(edit: Edit, old: fx.Node, result: fx.Node) -> None:
+    """Let every later node use the result in a node's place, whatever is written there by then."""
+    for reader in old.users:
+        edit.nodes[reader].replace_input_with(edit.nodes[old], result)
+        edit.redirected[reader, old] = result
+
+
 def _redirect_readers(
-    edit: Edit, value: Value, result: fx.Node, copy: CanonicalCopy, after: int
+    edit: Edit,
+    current: dict[fx.Node, fx.Node],
+    value: Value,
+    result: fx.Node,
+    copy: CanonicalCopy,
+    after: int,
 ) -> None:
     """Let every node after a position that reads the value read the result instead.
 
@@ -95,7 +112,7 @@ def _redirect_readers(
         else:
             place = places[memory] = _copied(result) if places else result
             edit.inserted[place] = edit.inserted[result]
-        edit.nodes[reader].replace_input_with(edit.nodes[argument], place)
+        edit.nodes[reader].replace_input_with(current[argument], place)
         edit.redirected[reader, argument] = place
 
 

@@ -11,7 +11,7 @@ the graph.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -137,6 +137,7 @@ class _Guard:
                     self._check_kept(node)
             else:
                 self._check_inserted(site, list(group))
+        self._check_gradients()
 
     # Nodes that were inserted.
 
@@ -309,6 +310,26 @@ class _Guard:
                 message = f"{argument} would share memory with others than before"
                 raise EditError(message, Kind.CHANGED_RESULT, site)
 
+    def _check_gradients(self) -> None:
+        """No input has lost its gradient, not even one of zeros: an optimizer tells it from none.
+
+        What is overwritten as a whole has a gradient of zeros. A site whose output is written there
+        leaves that to the original.
+        """
+        sites = [*dict.fromkeys(self.edit.inserted.values())]
+        if not any(site.output.requires_grad_mode for site in sites):
+            return
+        nodes, writers = self.edit.nodes, self.copy.written.keys()
+        output = next(reversed(nodes))
+        before = _made_of(output, writers)
+        after = _made_of(nodes[output], {nodes[one] for one in writers})
+        for old, new in nodes.items():
+            is_input = old.op in ("placeholder", "get_attr")
+            if is_input and old in before and new not in after and _needs_gradient(old):
+                written = {value for values in self.copy.written.values() for value in values}
+                to_blame = next((site for site in sites if site.output in written), sites[0])
+                raise EditError(f"the gradient of {old}", Kind.GRADIENTS_CUT, to_blame)
+
 
 def _strides_differ(before: torch.Tensor, found: torch.Tensor) -> bool:
     pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
@@ -334,6 +355,23 @@ def _look(seen: Any) -> Any:
 
 def _sizes(tensor: torch.Tensor) -> tuple[tuple[Size, ...], tuple[Size, ...]]:
     return tuple(map(symbolic_size, tensor.shape)), tuple(map(symbolic_size, tensor.stride()))
+
+
+def _made_of(output: fx.Node, writers: Container[fx.Node]) -> set[fx.Node]:
+    """What a node is made of, with what is written to any of that."""
+    found: set[fx.Node] = set()
+    todo = [output]
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+            todo += [user for user in node.users if user in writers]
+    return found
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    return bool(getattr(example_of(node), "requires_grad", False))
 
 
 def _is_fake(x: Any) -> TypeGuard[torch.Tensor]:

@@ -449,6 +449,38 @@ def test_what_a_higher_order_operation_overwrites(
     assert copy.is_overwritten(exponential) == is_written
 
 
+def test_where_a_result_may_take_the_place_of_a_node():
+    """Where what is done to its memory later goes through it, and only if something is."""
+
+    def function(a: Tensor) -> Tensor:
+        whole = a.exp()
+        older = whole[0]
+        flat = whole.view(-1)
+        older.zero_()
+        halves = a.sin().chunk(2)
+        first, kept = halves[0], a[2:].cos()
+        first.add_(kept)
+        twice, again = a.tan(), a.tan()
+        twice.zero_()
+        written = a.tanh()
+        view = written[1:]
+        view.mul_(2)
+        return flat, first, halves, twice, again, written
+
+    gm, copy = dynamo_graph(function, x())
+    may = {
+        str(node): copy.takes_place_of_node(copy.value_of[node])
+        for node in gm.graph.nodes
+        if node in copy.value_of
+    }
+    assert {name for name, replaced in may.items() if replaced} == {
+        "whole",
+        "first",
+        "written",
+        "view",
+    }
+
+
 def test_tensor_subclasses_are_not_followed():
     """Only what is computed with them is unknown, and all of that keeps what it reads alive."""
     from torch.testing._internal.two_tensor import TwoTensor

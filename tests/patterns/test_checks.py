@@ -891,16 +891,31 @@ def test_a_network_is_not_half_in_a_region_of_inference_mode(trained: bool):
     assert reasons(found(finished, trained=trained)) == [Kind.GRADIENTS_CUT]
 
 
-def test_a_result_that_is_overwritten_is_not_replaced():
-    """Not even where nothing reads its memory afterwards, which another check would see."""
+def test_a_result_takes_the_place_of_memory_that_is_overwritten():
+    """Unless something reads that memory by another way than through the result's node."""
 
     def overwritten(m: Ffn, q: Tensor) -> Tensor:
         y = project(m.hidden(q), m.down)
         z = y.sin()
         y.zero_()
-        return z
+        return z + y
 
-    assert reasons(found(overwritten, trained=False)) == [Kind.MUTATION]
+    def through_an_older_view(m: Ffn, q: Tensor) -> Tensor:
+        product = project(m.hidden(q), m.down)
+        older = product[:1]
+        y = product.transpose(0, 1)
+        older.zero_()
+        return y * 2
+
+    def twice(m: Ffn, q: Tensor) -> Tensor:
+        y = project(m.hidden(q), m.down)
+        z = project(m.hidden(q), m.down)
+        z.zero_()
+        return y + z
+
+    assert len(found(overwritten, trained=False).sites) == 1
+    assert len(found(through_an_older_view, trained=False).sites) == 1
+    assert reasons(found(twice, trained=False)) == [Kind.MUTATION]
 
 
 def test_a_result_may_be_copied_into_an_input_and_not_computed_there():

@@ -597,55 +597,6 @@ class AddsInPlace(PerHeadNetwork):
         return x
 
 
-class WritesAfter(nn.Module):
-    """Overwrites a part of what the network has made."""
-
-    def __init__(self, write: Callable[[Tensor], object], sub_networks: int) -> None:
-        super().__init__()
-        self.write = write
-        self.gate = nn.Parameter(torch.randn(sub_networks, H, d, 5))
-        self.down = nn.Parameter(torch.randn(sub_networks, H, 5, d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = split_heads(x).transpose(-3, -2)
-        weights = zip(self.gate, self.down, strict=True)
-        y, *others = (F.silu(q @ gate) @ down for gate, down in weights)
-        for other in others:
-            y = y + other
-        self.write(y)
-        return y.transpose(-3, -2).flatten(-2)
-
-
-def _first_token(y: Tensor) -> None:
-    y[..., 0, :] = 0
-
-
-def _half(y: Tensor) -> None:
-    y[..., :4].zero_()
-
-
-def _positive(y: Tensor) -> None:
-    y[y > 0] = 0
-
-
-WRITES = {
-    _first_token: "y[..., 0, :] = 0",
-    _half: "y[..., :4].zero_()",
-    _positive: "y[y > 0] = 0",
-}
-
-
-@pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize(("sub_networks", "rewritten"), [(1, 0), (3, 2)])
-def test_a_write_to_a_part_of_the_output_is_told_with_its_line(
-    write: Callable[[Tensor], object], sub_networks: int, rewritten: int
-):
-    """Of a sum, the parts are rewritten: not as one, which is told, too."""
-    model = WritesAfter(write, sub_networks)
-    detail = "its output is overwritten"
-    assert_said(model, Kind.MUTATION, WRITES[write], detail, rewritten)
-
-
 def test_a_residual_that_is_added_in_place():
     """Eager's backward pass refuses the same."""
     assert_said(AddsInPlace(), Kind.MUTATION, "x += self.", "is overwritten", rewritten=0)
