@@ -943,7 +943,7 @@ def realize_while_tracing(x: torch.Tensor) -> None:
     mode = get_proxy_mode()
     if mode is None:  # AOTAutograd runs a program once before it traces it
         return
-    torch._sync(x)
+    torch._sync(x)  # type: ignore[attr-defined]
     traced = get_proxy_slot(torch._from_functional_tensor(x.elem), mode.tracer, None)  # type: ignore[attr-defined]
     if traced is None:
         return
