@@ -36,7 +36,6 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
@@ -54,7 +53,6 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "FloorDiv",
-    "FunctionalTensorMode",
     "HigherOrderOperator",
     "Interruption",
     "OpOverload",

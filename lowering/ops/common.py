@@ -8,13 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mhf_compiler.compat import (
-    FunctionalTensorMode,
-    arguments_by_name,
-    packages_ahead_of_time,
-    realize_while_tracing,
-)
-
 from ..arguments import differentiates_forward
 from .profiled import is_profiled, range_of_layer
 
@@ -95,8 +88,9 @@ def register(
     for key in ("Autograd", "AutocastCPU", "AutocastCUDA"):
         _LIBRARY.impl(f"{name}.compiled", torch.library.fallthrough_kernel, key)
     if packaged is not None:
-        rule = partial(_in_a_package, packaged)
-        torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, rule)
+        # Not by way of mhf_compiler.compat, which loads Dynamo: to import the ops loads little.
+        mode = torch._subclasses.functional_tensor.FunctionalTensorMode
+        torch.library.register_torch_dispatch(qualified, mode, partial(_in_a_package, packaged))
     registered[name] = schema
     return qualified
 
@@ -110,6 +104,12 @@ def _in_a_package(
     kwargs: dict[str, Any],
 ) -> Any:
     """Call an op while AOTAutograd makes a graph functional, before Inductor sees it."""
+    from mhf_compiler.compat import (
+        arguments_by_name,
+        packages_ahead_of_time,
+        realize_while_tracing,
+    )
+
     if not packages_ahead_of_time():
         return mode.__torch_dispatch__(op, types, args, kwargs)
     arguments = tuple(arguments_by_name(op, args, kwargs).values())
