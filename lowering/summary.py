@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from .device import capability, interpreted
-from .tiles import BatchedTile, Kernel, Sizes, Tile, backward_kernels, batched_chunk, select
+from .tiles import (
+    BatchedTile,
+    Kernel,
+    Sizes,
+    Tile,
+    backward_kernels,
+    batched_chunk,
+    packaged,
+    select,
+)
 from .workload import Workload
 
-__all__ = ["kernels_of"]
+__all__ = ["kernels_of", "packaged_as"]
 
 
 def kernels_of(workload: Workload) -> tuple[str, ...]:
@@ -27,6 +36,23 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
     if workload.device.type == "cpu":
         return (op, _cpu_path(), *_backward(workload), *stacked)
     return (op, *stacked)
+
+
+def packaged_as(workload: Workload) -> tuple[str, ...]:
+    """What takes the place of a GPU's kernels in a package of AOTInductor's, in a sentence."""
+    if workload.device.type != "cuda":
+        return ()
+    sizes = workload.sizes_on(capability(workload.device), interpreted())
+    out_dtype, dynamic = workload.out_dtype, workload.dynamic
+    tile = packaged(sizes, out_dtype=out_dtype, dynamic=dynamic)
+    if tile is None:
+        what = "PyTorch's products, which Inductor compiles, with all hidden units in memory"
+    else:
+        cut = f", {tile.parts} programs to a tile" if tile.parts > 1 else ""
+        what = f"plain Triton's kernel, {tile.tokens} tokens x {tile.hidden} hidden units{cut}"
+    family = select("forward", sizes, out_dtype=out_dtype).family
+    instead = "" if family in ("plain", "batched") else f" in place of {family.capitalize()}'s"
+    return (f"in a package of AOTInductor's: {what}{instead}",)
 
 
 def _cpu_path() -> str:

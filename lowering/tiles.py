@@ -388,6 +388,21 @@ def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
     return Tile(bm, bf, warps, stages, descriptors, parts)
 
 
+def packaged(
+    sizes: Sizes, *, out_dtype: torch.dtype | None = None, dynamic: bool = False
+) -> Tile | None:
+    """The tile of plain Triton's forward kernel in a package of AOTInductor's.
+
+    It reads through pointers: descriptors are made in Python. None stands for PyTorch's products,
+    as Inductor compiles them. If the number of tokens is `dynamic`, no tile is cut in parts.
+    """
+    family = specialised("forward", sizes, out_dtype=out_dtype)
+    if family is not None and family.family == "batched":
+        return None
+    tile = portable("forward", sizes)
+    return replace(tile, descriptors=False, parts=1 if dynamic else tile.parts)
+
+
 def _hopper_forward(sizes: Sizes, most_hidden: int | None = None) -> HopperForwardTile | None:
     if (
         sizes.capability[0] != 9

@@ -36,7 +36,7 @@ from torch._subclasses.fake_tensor import (
     in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.fx.node import map_arg
 from torch.fx.traceback import NodeSource
@@ -107,6 +107,7 @@ __all__ = [
     "placed_alike",
     "placements",
     "realize_to_strides",
+    "realize_while_tracing",
     "reason_of_graph_break",
     "redistributed",
     "register_shardings",
@@ -933,6 +934,23 @@ def storage_of(node: torch.fx.Node) -> int | None:
 def realize_to_strides(node: torch.fx.Node) -> None:
     """Make Inductor write a node's tensor to memory, with the strides of its fake tensor."""
     node.meta["inductor_realize_to_strides"] = True
+
+
+def realize_while_tracing(x: torch.Tensor) -> None:
+    """The same for what a functional tensor is a view of, in the graph that is being traced."""
+    mode = get_proxy_mode()
+    if mode is None:  # AOTAutograd runs a program once before it traces it
+        return
+    torch._sync(x)  # type: ignore[attr-defined]
+    traced = get_proxy_slot(torch._from_functional_tensor(x.elem), mode.tracer, None)  # type: ignore[attr-defined]
+    if traced is None:
+        return
+    owner = traced.proxy.node
+    storage = storage_of(owner)
+    while found := [node for node in owner.all_input_nodes if storage_of(node) == storage]:
+        owner = found[0]
+    if storage is not None and owner.op == "call_function":
+        realize_to_strides(owner)
 
 
 def packages_ahead_of_time() -> bool:

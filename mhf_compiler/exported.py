@@ -9,7 +9,7 @@ memory, and what an exported program has around its graph.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,11 +34,12 @@ from .compat import (
 )
 from .errors import fault, only_reporting
 from .options import GivenOptions, Options, chosen, parse_options
-from .patterns import Modes, Reason, Unreadable
+from .patterns import Modes, Reason, Site, Unreadable
 from .report import GraphReport, Report
 from .report.context import context_of
 from .report.describe import unread_graph
 from .substitution.graph import rewrite_graph
+from .substitution.judge import workload_of
 
 _GIVEN = "given"  # the memory of what the caller passes, of which nothing is known
 
@@ -115,9 +116,11 @@ def rewrite(
             report.graphs.append(found)
         return exported_program
     counted = counters["flashmhf"].copy()
+    sites: list[Site] = []
     with _fixed_modes():
-        found = rewrite_graph(gm, parsed, training=training)
+        found = rewrite_graph(gm, parsed, lambda _, site: sites.append(site), training=training)
         _forget_inputs(gm)
+    _tell_of_packages(found, sites, parsed)
     if report is not None:
         report.graphs.append(found)
     if not found.rewritten:
@@ -141,6 +144,16 @@ def _fixed_modes() -> Iterator[None]:
     modes = Modes(grad=True, autocast=(None, None), inference=False)
     with torch.inference_mode(False), modes.entered():
         yield
+
+
+def _tell_of_packages(report: GraphReport, sites: Sequence[Site], options: Options) -> None:
+    """Add to each network what a package of AOTInductor's has in its place."""
+    with only_reporting("what a package has"):
+        from .lowering.summary import packaged_as
+
+        for i, (one, site) in enumerate(zip(report.rewritten, sites, strict=True)):
+            in_package = packaged_as(workload_of(site, options, training=False))
+            report.rewritten[i] = replace(one, lowered=(*one.lowered, *in_package))
 
 
 def _nothing_rewritten(report: GraphReport, error: Exception) -> None:

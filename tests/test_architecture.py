@@ -26,7 +26,7 @@ MODULES = {
     for path in sorted((ROOT / part).rglob("*.py"))
 }
 COMPAT = f"{PRODUCT}.compat"
-#: the module that runs where compat.py cannot be imported -> what PyTorch documents for its users
+#: the modules that run where compat.py cannot be imported -> what they take of PyTorch instead
 WITHOUT_COMPAT = {
     f"{PRODUCT}.without": {
         "torch._inductor",
@@ -34,7 +34,13 @@ WITHOUT_COMPAT = {
         "torch._inductor.list_mode_options",
         "torch._dynamo",
         "torch._dynamo.lookup_backend",
-    }
+    },
+    # Every import of the product registers the ops, and compat.py would load Dynamo for it.
+    f"{PRODUCT}.lowering.ops.common": {
+        "torch._subclasses",
+        "torch._subclasses.functional_tensor",
+        "torch._subclasses.functional_tensor.FunctionalTensorMode",
+    },
 }
 #: part -> whose names it may import, of this product; and which others it may not
 ALLOWED = {part: (f"{PRODUCT}.{part}", COMPAT) for part in ("patterns", "lowering")}

@@ -8,6 +8,9 @@
 
 The first command needs this package and a C++ compiler, the next two need CMake and PyTorch's C++
 libraries, which any installation of PyTorch has. The last needs neither Python nor a compiler.
+
+With `--device cuda` the package is for the GPU of the machine. It launches its kernels itself, so
+no library of the ops is built.
 """
 
 from __future__ import annotations
@@ -56,14 +59,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write the package and the ops")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     arguments = parser.parse_args(argv)
-    folder, dtype = arguments.folder, getattr(torch, arguments.dtype)
+    folder, dtype, device = arguments.folder, getattr(torch, arguments.dtype), arguments.device
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = nn.Sequential(*(FlashMHF() for _ in range(LAYERS))).eval().to(dtype)
+    model = nn.Sequential(*(FlashMHF() for _ in range(LAYERS))).eval().to(device, dtype)
 
     def tokens(length: int) -> Tensor:
-        return torch.randn(2, length, MODEL, dtype=dtype)
+        return torch.randn(2, length, MODEL, dtype=dtype, device=device)
 
     with torch.no_grad():
         length = {1: Dim("length", min=2, max=LONGEST)}
@@ -71,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         report = mhf_compiler.Report()
         program = mhf_compiler.rewrite(program, options={"rewrite": "always"}, report=report)
         print(report)
-        # The program finds the dtype of its inputs in the package.
-        metadata = {"aot_inductor.metadata": {"dtype": arguments.dtype}}
+        # The program finds the dtype and the device of its inputs in the package.
+        inputs = {"dtype": arguments.dtype, "device": device}
+        metadata = {"aot_inductor.metadata": inputs}
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(folder / "model.pt2"), inductor_configs=metadata
         )
@@ -81,9 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         with (folder / "samples.bin").open("wb") as file:
             for x in (tokens(length) for length in (2, 16, 77, LONGEST)):
                 for part in (torch.tensor(x.shape), x.float(), model(x).float()):
-                    file.write(part.numpy().tobytes())
+                    file.write(part.cpu().numpy().tobytes())
 
-    print(mhf_compiler.build_ops(folder / "ops"))
+    if device == "cpu":
+        print(mhf_compiler.build_ops(folder / "ops"))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,16 @@ at::Tensor read(std::istream& file, at::IntArrayRef shape) {
 bool run(const std::filesystem::path& folder) {
   const c10::InferenceMode inference;
   torch::inductor::AOTIModelPackageLoader model((folder / "model.pt2").string());
-  const bool narrow = model.get_metadata().at("dtype") == "bfloat16";
+  const auto metadata = model.get_metadata();
+  const bool narrow = metadata.at("dtype") == "bfloat16";
+  const at::Device device(metadata.at("device") == "cuda" ? at::kCUDA : at::kCPU);
   std::ifstream samples(folder / "samples.bin", std::ios::binary);
   std::array<int64_t, 3> shape;
   int good = 0, all = 0;
   while (samples.read(reinterpret_cast<char*>(shape.data()), sizeof shape)) {
     const at::Tensor x = read(samples, shape), expected = read(samples, shape);
-    const at::Tensor y = model.run({narrow ? x.to(at::kBFloat16) : x}).at(0).to(at::kFloat);
+    const at::Tensor given = x.to(device, narrow ? at::kBFloat16 : at::kFloat);
+    const at::Tensor y = model.run({given}).at(0).to(at::kCPU, at::kFloat);
     const at::Tensor error = y.sub(expected).abs().max().div(expected.abs().max());
     std::cout << "input " << at::IntArrayRef(shape) << ": relative error " << error.item<float>() << "\n";
     good += error.item<float>() < (narrow ? 2e-2 : 1e-5);

@@ -12,6 +12,7 @@
     plain/          the kernels for all cards, in Triton
     hopper/         those for Hopper, in Gluon: loads, products and activations overlap
     batched/        wide heads and float32: PyTorch's products, and kernels between them
+    packaged.py     what takes the kernels' place in a package of AOTInductor's
     tuning/         other tile sizes, timed under max-autotune
 
 Inside the kernels the paper's letters are used: Q the per-head queries, K, U and V the gate, up and

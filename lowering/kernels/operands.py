@@ -22,6 +22,8 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mhf_compiler.compat import statically_known_true
+
 from ..tiles import Tile
 
 _WORTH_A_COPY = 1024  # tokens
@@ -54,14 +56,19 @@ class TokenAxes(NamedTuple):
         b, l, h, c = x.stride()
         if not self.merged:
             return b, l, h, c
-        return 0, (l if x.shape[1] > 1 else b), h, c
+        return 0, (b if statically_known_true(x.shape[1] == 1) else l), h, c
 
 
 def token_axes(*tensors: Tensor | None) -> TokenAxes:
     """The axes shared by token tensors (B, L, H, *); None stands for an absent one."""
     present = [x for x in tensors if x is not None]
     batch, length = present[0].shape[:2]
-    if all(1 in (batch, length) or x.stride(0) == length * x.stride(1) for x in present):
+    known = statically_known_true  # sizes of a package may be symbolic
+    if (
+        known(batch == 1)
+        or known(length == 1)
+        or all(known(x.stride(0) == length * x.stride(1)) for x in present)
+    ):
         return TokenAxes(1, batch * length, True)
     return TokenAxes(batch, length, False)
 

@@ -15,7 +15,7 @@ the second kernel loads all parts at once, of the fewer elements of a tile the m
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from .loads import token_pointers
 from .operands import Operand, TokenAxes
 
 _MOST_TOGETHER = 128  # parts that a program of the second kernel loads at once; more take turns
+SUM_TILE = Tile(1, 1, 1, 1, False)  # one warp
 _LOADED = 32 * 32  # values that its one warp loads: of more for each thread, some wait for others
 
 
@@ -71,6 +72,15 @@ def add_parts(
     partial: Tensor, out: Tensor, axes: TokenAxes, split: Split, tiles: int, scale: float
 ) -> None:
     """Write `scale` times the sums of the parts to their tokens of `out` (B, L, H, d)."""
+    programs, operands, scalars = work_of_sum(partial, out, axes, split, tiles, scale)
+    scalars |= early_launch(out.device)
+    launch(mhf_add_parts_kernel, programs, SUM_TILE, out.device, operands, scalars)
+
+
+def work_of_sum(
+    partial: Tensor, out: Tensor, axes: TokenAxes, split: Split, tiles: int, scale: float
+) -> tuple[int, dict[str, Operand], dict[str, Any]]:
+    """The number of programs of that kernel, its operands, and its other parameters."""
     _, tokens, head_dim = partial.shape
     together, elements = share_of_sum(split.parts, tokens, head_dim, axes.length)
     operands = {
@@ -88,11 +98,8 @@ def add_parts(
         "TOGETHER": together,
         "ELEMENTS": elements,
     }
-    scalars |= early_launch(out.device)
     shares = triton.cdiv(min(tokens, axes.length) * head_dim, elements)
-    programs = (tiles - split.whole) * shares
-    block = Tile(tokens, 1, 1, 1, False)
-    launch(mhf_add_parts_kernel, programs, block, out.device, operands, scalars)
+    return (tiles - split.whole) * shares, operands, scalars
 
 
 @triton.jit(do_not_specialize=["FIRST_TILE", "PARTS"])

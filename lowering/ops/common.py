@@ -1,7 +1,7 @@
 """What all ops share: registration, unsupported transforms, and checks of memory."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ def register(
     check: Callable[..., None],
     cpu: Compute,
     cuda: Compute,
+    packaged: Compute = None,
 ) -> str:
     """Define an op, for CPU, CUDA and fake tensors; returns its qualified name.
 
@@ -50,6 +51,10 @@ def register(
     passed: trailing ones that have their default value may be missing. On fake tensors it gets
     None, and makes results of the right shapes and strides. Before that, ``check`` takes the
     arguments, and raises if the op does not.
+
+    ``packaged`` spells the op as operations that need no Python at run time: they take its place
+    where AOTInductor makes a package for a GPU. It takes all of the op's arguments, and returns its
+    result.
 
     The overload ``compiled`` is for graphs whose arguments were checked, and whose gradients were
     taken, before: it does without the check, and without the dispatch keys of autograd and
@@ -82,8 +87,39 @@ def register(
         torch.library.register_fake(overload, on(None, checked=checked))
     for key in ("Autograd", "AutocastCPU", "AutocastCUDA"):
         _LIBRARY.impl(f"{name}.compiled", torch.library.fallthrough_kernel, key)
+    if packaged is not None:
+        # Not by way of mhf_compiler.compat, which loads Dynamo: to import the ops loads little.
+        mode = torch._subclasses.functional_tensor.FunctionalTensorMode
+        torch.library.register_torch_dispatch(qualified, mode, partial(_in_a_package, packaged))
     registered[name] = schema
     return qualified
+
+
+def _in_a_package(
+    packaged: Callable[..., Any],
+    mode: Any,
+    op: Any,
+    types: Sequence[type],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call an op while AOTAutograd makes a graph functional, before Inductor sees it."""
+    from mhf_compiler.compat import (
+        arguments_by_name,
+        packages_ahead_of_time,
+        realize_while_tracing,
+    )
+
+    if not packages_ahead_of_time():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    arguments = tuple(arguments_by_name(op, args, kwargs).values())
+    if arguments[0].device.type != "cuda":
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    with mode, torch.autocast("cuda", enabled=False):
+        for x in arguments:
+            if isinstance(x, Tensor):
+                realize_while_tracing(x)
+        return packaged(*arguments)
 
 
 def trial(device: torch.device, run: Callable[[], Any], *, training: bool = False) -> None:

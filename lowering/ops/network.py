@@ -181,6 +181,7 @@ _FORWARD = register(
     check=_check_forward,
     cpu=cpu.forward,
     cuda=kernels("dispatch.forward"),
+    packaged=kernels("packaged.network"),
 )
 _BACKWARD = register(
     "multi_head_ffn_backward",

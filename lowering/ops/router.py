@@ -207,6 +207,7 @@ _FORWARD = register(
     check=_check_forward,
     cpu=product_on_cpu,
     cuda=kernels("plain.router.forward"),
+    packaged=kernels("packaged.router"),
 )
 _BACKWARD = register(
     "router_product_backward",

@@ -30,7 +30,7 @@ from triton.backends.nvidia.compiler import get_ptxas_version  # noqa: E402
 from mhf_compiler.lowering import problem as problems  # noqa: E402
 from mhf_compiler.lowering import tiles  # noqa: E402
 from mhf_compiler.lowering.activations import ACTIVATIONS  # noqa: E402
-from mhf_compiler.lowering.kernels import dispatch, launch  # noqa: E402
+from mhf_compiler.lowering.kernels import dispatch, launch, packaged  # noqa: E402
 from mhf_compiler.lowering.kernels.batched.hidden import (  # noqa: E402
     activate_units,
     differentiate_units,
@@ -863,3 +863,39 @@ def test_activations_of_hopper_backward(activation: str, compile_all: Compile) -
     assert len(binaries) == 3
     for binary in binaries.values():
         assert bool(binary.count(r"MUFU\.TANH")) == (activation == "silu"), binary.name
+
+
+@pytest.fixture
+def package(pretend: Pretend, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Binary]]:
+    """Call with an architecture and sizes: the kernels of a package of AOTInductor's, by name.
+
+    What Inductor would be told to launch goes through Triton's own launch path.
+    """
+    monkeypatch.setattr(packaged, "wrap_triton", lambda kernel: kernel)
+
+    def compiled(architecture: int, d: int, tokens: int) -> dict[str, Binary]:
+        driver = pretend(architecture)
+        q, router = (torch.empty(1, tokens, 16, n, dtype=torch.bfloat16) for n in (d, 22))
+        k, u, v = (torch.empty(16, 22, 256, d, dtype=torch.bfloat16) for _ in range(3))
+        problem = Problem(q, k, u, v.mT.contiguous().mT, router)
+        packaged.network(*problem, None, None)
+        packaged.router(q, torch.empty(16, d, 22))
+        return {binary.name: binary for binary in driver.loaded}
+
+    return compiled
+
+
+# Elsewhere plain Triton's kernels read through pointers anyway.
+@pytest.mark.parametrize(
+    ("architecture", "d"), [(90, 64), (90, 128), (90, 256), (100, 64), (100, 128), (100, 256)]
+)
+def test_kernels_of_a_package_stay_in_registers(
+    architecture: int, d: int, package: Callable[..., dict[str, Binary]]
+) -> None:
+    """Without descriptors too: tiles fit the shared memory, and meet the matrix units."""
+    binaries = package(architecture, d, 32768)
+    assert set(binaries) == {"mhf_packaged_forward_kernel", "mhf_packaged_router_kernel"}
+    for name, binary in binaries.items():
+        assert binary.spilled() == 0, name
+        assert binary.shared <= SHARED_MEMORY[architecture] * 1024, name
+        assert binary.count({90: "HGMMA", 100: "UTCHMMA"}[architecture]), name

@@ -1181,3 +1181,51 @@ class TestNormAndRoute:
         expected = torch.tensor([False, True, False, False])
         assert torch.equal(q.isnan().all(-1).flatten(), expected)
         assert torch.equal(r.isnan().all(-1).flatten(), expected)
+
+
+class TestPackaged:
+    """The kernels of a package of AOTInductor's, whose strides are parameters of their own.
+
+    What Inductor would be told to launch is launched at once.
+    """
+
+    __test__ = INTERPRETING
+
+    @pytest.fixture(autouse=True)
+    def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mhf_compiler.lowering.kernels import packaged
+
+        monkeypatch.setattr(packaged, "wrap_triton", lambda kernel: kernel)
+
+    @pytest.mark.parametrize("parts", [1, 3])
+    @pytest.mark.parametrize("absent", [(), ("u", "u_bias", "r"), BIASES], ids=str)
+    def test_network(
+        self, parts: int, absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mhf_compiler.lowering.kernels import packaged
+        from mhf_compiler.lowering.tiles import Tile
+
+        tile = Tile(16, 16, 4, 2, descriptors=False, parts=parts)
+        monkeypatch.setattr(packaged, "_tile", lambda *_: tile)
+        tensors = make(SHAPE, absent=absent)
+        tensors["q"] = stored_as(tensors["q"], (2, 0, 1, 3))
+        tensors["v"] = stored_as(tensors["v"], (0, 1, 3, 2))
+        order = (2, 0, 1, 3)
+        given = [tensors[name] for name in NAMES]
+        out = packaged.network(*given, "gelu", *SCALES.values(), order, None)
+        wide = {name: None if x is None else x.double() for name, x in tensors.items()}
+        exact = multi_head_ffn_reference(**wide, activation="gelu", **SCALES, out_order=order)
+        assert out.stride() == exact.stride()
+        assert relative_error(out, exact) < 1e-6
+
+    @pytest.mark.usefixtures("bfloat16_products")
+    def test_router(self) -> None:
+        from mhf_compiler.lowering.kernels import packaged
+
+        q = stored_as(torch.randn(2, 19, 4, 24).bfloat16(), (2, 0, 1, 3))
+        weight = torch.randn(2, 3, 24).transpose(1, 2)
+        out = packaged.router(q, weight, (2, 3, 0, 1))
+        wide = weight.double().repeat_interleave(2, dim=0)
+        exact = torch.einsum("blhd,hde->blhe", q.double(), wide)
+        assert out.stride() == stored_as(exact, (2, 3, 0, 1)).stride()
+        assert relative_error(out, exact) < 1e-6

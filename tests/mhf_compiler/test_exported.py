@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram, export, unflatten
 import mhf_compiler
 from mhf_compiler import DeclineKind, MhfCompilerWarning, NotAnalysedError, OptionError, Report
 from mhf_compiler.compat import FakeTensor, counters
+from mhf_compiler.lowering import summary
 from mhf_compiler.patterns import Findings, Reason, Unreadable
 from mhf_compiler.substitution import graph as substitution
 
@@ -539,6 +540,16 @@ def test_a_near_miss_is_reported():
     assert site.reason.kind is DeclineKind.UNKNOWN_ACTIVATION
     assert site.location is not None
     assert site.location.file == __file__
+
+
+def test_the_report_says_of_each_network_what_a_package_has(monkeypatch: pytest.MonkeyPatch):
+    """Of one on a GPU; on the CPU a package calls the op."""
+    program = export(Two().eval(), (x(),))
+    _, report = rewritten(program, 2)
+    assert not any("package" in said for site in report.rewritten for said in site.lowered)
+    monkeypatch.setattr(summary, "packaged_as", lambda workload: (f"{workload.sizes.heads} heads",))
+    _, report = rewritten(program, 2)
+    assert [site.lowered[-1] for site in report.rewritten] == ["4 heads"] * 2
 
 
 def test_a_report_collects_programs():

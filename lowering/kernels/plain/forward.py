@@ -12,6 +12,8 @@ tile's hidden units are cut in parts, one program each (splitting.py). These ker
 microseconds, so their launches overlap with what runs before and after them.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +25,7 @@ from ..launch import early_launch, launch, parameters
 from ..loads import load_bias, load_router, load_tokens, load_weights, store_tokens
 from ..operands import (
     Operand,
+    TokenAxes,
     bias_operand,
     router_operand,
     token_axes,
@@ -33,8 +36,30 @@ from ..splitting import Split, add_parts
 from .sums import add_product, no_carry
 
 
+class Work(NamedTuple):
+    """What a forward pass launches, tensor descriptors and early launches apart."""
+
+    programs: int
+    operands: dict[str, Operand]
+    scalars: dict[str, Any]
+    axes: TokenAxes
+    split: Split
+    tiles: int
+    partial: Tensor | None  # where the parts of tiles go that are cut
+
+
 def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
     """Fill `out` (B, L, H, d)."""
+    work = work_of_forward(problem, out, tile)
+    partial = work.partial
+    scalars = work.scalars | early_launch(out.device, partial is not None)
+    launch(mhf_forward_kernel, work.programs, tile, out.device, work.operands, scalars)
+    if partial is not None:
+        add_parts(partial, out, work.axes, work.split, work.tiles, problem.out_scale)
+
+
+def work_of_forward(problem: Problem, out: Tensor, tile: Tile) -> Work:
+    """What fills `out` (B, L, H, d)."""
     axes = token_axes(problem.q, problem.r, out)
     heads = problem.q.shape[2]
     sub_networks, hidden = problem.k.shape[1:3]
@@ -55,10 +80,7 @@ def run_forward(problem: Problem, out: Tensor, tile: Tile) -> None:
         "Part": Operand(partial, None, None),
     }
     scalars = parameters(problem, axes, tile) | {"PARTS": split.parts}
-    scalars |= early_launch(out.device, partial is not None)
-    launch(mhf_forward_kernel, split.pieces(tiles), tile, out.device, operands, scalars)
-    if partial is not None:
-        add_parts(partial, out, axes, split, tiles, problem.out_scale)
+    return Work(split.pieces(tiles), operands, scalars, axes, split, tiles, partial)
 
 
 @triton.jit

@@ -47,15 +47,22 @@ def forward(q: Tensor, weight: Tensor, out: Tensor) -> None:
 
     def run() -> None:
         require("router", q, weight, (), _compare_forward)
-        axes = token_axes(q, out)
-        tile, operands, scalars = _shared(q, weight)
-        operands |= {"Out": Operand(out, axes.strides(out), None)}
-        operands |= {"Q": Operand(q, axes.strides(q), None)}
-        scalars |= {"B": axes.batch, "L": axes.length}
-        programs = triton.cdiv(axes.length, _TOKENS) * axes.batch * q.shape[2]
+        programs, tile, operands, scalars = work_of_forward(q, weight, out)
         launch(mhf_router_kernel, programs, tile, q.device, operands, scalars)
 
     repeat("router", (q, weight, out), run)
+
+
+def work_of_forward(
+    q: Tensor, weight: Tensor, out: Tensor
+) -> tuple[int, Tile, dict[str, Operand], dict[str, object]]:
+    """The number of programs that fill `out`, their tile, operands, and other parameters."""
+    axes = token_axes(q, out)
+    tile, operands, scalars = _shared(q, weight)
+    operands |= {"Out": Operand(out, axes.strides(out), None)}
+    operands |= {"Q": Operand(q, axes.strides(q), None)}
+    scalars |= {"B": axes.batch, "L": axes.length}
+    return triton.cdiv(axes.length, _TOKENS) * axes.batch * q.shape[2], tile, operands, scalars
 
 
 def backward(grad_out: Tensor, q: Tensor, weight: Tensor, needs: Sequence[bool]) -> list[Tensor]:
