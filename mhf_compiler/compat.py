@@ -85,7 +85,6 @@ __all__ = [
     "is_graph_of_dynamo",
     "is_minifying",
     "is_part_of_buckets",
-    "is_profiled",
     "is_traceable_wrapper_subclass",
     "is_tracing",
     "least_without_floors",
@@ -146,8 +145,6 @@ no_fake_mode = unset_fake_temporarily
 no_saved_tensor_hooks = _disable_saved_tensors_hooks_during_tracing
 unwrap_for_grad = torch._C._functorch._unwrap_for_grad
 auto_functionalized = torch.ops.higher_order.auto_functionalized
-#: whether a profiler records this thread; asking takes some 50 ns
-is_profiled = torch._C._autograd._profiler_enabled
 
 
 def symbolic_size(size: int | torch.SymInt | torch.SymFloat) -> int | sympy.Expr:

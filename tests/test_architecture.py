@@ -36,11 +36,8 @@ WITHOUT_COMPAT = {
         "torch._dynamo.lookup_backend",
     },
     # Every import of the product registers the ops, and compat.py would load Dynamo for it.
-    f"{PRODUCT}.lowering.ops.common": {
-        "torch._subclasses",
-        "torch._subclasses.functional_tensor",
-        "torch._subclasses.functional_tensor.FunctionalTensorMode",
-    },
+    f"{PRODUCT}.lowering.ops.common": {"torch._subclasses"},
+    f"{PRODUCT}.lowering.ops.profiled": {"torch._C", "torch._C._autograd"},
 }
 #: part -> whose names it may import, of this product; and which others it may not
 ALLOWED = {part: (f"{PRODUCT}.{part}", COMPAT) for part in ("patterns", "lowering")}

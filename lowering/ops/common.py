@@ -87,9 +87,10 @@ def register(
         torch.library.register_fake(overload, on(None, checked=checked))
     for key in ("Autograd", "AutocastCPU", "AutocastCUDA"):
         _LIBRARY.impl(f"{name}.compiled", torch.library.fallthrough_kernel, key)
-    if packaged is not None:
-        # Not by way of mhf_compiler.compat, which loads Dynamo: to import the ops loads little.
-        mode = torch._subclasses.functional_tensor.FunctionalTensorMode
+    # Not by way of mhf_compiler.compat, which loads Dynamo: to import the ops loads little.
+    functional = getattr(torch._subclasses, "functional_tensor", None)
+    mode = getattr(functional, "FunctionalTensorMode", None)
+    if packaged is not None and mode is not None:
         torch.library.register_torch_dispatch(qualified, mode, partial(_in_a_package, packaged))
     registered[name] = schema
     return qualified
