@@ -1141,7 +1141,9 @@ def reset_with_dynamo(backend: Callable[..., Any]) -> None:
     """
     from torch._dynamo.eval_frame import cached_backends
 
-    cached_backends.setdefault(id(backend), backend)
+    known = cached_backends.values()
+    if all(getattr(one, "compiler_fn", one) is not backend for one in known):
+        cached_backends[id(backend)] = backend
 
 
 def reset_cuda_graphs() -> None:

@@ -70,7 +70,10 @@ _compiling: WeakKeyDictionary[Any, _Graph] = WeakKeyDictionary()
 
 def _key_now(options: Options) -> tuple[str, ...] | None:
     """What stands for the passes in the caches of the graph that is being compiled."""
-    context = compat.tracing_context()
+    try:
+        context = compat.tracing_context()
+    except Exception:  # the pass itself asks for it, too, and says so
+        context = None
     found = None if context is None else _compiling.get(context)
     return cache_key(options, tuple(PASSES), () if found is None else found.names)
 
@@ -109,8 +112,8 @@ def _rewrite(options: Options, gm: fx.GraphModule) -> None:
     if compat.is_part_of_buckets(gm):
         only_here = LookupError("a pass of Inductor's sees one part at a time")
         tell_of_buckets(gm, only_here, strict=options.strict)
-    compilation.rewrite(gm)
     context = compat.tracing_context()
+    compilation.rewrite(gm)
     if context is not None:
         passes = passes_for(training=torch.is_grad_enabled())
         # Else code of an equal graph, which has other names, would be found under a key without.

@@ -130,6 +130,7 @@ class Storage:
     #: all that may lie in the same memory, this one among them, or none
     may_be: tuple[Storage, ...] = ()
     nodes: list[fx.Node] = field(default_factory=list)  # whose tensor is the whole of it
+    reshaped: bool = False  # whether a tensor in it has become another view in place
 
     @property
     def is_outside(self) -> bool:
@@ -318,9 +319,9 @@ class CanonicalCopy:
             return False
         storage = self._storage_of.get(node)
         holders = [holding.node for holding in self._holdings[value]]
-        if storage is None or storage.is_outside or storage.may_be or node not in holders:
+        if storage is None or storage.is_outside or storage.may_be or storage.reshaped:
             return False
-        if any(self._storage_of[one] is not storage for one in holders):
+        if node not in holders or any(self._storage_of[one] is not storage for one in holders):
             return False
         return self._strides[node] == value.strides and self._is_gone_through(node, storage)
 

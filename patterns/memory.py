@@ -167,6 +167,7 @@ class Memory:
         alias.chain = (*alias.chain, step)
         alias.storage.writers.append(self.node)
         alias.storage.nodes.clear()
+        alias.storage.reshaped = True
         self._note_write(self.node, alias.value)
 
     def _set(self, storage: Storage, value: Value) -> None:

@@ -66,6 +66,21 @@ _UPDATES = frozenset(
 _SUMS_UP = frozenset({"iadd", "isub", "imul", "itruediv", "add_", "sub_", "mul_", "div_"})
 
 
+#: higher-order operations that do to their arguments what the graphs that they are given do, and no
+#: more: a hook, for one, changes a gradient
+_CALL_GRAPHS = frozenset(
+    {
+        *("cond", "while_loop", "scan", "map_impl", "associative_scan", "invoke_subgraph"),
+        *("tag_activation_checkpoint", "wrap_activation_checkpoint", "autograd_function_apply"),
+        *("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "flex_attention"),
+    }
+)
+
+
+#: the one that returns the tensor that it was given
+_HOOK = "register_hook"
+
+
 @dataclass(frozen=True, slots=True)
 class _Unfollowed:
     """In place of a tensor that is not followed, such as one of a subclass."""
@@ -289,16 +304,17 @@ class _Tracer(fx.Interpreter):
         return self.fetch_attr(str(node.target)) if node.op == "get_attr" else example_of(node)
 
     def _opaque_call(self, node: fx.Node, arguments: Any) -> Any:
-        """A higher-order operation: its results are opaque, and it may overwrite its arguments.
-
-        One that is given graphs does to its arguments what they do, such as a checkpoint.
-        """
+        """A higher-order operation: its results are opaque, and it may overwrite its arguments."""
         self._recorder.has_effects = True  # it may also draw random numbers, or register a hook
         graphs = [one for one in tree_leaves(arguments) if isinstance(one, fx.GraphModule)]
-        writes = not graphs or any(map(self._overwrites_inputs, graphs))
+        known = str(node.target) in _CALL_GRAPHS
+        writes = not known or any(map(self._overwrites_inputs, graphs))
         values = self._overwrite(arguments) if writes else self._read(arguments)
         self._copy.escaping.update(values)
-        results = map_tensors(lambda x: self._new(x, OPAQUE), _known_result(node))
+        if str(node.target) == _HOOK:
+            results = arguments[0][0]
+        else:
+            results = map_tensors(lambda x: self._new(x, OPAQUE), _known_result(node))
         for tensor in tensors_in(results):
             self._copy.made_from[self._memory.read(tensor)] = values
         if not has_examples_of_dynamo(node):

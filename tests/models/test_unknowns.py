@@ -352,6 +352,24 @@ def test_what_overwrites_the_output_does(writer: Any):
     assert tally().failures == 0
 
 
+def test_a_hook_on_what_is_read_changes_its_gradient():
+    """Also of what has read it before the hook was registered; the op would read the query."""
+
+    def model(x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (H, d))
+        cast = q.double()
+        y = network(cast)
+        cast.register_hook(lambda gradient: gradient * 0)
+        return y
+
+    network = Heads(lambda y: y * 1).double()
+    network.forward = lambda q: type(network).forward(network, q.flatten(-2))  # type: ignore[method-assign]
+    x = tokens().requires_grad_()
+    flashmhf(model)(x).sum().backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
 def test_a_network_reads_what_a_graph_inside_of_this_one_has_overwritten():
     """The gate is computed before that, the up projection after it."""
     network = Network()

@@ -31,7 +31,10 @@ TESTS = (
     "tests/mhf_compiler/substitution",
     "tests/fuzz/test_fuzz.py",
     *(f"tests/models/test_{name}.py" for name in ("unknowns", "modes", "side_effects", "contexts")),
-    *(f"tests/models/test_{name}.py" for name in ("out_arguments", "checkpointing", "dynamic")),
+    *(
+        f"tests/models/test_{name}.py"
+        for name in ("out_arguments", "checkpointing", "dynamic", "overwritten")
+    ),
     "tests/lowering/test_cpu.py",
     "tests/lowering/test_reference.py",
 )

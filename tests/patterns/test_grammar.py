@@ -66,7 +66,7 @@ def refused(compute: Callable[..., Any], *inputs: Tensor) -> Reason:
     """Why what is returned cannot be read as the output of a network."""
     gm = graph_of((Ffn, FfnOfTwo)[len(inputs) - 1](compute), *inputs)
     copy = trace(gm)
-    outside = frozenset(value for anchor in _anchors(copy) for value in _path(anchor, copy))
+    outside = frozenset(value for anchor in _anchors(copy) for value in _path(anchor, copy, set()))
     (root,) = copy.reads[gm.graph.output_node()].values()
     with pytest.raises(Declined) as declined:
         read_output(root, outside)

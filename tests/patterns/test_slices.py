@@ -212,11 +212,6 @@ DECLINED: dict[str, tuple[Callable[[Tensor, Tensor], object], Kind, str]] = {
         Kind.UNEQUAL_HEADS,
         "factors 1 and -1",
     ),
-    "all of them with two routers": (
-        lambda y, r: (y * r[..., :1, None] + y * r[..., 1:2, None]).sum(-2),
-        Kind.UNEQUAL_HEADS,
-        "added more than once",
-    ),
     "the routers of others": (
         lambda y, r: r[..., 1, None] * y[..., 0, :] + r[..., 0, None] * y[..., 1, :],
         Kind.IRREGULAR_WEIGHTS,

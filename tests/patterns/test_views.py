@@ -41,13 +41,23 @@ def a_slice(start: Any, stop: Any, step: Any = 1, size: Any = 8, width: Any = 3)
     [
         (a_slice(2, 5), 2),
         (a_slice(-3, None), 5),
-        (a_slice(N, None), N),
-        (a_slice(N * N + N - 1, None), N * N + N - 1),
+        (a_slice(N, None, size=N + 3), N),
+        (a_slice(N * N + N - 1, None, size=N * N + N + 2), N * N + N - 1),
+        (a_slice(N, None), None),
         (a_slice(SOME, None), None),
         (a_slice(-3, None, size=N), None),
         (a_slice(0, None, step=N), None),
     ],
-    ids=["here", "from the end", "symbolic", "a sum", "perhaps negative", "of n", "every nth"],
+    ids=[
+        "here",
+        "from the end",
+        "symbolic",
+        "a sum",
+        "perhaps outside",
+        "perhaps negative",
+        "of n",
+        "every nth",
+    ],
 )
 def test_a_slice_starts_where_it_is_known_to(view: Value, offset: Any):
     index = read(view)
