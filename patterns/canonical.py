@@ -314,9 +314,10 @@ class CanonicalCopy:
         value. It may where nothing else holds the value, and where whatever reads or writes that
         memory from then on goes through the node.
         """
-        node = self.made_by(value)
-        if node is None or not self.is_overwritten(value):
+        if not self.is_overwritten(value):
             return False
+        node = self.made_by(value)
+        assert node is not None, "what no node holds is not overwritten"
         storage = self._storage_of.get(node)
         holders = [holding.node for holding in self._holdings[value]]
         if storage is None or storage.is_outside or storage.may_be or storage.reshaped:
@@ -331,7 +332,6 @@ class CanonicalCopy:
         What an earlier node made of a tensor in it, and is no tensor itself, may hold views.
         """
         holding: set[fx.Node] = set()  # tensors in it from before, and what may hold some
-        through = {node}
         for one, position in self.positions.items():
             given = one.all_input_nodes
             where = self._storage_of.get(one)
@@ -341,10 +341,6 @@ class CanonicalCopy:
                 if where is storage or (where is None and not holding.isdisjoint(given)):
                     holding.add(one)
             elif not holding.isdisjoint(given):
-                return False
-            elif not through.isdisjoint(given):
-                through.add(one)
-            elif where is storage:
                 return False
         return True
 

@@ -452,7 +452,8 @@ def test_what_a_higher_order_operation_overwrites(
 def test_where_a_result_may_take_the_place_of_a_node():
     """Where what is done to its memory later goes through it, and only if something is."""
 
-    def function(a: Tensor) -> Tensor:
+    def function(a: Tensor, given: Tensor) -> Any:
+        rows = a.size(0)
         whole = a.exp()
         older = whole[0]
         flat = whole.view(-1)
@@ -465,15 +466,43 @@ def test_where_a_result_may_take_the_place_of_a_node():
         written = a.tanh()
         view = written[1:]
         view.mul_(2)
-        return flat, first, halves, twice, again, written
+        read = a.erf()
+        fresh = read.sigmoid()
+        seen = read.view(-1)
+        seen.zero_()
+        given.zero_()
+        return flat, first, halves, twice, again, written, fresh, seen, torch.ones(rows)
 
-    gm, copy = dynamo_graph(function, x())
+    gm, copy = dynamo_graph(function, x(), x(), dynamic=True)
     may = {
         str(node): copy.takes_place_of_node(copy.value_of[node])
         for node in gm.graph.nodes
         if node in copy.value_of
     }
-    assert {name for name, replaced in may.items() if replaced} == {"whole", "sin", "written"}
+    replaced = {name for name, replaced in may.items() if replaced}
+    assert replaced == {"whole", "sin", "written", "read", "seen"}
+
+
+def set_to_two(t: Tensor) -> None:
+    t[1:] = 2
+
+
+@pytest.mark.parametrize("write", [set_to_two, lambda t: t[1:].mul_(2)], ids=["set", "multiplied"])
+def test_what_was_written_in_part_takes_no_place(write: Callable[[Tensor], Any]):
+    """The node that wrote the part does not hold the whole."""
+
+    def function(a: Tensor) -> Tensor:
+        buffer = a.exp()
+        write(buffer)
+        read = buffer.sin()
+        buffer.zero_()
+        return read
+
+    gm, copy = dynamo_graph(function, x())
+    (sine,) = [node for node in gm.graph.nodes if node.target == "sin"]
+    (seen,) = copy.reads[sine].values()
+    assert copy.is_overwritten(seen)
+    assert not copy.takes_place_of_node(seen)
 
 
 def test_tensor_subclasses_are_not_followed():
