@@ -76,7 +76,6 @@ _CALL_GRAPHS = frozenset(
     }
 )
 
-
 #: the one that returns the tensor that it was given
 _HOOK = "register_hook"
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._inductor.config as config
 from support.inductor import NO_CPP, no_caches
+from support.networks import ProjectedHeads
 from torch import Tensor, fx, nn
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -22,24 +23,10 @@ import mhf_compiler
 from mhf_compiler import MhfCompilerWarning, NotAnalysedError, OptionError, compat, inductor
 from mhf_compiler.compat import counters
 
-H, d, f = 4, 8, 16
+H, d = ProjectedHeads.H, ProjectedHeads.d
 PRE_GRAD, POST_GRAD = "pre_grad_custom_pass", "post_grad_custom_post_pass"
 OP, OVER_QUERY = "multi_head_ffn", "multi_head_ffn_over_query"
 takes_lists = hasattr(custom_graph_pass, "get_custom_graph_passes")
-
-
-class Network(nn.Module):
-    """Heads between two projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs, self.outputs = (nn.Linear(H * d, H * d, bias=False) for _ in range(2))
-        self.gate, self.down = (nn.Parameter(torch.randn(H, *s) / 4) for s in ((d, f), (f, d)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.inputs(x).unflatten(-1, (H, d))
-        hidden = torch.einsum("blhd,hdf->blhf", q, self.gate).relu()
-        return self.outputs(torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2))
 
 
 def tokens() -> Tensor:
@@ -59,7 +46,7 @@ def infer(model: Any = None, given: dict[str, Any] | None = None, **how: Any) ->
         given: the options for Inductor; ours alone by default.
         how: further arguments of ``torch.compile``.
     """
-    model, x = model or Network(), tokens()
+    model, x = model or ProjectedHeads(), tokens()
     how = {"options": options_for_inductor() if given is None else given} | how
     with torch.no_grad(), no_caches():
         torch.testing.assert_close(torch.compile(model, **how)(x), model(x))
@@ -86,7 +73,7 @@ def counted() -> Counter[str]:
 
 
 def test_inference_is_as_under_the_back_end():
-    network = Network()
+    network = ProjectedHeads()
     counts = infer(network)
     assert counts["sites_rewritten"] == counts[OVER_QUERY] == counts["graphs"] == 1
     counters.clear()
@@ -95,7 +82,7 @@ def test_inference_is_as_under_the_back_end():
 
 
 def test_training_is_as_under_the_back_end():
-    network = Network()
+    network = ProjectedHeads()
     counts = train(network, network, options=options_for_inductor())
     assert counts["sites_rewritten"] == counts["multi_head_ffn_backward_over_gradient"] == 1
     assert counts[OVER_QUERY] == 0  # the backward pass reads the queries
@@ -106,7 +93,7 @@ def test_training_is_as_under_the_back_end():
 
 
 def test_a_checkpoint_is_rewritten_under_the_modes_of_its_call():
-    network = Network()
+    network = ProjectedHeads()
 
     def model(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -122,7 +109,7 @@ def test_a_checkpoint_is_rewritten_under_the_modes_of_its_call():
 
 
 def test_a_dynamic_length_stays_dynamic():
-    network = Network()
+    network = ProjectedHeads()
     compiled = torch.compile(network, dynamic=True, options=options_for_inductor())
     with torch.no_grad(), no_caches():
         for length in (6, 9, 13):
@@ -195,7 +182,7 @@ def test_their_keys_name_the_package_and_the_options(name: str, monkeypatch: pyt
 
 
 def test_equal_options_compile_once():
-    network, x = Network(), tokens()
+    network, x = ProjectedHeads(), tokens()
     with torch.no_grad(), no_caches():
         for _ in range(2):
             torch.compile(network, options=options_for_inductor())(x)
@@ -204,7 +191,7 @@ def test_equal_options_compile_once():
 
 def test_inductors_cache_tells_options_apart():
     """What is found again is counted again: the pass runs before the cache is asked."""
-    network, x = Network(), tokens()
+    network, x = ProjectedHeads(), tokens()
     hits = []
     with fresh_cache(), torch.no_grad():
         for rewrite in ("always", "always", "never"):
@@ -356,7 +343,7 @@ def test_without_the_pass_after_autograd_nothing_is_rewritten():
 
 
 def test_a_graph_that_dynamo_did_not_make_is_left_alone(caplog: pytest.LogCaptureFixture):
-    gm = fx.symbolic_trace(Network())
+    gm = fx.symbolic_trace(ProjectedHeads())
     before = str(gm.graph)
     with caplog.at_level(logging.INFO, logger="mhf_compiler"):
         ours(rewrite="always", strict=True)(gm.graph)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.inductor import NO_CPP, no_caches
+from support.networks import ProjectedHeads
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
@@ -16,23 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 import mhf_compiler
 from mhf_compiler.compat import counters
 
-H, d, f = 4, 8, 16
+H, d, f = ProjectedHeads.H, ProjectedHeads.d, ProjectedHeads.f
 OPTIONS = {"rewrite": "always", "strict": True, **NO_CPP}
 FORWARD, BACKWARD = "multi_head_ffn", "multi_head_ffn_backward_over_gradient"
-
-
-class Network(nn.Module):
-    """Heads between two projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs, self.outputs = (nn.Linear(H * d, H * d, bias=False) for _ in range(2))
-        self.gate, self.down = (nn.Parameter(torch.randn(H, *s) / 4) for s in ((d, f), (f, d)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.inputs(x).unflatten(-1, (H, d))
-        hidden = torch.einsum("blhd,hdf->blhf", q, self.gate).relu()
-        return self.outputs(torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2))
 
 
 class Heads(nn.Module):
@@ -52,7 +39,7 @@ class Tower(nn.Module):
 
     def __init__(self, call: Callable[[nn.Module, Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Network() for _ in range(3))
+        self.layers = nn.ModuleList(ProjectedHeads() for _ in range(3))
         self.call = call or (lambda layer, x: layer(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +131,7 @@ def test_layers_that_are_compiled_one_by_one_have_the_name_within_the_layer():
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.ffn = Network()
+            self.ffn = ProjectedHeads()
 
         def forward(self, x: Tensor) -> Tensor:
             return x + self.ffn(x)
@@ -163,7 +150,7 @@ def test_code_from_a_cache_is_never_that_of_other_names(how: str):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
-            self.add_module(name, Network())
+            self.add_module(name, ProjectedHeads())
 
         def forward(self, x: Tensor) -> Tensor:
             return getattr(self, self.name)(x)

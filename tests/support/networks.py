@@ -101,3 +101,20 @@ class MultiHeadFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.norm(self.queries(x))
         return self.project(self.network(q, self.route(q)))
+
+
+class ProjectedHeads(nn.Module):
+    """A network of relu without router between two projections: (B, L, H * d) to the same."""
+
+    H, d, f = 4, 8, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        H, d, f = self.H, self.d, self.f
+        self.inputs, self.outputs = (nn.Linear(H * d, H * d, bias=False) for _ in range(2))
+        self.gate, self.down = (nn.Parameter(torch.randn(H, *s) / 4) for s in ((d, f), (f, d)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.inputs(x).unflatten(-1, (self.H, self.d))
+        hidden = torch.einsum("blhd,hdf->blhf", q, self.gate).relu()
+        return self.outputs(torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections import Counter
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from support.inductor import NO_CPP, no_caches
-from torch import Tensor, nn
+from support.networks import ProjectedHeads
+from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
@@ -26,28 +28,15 @@ from mhf_compiler.passes.manager import PASSES, run_passes, with_post_grad_passe
 from mhf_compiler.passes.outcome import Fusion, Obstacle
 from mhf_compiler.substitution.graph import PASS
 
-H, d, f = 4, 8, 16
+H, d = ProjectedHeads.H, ProjectedHeads.d
+MODEL = inspect.getfile(ProjectedHeads)
 OVER_QUERY = "multi_head_ffn_over_query"
 OVER_GRADIENT = "multi_head_ffn_backward_over_gradient"
 
 
-class Network(nn.Module):
-    """Heads between two projections."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs, self.outputs = (nn.Linear(H * d, H * d, bias=False) for _ in range(2))
-        self.gate, self.down = (nn.Parameter(torch.randn(H, *s) / 4) for s in ((d, f), (f, d)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.inputs(x).unflatten(-1, (H, d))
-        hidden = torch.einsum("blhd,hdf->blhf", q, self.gate).relu()
-        return self.outputs(torch.einsum("blhf,hfd->blhd", hidden, self.down).flatten(2))
-
-
 def infer(module: nn.Module | None = None, **options: Any) -> Counter[str]:
     """Compile in inference, compare with eager, and count."""
-    module, x = module or Network(), torch.randn(2, 6, H * d)
+    module, x = module or ProjectedHeads(), torch.randn(2, 6, H * d)
     options = {"rewrite": "always", "strict": True} | NO_CPP | options
     with torch.no_grad(), no_caches():
         found = torch.compile(module, backend="flashmhf", options=options)(x)
@@ -57,7 +46,7 @@ def infer(module: nn.Module | None = None, **options: Any) -> Counter[str]:
 
 def train(**options: Any) -> Counter[str]:
     """Compile a training step and count."""
-    module, x = Network(), torch.randn(2, 6, H * d)
+    module, x = ProjectedHeads(), torch.randn(2, 6, H * d)
     options = {"rewrite": "always", "strict": True} | NO_CPP | options
     with no_caches():
         torch.compile(module, backend="flashmhf", options=options)(x).square().sum().backward()
@@ -74,7 +63,7 @@ def train(**options: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_each_layer_is_counted(layers: int):
-    counts = infer(nn.Sequential(*(Network() for _ in range(layers))))
+    counts = infer(nn.Sequential(*(ProjectedHeads() for _ in range(layers))))
     assert counts[OVER_QUERY] == layers
     assert counts["normed_multi_head_ffn_over_query_declined.NO_NORM_AND_ROUTE"] == layers
     assert counts["normed_multi_head_ffn_over_query"] == 0
@@ -89,15 +78,15 @@ def test_forward_and_backward_are_counted():
 def test_log_lines_name_the_line_of_the_model(caplog: pytest.LogCaptureFixture):
     line = next(
         number
-        for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        for number, text in enumerate(Path(MODEL).read_text().splitlines(), 1)
         if "return self.outputs(torch.einsum" in text
     )
     with caplog.at_level(logging.INFO, logger="mhf_compiler"):
         infer()
-    assert f"fused: {__file__}:{line}: {OVER_QUERY}" in caplog.messages
+    assert f"fused: {MODEL}:{line}: {OVER_QUERY}" in caplog.messages
     sentence = Obstacle.NO_NORM_AND_ROUTE.sentence
     declined = f"normed_multi_head_ffn_over_query: NO_NORM_AND_ROUTE: {sentence}"
-    assert f"not fused: {__file__}:{line}: {declined}" in caplog.messages
+    assert f"not fused: {MODEL}:{line}: {declined}" in caplog.messages
 
 
 def test_dumped_reports_have_them(tmp_path: Path):
@@ -108,7 +97,7 @@ def test_dumped_reports_have_them(tmp_path: Path):
     (graph,) = json.loads((tmp_path / "graph_0" / "report.json").read_text())["graphs"]
     (fused,) = (fusion for fusion in graph["fusions"] if fusion["obstacle"] is None)
     assert fused["op"] == OVER_QUERY
-    assert fused["location"]["file"] == __file__
+    assert fused["location"]["file"] == MODEL
 
 
 def test_a_report_that_cannot_be_completed_is_a_warning(monkeypatch: pytest.MonkeyPatch):
@@ -122,7 +111,9 @@ def test_a_report_that_cannot_be_completed_is_a_warning(monkeypatch: pytest.Monk
 
 
 def test_explain_says_that_they_did_not_run():
-    report = mhf_compiler.explain(Network(), options={"rewrite": "always"})(torch.randn(2, 6, 32))
+    report = mhf_compiler.explain(ProjectedHeads(), options={"rewrite": "always"})(
+        torch.randn(2, 6, 32)
+    )
     assert report.graphs[0].fusions is None
     assert "After autograd\n  no pass has run" in str(report)
 
@@ -260,7 +251,7 @@ def test_several_passes_of_the_users_run():
 
 def test_what_was_compiled_is_found_again():
     """The pass has a name that Inductor's cache takes."""
-    module, x = Network(), torch.randn(2, 6, H * d)
+    module, x = ProjectedHeads(), torch.randn(2, 6, H * d)
     with fresh_cache(), torch.no_grad():
         for _ in range(2):
             torch.compiler.reset()
