@@ -617,37 +617,48 @@ def _parts_apart(value: Value, copy: CanonicalCopy) -> Reason | None:
 
     Parts of a batched product are sub-networks where all that are read are added.
     """
-    done: dict[Value, Value | None] = {value: None}  # by what comes of it: what was done but add
-    summed: set[Value] = set()
-    others: list[Reason] = []
+    changes = _changes_after(value, copy)
+    sums: set[Value] = set()
+    for one, change in changes.items():
+        parts = changes.keys() & set(one.operands)
+        if len(parts) > 1 and (one.op in _PLAIN_SUMS or change is not None):
+            changed = next((changes[x] for x in (*parts, one) if changes[x] is not None), None)
+            if changed is not None:
+                return Reason(Kind.UNKNOWN_OPERATION, operation_name(changed), changed.origin)
+            sums.add(one)
+    if not sums:
+        return None
+    for one in changes:
+        if one in sums:
+            continue
+        if one in copy.escaping:
+            return Reason(Kind.ESCAPING_INTERMEDIATE, "a part is returned", one.origin)
+        for reader in _readers(one, copy):
+            product = reader.op in MATRIX_PRODUCTS
+            if reader not in sums and (product or not is_outside_operation(reader)):
+                detail = f"a part is read by {operation_name(reader)}"
+                return Reason(Kind.ESCAPING_INTERMEDIATE, detail, reader.origin)
+    return Reason(Kind.ESCAPING_INTERMEDIATE, "its parts are in several sums", value.origin)
+
+
+def _changes_after(value: Value, copy: CanonicalCopy) -> dict[Value, Value | None]:
+    """What is made of a value without a product, each with the operation that changed it first.
+
+    Views, sums and the like change nothing.
+    """
+    changes: dict[Value, Value | None] = {value: None}
     todo = {value}
     for _ in range(_SOON):
         if not todo:
             break
         one = min(todo, key=lambda each: each.step)
         todo.remove(one)
-        if one in copy.escaping and one not in summed:
-            others.append(Reason(Kind.ESCAPING_INTERMEDIATE, "a part is returned", one.origin))
         for reader in _readers(one, copy):
-            if reader.op in MATRIX_PRODUCTS:
-                plain = False
-            else:
-                plain = is_outside_operation(reader)
-                done.setdefault(reader, done[one] if plain or done[one] is not None else reader)
+            if reader.op not in MATRIX_PRODUCTS and reader not in changes:
+                unchanged = changes[one] is None and is_outside_operation(reader)
+                changes[reader] = None if unchanged else changes[one] or reader
                 todo.add(reader)
-            parts = {operand for operand in reader.operands if operand in done}
-            if reader in done and len(parts) > 1 and (reader.op in _PLAIN_SUMS or not plain):
-                what = next((done[part] for part in (*parts, reader) if done[part]), None)
-                if what is not None:
-                    return Reason(Kind.UNKNOWN_OPERATION, operation_name(what), what.origin)
-                summed.add(reader)
-            elif not plain and one not in summed:
-                detail = f"a part is read by {operation_name(reader)}"
-                others.append(Reason(Kind.ESCAPING_INTERMEDIATE, detail, reader.origin))
-    if not summed:
-        return None
-    several = Reason(Kind.ESCAPING_INTERMEDIATE, "its parts are in several sums", value.origin)
-    return others[0] if others else several
+    return changes
 
 
 def _adds_to(root: Value, outputs: frozenset[Value]) -> bool:
