@@ -324,7 +324,7 @@ class CanonicalCopy:
             return False
         if node not in holders or any(self._storage_of[one] is not storage for one in holders):
             return False
-        return self._strides[node] == value.strides and self._is_gone_through(node, storage)
+        return self._is_gone_through(node, storage)
 
     def _is_gone_through(self, node: fx.Node, storage: Storage) -> bool:
         """Whether all later nodes that read or write a storage go through a node that lies in it.

@@ -15,7 +15,6 @@ or spellings; whether the leaves make an MH-FFN is for ``checks.py``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -240,7 +239,7 @@ class _Reader:
         left, right = value.args[:2]
         if isinstance(right, (int, float)):
             divides = value.op in (aten.div.Tensor, aten.div.Scalar)
-            if right == 0 or not math.isfinite(right) or math.isinf(1 / right):
+            if right == 0:
                 raise Declined(Kind.UNKNOWN_OPERATION, f"scaled by {right}", value.origin)
             return scaled(self.output(left, index), 1.0 / right if divides else float(right))
         if not isinstance(right, Value):

@@ -520,7 +520,7 @@ def _views_of_its_node(value: Value, copy: CanonicalCopy) -> list[Value]:
     """
     views: list[Value] = []
     current = copy.value_of.get(value.origin, value)
-    while current is not value and is_view(current) and current.origin is value.origin:
+    while current is not value and is_view(current):
         views.append(current)
         current = current.source
     return views[::-1] if current is value else []
@@ -613,31 +613,32 @@ def _not_summed(path: list[Value], reasons: list[Reason], copy: CanonicalCopy) -
 
 
 def _parts_apart(value: Value, copy: CanonicalCopy) -> Reason | None:
-    """Why parts of a value that are added up are not all of it: what else is done with others.
+    """Why parts of a value that are put together are not all of it: what is done with others.
 
     Parts of a batched product are sub-networks where all that are read are added.
     """
     changes = _changes_after(value, copy)
-    sums: set[Value] = set()
-    for one, change in changes.items():
+    together: set[Value] = set()
+    for one in changes:
         parts = changes.keys() & set(one.operands)
-        if len(parts) > 1 and (one.op in _PLAIN_SUMS or change is not None):
+        if len(parts) > 1:
             changed = next((changes[x] for x in (*parts, one) if changes[x] is not None), None)
             if changed is not None:
                 return Reason(Kind.UNKNOWN_OPERATION, operation_name(changed), changed.origin)
-            sums.add(one)
-    if not sums:
+            together.add(one)
+    if not together:
         return None
     for one in changes:
-        if one in sums:
+        if one in together:
             continue
         if one in copy.escaping:
             return Reason(Kind.ESCAPING_INTERMEDIATE, "a part is returned", one.origin)
         for reader in _readers(one, copy):
-            product = reader.op in MATRIX_PRODUCTS
-            if reader not in sums and (product or not is_outside_operation(reader)):
+            if reader.op in MATRIX_PRODUCTS or not is_outside_operation(reader):
                 detail = f"a part is read by {operation_name(reader)}"
                 return Reason(Kind.ESCAPING_INTERMEDIATE, detail, reader.origin)
+    if all(one.op not in _PLAIN_SUMS for one in together):
+        return None
     return Reason(Kind.ESCAPING_INTERMEDIATE, "its parts are in several sums", value.origin)
 
 

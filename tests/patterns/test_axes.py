@@ -296,7 +296,8 @@ def test_strides_are_products_of_sizes():
     for stride in (8 * Max(1, some), 8 * Max(some, 1), 8 * some):
         assert stride_in_sizes(stride) == 8 * some
     assert stride_in_sizes(8 * m * Max(1, n - 1)) == multiply(multiply(8, m), n - 1)
-    for other in (4 * Max(m, some), 8 * Max(1, some) + 8):  # the latter is 16 for none
+    # the last of which is 16 for none
+    for other in (4 * Max(m, some), 4 * Max(1, m, some), 8 * Max(1, some) + 8):
         assert stride_in_sizes(other) == other
     assert isinstance(stride_in_sizes(sympy.Integer(8)), int)
     assert stride_in_sizes(8) == 8

@@ -10,7 +10,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 from support.values import a_value
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from mhf_compiler.compat import FakeTensorMode, example_of, shape_env_of
@@ -471,7 +471,11 @@ def test_where_a_result_may_take_the_place_of_a_node():
         seen = read.view(-1)
         seen.zero_()
         given.zero_()
-        return flat, first, halves, twice, again, written, fresh, seen, torch.ones(rows)
+        turned = a.log()
+        turned.t_()
+        turned.zero_()
+        results = flat, first, halves, twice, again, written, fresh, seen, turned
+        return *results, torch.ones(rows)
 
     gm, copy = dynamo_graph(function, x(), x(), dynamic=True)
     may = {
@@ -699,3 +703,30 @@ def test_a_fake_tensor_from_outside_is_not_known_and_another_class_is_not_follow
 
 def test_what_is_made_of_nothing_is_read_from_nothing():
     assert not _is_read_from(a_value(OPAQUE), a_value(INPUT))
+
+
+def test_a_whole_that_is_read_in_part_takes_no_place():
+    def function(a: Tensor) -> Tensor:
+        return a.exp()[1:].mul_(2).zero_()
+
+    _, copy = dynamo_graph(function, x())
+    whole = next(value for value in copy.values if value.op == SCATTER)
+    assert copy.is_overwritten(whole)
+    assert not copy.takes_place_of_node(whole)
+
+
+def test_a_result_takes_no_place_of_what_another_tensor_may_share():
+    class Branches(nn.Module):
+        def forward(self, a: Tensor) -> Tensor:
+            ours = a.exp()
+            seen = torch.cond(a.sum() > 0, torch.sin, torch.cos, (ours,))
+            ours.add_(1)
+            read = ours.tanh()
+            seen.zero_()
+            return read
+
+    gm = torch.export.export(Branches(), (x(),)).graph_module
+    copy = trace(gm)
+    (added,) = [value for value in copy.values if value.op is aten.add.Tensor]
+    assert copy.is_overwritten(added)
+    assert not copy.takes_place_of_node(added)

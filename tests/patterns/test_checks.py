@@ -115,6 +115,12 @@ def query_overwritten(m: Ffn, q: Tensor) -> Tensor:
     return project(hidden, m.down)
 
 
+def output_held_twice(m: Ffn, q: Tensor) -> Tensor:
+    overwritten, again = (project(m.hidden(q), m.down) for _ in range(2))
+    overwritten.zero_()
+    return again
+
+
 def up_of_other_heads(m: Ffn, q: Tensor) -> Tensor:
     up = project(q, m.up).roll(1, 2)
     return project(F.silu(project(q, m.gate)) * up, m.down)
@@ -427,6 +433,7 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
     "check_no_escape": (Kind.ESCAPING_INTERMEDIATE, hidden_units_returned, {}),
     "check_no_escape, read elsewhere": (Kind.ESCAPING_INTERMEDIATE, hidden_units_summed, {}),
     "check_memory": (Kind.MUTATION, query_overwritten, {}),
+    "check_memory, the output": (Kind.MUTATION, output_held_twice, {}),
     "check_autocast": (Kind.AUTOCAST_BOUNDARY, output_under_autocast, {}),
     "the grammar: a residual that is scaled": (
         Kind.OPERATION_IN_LOOP,
@@ -451,6 +458,11 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         )
         for factor in (0.0, math.inf, math.nan, 1e-320)
     },
+    "the grammar: divided by zero in a loop": (
+        Kind.OPERATION_IN_LOOP,
+        lambda m, q: per_head(m, q, lambda y, _: y / 0),
+        {},
+    ),
     **{
         f"the grammar: {alpha} times a bias in a loop": (
             Kind.OPERATION_IN_LOOP,

@@ -122,6 +122,14 @@ def test_a_product_over_its_own_operand_is_looked_at_if_it_reads_hidden_units():
     assert looked_at(torch.neg, True) == 0
 
 
+def test_a_network_that_nothing_reads_is_not_looked_at():
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        m.plain(x, 0)
+        return m.plain(x, 1)
+
+    assert found(compute).looked_at == 1
+
+
 def test_an_unknown_result_of_hidden_units_is_no_product():
     def compute(x: Tensor, w: Tensor) -> Tensor:
         h = (x @ w @ w).relu()
@@ -417,10 +425,16 @@ def test_sub_networks_are_told_what_keeps_them_apart(function: Callable[[Tensor,
     assert miss.reason.detail == "sin"
 
 
-def told(function: Callable[[Tensor, Tensor], Tensor], reason: Reason) -> Reason | None:
-    """What is said of two sites that one operation puts together, which is none for a reason."""
+def told(
+    function: Callable[[Tensor, Tensor], Tensor], reason: Reason, **differs: Any
+) -> Reason | None:
+    """What is said of two sites that one operation puts together, which is none for a reason.
+
+    The second of them may differ.
+    """
     copy = Traced(function)
     x, y = (a_site(copy[name], query=copy["x"]) for name in ("x", "y"))
+    vars(y).update(differs)
     (whole,) = copy.copy.reads[copy.gm.graph.output_node()].values()
     above = {x.output: [whole], y.output: [whole]}
     parts = list(_parts_of_one([x, y], above, {whole: reason}))
@@ -441,6 +455,15 @@ def test_parts_of_one_network_are_told_why_they_are_apart():
     unnamed = told(summed, Reason(Kind.UNKNOWN_OPERATION, "", None))
     assert unnamed is not None
     assert (unnamed.kind, unnamed.detail) == (Kind.SUMMED_APART, "add.Tensor")
+
+
+def test_a_sum_that_grows_in_a_loop_is_one_network_where_only_its_memory_is_overwritten():
+    """All sub-networks but the last are a site then, of other sizes than the last."""
+    summed = lambda x, y: x + y  # noqa: E731
+    overwritten, unknown = (Reason(k, "", None) for k in (Kind.MUTATION, Kind.UNKNOWN_OPERATION))
+    assert told(summed, overwritten, sub_networks=1) is overwritten
+    assert told(summed, unknown, sub_networks=1) is None
+    assert told(summed, overwritten, activation="silu") is None
 
 
 # The operation between sub-networks and their later sum.

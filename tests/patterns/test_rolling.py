@@ -161,6 +161,15 @@ def test_a_sum_may_come_in_any_order(order: Sequence[int]):
     assert len(explain(model, x).rewritten) == 1
 
 
+def test_sub_networks_that_share_one_weight_are_not_the_same():
+    class Tied(Separate):
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(self.downs[0](F.silu(up(x))) for up in self.ups)  # type: ignore[return-value]
+
+    (site,) = explain(Tied(), torch.randn(2, 6, d)).rewritten
+    assert site.sub_networks == N
+
+
 def test_tensors_of_their_own_are_stacked():
     site = site_of(Separate(), heads())
     stacked = {role: view.value.op == STACK for role, view in site.views().items()}

@@ -243,6 +243,11 @@ DECLINED: dict[str, tuple[Callable[[Tensor, Tensor], object], Kind, str]] = {
         Kind.UNKNOWN_OPERATION,
         "flip",
     ),
+    "one turned around, and viewed": (
+        lambda y, r: y[..., 0, :] + y[..., 1, :].flip(-1).transpose(0, 1).transpose(0, 1),
+        Kind.UNKNOWN_OPERATION,
+        "flip",
+    ),
     "the largest": (
         lambda y, r: torch.maximum(y[..., 0, :], y[..., 1, :]),
         Kind.UNKNOWN_OPERATION,
@@ -252,6 +257,21 @@ DECLINED: dict[str, tuple[Callable[[Tensor, Tensor], object], Kind, str]] = {
         lambda y, r: (y[..., 0, :] + y[..., 1, :], y[..., 2, :]),
         Kind.ESCAPING_INTERMEDIATE,
         "a part is returned",
+    ),
+    "two are stacked": (
+        lambda y, r: torch.stack([y[..., 0, :], y[..., 1, :]]),
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        "two dimensions",
+    ),
+    "two are stacked, another one is returned": (
+        lambda y, r: (torch.stack([y[..., 0, :], y[..., 1, :]]), y[..., 2, :]),
+        Kind.ESCAPING_INTERMEDIATE,
+        "a part is returned",
+    ),
+    "one of them is multiplied by a matrix first": (
+        lambda y, r: y[..., 0, :] + y[..., 1, :] @ y.new_ones(d, d),
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        "two dimensions",
     ),
     "one of them is returned": (
         lambda y, r: (added(y, r), y[..., 0, :]),
