@@ -69,7 +69,6 @@ def same_cast(a: Value, b: Value) -> bool:
 def repetition(
     read: Operand,
     axes: AbstractSet[Axis],
-    is_held: Callable[[Value], bool],
     *,
     in_loop: bool = False,
     stops: AbstractSet[Value] = frozenset(),
@@ -83,7 +82,6 @@ def repetition(
     Args:
         read: where the walk begins.
         axes: those that count; others may be lost, such as sub-networks that share queries.
-        is_held: whether a node has a value.
         in_loop: whether a place in a dimension is the loop's, which goes along all of it.
         stops: the walk goes no further.
     """
@@ -91,8 +89,8 @@ def repetition(
     above: fx.Node | None = None
     whole: list[Value] = []
     while value not in stops:
-        given = value.origin is not above and not is_product_call(value.origin)
-        whole += [value] if given or is_held(value) else []
+        if value.origin is not above and not is_product_call(value.origin):
+            whole.append(value)
         if in_loop:
             index, passed = _along_loops(index, value.shape)
             axes = axes | passed

@@ -145,7 +145,7 @@ class HiddenReader:
         hidden = frozenset(leaves(self.summed))
         query, weight = (left, right) if real_axes(right.index) & hidden else (right, left)
         along = {*self.outer, *contraction.summed}
-        repeated = repetition(query, along, self.is_held, in_loop=self.in_loop, stops=self.outputs)
+        repeated = repetition(query, along, in_loop=self.in_loop, stops=self.outputs)
         if repeated is not None:
             self.repetitions.add(repeated)
         return Projection(

@@ -699,11 +699,10 @@ def _try(
 
     repetitions: set[Value] = set()
     result = read(frozenset(), repetitions)
-    if isinstance(result, Site) or not repetitions:
+    if isinstance(result, Site) or not (repetitions and result.kind in _OF_AXES):
         return result
     # What is read through a repetition lacks axes: of tokens, of heads that share queries.
-    again = read(frozenset(repetitions), set())
-    return again if isinstance(again, Site) or result.kind in _OF_AXES else result
+    return read(frozenset(repetitions), set())
 
 
 def _tells(reason: Reason) -> tuple[int, bool]:

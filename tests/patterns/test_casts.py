@@ -351,21 +351,21 @@ def test_a_repetition_is_the_lowest_tensor_with_room_for_it(
     function: Callable[[Tensor], Tensor], maker: str
 ):
     read, axes = read_by(function)
-    found = repetition(read, axes, lambda one: False)
+    found = repetition(read, axes)
     assert found is not None
     assert found.origin.name == maker
-    assert repetition(read, axes, lambda one: False, stops={found}) is None
-    assert repetition(read, set(), lambda one: False) is None  # no axis counts
+    assert repetition(read, axes, stops={found}) is None
+    assert repetition(read, set()) is None  # no axis counts
 
 
 @pytest.mark.parametrize(
     "function", [lambda x: x[1:4, :, ::2].mT, lambda x: x[:, None], lambda x: x.repeat(1, 1, 1) + x]
 )
 def test_what_shows_each_element_once_is_no_repetition(function: Callable[[Tensor], Tensor]):
-    assert repetition(*read_by(function), lambda one: True) is None
+    assert repetition(*read_by(function)) is None
 
 
 def test_a_loop_goes_along_all_places_of_a_dimension():
     read, axes = read_by(lambda x: x.repeat(2, 1, 1), number=7)
-    assert repetition(read, axes, lambda one: True) is None
-    assert repetition(read, axes, lambda one: True, in_loop=True) is read.value
+    assert repetition(read, axes) is None
+    assert repetition(read, axes, in_loop=True) is read.value

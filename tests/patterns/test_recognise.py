@@ -263,6 +263,7 @@ MEETING: dict[str, tuple[Callable[[Tensor, Tensor], Any], str | None]] = {
     "one is returned": (lambda x, y: ((p := (x @ y)[:, :3]) + (x @ y)[:, 3:], p), None),
     "two results": (lambda x, y: ((x @ y)[:, :3].neg(), (x @ y)[:, 3:].neg()), None),
     "sizes": (lambda x, y: ((x @ y).sin(), torch.zeros_like((x @ y)[:, :3])), "sin"),
+    "sizes of a cast": (lambda x, y: ((x @ y).sin(), torch.zeros_like((x @ y).double())), "sin"),
 }
 
 
