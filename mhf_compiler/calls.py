@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .report.describe import name_of_input, shortened
-from .report.paths import common_start
+from .report.paths import common_start, without_numbers
 from .report.values import GraphReport, Module, Operation, RegionNode, SiteReport
 
 
@@ -115,6 +115,29 @@ class Calls:
         kinds = [one.module_class for _ in calls for one in report.modules]
         known = {path: kind for path, kind in zip(paths, kinds, strict=True) if path is not None}
         report.modules[:] = [Module(path, kind) for path, kind in known.items()]
+
+
+def write_absent(graphs: Sequence[Calls], names: Names) -> None:
+    """Write into reports which layers no graph has, next to those of the rewritten networks.
+
+    A layer may have several names, or share its weights, so it is in a graph that was given one of
+    its tensors. To be called after the calls of all graphs are written.
+    """
+    rewritten = [calls for calls in graphs if calls.report.rewritten]
+    if not all(calls.seen and all(calls.seen) for calls in rewritten):
+        return  # which layers these calls were of is not known
+    given = {key for calls in graphs for seen in calls.seen for key in seen.values()}
+    reached = {key for keys in names.of_tensors.values() if given & {*keys} for key in keys}
+    for calls in rewritten:
+        paths = {path for site in calls.report.rewritten for path in site.modules if path}
+        alike = {(without_numbers(path), names.classes.get(path)) for path in paths}
+        calls.report.absent[:] = [
+            Module(path, kind)
+            for path, kind in names.classes.items()
+            if (without_numbers(path), kind) in alike
+            and (own := {key for key in names.all if key.startswith(f"{path}.")})
+            and not own & reached
+        ]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from .buckets import rewrite_whole
-from .calls import Calls, Names
+from .calls import Calls, Names, write_absent
 from .compat import (
     BucketCut,
     bucket_cut,
@@ -101,6 +101,7 @@ def reported(
         call_once(model, collect, args, kwargs, dynamic)
     for calls in found:
         calls.write()
+    write_absent(found, names)
     graphs = [calls.report for calls in found]
     context = context_of(model, args, kwargs, chosen(options), card.name if card else None)
     return Report(graphs, breaks_without_graph(noted, graphs), context)

@@ -15,6 +15,7 @@ from mhf_compiler.lowering.cost import estimate
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results" / "README.md"
 AUTO = {(True, True): "both", (True, False): "inference", (False, False): "neither"}
 
 
@@ -55,14 +56,78 @@ def test_the_whole_ffn(page: Path, header: str):
         assert all(map(same, cells, wanted)), name
 
 
-def test_decoding():
+@pytest.mark.parametrize(
+    ("page", "header"),
+    [(PAGE, "tokens | flashmhf, loop, us"), (RESULTS, "tokens | flashmhf, loop")],
+    ids=["benchmarks", "results"],
+)
+def test_decoding(page: Path, header: str):
     exact = {(row["B"], row["contender"]): row["ms"] * 1e3 for row in measured("h200_ffn-tokens")}
     names = "flashmhf, loop", "flashmhf, batched", "Inductor, loop", "Inductor, batched"
-    rows = table(PAGE, "tokens | flashmhf, loop, us")
+    rows = table(page, header)
     assert len(rows) == 6
     for tokens, *cells in rows:
         for name, cell in zip((*names, "SwiGLU, Inductor"), cells, strict=True):
             assert same(cell, exact[int(tokens), name]), (tokens, name)
+
+
+@pytest.mark.parametrize(
+    "page", [PAGE, ROOT / "docs" / "kernels.md"], ids=["benchmarks", "kernels"]
+)
+def test_decoding_with_the_op_alone(page: Path):
+    rows = measured("h200_kernels-tokens")
+    exact = {row["B"]: row for row in rows if row["contender"] == "forward, as called"}
+    (_, *times), (_, *rates) = table(page, "tokens | 1 | 4 | 16 | 64 | 128 | 256 |")
+    assert all(map(same, times, (row["ms"] * 1e3 for row in exact.values())))
+    assert all(map(same, rates, (row["gb_per_s"] for row in exact.values())))
+
+
+@pytest.mark.parametrize("page", [PAGE, RESULTS], ids=["benchmarks", "results"])
+def test_small_steps(page: Path):
+    exact: dict[tuple[int, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    for row in measured("h200_ffn-steps"):
+        shape = row["B"], row["L"], row["H"], row["d"]
+        exact.setdefault(shape, {})[row["launched"], row["contender"]] = row
+    rows = table(page, "tokens, heads x width")
+    assert len(rows) == len(exact)
+    for sizes, *cells in rows:
+        here = exact[tuple(map(int, re.split(r" x |, ", sizes)))]
+        rivals = "Inductor, loop", "flashmhf, loop"
+        wanted = [here[how, name]["ms"] for how in ("calls", "CUDA graphs") for name in rivals]
+        wanted += [here["calls", name]["peak_mib"] for name in rivals]
+        assert all(same(*pair) for pair in zip(cells, wanted, strict=True)), sizes
+
+
+def test_whole_models():
+    mib = {"GiB": 1024, "MiB": 1}
+    rows = measured("h200_blocks") + measured("h200_blocks-training")
+    exact = {(row["phase"], row["L"], row["contender"]): row for row in rows}
+    shown = table(PAGE, "| FlashMHF, flashmhf | SwiGLU, Inductor")
+    assert len(shown) == 3
+    for case, *cells in shown:
+        phase, length = re.fullmatch(r"(inference|training).*, 8 x (\d+) tokens", case).groups()
+        for name, cell in zip(
+            ("FlashMHF, flashmhf", "SwiGLU, Inductor", "SwiGLU, eager"), cells, strict=True
+        ):
+            row = exact[phase, int(length), name]
+            time, peak, unit = re.fullmatch(r"(\d+) ms, ([\d.]+) (\w+)", cell).groups()
+            assert same(time, row["ms"]), (case, name)
+            assert same(peak, row["peak_mib"] / mib[unit]), (case, name)
+
+
+def test_a_network_for_each_token():
+    exact: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in measured("h200_per-token"):
+        case = f"{row['T']} x {row['d']}, {row['f']}, {row['B']}, {row['phase']}"
+        exact.setdefault(case, {})[row["contender"]] = row
+    rows = table(PAGE, "tokens x width, hidden units, batch")
+    assert len(rows) == len(exact)
+    for case, *cells in rows:
+        here = exact[case]
+        rivals = here["flashmhf always"], here["Inductor"]
+        wanted = [row["busy_us"] for row in (*rivals, here["products alone"])]
+        wanted += [row[key] for key in ("ms", "peak_mib") for row in rivals]
+        assert all(same(*pair) for pair in zip(cells, wanted, strict=True)), case
 
 
 @pytest.mark.parametrize(

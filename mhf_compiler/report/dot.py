@@ -42,6 +42,7 @@ _MARK = 'color="#d00000" penwidth=4'
 _OTHER = "#e5e5e5"
 #: of the node that stands for several rounds of a loop
 _ALIKE = 'style="filled,rounded,dashed" penwidth=2'
+_BEGIN = "digraph sites {"
 _FORMATS = ("svg", "png", "pdf", "dot")
 MISSING = "drawing needs Graphviz's program dot, which is not on the PATH (apt install graphviz)"
 
@@ -66,7 +67,8 @@ class Frame:
 def draw(graphs: Sequence[GraphReport], path: Path, site: int | None = None) -> None:
     """Draw the sites and near-misses of graphs, or one site, in the format of the path's suffix.
 
-    Sites that differ in their modules only are drawn once.
+    Sites that differ in their modules only are drawn once. Without Graphviz the pictures go in its
+    language into a file of the same name that ends in ``.dot``, and the error says so.
     """
     kind = path.suffix.removeprefix(".")
     if kind not in _FORMATS:
@@ -75,7 +77,19 @@ def draw(graphs: Sequence[GraphReport], path: Path, site: int | None = None) -> 
     if not pictures:
         raise DrawingError("there is nothing to draw: no site and no near-miss, or all too large")
     source = dot_source(pictures)
+    if kind != "dot" and not can_draw():
+        raise DrawingError(f"{MISSING}{_kept_for_later(source, path)}")
     path.write_bytes(source.encode() if kind == "dot" else render(source, kind))
+
+
+def _kept_for_later(source: str, path: Path) -> str:
+    """Write a program in Graphviz's language next to the picture that it is of, and say so."""
+    other = path.with_suffix(".dot")
+    if other.exists() and not other.read_bytes().startswith(_BEGIN.encode()):
+        return ""  # of someone else
+    other.write_text(source)
+    command = f"dot -T{path.suffix.removeprefix('.')} {other} -o {path}"
+    return f"; {other} has the pictures, and `{command}` draws them"
 
 
 def _drawn(graphs: Sequence[GraphReport], site: int | None) -> list[Group]:
@@ -156,7 +170,7 @@ def render(source: str, kind: str) -> bytes:
 def dot_source(pictures: Sequence[Frame]) -> str:
     """The frames in Graphviz's language, each in a box if it has a title."""
     lines = [
-        "digraph sites {",
+        _BEGIN,
         '  graph [bgcolor="transparent" fontname="sans-serif" fontcolor="#808080"]',
         '  node [shape=box style="filled,rounded" fontname="monospace" fontsize=10]',
         '  node [height=0.4 margin="0.12,0.07"]',

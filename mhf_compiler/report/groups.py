@@ -75,6 +75,7 @@ def grouped(sites: Sequence[SiteReport]) -> list[Group]:
 def coverages(graphs: Sequence[GraphReport]) -> list[Coverage]:
     """Of which modules the networks are rewritten, whatever their sizes, and of how many."""
     known = [module.path for graph in graphs for module in graph.modules]
+    absent = dict.fromkeys(module.path for graph in graphs for module in graph.absent)
     calls: dict[Location | None, Counter[_Called]] = {}  # two in one module are no two calls of it
     for graph in graphs:
         for location, found in _calls(graph.rewritten).items():
@@ -85,7 +86,7 @@ def coverages(graphs: Sequence[GraphReport]) -> list[Coverage]:
     paths: Counter[str] = Counter()
     for (path, _), times in every.items():
         paths[path] += times
-    return coverage(paths, known)
+    return coverage(paths, known, absent)
 
 
 _Called = tuple[str, int | None]  # a module, and the number of its network if it is known

@@ -23,7 +23,8 @@ class Coverage:
         times: how often each is called; 0 if not all are called equally often.
         of: how many modules the list has that their last number counts; None without a number.
         noun: what the list calls them, such as ``"layers"``.
-        missing: the modules of that list which are not among them.
+        missing: the modules of that list which are in a graph and not among them.
+        absent: those which are in no graph.
     """
 
     where: str
@@ -32,36 +33,54 @@ class Coverage:
     of: int | None = None
     noun: str = "modules"
     missing: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = []
         if self.of is not None:
-            here = f"{self.of - len(self.missing)} of" if self.missing else "all"
-            rest = f" (not {compressed(self.missing)})" if self.missing else ""
-            parts.append(f"{here} {self.of} {self.noun}{rest}")
+            others = [f"not {compressed(self.missing)}"] if self.missing else []
+            if self.absent:
+                verb = "is" if len(self.absent) == 1 else "are"
+                others.append(f"{compressed(self.absent)} {verb} in no graph")
+            here = self.of - len(self.missing) - len(self.absent)
+            rest = f" ({'; '.join(others)})" if others else ""
+            parts.append(f"{f'{here} of' if others else 'all'} {self.of} {self.noun}{rest}")
         if self.times != 1:
             often = f"{self.times} times" if self.times else "several times"
             parts.append(f"{often} each" if len(self.modules) > 1 and self.times else often)
         return f"{self.where}: {', '.join(parts)}" if parts else self.where
 
 
-def coverage(counts: Mapping[str, int], known: Iterable[str]) -> list[Coverage]:
+def coverage(
+    counts: Mapping[str, int], known: Iterable[str], absent: Iterable[str] = ()
+) -> list[Coverage]:
     """How many modules of each list are among some.
 
     Args:
         counts: their paths, with the number of calls of each. Those that differ in their numbers
             only are put together.
-        known: the paths of all modules.
+        known: the paths of all modules of the graphs.
+        absent: those of modules in no graph.
     """
     found: dict[tuple[str, ...], list[str]] = {}
     for path in counts:
-        found.setdefault(_split(path)[0], []).append(path)
+        found.setdefault(without_numbers(path), []).append(path)
     every = [*dict.fromkeys([*known, *counts])]
-    return [_coverage(skeleton, paths, counts, every) for skeleton, paths in found.items()]
+    unseen: dict[tuple[str, ...], list[str]] = {}
+    for path in absent:
+        unseen.setdefault(without_numbers(path), []).append(path)
+    return [
+        _coverage(skeleton, paths, counts, every, unseen.get(skeleton, []))
+        for skeleton, paths in found.items()
+    ]
 
 
 def _coverage(
-    skeleton: tuple[str, ...], paths: list[str], counts: Mapping[str, int], known: Iterable[str]
+    skeleton: tuple[str, ...],
+    paths: list[str],
+    counts: Mapping[str, int],
+    known: Iterable[str],
+    absent: Iterable[str],
 ) -> Coverage:
     often = {counts[path] for path in paths}
     times = often.pop() if len(often) == 1 else 0
@@ -70,13 +89,20 @@ def _coverage(
     if last is None:
         return one
     lists = skeleton[: last + 1]
-    members = {".".join(path.split(".")[: last + 1]): None for path in paths}
-    every = {".".join(path.split(".")[: last + 1]): None for path in known if _begins(path, lists)}
+    members = _starts(paths, last + 1)
+    every = _starts((path for path in known if _begins(path, lists)), last + 1)
+    unseen = [path for path in _starts(absent, last + 1) if path not in every]
     missing = tuple(path for path in every if path not in members and not _holds(path, counts))
     if len(members) == 1 and not missing:
-        return one
+        return one  # of heads for several tasks, say, a call needs one: others are not left out
     noun = lists[-2] if len(lists) > 1 and lists[-2] != _NUMBER else "modules"
-    return replace(one, of=len(every), noun=noun, missing=missing)
+    number = len(every) + len(unseen)
+    return replace(one, of=number, noun=noun, missing=missing, absent=tuple(unseen))
+
+
+def _starts(paths: Iterable[str], length: int) -> dict[str, None]:
+    """What paths begin with, each once: so many of their parts."""
+    return {".".join(path.split(".")[:length]): None for path in paths}
 
 
 def _holds(path: str, modules: Iterable[str]) -> bool:
@@ -85,7 +111,7 @@ def _holds(path: str, modules: Iterable[str]) -> bool:
 
 
 def _begins(path: str, skeleton: tuple[str, ...]) -> bool:
-    return _split(path)[0][: len(skeleton)] == skeleton
+    return without_numbers(path)[: len(skeleton)] == skeleton
 
 
 def common_start(parts: Iterable[Sequence[str]]) -> list[str]:
@@ -103,6 +129,11 @@ def compressed(paths: Iterable[str]) -> str:
     return ", ".join(
         _spelled(skeleton, sets) for skeleton, many in found.items() for sets in _merged(many)
     )
+
+
+def without_numbers(path: str) -> tuple[str, ...]:
+    """The parts of a path, all places in lists alike."""
+    return _split(path)[0]
 
 
 def _split(path: str) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -121,7 +121,8 @@ class Report:
             site: one site alone, by its place in ``rewritten``; all that there is by default.
 
         Raises:
-            DrawingError: another format, no such site, nothing to draw, or no ``dot`` program.
+            DrawingError: another format, no such site, nothing to draw, or no ``dot`` program; what
+                that would draw is then in the file of the same name that ends in ``.dot``.
         """
         draw(self.graphs, Path(path), site)
 

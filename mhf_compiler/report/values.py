@@ -262,6 +262,8 @@ class GraphReport:
         unread: why it, or graphs inside of it, were not analysed; empty if all were.
         notes: further remarks, one sentence each.
         modules: those whose operations it has, in their order, also such as have no network.
+        absent: modules of the model in no graph, next to those of the networks: in the same lists,
+            and of the same class. Only ``explain`` knows them.
         products: all its matrix products, if none belongs to a site or a near-miss.
         graph_break: why it ended before the end of the model, if it did.
         calls: how often it was called; 0 if that was not followed, as in a compilation.
@@ -279,6 +281,7 @@ class GraphReport:
     unread: list[UnreadGraph] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     modules: list[Module] = field(default_factory=list)
+    absent: list[Module] = field(default_factory=list)
     products: list[Operation] = field(default_factory=list)
     graph_break: GraphBreak | None = None
     calls: int = 0

@@ -485,6 +485,89 @@ def test_layers_that_share_a_graph_are_all_counted_and_named(
                 assert set(argument.tensors) <= set(make().state_dict())
 
 
+class Some(nn.Module):
+    """A model that calls the first of its layers, and has one under another name."""
+
+    def __init__(self, layers: list[nn.Module], called: int, cut: str = "") -> None:
+        super().__init__()
+        self.layers, self.called, self.cut = nn.ModuleList(layers), called, cut
+        self.spare = Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[: self.called]:
+            x = layer(x)
+            if self.cut:
+                print(self.cut)
+        return x
+
+
+class Other(Block):
+    """A layer whose network is of another class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = Routed()
+
+
+def with_equal_weights(layer: Block) -> Block:
+    """Another layer, which shares the weights of one."""
+    other = Block()
+    other.norm, other.ffn.gate = layer.norm, layer.ffn.gate
+    other.ffn.up, other.ffn.down = layer.ffn.up, layer.ffn.down
+    return other
+
+
+@pytest.mark.parametrize(
+    ("number", "called", "cut", "sentence"),
+    [
+        (4, 3, "", "layers.{0-2}.ffn: 3 of 4 layers (layers.3 is in no graph)"),
+        (4, 3, "a layer", "layers.{0-2}.ffn: 3 of 4 layers (layers.3 is in no graph)"),
+        (5, 2, "", "layers.{0,1}.ffn: 2 of 5 layers (layers.{2-4} are in no graph)"),
+        (3, 3, "", "layers.{0-2}.ffn: all 3 layers"),
+        (3, 1, "", "layers.0.ffn"),  # one of several heads is a choice, not a layer left out
+    ],
+)
+def test_layers_that_are_never_called_are_counted(
+    number: int, called: int, cut: str, sentence: str
+):
+    report = explain(Some([Block() for _ in range(number)], called, cut))
+    assert [str(one) for one in report.coverage] == [sentence]
+    assert sentence in str(report)
+    assert sentence in page(report.graphs)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda first: first, with_equal_weights, lambda first: Other(), lambda first: nn.Identity()],
+    ids=["the same", "the same weights", "another network", "no network"],
+)
+@pytest.mark.parametrize("cut", ["", "a layer"])
+def test_what_is_no_layer_left_out_is_not_counted(last: Callable[[Block], nn.Module], cut: str):
+    first = Block()
+    report = explain(Some([first, Block(), last(first)], 2, cut))
+    assert [str(one) for one in report.coverage] == ["layers.{0,1}.ffn: all 2 layers"]
+
+
+def test_layers_without_tensors_are_not_said_to_be_left_out():
+    """The tensors that graphs are given tell layers apart, so nothing is known of these."""
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor, gate: Tensor, down: Tensor) -> Tensor:
+            return heads(x, gate, down)
+
+    class Outside(InLists):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Function() for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer, gate, down in zip(self.layers, self.gates, self.downs, strict=False):
+                x = layer(x, gate, down)
+            return x
+
+    assert [str(one) for one in explain(Outside()).coverage] == ["layers.{0-2}: all 3 layers"]
+
+
 def test_the_report_says_which_layers_each_graph_has():
     text = str(explain(Tower(Block, 4, "print")))
     first, second = re.search(r"\n\nGraphs\n(.*)\n(.*)\n", text).groups()

@@ -272,14 +272,29 @@ def test_without_graphviz_drawing_says_so_and_the_page_lists(
     report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(DrawingError, match="needs Graphviz's program dot"):
+    with pytest.raises(DrawingError, match=r"needs Graphviz's program dot.*p\.dot -o .*p\.svg"):
         report.draw(tmp_path / "p.svg")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.dot"]
+    report.draw(tmp_path / "wanted.dot")  # needs no program
+    assert (tmp_path / "p.dot").read_text() == (tmp_path / "wanted.dot").read_text()
     text = page(report.graphs)
     assert "<svg" not in text
     assert "drawing needs Graphviz" in text
     assert "apt install graphviz" in text
     for listed in ("K  found.gate\n", "out  multi_head_ffn(silu)", "offends  einsum_1 = einsum("):
         assert listed in text, listed
+
+
+def test_without_graphviz_only_files_of_ours_are_overwritten(
+    report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (tmp_path / "theirs.dot").write_text("digraph {}")
+    for name in ("theirs", "ours", "ours"):
+        with pytest.raises(DrawingError, match="apt install graphviz") as raised:
+            report.draw(tmp_path / f"{name}.png")
+        assert ("ours.dot" in str(raised.value)) == (name == "ours")
+    assert (tmp_path / "theirs.dot").read_text() == "digraph {}"
 
 
 def test_what_cannot_be_drawn_is_said(report: Report, tmp_path: Path):

@@ -32,6 +32,13 @@ def test_numbers_are_ranges(paths: list[str], text: str):
 LAYERS = [f"layers.{n}" for n in range(24)]
 
 
+def test_layers_in_no_graph_count():
+    counts = {f"{layer}.ffn": 1 for layer in LAYERS[1:22]}
+    (one,) = coverage(counts, LAYERS[:22], ["layers.22.ffn", "layers.23.ffn", "others.0.ffn"])
+    where = "layers.{1-21}.ffn: 21 of 24 layers"
+    assert str(one) == f"{where} (not layers.0; layers.{{22,23}} are in no graph)"
+
+
 @pytest.mark.parametrize(
     ("counts", "known", "sentences"),
     [
