@@ -78,6 +78,7 @@ class Shares(NamedTuple):
     """The op's rates as shares of a device's ``matrix``."""
 
     forward: float
+    plain_forward: float  # in a package, which lacks the card's own kernel
     backward: float
     plain_backward: float  # of what the card's own backward kernels do not take, or have no gate
 
@@ -133,6 +134,8 @@ def _rewritten_bytes(w: Workload) -> float:
     found = _result_bytes(w) + w.copied * _weight_bytes(w) * (2 if w.training else 1)
     if w.device.type != "cuda":
         return found
+    if w.sizes.packaged and _is_batched("forward", w.sizes):
+        return found - _result_bytes(w) + _original_bytes(_as_batches(w))
     passes: tuple[Kernel, ...] = ("forward", "backward") if w.training else ("forward",)
     chunks = [batched_chunk(x, w.sizes).kept for x in passes if _is_batched(x, w.sizes)]
     return found + max(chunks, default=0)
@@ -195,7 +198,9 @@ def _rewritten(w: Workload, device: Device) -> float:
     flops = _product_flops(w)
     forward, backward = _shares(w, device)
     sizes = w.sizes_on((device.major, 0))
-    if _is_batched("forward", sizes):
+    if sizes.packaged and _is_batched("forward", sizes):
+        total = _original(_as_batches(w), device)
+    elif _is_batched("forward", sizes):
         total = _batched("forward", sizes, w, device)
     else:
         total = device.launch + device.start + products * flops / (device.matrix * forward)
@@ -215,6 +220,11 @@ def _is_batched(kernel: Kernel, sizes: Sizes) -> bool:
     """Whether PyTorch's batched products compute a pass."""
     choice = specialised(kernel, sizes)
     return choice is not None and choice.family == "batched"
+
+
+def _as_batches(w: Workload) -> Workload:
+    """What a package has of batched products: the network in PyTorch's operations."""
+    return replace(w, pieces=(1, 1, 1), written=0)
 
 
 def _batched(kernel: Kernel, sizes: Sizes, w: Workload, device: Device) -> float:
@@ -249,8 +259,11 @@ def _shares(w: Workload, device: Device) -> tuple[float, float]:
     shares = _by_width(device.shares, w)
     # Without a gate there is less to multiply for each activation, and the card's own kernel of dK
     # and dV ("dk_dv") comes no nearer to the products than plain Triton's do with one.
-    own = specialised("dv", w.sizes_on((device.major, 0))) is not None
-    return shares.forward, shares.backward if own else shares.plain_backward
+    sizes = w.sizes_on((device.major, 0))
+    backward = shares.plain_backward if specialised("dv", sizes) is None else shares.backward
+    in_python = specialised("forward", sizes._replace(packaged=False), out_dtype=w.out_dtype)
+    replaced = in_python != specialised("forward", sizes, out_dtype=w.out_dtype)
+    return shares.plain_forward if replaced else shares.forward, backward
 
 
 def _backward(products: int, flops: float, w: Workload, device: Device, share: float) -> float:
@@ -349,20 +362,20 @@ def _on_a_cpu(w: Workload) -> tuple[float, float]:
     original = times * products * _tokens(w) * flops / (_CORES.products[half] * threads)
     original += passes * _hidden_bytes(w) / (_CORES.bandwidth * threads)
     original += times * weights / (_CORES.weights[w.training] * threads)
-    batched = replace(w, pieces=(1, 1, 1), written=0)
-    added = _original_kernels(w) - _original_kernels(batched)
+    added = _original_kernels(w) - _original_kernels(_as_batches(w))
     original += _CORES.graph[w.training] + added * _CORES.kernel
     return rewritten, original
 
 
 #: of an H200's host
 _HOST = Host(step=8.7e-4, weight=3.3e-5, kernel=2e-5, op=1.9e-4, idle=2.5e-4)
-#: of an H200; the widest heads' backward pass is plain Triton's
+#: of an H200; the widest heads' backward pass is plain Triton's. Its forward kernel was measured
+#: next to Hopper's with descriptors (results/h200_kernels-widths.json), which packages lack.
 _HOPPER_SHARES = {
-    32: Shares(0.65, 0.42, 0.19),
-    64: Shares(0.75, 0.7, 0.55),
-    128: Shares(1.05, 1.0, 0.7),
-    256: Shares(1.05, 0.5, 0.5),
+    32: Shares(0.65, 0.55, 0.42, 0.19),
+    64: Shares(0.75, 0.41, 0.7, 0.55),
+    128: Shares(1.05, 0.66, 1.0, 0.7),
+    256: Shares(1.05, 0.68, 0.5, 0.5),
 }
 
 
@@ -378,10 +391,12 @@ def _device(kind: str, index: int | None, dtype: torch.dtype) -> Device | None:
 def _gpu(major: int, units: int, dtype: torch.dtype) -> Device:
     """Rates of one multiprocessor by generation, times their number."""
     if dtype is torch.float32:  # the kernels' float32 products are far from the library's
-        shares = dict.fromkeys(_WIDTHS, Shares(0.1, 0.1, 0.1))
+        shares = dict.fromkeys(_WIDTHS, Shares(0.1, 0.1, 0.1, 0.1))
         matrix, bandwidth = 0.35e12 * units, 3.2e10 * units
     else:
-        shares = _HOPPER_SHARES if major == 9 else dict.fromkeys(_WIDTHS, Shares(0.9, 0.65, 0.65))
+        shares = (
+            _HOPPER_SHARES if major == 9 else dict.fromkeys(_WIDTHS, Shares(0.9, 0.9, 0.65, 0.65))
+        )
         matrix = {8: 2.2e12, 9: 5.3e12, 10: 1.0e13, 12: 2.2e12}.get(major, 2.2e12) * units
         bandwidth = {8: 1.4e10, 9: 3.2e10, 10: 5e10, 12: 1e10}.get(major, 1.4e10) * units
     return Device(major, matrix, bandwidth, units, 3e-6, _HOST, 1e-6, 3e-6, shares)

@@ -23,13 +23,10 @@ def kernels_of(workload: Workload) -> tuple[str, ...]:
     op = "torch.ops.mhf_compiler.multi_head_ffn"
     copies = workload.copied
     stacked = (f"before each call, copies {copies} of its weights together",) if copies else ()
+    if workload.device.type == "cuda" and workload.sizes.packaged:
+        return (op, *packaged_as(workload), *stacked)
     if workload.device.type == "cuda":
-        card = workload.card
-        sizes = (
-            workload.sizes_on(card.capability)
-            if card is not None
-            else workload.sizes_on(capability(workload.device), interpreted())
-        )
+        sizes = _sizes(workload)
         filled = _filled(workload, sizes)
         kernels = tuple(_kernel(kernel, of, workload, sizes) for kernel, of in filled)
         return (op, *kernels[:1], *_backward(workload), *kernels[1:], *stacked)
@@ -42,7 +39,7 @@ def packaged_as(workload: Workload) -> tuple[str, ...]:
     """What takes the place of a GPU's kernels in a package of AOTInductor's, in a sentence."""
     if workload.device.type != "cuda":
         return ()
-    sizes = workload.sizes_on(capability(workload.device), interpreted())
+    sizes = _sizes(workload)._replace(packaged=False)
     out_dtype, dynamic = workload.out_dtype, workload.dynamic
     tile = packaged(sizes, out_dtype=out_dtype, dynamic=dynamic)
     if tile is None:
@@ -53,6 +50,13 @@ def packaged_as(workload: Workload) -> tuple[str, ...]:
     family = select("forward", sizes, out_dtype=out_dtype).family
     instead = "" if family in ("plain", "batched") else f" in place of {family.capitalize()}'s"
     return (f"in a package of AOTInductor's: {what}{instead}",)
+
+
+def _sizes(workload: Workload) -> Sizes:
+    """The sizes on the workload's card, which may be an assumed one."""
+    if workload.card is not None:
+        return workload.sizes_on(workload.card.capability)
+    return workload.sizes_on(capability(workload.device), interpreted())
 
 
 def _cpu_path() -> str:

@@ -34,7 +34,7 @@ _SMALLEST = 16  # the least extent of a matrix instruction's operand
 class Sizes(NamedTuple):
     """All that a kernel is chosen by, except for strides and addresses.
 
-    A workload knows no card: it has the sizes without the last two.
+    A workload knows no card: it has the sizes without `capability` and `interpreted`.
     """
 
     tokens: int
@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
     dtype: torch.dtype  # of all tensors but R
     capability: tuple[int, int] = (0, 0)  # (0, 0) of no card
     interpreted: bool = False
+    packaged: bool = False  # by AOTInductor: compiled by Inductor, launched without Python
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -321,7 +322,7 @@ def specialised(
     kernel: Kernel, sizes: Sizes, *, out_dtype: torch.dtype | None = None
 ) -> Choice | None:
     """The kernel that was written for the card's architecture or the sizes, if there is one."""
-    special = sizes.interpreted or out_dtype not in (None, sizes.dtype)
+    special = sizes.interpreted or sizes.packaged or out_dtype not in (None, sizes.dtype)
     for family, rules in _FAMILIES.items():
         if kernel not in rules or (special and family not in _RUN_ANYWHERE):
             continue
@@ -384,7 +385,8 @@ def portable(kernel: Kernel, sizes: Sizes, row: Row | None = None) -> Tile:
         if itemsize <= 2:
             warps = max(4, warps * bm // full)
     # Without matrix units the compiler reads products out of the plain layout of a pointer load.
-    descriptors = itemsize <= 2 and sizes.capability[0] in (9, 10)
+    # Python makes descriptors, at each launch: a package has pointers.
+    descriptors = itemsize <= 2 and sizes.capability[0] in (9, 10) and not sizes.packaged
     return Tile(bm, bf, warps, stages, descriptors, parts)
 
 
@@ -393,14 +395,13 @@ def packaged(
 ) -> Tile | None:
     """The tile of plain Triton's forward kernel in a package of AOTInductor's.
 
-    It reads through pointers: descriptors are made in Python. None stands for PyTorch's products,
-    as Inductor compiles them. If the number of tokens is `dynamic`, no tile is cut in parts.
+    None stands for PyTorch's products, as Inductor compiles them. If the number of tokens is
+    `dynamic`, no tile is cut in parts.
     """
-    family = specialised("forward", sizes, out_dtype=out_dtype)
-    if family is not None and family.family == "batched":
+    tile = select("forward", sizes._replace(packaged=True), out_dtype=out_dtype).tile
+    if not isinstance(tile, Tile):
         return None
-    tile = portable("forward", sizes)
-    return replace(tile, descriptors=False, parts=1 if dynamic else tile.parts)
+    return replace(tile, parts=1) if dynamic else tile
 
 
 def _hopper_forward(sizes: Sizes, most_hidden: int | None = None) -> HopperForwardTile | None:
@@ -520,7 +521,7 @@ _FAMILIES: dict[str, dict[Kernel, Callable[[Sizes], FamilyTile | None]]] = {
         "backward": _batched_backward,
     },
 }
-#: those that the interpreter runs as well, and whose results may have any dtype
+#: those that the interpreter and packages have as well, and whose results may have any dtype
 _RUN_ANYWHERE = frozenset({"batched"})
 
 

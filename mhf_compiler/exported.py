@@ -49,6 +49,7 @@ def rewrite(
     *,
     options: GivenOptions | None = None,
     report: Report | None = None,
+    package: bool = False,
 ) -> ExportedProgram:
     """Put the op in place of every MH-FFN of an exported program.
 
@@ -70,7 +71,8 @@ def rewrite(
     The result may be trained, whatever is estimated here: a network is rewritten only if its
     gradients are right, too. Under ``rewrite="auto"`` the cost of a training step decides if
     gradients are enabled where this is called, and otherwise, as under ``torch.no_grad()``, that
-    of inference.
+    of inference. A package of AOTInductor's for a GPU has other kernels than Python launches, and
+    is for inference: with ``package=True`` its cost decides, and the report names its kernels.
 
     Args:
         exported_program: from ``torch.export.export`` or ``torch.export.load``, decomposed or not.
@@ -79,6 +81,8 @@ def rewrite(
             ``Options``. ``fallback`` and Inductor's settings are not used, since nothing is
             compiled here; ``max_autotune`` tunes the op's kernels.
         report: receives one more graph: what was rewritten, and what was declined.
+        package: whether the result is for ``torch._inductor.aoti_compile_and_package``. It can be
+            run in Python and packaged either way.
 
     Returns:
         The rewritten program, or the given one if nothing is rewritten.
@@ -100,7 +104,7 @@ def rewrite(
             f"report is a {type(report).__name__}, must be a mhf_compiler.Report or None"
         )
     parsed = parse_options(None, options)
-    training = torch.is_grad_enabled()
+    training = torch.is_grad_enabled() and not package
     if report is not None and report.context is None:
         report.context = context_of(exported_program, options=chosen(parsed))
     try:
@@ -118,9 +122,16 @@ def rewrite(
     counted = counters["flashmhf"].copy()
     sites: list[Site] = []
     with _fixed_modes():
-        found = rewrite_graph(gm, parsed, lambda _, site: sites.append(site), training=training)
+        found = rewrite_graph(
+            gm,
+            parsed,
+            lambda _, site: sites.append(site),
+            training=training,
+            packaged=package,
+        )
         _forget_inputs(gm)
-    _tell_of_packages(found, sites, parsed)
+    if not package:
+        _tell_of_packages(found, sites, parsed)
     if report is not None:
         report.graphs.append(found)
     if not found.rewritten:

@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         length = {1: Dim("length", min=2, max=LONGEST)}
         program = torch.export.export(model, (tokens(16),), dynamic_shapes=(length,))
         report = mhf_compiler.Report()
-        program = mhf_compiler.rewrite(program, options={"rewrite": "always"}, report=report)
+        program = mhf_compiler.rewrite(
+            program, options={"rewrite": "always"}, report=report, package=True
+        )
         print(report)
         # The program finds the dtype and the device of its inputs in the package.
         inputs = {"dtype": arguments.dtype, "device": device}

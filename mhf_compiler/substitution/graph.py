@@ -74,6 +74,7 @@ def rewrite_graph(
     *,
     training: bool = True,
     card: Card | None = None,
+    packaged: bool = False,
 ) -> GraphReport:
     """Put the op in place of every site of ``gm``, in place, and report what was done.
 
@@ -86,6 +87,7 @@ def rewrite_graph(
             that contains it.
         training: whether to expect a backward pass where gradients are recorded.
         card: one that is assumed, of which nothing is tried.
+        packaged: whether the graph is for a package of AOTInductor's, which has kernels of its own.
 
     Raises:
         NotAnalysedError: under ``strict``, a graph could not be analysed.
@@ -98,7 +100,10 @@ def rewrite_graph(
     else:
         # What is saved here is no tensor of the user's, whose hooks may be set.
         with no_saved_tensor_hooks(), _no_collection():
-            _rewrite_all(gm, options, report, keep, training, card)
+            judge = partial(
+                decide, options=options, training=training, card=card, packaged=packaged
+            )
+            _rewrite_all(gm, options, report, keep, judge)
     with only_reporting("the report of a graph"):
         report.modules = modules_of(gm)
         report.graph_break = graph_break(gm)
@@ -111,15 +116,13 @@ def _rewrite_all(
     options: Options,
     report: GraphReport,
     keep: Keep | None,
-    training: bool,
-    card: Card | None = None,
+    judge: Callable[[Site], Decision],
 ) -> None:
     """Rewrite a graph and those inside of it, or none of them."""
     originals = Originals(gm)
     kept: list[tuple[fx.GraphModule, Site]] = []
     told: list[_Told] = []
     try:
-        judge = partial(decide, options=options, training=training, card=card)
         if not run_pass(
             gm, PASS, lambda gm: _rewrite_module(gm, options, report, kept, told, judge)
         ):

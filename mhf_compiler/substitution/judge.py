@@ -40,16 +40,21 @@ class Decision:
 
 
 def decide(
-    site: Site, options: Options, training: bool = True, card: Card | None = None
+    site: Site,
+    options: Options,
+    training: bool = True,
+    card: Card | None = None,
+    packaged: bool = False,
 ) -> Decision:
     """Ask the op, the cost model and the machine, in this order.
 
     ``training`` says whether to expect a backward pass where gradients are recorded, ``card`` which
-    one is assumed; of that, nothing is tried.
+    one is assumed; of that, nothing is tried. ``packaged`` says that the kernels are those of a
+    package of AOTInductor's.
     """
     from ..lowering.cost import estimate
 
-    workload = workload_of(site, options, training, card)
+    workload = workload_of(site, options, training, card, packaged)
     estimated = estimate(workload)
     return Decision(site, workload, estimated, _objection(site, workload, estimated, options))
 
@@ -105,7 +110,13 @@ def product_runs(product: RouterProduct, strict: bool) -> bool:
     return True
 
 
-def workload_of(site: Site, options: Options, training: bool, card: Card | None = None) -> Workload:
+def workload_of(
+    site: Site,
+    options: Options,
+    training: bool,
+    card: Card | None = None,
+    packaged: bool = False,
+) -> Workload:
     """The sizes of a site, for ``lowering``, which knows no graphs."""
     named = card is not None and card.name != ""
     assumed = card if named or site.device.type == "meta" else None
@@ -129,6 +140,7 @@ def workload_of(site: Site, options: Options, training: bool, card: Card | None 
             site.down_bias is not None,
         ),
         dtype=site.dtype,
+        packaged=packaged,
     )
     return Workload(
         sizes=sizes,

@@ -8,6 +8,7 @@ same kernels; tests/mhf_compiler/test_packages_gpu.py runs packages.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -237,5 +238,7 @@ def test_the_report_says_what_a_package_has(
         sizes, "silu", torch.bfloat16, torch.device("cuda"), training=False, dynamic=dynamic
     )
     (sentence,) = summary.packaged_as(workload)
+    package = replace(workload, sizes=sizes._replace(packaged=True))
+    assert summary.kernels_of(package) == (summary.kernels_of(workload)[0], sentence)
     assert sentence.startswith(f"in a package of AOTInductor's: {said}")
     assert sentence.endswith("in place of Hopper's") is (tokens >= 256 and head_dim < 256)

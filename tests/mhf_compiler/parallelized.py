@@ -2,8 +2,9 @@
 
     python parallelized.py RANK WORLD FOLDER
 
-Two processes have half of the heads each, and write a checkpoint that four read: two by two, with
-FSDP over one dimension of the mesh and heads over the other.
+Two processes have half of the heads each, or under FSDP a part of each parameter. They write a
+checkpoint that four read: two by two, with FSDP over one dimension of the mesh and heads over the
+other.
 """
 
 import sys
@@ -204,6 +205,27 @@ def check_sequences(mesh: DeviceMesh) -> None:
     torch.testing.assert_close(mine.grad, gradient, rtol=1e-4, atol=1e-5)
 
 
+def check_fsdp(mesh: DeviceMesh, *, by_blocks: bool) -> None:
+    """Each process has a part of every parameter, and of the tokens."""
+    plain, x = made(), example()
+    expected = step(plain, plain, x)
+    model = made()
+    call: Callable[..., Any] = model
+    if by_blocks:
+        counters.clear()
+    for block in model.blocks:
+        if by_blocks:
+            block.compile(backend="flashmhf", options=ALWAYS | {"fallback": "aot_eager"})
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if not by_blocks:
+        call = compiled(model)
+    mine = mesh.get_local_rank()
+    expected["out"] = expected["out"].chunk(2)[mine]
+    compare(step(model, call, x.chunk(2)[mine]), expected)
+    assert counters["flashmhf"]["sites_rewritten"] == LAYERS
+
+
 def check_communication(mesh: DeviceMesh) -> None:
     """A sum of the output, and one of the input's gradient."""
     model, x = Network(), torch.randn(4, 6, H * d, requires_grad=True)
@@ -229,6 +251,8 @@ def two(mesh: DeviceMesh, folder: Path) -> None:
     check_model(mesh, compile=True, checkpointed=True)
     check_what_heads_share(mesh)
     check_sequences(mesh)
+    check_fsdp(mesh, by_blocks=True)
+    check_fsdp(mesh, by_blocks=False)
     check_communication(mesh)
     check_heads_that_two_devices_do_not_divide(mesh)
     model = parallelize_heads(made(), mesh, example())

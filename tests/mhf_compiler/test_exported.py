@@ -6,6 +6,7 @@ import copy
 import io
 import operator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,22 @@ import torch.nn.functional as F
 from models.harness import assert_close, step
 from models.networks import FFNS, LENGTH, Tower, tokens
 from support.forks import run_code, run_script
-from support.networks import Heads
+from support.networks import Heads, MultiHeadFFN
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export, unflatten
 
 import mhf_compiler
-from mhf_compiler import DeclineKind, MhfCompilerWarning, NotAnalysedError, OptionError, Report
+from mhf_compiler import (
+    DeclineKind,
+    MhfCompilerWarning,
+    NotAnalysedError,
+    OptionError,
+    Report,
+    exported,
+)
 from mhf_compiler.compat import FakeTensor, counters
 from mhf_compiler.lowering import summary
+from mhf_compiler.lowering.device import find_card
 from mhf_compiler.patterns import Findings, Reason, Unreadable
 from mhf_compiler.substitution import graph as substitution
 
@@ -550,6 +559,26 @@ def test_the_report_says_of_each_network_what_a_package_has(monkeypatch: pytest.
     monkeypatch.setattr(summary, "packaged_as", lambda workload: (f"{workload.sizes.heads} heads",))
     _, report = rewritten(program, 2)
     assert [site.lowered[-1] for site in report.rewritten] == ["4 heads"] * 2
+
+
+def test_a_program_for_a_package_is_judged_by_what_the_package_has(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Plain Triton's kernel, which takes longer than Hopper's, and no backward pass."""
+    on_a_card = partial(substitution.rewrite_graph, card=find_card("cuda:h100"))
+    monkeypatch.setattr(exported, "rewrite_graph", on_a_card)
+    model = MultiHeadFFN(4, 64, 3, 96).eval().bfloat16()
+    program = export(model, (torch.randn(2, 4096, 4 * 64).bfloat16(),))
+    report = Report()
+    for package in (False, True):
+        with torch.no_grad():
+            mhf_compiler.rewrite(program, options=ALWAYS, report=report, package=package)
+    python, packaged = (graph.rewritten[0] for graph in report.graphs)
+    assert python.lowered[1].startswith("forward kernel for Hopper")
+    kernel = "in a package of AOTInductor's: plain Triton's kernel, 128 tokens x 64 hidden units"
+    assert packaged.lowered[1] == f"{kernel} in place of Hopper's"
+    assert packaged.work.rewritten > python.work.rewritten
+    assert packaged.work.original == python.work.original
 
 
 def test_a_report_collects_programs():

@@ -142,11 +142,13 @@ def test_a_rewritten_program(tmp_path: Path) -> None:
     x = torch.randn(4, 513, 32, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         report, options = mhf_compiler.Report(), {"rewrite": "always", "strict": True}
-        program = mhf_compiler.rewrite(export(model, (x,)), options=options, report=report)
+        program = mhf_compiler.rewrite(
+            export(model, (x,)), options=options, report=report, package=True
+        )
         expected = model(x)
     assert len(report.rewritten) == 2
     for site in report.rewritten:
-        assert site.lowered[-1].startswith("in a package of AOTInductor's: plain Triton's kernel")
+        assert site.lowered[1].startswith("in a package of AOTInductor's: plain Triton's kernel")
     packaged(program, tmp_path / "model", [(x,)])
     ((found,),) = run(tmp_path / "model")
     assert relative_error(found, expected.double()) < 2e-2

@@ -6,6 +6,8 @@ Nothing is downloaded: weights are random, tokens are numbers.
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,6 +252,62 @@ def test_layers_that_the_kernel_mapping_has_replaced(replaced_part: str):
     reasons = [miss.reason for miss in report.declined if "silu_and_mul" in miss.reason.detail]
     assert [one.kind for one in reasons] == [Kind.UNKNOWN_OPERATION] * len(reasons)
     assert len(reasons) == (2 if replaced_part == "the activation" else 0)
+
+
+LAYERS_OF_A_FOLDER = """
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+
+class SiluAndMul(nn.Module):
+    can_torch_compile = has_backward = True
+
+    def forward(self, x):
+        return torch.ops.mhf_tests.silu_and_mul(x)
+
+
+class PackedHeads(nn.Module):
+    can_torch_compile = has_backward = True
+
+    def forward(self, x):
+        return torch.ops.mhf_tests.heads_mlp(x, self.gate_up, self.down)
+
+
+layers = SimpleNamespace(SiluAndMul=SiluAndMul, PackedHeads=PackedHeads)
+"""
+
+
+@pytest.mark.parametrize("layer", [SiluAndMul, PackedHeads])
+def test_the_kernel_mapping_itself(layer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As ``use_kernels=True`` calls it, with a folder in place of a repository of the Hub."""
+    kernels = pytest.importorskip("kernels")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "build" / "torch-cpu"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text(LAYERS_OF_A_FOLDER)
+    metadata = {"name": "mlps", "id": "_mlps_cpu", "version": 1, "license": "Apache-2.0"}
+    metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    monkeypatch.setattr(layer, "kernel_layer_name", layer.__name__, raising=False)
+
+    model, tokens = language_model(2).eval(), prompt()
+    for block in model.model.layers:
+        block.mlp = PackedHeads().double()
+    with torch.no_grad():
+        expected = logits_of(model)(tokens)
+        mode = kernels.Mode.INFERENCE | kernels.Mode.TORCH_COMPILE
+        found = kernels.LocalLayerRepository(tmp_path, layer_name=layer.__name__)
+        with kernels.use_kernel_mapping(
+            {layer.__name__: {"cpu": {mode: found}}}, inherit_mapping=False
+        ):
+            model = kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
+        torch.testing.assert_close(logits_of(flashmhf(model))(tokens), expected)
+    assert replaced() == 0
+    report = mhf_compiler.explain(model, options=OPTIONS)(tokens, use_cache=False)
+    reasons = {miss.reason.kind for miss in report.declined if "silu_and" in miss.reason.detail}
+    assert reasons == ({Kind.UNKNOWN_OPERATION} if layer is SiluAndMul else set())
 
 
 def test_explain():

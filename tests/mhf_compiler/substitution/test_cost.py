@@ -15,6 +15,7 @@ from models.workloads import changed
 
 from benchmarks import grid, results
 from mhf_compiler.lowering.cost import Estimate, estimate
+from mhf_compiler.lowering.device import find_card
 from mhf_compiler.lowering.tiles import Sizes
 from mhf_compiler.lowering.workload import Workload, trial_run, unsupported
 
@@ -314,6 +315,41 @@ def test_products_have_the_hidden_units_of_a_chunk():
         found = estimate(case)
         assert result < found.rewritten_bytes <= result + 128 * 2**20 < found.original_bytes
     assert estimate(train).saves_memory
+
+
+# In a package of AOTInductor's.
+
+#: an H100 that need not be there
+PYTHON = changed(GPU, training=False, head_dim=128, tokens=4 * 8192, card=find_card("cuda:h100"))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_package_without_hoppers_kernel_takes_longer(head_dim: int, dtype: torch.dtype):
+    python = changed(PYTHON, head_dim=head_dim, dtype=dtype, out_dtype=dtype)
+    package = changed(python, packaged=True)
+    assert seconds(python, "rewritten") < seconds(package, "rewritten")
+    assert estimate(python).original == estimate(package).original
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tokens": 128}, {"card": find_card("cuda:a100")}, {"out_dtype": torch.float32}],
+    ids=["few tokens", "another card", "a wider result"],
+)
+def test_a_package_with_the_same_kernel_takes_as_long(changes: dict[str, Any]):
+    same = changed(PYTHON, **changes)
+    assert estimate(changed(same, packaged=True)) == estimate(same)
+
+
+@pytest.mark.parametrize("written", [0, 3 * 4])
+def test_a_package_has_all_hidden_units_of_products_in_memory(written: int):
+    """They are the original's, all sub-networks at once."""
+    package = changed(PYTHON, head_dim=512, written=written, packaged=True)
+    found, batched = estimate(package), estimate(changed(package, written=0))
+    assert found.rewritten == batched.rewritten == batched.original
+    assert found.rewritten_bytes == batched.original_bytes
+    assert found.original >= batched.original
 
 
 @everywhere
