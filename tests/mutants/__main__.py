@@ -66,8 +66,8 @@ def chosen(options: argparse.Namespace) -> list[Mutant]:
     found = [mutant for mutant in mutants(options.only) if mutant.name not in EQUIVALENT]
     if options.survivors:
         known = [*rows(OUTCOMES), *rows(OUTCOMES_INTERPRETED)]
-        survived = {name_in(row) for row in known if row["state"] != CAUGHT}
-        found = [mutant for mutant in found if mutant.name in survived]
+        caught = {name_in(row) for row in known if row["state"] == CAUGHT}
+        found = [mutant for mutant in found if mutant.name not in caught]
     if options.limit is not None and options.limit < len(found):
         kept = set(Random(options.seed).sample(range(len(found)), options.limit))
         found = [mutant for i, mutant in enumerate(found) if i in kept]
