@@ -43,8 +43,6 @@ _PROJECTED, _ACTIVATED, _SOFTENED, _ATTENDING = 1, 2, 4, 8
 _OF_PRECISION = frozenset({Kind.MIXED_PRECISION, Kind.ROUNDING_CAST, Kind.FLOAT16_RANGE})
 #: of what activates no projection, which tells nothing where it is a projection itself
 _OF_HIDDEN_UNITS = frozenset({Kind.NOT_A_PRODUCT, Kind.ADDED_PROJECTIONS})
-#: of axes that some tensor lacks, or has too many of
-_OF_AXES = frozenset({Kind.UNPAIRED_BRANCHES, Kind.TOKEN_DEPENDENT_WEIGHTS, Kind.IRREGULAR_WEIGHTS})
 _PLAIN_SUMS = frozenset({aten.add.Tensor, aten.sum.dim_IntList})
 _MERGED = MERGES | {SCATTER}
 #: in between they are no part of an MH-FFN, but what follows still is a near-miss
@@ -699,7 +697,7 @@ def _try(
 
     repetitions: set[Value] = set()
     result = read(frozenset(), repetitions)
-    if isinstance(result, Site) or not (repetitions and result.kind in _OF_AXES):
+    if isinstance(result, Site) or not repetitions:
         return result
     # What is read through a repetition lacks axes: of tokens, of heads that share queries.
     return read(frozenset(repetitions), set())

@@ -714,3 +714,20 @@ torch.testing.assert_close(program.module()(given), expected)
 """
     done = run_code(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_package_runs_where_nothing_but_this_package_is_imported(tmp_path: Path):
+    model, given = Heads().eval(), x()
+    with torch.no_grad():
+        result, _ = rewritten(export(model, (given,)))
+        package = str(tmp_path / "model.pt2")
+        torch._inductor.aoti_compile_and_package(result, package_path=package)
+        torch.save((given, model(given)), tmp_path / "expected.pt")
+    code = f"""
+import torch
+import mhf_compiler
+given, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(torch._inductor.aoti_load_package({package!r})(given), expected)
+"""
+    done = run_code(code)
+    assert done.returncode == 0, done.stderr

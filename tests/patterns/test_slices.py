@@ -273,6 +273,11 @@ DECLINED: dict[str, tuple[Callable[[Tensor, Tensor], object], Kind, str]] = {
         Kind.TOKEN_DEPENDENT_WEIGHTS,
         "two dimensions",
     ),
+    "all are projected, and added to that": (
+        lambda y, r: y + y @ y.new_ones(d, d),
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        "two dimensions",
+    ),
     "one of them is returned": (
         lambda y, r: (added(y, r), y[..., 0, :]),
         Kind.ESCAPING_INTERMEDIATE,
