@@ -617,9 +617,9 @@ def _parts_apart(value: Value, copy: CanonicalCopy) -> Reason | None:
     """
     changes = _changes_after(value, copy)
     together: set[Value] = set()
-    for one in changes:
+    for one, change in changes.items():
         parts = changes.keys() & set(one.operands)
-        if len(parts) > 1:
+        if len(parts) > 1 and (one.op in _PLAIN_SUMS | MERGES or change is not None):
             changed = next((changes[x] for x in (*parts, one) if changes[x] is not None), None)
             if changed is not None:
                 return Reason(Kind.UNKNOWN_OPERATION, operation_name(changed), changed.origin)

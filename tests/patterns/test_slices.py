@@ -273,8 +273,13 @@ DECLINED: dict[str, tuple[Callable[[Tensor, Tensor], object], Kind, str]] = {
         Kind.TOKEN_DEPENDENT_WEIGHTS,
         "two dimensions",
     ),
-    "all are projected, and added to that": (
-        lambda y, r: y + y @ y.new_ones(d, d),
+    "all are normalised": (
+        lambda y, r: y * y.square().mean(-1, keepdim=True).rsqrt(),
+        Kind.TOKEN_DEPENDENT_WEIGHTS,
+        "two dimensions",
+    ),
+    "something is made of all of them, and of their projection": (
+        lambda y, r: y.sin() + (y @ y.new_ones(d, d)).sin(),
         Kind.TOKEN_DEPENDENT_WEIGHTS,
         "two dimensions",
     ),
