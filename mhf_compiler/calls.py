@@ -120,23 +120,30 @@ class Calls:
 def write_absent(graphs: Sequence[Calls], names: Names) -> None:
     """Write into reports which layers no graph has, next to those of the rewritten networks.
 
-    A layer may have several names, or share its weights, so it is in a graph that was given one of
-    its tensors. To be called after the calls of all graphs are written.
+    A layer may have several names, share tensors with others, or be called through its tensors
+    alone. To be called after the calls of all graphs are written.
     """
     rewritten = [calls for calls in graphs if calls.report.rewritten]
     if not all(calls.seen and all(calls.seen) for calls in rewritten):
         return  # which layers these calls were of is not known
     given = {key for calls in graphs for seen in calls.seen for key in seen.values()}
-    reached = {key for keys in names.of_tensors.values() if given & {*keys} for key in keys}
+    called = {module.path for calls in graphs for module in calls.report.modules}
+
+    def is_absent(path: str) -> bool:
+        within = f"{path}."
+        if any(f"{one}.".startswith(within) for one in called):
+            return False
+        tensors = names.of_tensors.values()
+        own = [{*keys} for keys in tensors if all(key.startswith(within) for key in keys)]
+        return not all(given & keys for keys in own)
+
     for calls in rewritten:
         paths = {path for site in calls.report.rewritten for path in site.modules if path}
         alike = {(without_numbers(path), names.classes.get(path)) for path in paths}
         calls.report.absent[:] = [
             Module(path, kind)
             for path, kind in names.classes.items()
-            if (without_numbers(path), kind) in alike
-            and (own := {key for key in names.all if key.startswith(f"{path}.")})
-            and not own & reached
+            if (without_numbers(path), kind) in alike and is_absent(path)
         ]
 
 

@@ -186,6 +186,8 @@ class CanonicalCopy:
     autocast: dict[fx.Node, dict[str, torch.dtype]] = field(default_factory=dict)
     #: the same: the levels of ``torch.func.grad`` it stands in; None where it cannot stand there
     levels: dict[fx.Node, tuple[int, ...] | None] = field(default_factory=dict)
+    #: values whose gradients a hook may change, each with what is read in its place from then on
+    hooked: dict[Value, Value] = field(default_factory=dict)
     #: what stands in a region of ``torch.inference_mode`` that the graph enters itself
     inference: set[fx.Node] = field(default_factory=set)
     _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
@@ -295,7 +297,9 @@ class CanonicalCopy:
         """
         return any(True for _ in self._overwriters(value, but_by))
 
-    def _overwriters(self, value: Value, but_by: AbstractSet[Value]) -> Iterator[fx.Node]:
+    def _overwriters(
+        self, value: Value, but_by: AbstractSet[Value] = frozenset()
+    ) -> Iterator[fx.Node]:
         for holding in self._holdings.get(value, ()):
             for writer in self._ends(holding, len(self.positions)):
                 if but_by.isdisjoint(map(_written_part, self.written[writer])):
@@ -313,8 +317,14 @@ class CanonicalCopy:
         It must where the node's memory is overwritten later: what then reads it reads another
         value. It may where nothing else holds the value, and where whatever reads or writes that
         memory from then on goes through the node.
+
+        What is computed anew may be a view where the node's tensor is none. Of a view that is
+        overwritten, PyTorch forgets hooks, and it lets no gradients begin in one without.
         """
-        if not self.is_overwritten(value):
+        if not self.is_overwritten(value) or self._is_overwritten_after_a_hook(value):
+            return False
+        written = (one for writer in self._overwriters(value) for one in self.written[writer])
+        if not value.requires_grad_mode and any(one.requires_grad_mode for one in written):
             return False
         node = self.made_by(value)
         assert node is not None, "what no node holds is not overwritten"
@@ -325,6 +335,13 @@ class CanonicalCopy:
         if node not in holders or any(self._storage_of[one] is not storage for one in holders):
             return False
         return self._is_gone_through(node, storage)
+
+    def _is_overwritten_after_a_hook(self, value: Value) -> bool:
+        """Whether a value has a hook, and more than hooks then changes what is in its memory."""
+        has_hook = value in self.hooked
+        while value in self.hooked:
+            value = self.hooked[value]
+        return has_hook and self.is_overwritten(value)
 
     def _is_gone_through(self, node: fx.Node, storage: Storage) -> bool:
         """Whether all later nodes that read or write a storage go through a node that lies in it.

@@ -307,13 +307,14 @@ def _split(value: Value, index: Index) -> tuple[Value, Index] | None:
 
 
 def _is_inside(value: Value, dim: int, start: Size, step: int) -> bool:
-    """Whether a part is proved to lie in what it is a part of; any from a fixed place does.
+    """Whether a part is proved to lie in what it is a part of; any of a fixed size does.
 
-    A symbolic place may be beyond the end, where a slice begins earlier.
+    A third of four chunks does by what the graph is guarded for, which sizes do not say.
     """
-    if isinstance(start, int):
+    width = value.shape[dim]
+    if isinstance(start, int) and isinstance(width, int):
         return True
-    end = plus(start, plus(multiply(step, plus(value.shape[dim], -1)), 1))
+    end = plus(start, plus(multiply(step, plus(width, -1)), 1))
     return at_most(end, value.source.shape[dim])
 
 

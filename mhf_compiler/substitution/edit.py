@@ -36,8 +36,21 @@ class Edit:
     redirected: dict[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
 
 
-def rewrite(graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: CanonicalCopy) -> Edit:
+def rewrite(
+    graph: fx.Graph,
+    sites: Sequence[Site | RouterProduct],
+    copy: CanonicalCopy,
+    *,
+    is_inner: bool = False,
+) -> Edit:
     """Copy ``graph`` and put its op in place of every site.
+
+    Args:
+        graph: the graph.
+        sites: what is replaced.
+        copy: what the graph computes.
+        is_inner: whether a higher-order operation is given the graph. Of what such a graph returns,
+            PyTorch lets nothing be overwritten that is a view, as an op's result may be.
 
     Raises:
         EditError: an argument of a site cannot be expressed; nothing was changed.
@@ -60,7 +73,7 @@ def rewrite(graph: fx.Graph, sites: Sequence[Site | RouterProduct], copy: Canoni
             continue
         results |= made
         for value, result in made.items():
-            _redirect_readers(edit, current, value, result, copy, after=editor.position)
+            _redirect_readers(edit, current, value, result, copy, editor.position, is_inner)
     _remove_dead(edit.graph, edit.nodes, copy, sites)
     edit.graph.lint()
     return edit
@@ -92,6 +105,7 @@ def _redirect_readers(
     result: fx.Node,
     copy: CanonicalCopy,
     after: int,
+    is_inner: bool,
 ) -> None:
     """Let every node after a position that reads the value read the result instead.
 
@@ -110,7 +124,7 @@ def _redirect_readers(
         elif memory in places:
             place = places[memory]
         else:
-            place = places[memory] = _copied(result) if places else result
+            place = places[memory] = _copied(result) if places or is_inner else result
             edit.inserted[place] = edit.inserted[result]
         edit.nodes[reader].replace_input_with(current[argument], place)
         edit.redirected[reader, argument] = place

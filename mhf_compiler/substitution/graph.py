@@ -208,6 +208,7 @@ def _rewrite_module(
     kept: list[tuple[fx.GraphModule, Site]],
     told: list[_Told],
     judge: Callable[[Site], Decision],
+    is_inner: bool = False,
 ) -> None:
     for inner, modes in inner_graphs(gm):
         if isinstance(modes, Unreadable):
@@ -216,12 +217,12 @@ def _rewrite_module(
                 report.unread.append(unread_graph(Reason(modes, node=products[0])))
         else:
             with modes.entered():
-                _rewrite_module(inner, options, report, kept, told, judge)
+                _rewrite_module(inner, options, report, kept, told, judge, is_inner=True)
     findings = find_sites(gm, shape_env_in(gm))
     decisions = [_on_shards(judge(site), gm, findings) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
-    decisions = _write(gm, decisions, findings, options.strict)
+    decisions = _write(gm, decisions, findings, options.strict, is_inner)
     lists = report.rewritten, report.declined, report.ordinary
     before = [len(sites) for sites in lists]
     _describe(gm, findings, decisions, report)
@@ -299,7 +300,11 @@ def shape_env_in(gm: fx.GraphModule) -> Any | None:
 
 
 def _write(
-    gm: fx.GraphModule, decisions: Sequence[Decision], findings: Findings, strict: bool
+    gm: fx.GraphModule,
+    decisions: Sequence[Decision],
+    findings: Findings,
+    strict: bool,
+    is_inner: bool,
 ) -> list[Decision]:
     """Edit the graph; decline a site that cannot be expressed, and try the rest again."""
     accepted = [decision for decision in decisions if decision.reason is None]
@@ -317,13 +322,15 @@ def _write(
         for d in accepted
     }
     try:
-        gm.graph, products = _with_products(gm.graph, products, copy, shape_env_in(gm))
+        gm.graph, products = _with_products(
+            gm.graph, products, copy, shape_env_in(gm), is_inner=is_inner
+        )
     except EditError as error:
         if error.site not in products:
             raise
         reason = Reason(error.kind, str(error), error.site.output_node)
         declined = [replace(d, reason=reason) if d.site is error.site else d for d in decisions]
-        return _write(gm, declined, findings, strict)
+        return _write(gm, declined, findings, strict, is_inner)
     gm.recompile()
     return [replace(d, products=products.get(d.site, ())) for d in decisions]
 
@@ -332,7 +339,12 @@ _Products = dict[Site, tuple[RouterProduct, ...]]  # of the sites that are rewri
 
 
 def _with_products(
-    graph: fx.Graph, products: _Products, copy: CanonicalCopy, shape_env: Any | None
+    graph: fx.Graph,
+    products: _Products,
+    copy: CanonicalCopy,
+    shape_env: Any | None,
+    *,
+    is_inner: bool,
 ) -> tuple[fx.Graph, _Products]:
     """The edited graph, and what was written into it.
 
@@ -341,7 +353,7 @@ def _with_products(
     # Sites may share a router.
     shared = {product.output: product for before in products.values() for product in before}
     try:
-        edit = rewrite(graph, [*shared.values(), *products], copy)
+        edit = rewrite(graph, [*shared.values(), *products], copy, is_inner=is_inner)
         if not any(map(has_examples_of_dynamo, graph.nodes)):
             spell_in_aten(edit, copy, shape_env)
         guard.check(edit, copy, shape_env)
@@ -354,4 +366,4 @@ def _with_products(
             site: tuple(product for product in before if product.output is not lost)
             for site, before in products.items()
         }
-        return _with_products(graph, rest, copy, shape_env)
+        return _with_products(graph, rest, copy, shape_env, is_inner=is_inner)

@@ -548,6 +548,19 @@ def test_what_is_no_layer_left_out_is_not_counted(last: Callable[[Block], nn.Mod
     assert [str(one) for one in report.coverage] == ["layers.{0,1}.ffn: all 2 layers"]
 
 
+@pytest.mark.parametrize("how", ["shared", "read"])
+def test_a_layer_of_whose_tensors_a_graph_has_some_is_left_out(how: str):
+    blocks = [Block() for _ in range(3)]
+    if how == "shared":
+        blocks[2].ffn.gate = blocks[1].ffn.gate
+    else:
+        weight = blocks[2].norm.weight
+        blocks[0].register_forward_pre_hook(lambda module, args: (args[0] * weight.mean(),))
+    report = explain(Some(blocks, 2))
+    (sentence,) = map(str, report.coverage)
+    assert sentence == "layers.{0,1}.ffn: 2 of 3 layers (layers.2 is in no graph)"
+
+
 def test_layers_without_tensors_are_not_said_to_be_left_out():
     """The tensors that graphs are given tell layers apart, so nothing is known of these."""
 

@@ -214,3 +214,72 @@ def test_a_view_from_before_is_read_later():
     with torch.no_grad():
         torch.testing.assert_close(flashmhf(model)(queries()), model(queries()))
     assert tally().failures == 0
+
+
+# A result that is a view, in place of what is none.
+
+
+class Products(nn.Module):
+    """A network of batched products, whose last one is no view, and what becomes of its output."""
+
+    def __init__(self, then: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        one = Network()
+        self.k, self.u, self.v = (nn.Parameter(w.detach()[0]) for w in (one.k, one.u, one.v))
+        self.then = then
+
+    def network(self, q: Tensor) -> Tensor:
+        return torch.bmm(F.silu(torch.bmm(q, self.k)) * torch.bmm(q, self.u), self.v)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self, x[0].transpose(0, 1))
+
+
+def hooked_and_overwritten(m: Any, q: Tensor) -> Tensor:
+    y = m.network(q)
+    y.register_hook(lambda gradient: 3 * gradient)
+    return y.mul_(2)
+
+
+def overwritten_where_gradients_begin(m: Any, q: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = m.network(q)
+    y[:, 0] = q[:, 0]
+    return y
+
+
+def overwritten_and_hooked(m: Any, q: Tensor) -> Tensor:
+    y = m.network(q).mul_(2)
+    y.register_hook(lambda gradient: 3 * gradient)
+    return y
+
+
+def hooked_twice(m: Any, q: Tensor) -> Tensor:
+    y = m.network(q)
+    for factor in (2, 3):
+        y.register_hook(lambda gradient, factor=factor: factor * gradient)
+    return y
+
+
+def chosen_and_overwritten(m: Any, q: Tensor) -> Tensor:
+    y = torch.cond(q.sum() > 0, m.network, lambda q: 2 * m.network(q), (q,))
+    return y.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("then", "sites"),
+    [
+        (hooked_and_overwritten, 0),
+        (overwritten_where_gradients_begin, 0),
+        (overwritten_and_hooked, 1),
+        (hooked_twice, 1),
+        (chosen_and_overwritten, 2),
+    ],
+)
+def test_what_pytorch_does_to_views_alone_is_not_done(
+    then: Callable[[Any, Tensor], Tensor], sites: int
+):
+    """It forgets the hooks of a view that is overwritten, and refuses to overwrite some."""
+    assert_same_steps(Products(then), queries())
+    assert (tally().sites, tally().failures) == (sites, 0)
