@@ -308,13 +308,13 @@ class _Tracer(fx.Interpreter):
         graphs = [one for one in tree_leaves(arguments) if isinstance(one, fx.GraphModule)]
         known = str(node.target) in _CALL_GRAPHS
         writes = not known or any(map(self._overwrites_inputs, graphs))
-        hooked = arguments[0][0] if str(node.target) == _HOOK else None
-        before = None if hooked is None else self._memory.read(hooked)
+        is_hook = str(node.target) == _HOOK
+        before = self._memory.read(arguments[0][0]) if is_hook else None
         values = self._overwrite(arguments) if writes else self._read(arguments)
         self._copy.escaping.update(values)
         if before is not None:
-            results = hooked
-            self._copy.hooked[before] = self._memory.read(hooked)
+            results = arguments[0][0]
+            self._copy.hooked[before] = self._memory.read(results)
         else:
             results = map_tensors(lambda x: self._new(x, OPAQUE), _known_result(node))
         for tensor in tensors_in(results):
