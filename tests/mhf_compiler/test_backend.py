@@ -235,9 +235,9 @@ def test_graphs_inside_are_restored_too(monkeypatch: pytest.MonkeyPatch):
     """The inner graph is rewritten before the outer one, where the fault is."""
     whole, calls = mhf_compiler.substitution.graph.rewrite, []
 
-    def rewrite(*given: Any) -> Any:
+    def rewrite(*given: Any, **how: Any) -> Any:
         calls.append(given)
-        return whole(*given) if len(calls) == 1 else _broken()
+        return whole(*given, **how) if len(calls) == 1 else _broken()
 
     monkeypatch.setattr(mhf_compiler.substitution.graph, "rewrite", rewrite)
     reports: list[Any] = []
@@ -377,7 +377,7 @@ def test_a_site_that_cannot_be_expressed_is_declined_and_the_others_rewritten(
 ):
     whole = mhf_compiler.substitution.graph.rewrite
 
-    def rewrite(graph: torch.fx.Graph, sites: Any, copy: Any) -> torch.fx.Graph:
+    def rewrite(graph: torch.fx.Graph, sites: Any, copy: Any, **how: Any) -> torch.fx.Graph:
         if len(sites) == 3:
             error = EditError("it is in the way")
             error.site = sites[1]

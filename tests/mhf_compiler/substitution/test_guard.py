@@ -172,9 +172,9 @@ def test_results_share_memory_with_each_other_as_before(monkeypatch: pytest.Monk
     assert len(explain(x).rewritten) == 1
     edit = mhf_compiler.substitution.edit._redirect_readers
 
-    def copies(edited: Any, *given: Any, after: int) -> None:
+    def copies(edited: Any, *given: Any) -> None:
         """Each reader reads a copy of its own."""
-        edit(edited, *given, after=after)
+        edit(edited, *given)
         for (reader, argument), place in edited.redirected.items():
             with edited.graph.inserting_after(place):
                 new = edited.graph.call_function(torch.clone, (place,))
