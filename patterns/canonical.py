@@ -321,9 +321,9 @@ class CanonicalCopy:
         What is computed anew may be a view where the node's tensor is none. Of a view that is
         overwritten, PyTorch forgets hooks, and it lets no gradients begin in one without.
         """
-        if not self.is_overwritten(value) or self._is_overwritten_after_a_hook(value):
+        written = [one for writer in self._overwriters(value) for one in self.written[writer]]
+        if not written or self._is_overwritten_after_a_hook(value):
             return False
-        written = (one for writer in self._overwriters(value) for one in self.written[writer])
         if not value.requires_grad_mode and any(one.requires_grad_mode for one in written):
             return False
         node = self.made_by(value)

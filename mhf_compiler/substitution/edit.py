@@ -41,7 +41,7 @@ def rewrite(
     sites: Sequence[Site | RouterProduct],
     copy: CanonicalCopy,
     *,
-    is_inner: bool = False,
+    copies_returned: bool = False,
 ) -> Edit:
     """Copy ``graph`` and put its op in place of every site.
 
@@ -49,8 +49,9 @@ def rewrite(
         graph: the graph.
         sites: what is replaced.
         copy: what the graph computes.
-        is_inner: whether a higher-order operation is given the graph. Of what such a graph returns,
-            PyTorch lets nothing be overwritten that is a view, as an op's result may be.
+        copies_returned: whether what is returned is a copy of an op's result. That may be a view
+            where the author's was none, of which PyTorch forgets hooks, or which it does not let
+            be overwritten.
 
     Raises:
         EditError: an argument of a site cannot be expressed; nothing was changed.
@@ -73,7 +74,7 @@ def rewrite(
             continue
         results |= made
         for value, result in made.items():
-            _redirect_readers(edit, current, value, result, copy, editor.position, is_inner)
+            _redirect_readers(edit, current, value, result, copy, editor.position, copies_returned)
     _remove_dead(edit.graph, edit.nodes, copy, sites)
     edit.graph.lint()
     return edit
@@ -105,7 +106,7 @@ def _redirect_readers(
     result: fx.Node,
     copy: CanonicalCopy,
     after: int,
-    is_inner: bool,
+    copies_returned: bool,
 ) -> None:
     """Let every node after a position that reads the value read the result instead.
 
@@ -124,7 +125,7 @@ def _redirect_readers(
         elif memory in places:
             place = places[memory]
         else:
-            place = places[memory] = _copied(result) if places or is_inner else result
+            place = places[memory] = _copied(result) if places or copies_returned else result
             edit.inserted[place] = edit.inserted[result]
         edit.nodes[reader].replace_input_with(current[argument], place)
         edit.redirected[reader, argument] = place

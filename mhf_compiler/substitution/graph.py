@@ -222,7 +222,9 @@ def _rewrite_module(
     decisions = [_on_shards(judge(site), gm, findings) for site in findings.sites]
     if options.verify:
         decisions = [_verified(decision, gm, findings, options) for decision in decisions]
-    decisions = _write(gm, decisions, findings, options.strict, is_inner)
+    # Inductor's own code returns no views; all else returns what the graph does.
+    copies_returned = is_inner or options.fallback != "inductor"
+    decisions = _write(gm, decisions, findings, options.strict, copies_returned)
     lists = report.rewritten, report.declined, report.ordinary
     before = [len(sites) for sites in lists]
     _describe(gm, findings, decisions, report)
@@ -304,7 +306,7 @@ def _write(
     decisions: Sequence[Decision],
     findings: Findings,
     strict: bool,
-    is_inner: bool,
+    copies_returned: bool,
 ) -> list[Decision]:
     """Edit the graph; decline a site that cannot be expressed, and try the rest again."""
     accepted = [decision for decision in decisions if decision.reason is None]
@@ -323,14 +325,14 @@ def _write(
     }
     try:
         gm.graph, products = _with_products(
-            gm.graph, products, copy, shape_env_in(gm), is_inner=is_inner
+            gm.graph, products, copy, shape_env_in(gm), copies_returned=copies_returned
         )
     except EditError as error:
         if error.site not in products:
             raise
         reason = Reason(error.kind, str(error), error.site.output_node)
         declined = [replace(d, reason=reason) if d.site is error.site else d for d in decisions]
-        return _write(gm, declined, findings, strict, is_inner)
+        return _write(gm, declined, findings, strict, copies_returned)
     gm.recompile()
     return [replace(d, products=products.get(d.site, ())) for d in decisions]
 
@@ -344,7 +346,7 @@ def _with_products(
     copy: CanonicalCopy,
     shape_env: Any | None,
     *,
-    is_inner: bool,
+    copies_returned: bool,
 ) -> tuple[fx.Graph, _Products]:
     """The edited graph, and what was written into it.
 
@@ -353,7 +355,7 @@ def _with_products(
     # Sites may share a router.
     shared = {product.output: product for before in products.values() for product in before}
     try:
-        edit = rewrite(graph, [*shared.values(), *products], copy, is_inner=is_inner)
+        edit = rewrite(graph, [*shared.values(), *products], copy, copies_returned=copies_returned)
         if not any(map(has_examples_of_dynamo, graph.nodes)):
             spell_in_aten(edit, copy, shape_env)
         guard.check(edit, copy, shape_env)
@@ -366,4 +368,4 @@ def _with_products(
             site: tuple(product for product in before if product.output is not lost)
             for site, before in products.items()
         }
-        return _with_products(graph, rest, copy, shape_env, is_inner=is_inner)
+        return _with_products(graph, rest, copy, shape_env, copies_returned=copies_returned)

@@ -283,3 +283,19 @@ def test_what_pytorch_does_to_views_alone_is_not_done(
     """It forgets the hooks of a view that is overwritten, and refuses to overwrite some."""
     assert_same_steps(Products(then), queries())
     assert (tally().sites, tally().failures) == (sites, 0)
+
+
+@pytest.mark.parametrize("fallback", ["eager", "aot_eager"])
+def test_a_caller_may_hook_or_overwrite_what_is_returned(fallback: str):
+    model, x = Products(lambda m, q: m.network(q)), queries()
+    compiled = flashmhf(model, options={"fallback": fallback})
+    gradients = []
+    for call in (model, compiled):
+        y = call(x)
+        y.register_hook(lambda gradient: 3 * gradient)
+        gradients.append(torch.autograd.grad(y.mul_(2).sum(), model.v))
+        with torch.no_grad():
+            y = call(x)
+        assert y.add_(model.v.sum()).requires_grad
+    torch.testing.assert_close(*gradients)
+    assert tally().sites > 0
