@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
-from ..compat import BUCKET, copy_dynamo_metadata
+from ..compat import copy_dynamo_metadata
 from ..patterns import CanonicalCopy, RouterProduct, Site, Value
 from .emit import EditError, Editor
 
@@ -67,14 +66,14 @@ def rewrite(
         except EditError as error:
             error.site = site
             raise
-        edit.inserted.update(dict.fromkeys(editor.inserted, site))
         if copy.takes_place_of_node(site.output):
             _replace_node(edit, site.output_node, output)
             current[site.output_node] = output
-            continue
-        results |= made
-        for value, result in made.items():
-            _redirect_readers(edit, current, value, result, copy, editor.position, copies_returned)
+        else:
+            results |= made
+            for value, result in made.items():
+                _redirect_readers(edit, current, value, result, copy, editor, copies_returned)
+        edit.inserted.update(dict.fromkeys(editor.inserted, site))
     _remove_dead(edit.graph, edit.nodes, copy, sites)
     edit.graph.lint()
     return edit
@@ -105,10 +104,10 @@ def _redirect_readers(
     value: Value,
     result: fx.Node,
     copy: CanonicalCopy,
-    after: int,
+    editor: Editor,
     copies_returned: bool,
 ) -> None:
-    """Let every node after a position that reads the value read the result instead.
+    """Let every node after the inserted ones that reads the value read the result instead.
 
     Exception: a value that the model copied into an input is still read from that input, because
     mutating the returned tensor must mutate the input. For the same reason equal results in
@@ -117,7 +116,7 @@ def _redirect_readers(
     returned = {memory for _, memory in copy.returned}
     places: dict[int | None, fx.Node] = {}
     for reader, argument in copy.readers_of.get(value, ()):
-        if copy.positions[reader] <= after or copy.is_outside(argument):
+        if copy.positions[reader] <= editor.position or copy.is_outside(argument):
             continue
         memory = copy.memory_of(argument)
         if memory not in returned:
@@ -125,19 +124,10 @@ def _redirect_readers(
         elif memory in places:
             place = places[memory]
         else:
-            place = places[memory] = _copied(result) if places or copies_returned else result
-            edit.inserted[place] = edit.inserted[result]
+            place = editor.copied(result) if places or copies_returned else result
+            places[memory] = place
         edit.nodes[reader].replace_input_with(current[argument], place)
         edit.redirected[reader, argument] = place
-
-
-def _copied(node: fx.Node) -> fx.Node:
-    with node.graph.inserting_after(node):
-        copied = node.graph.call_function(torch.clone, (node,))
-    for key in ("stack_trace", "nn_module_stack", BUCKET):
-        if key in node.meta:
-            copied.meta[key] = node.meta[key]
-    return copied
 
 
 def _remove_dead(

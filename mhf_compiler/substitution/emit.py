@@ -377,6 +377,10 @@ class Editor:
         node = self._permute(node, [order.index(dim) for dim in range(len(order))])
         return self._outside_levels(node)
 
+    def copied(self, result: fx.Node) -> fx.Node:
+        """A result once more, in a storage of its own."""
+        return self._outside_levels(self.call(torch.clone, result))
+
     def _outside_levels(self, node: fx.Node) -> fx.Node:
         """What is computed inside of ``torch.func.grad``, as those outside see it.
 

@@ -326,6 +326,11 @@ def _of_two_vjps(x: Tensor, *weights: Tensor) -> Any:
     return torch.func.vjp(lambda y: _of_vjp(y, *weights), x)[0]
 
 
+def _of_two_networks_in_vjp(x: Tensor, *weights: Tensor) -> Any:
+    """Equal results: each has a storage of its own."""
+    return torch.func.vjp(lambda y: (_beside(y, *weights), _beside(y, *weights)), x)[0]
+
+
 def _as_auxiliary(x: Tensor, *weights: Tensor) -> Any:
     return grad(lambda y: (y.square().sum(), _beside(y, *weights)), has_aux=True)(x)
 
@@ -337,7 +342,13 @@ def _its_gradient(x: Tensor, *weights: Tensor) -> Any:
 
 @pytest.mark.parametrize(
     ("model", "sites"),
-    [(_of_vjp, 1), (_of_two_vjps, 1), (_as_auxiliary, 1), (_its_gradient, 0)],
+    [
+        (_of_vjp, 1),
+        (_of_two_vjps, 1),
+        (_of_two_networks_in_vjp, 1),
+        (_as_auxiliary, 1),
+        (_its_gradient, 0),
+    ],
 )
 def test_inside_a_level_of_gradients(model: Model, sites: int):
     """The op inside of a level is what the network was there: a constant, but for those outside."""

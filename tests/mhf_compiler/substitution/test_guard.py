@@ -175,10 +175,9 @@ def test_results_share_memory_with_each_other_as_before(monkeypatch: pytest.Monk
     def copies(edited: Any, *given: Any) -> None:
         """Each reader reads a copy of its own."""
         edit(edited, *given)
+        *_, editor, _ = given
         for (reader, argument), place in edited.redirected.items():
-            with edited.graph.inserting_after(place):
-                new = edited.graph.call_function(torch.clone, (place,))
-            edited.inserted[new] = edited.inserted[place]
+            new = editor.copied(place)
             edited.nodes[reader].replace_input_with(place, new)
             edited.redirected[reader, argument] = new
 
