@@ -2,6 +2,7 @@
 
     python -m tests.mutants --record        which tests run what, which is kept; then every change
     python -m tests.mutants                 every change, by the record; --list prints them only
+    python -m tests.mutants --on TEST       every change, on these tests alone and without a record
 
 Exits with 1 if a change survives that equivalent.py does not explain.
 """
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -25,6 +27,8 @@ from .running import Outcome, Server
 from .sharing import Crew
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+#: seconds of computing after which given tests do not end
+_LONG = 3600
 OUTCOMES = ROOT / "build" / "mutants" / "outcomes.tsv"
 OUTCOMES_INTERPRETED = OUTCOMES.with_stem("outcomes_interpreted")
 
@@ -55,6 +59,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=1440, help="stop after so many; what is known is kept"
     )
+    parser.add_argument("--on", nargs="+", metavar="TEST", help="run these tests for each, and all")
     parser.add_argument(
         "--record", nargs="*", metavar="TEST", help="first record what these tests reach; none: all"
     )
@@ -134,13 +139,41 @@ def run_all(todo: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
                 show(mutant, results.state(number), results.outcomes[number])
         print(results.by_file())
 
-    selected = ["-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-m", "not gpu"]
     files = options.record or (TESTS_INTERPRETED if INTERPRETING else TESTS)
-    plugins = [Server(work), *([] if recorder is None else [recorder])]
-    status = pytest.main([*selected, *files], plugins=plugins)
+    collect(files, Server(work), *([] if recorder is None else [recorder]))
+    return results.survivors()
+
+
+def run_on(todo: list[Mutant], tests: list[str]) -> list[Mutant]:
+    """Run all of the given tests for each change, and return those that they do not notice."""
+    found = [Outcome() for _ in todo]
+
+    def work(server: Server) -> None:
+        server.freeze()
+        for number, mutant in enumerate(todo):
+            found[number] = outcome = server.run(mutant, list(server.items), sys.maxsize, _LONG)
+            show(mutant, CAUGHT if outcome.by else OPEN, outcome)
+
+    collect(tests, Server(work))
+    caught = [number for number, outcome in enumerate(found) if outcome.by]
+    results = Results(OUTCOMES, [todo[number] for number in caught])
+    results.begin([1 for _ in caught])
+    for place, number in enumerate(caught):
+        results.add(place, found[number])
+    results.write()
+    return [mutant for mutant, outcome in zip(todo, found, strict=True) if not outcome.by]
+
+
+def collect(tests: Sequence[str], *plugins: object) -> None:
+    """Let pytest collect tests, and one of the plugins do with them what it does.
+
+    Raises:
+        SystemExit: they cannot be collected.
+    """
+    selected = ["-q", "-s", "-p", "no:cacheprovider", "--tb=short", "-m", "not gpu"]
+    status = pytest.main([*selected, *tests], plugins=list(plugins))
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"the tests could not be collected: {status!r}")
-    return results.survivors()
 
 
 def main() -> int:
@@ -157,6 +190,8 @@ def main() -> int:
             )
         print(f"{len(found)} changes")
         return 0
+    if options.on:
+        return int(bool(run_on(found, options.on)))
     mine = [mutant for mutant in found if mutant.path.startswith(KERNELS) is INTERPRETING]
     wanted = mine or options.record is not None
     survivors = run_all(mine, options) if wanted else []
