@@ -18,7 +18,7 @@ The files, in the order in which a graph passes through them:
     recognise      the entry point; site: what it returns
 """
 
-from .axes import Affine, Axis, Size, at_most, multiply, plus, quotient
+from .axes import Affine, Axis, Size, at_most, multiply, plus, quotient, stride_in_sizes
 from .canonical import COPY, OPAQUE, SCATTER, CanonicalCopy, Value
 from .casts import uncast
 from .heads import Heads, find_heads
@@ -71,5 +71,6 @@ __all__ = [
     "multiply",
     "plus",
     "quotient",
+    "stride_in_sizes",
     "uncast",
 ]

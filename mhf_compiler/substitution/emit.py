@@ -41,6 +41,7 @@ from ..patterns import (
     multiply,
     plus,
     quotient,
+    stride_in_sizes,
 )
 
 aten = torch.ops.aten
@@ -513,7 +514,8 @@ def _keeps_strides(site: Site | RouterProduct, order: tuple[int, ...]) -> bool:
             stride_of[axis] = step
             step = multiply(step, axis.size)
     value = site.output
-    for dim_axes, size, stride in zip(site.output_dims, value.shape, value.strides, strict=True):
+    strides = map(stride_in_sizes, value.strides)
+    for dim_axes, size, stride in zip(site.output_dims, value.shape, strides, strict=True):
         axes = [axis for axis in dim_axes if axis.size != 1]
         if size == 1:
             continue

@@ -37,7 +37,7 @@ from ..compat import (
     symbolic_size,
     tree_leaves,
 )
-from ..patterns import CanonicalCopy, Kind, Modes, RouterProduct, Site, Size, Value
+from ..patterns import CanonicalCopy, Kind, Modes, RouterProduct, Site, Size, Value, stride_in_sizes
 from .edit import Edit
 from .emit import EditError
 
@@ -332,8 +332,16 @@ class _Guard:
 
 
 def _strides_differ(before: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether they do where the tensors have elements, in a dimension of more than one."""
     pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
-    return not all(_equal((size,), (1,)) or _equal((was,), (now,)) for size, was, now in pairs)
+    return not all(_equal((size,), (1,)) or _same_stride(was, now) for size, was, now in pairs)
+
+
+def _same_stride(was: Any, now: Any) -> bool:
+    if _equal((was,), (now,)):
+        return True
+    mine, other = (stride_in_sizes(symbolic_size(stride)) for stride in (was, now))
+    return mine == other
 
 
 def _shows_strides(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import mhf_compiler.lowering  # noqa: F401  (defines the op)
+import mhf_compiler
 from mhf_compiler.patterns import find_sites
 from mhf_compiler.substitution.edit import rewrite
 
@@ -570,3 +570,36 @@ def test_random_numbers_are_not_drawn_again():
         torch.manual_seed(0)
         results.append(call(x))
     torch.testing.assert_close(*results)
+
+
+class OfPart(PerHead):
+    """The network of a part of the tokens, with heads outermost in memory as the product has it."""
+
+    def __init__(self, part: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Any:
+        return self.heads(split(self.part(x)))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[:, x.shape[0] :],
+        lambda x: x[:, : -x.shape[0]],
+        lambda x: x[:, x.shape[1] // 2 :],
+        lambda x: x[:1, 1:],
+        lambda x: x[:1, x.shape[0] :],
+    ],
+)
+def test_the_result_for_a_part_that_may_be_empty_is_no_copy(part: Callable[[Tensor], Tensor]):
+    """PyTorch writes the strides of such a result with ``Max(1, size)``."""
+    model, x = OfPart(part), torch.randn(2, 6, H * d)
+    options = {"rewrite": "always", "strict": True, "fallback": "aot_eager"}
+    report = mhf_compiler.explain(model, options=options, dynamic=True)(x)
+    assert len(report.rewritten) == 1
+    assert "contiguous" not in report.graph_after
+    compiled = torch.compile(model, backend="flashmhf", options=options, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    assert compiled(x).stride() == model(x).stride()
