@@ -36,6 +36,7 @@ _FUNCTIONS: dict[Any, OpOverload] = {
 }
 #: of tensors; of sizes they stay what they are
 _OPERATORS = {operator.add: aten.add.Tensor, operator.mul: aten.mul.Tensor}
+_OF_SIZES = (operator.add, operator.mul, operator.floordiv)
 
 
 def spell_in_aten(edit: Edit, copy: CanonicalCopy, shape_env: Any | None = None) -> None:
@@ -88,7 +89,7 @@ def _spell(node: fx.Node) -> None:
         args = (node.args[0], len(before), part.start, part.stop, part.step)
         node.target, node.args = aten.slice.Tensor, args
     elif not isinstance(node.target, OpOverload) and node.target not in (
-        *_OPERATORS,
+        *_OF_SIZES,
         operator.getitem,
     ):
         raise LookupError("it is no ATen operation")

@@ -155,6 +155,27 @@ def test_dynamic_shapes(strict: bool, decomposed: bool, name: str):
         result.module()(tokens(65, LENGTH))
 
 
+class SecondHalf(nn.Module):
+    """A network of the later tokens: where they begin is a quotient of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Heads()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x[:, x.shape[1] // 2 :])
+
+
+@strict
+def test_a_part_of_a_dynamic_number_of_tokens(strict: bool):
+    program = export(SecondHalf(), (x(),), dynamic_shapes={"x": {1: Dim.AUTO}}, strict=strict)
+    result, _ = rewritten(program)
+    loaded = saved_and_loaded(result)
+    for length in (5, 8, 13):
+        assert_same(program, result, x(2, length))
+        assert_same(program, loaded, x(2, length))
+
+
 @strict
 def test_it_is_trained(strict: bool):
     """The parameters are those of the model, so gradients arrive there."""
