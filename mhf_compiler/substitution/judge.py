@@ -101,13 +101,18 @@ def product_runs(product: RouterProduct, strict: bool) -> bool:
         return False
     try:
         with no_fake_mode():
-            training = product.output.requires_grad_mode
+            training = _may_be_trained(product.output)
             trial_run(query.dtype, weight.dtype, shape, query.device, training)
     except Exception as error:
         where = locate(product.output_node)
         kernel_failed("the product before a router", where, error, strict=strict)
         return False
     return True
+
+
+def _may_be_trained(output: Value) -> bool:
+    """Whether a backward pass may come: not where all that a network reads is frozen."""
+    return output.requires_grad_mode and output.may_need_gradient()
 
 
 def workload_of(
@@ -147,7 +152,7 @@ def workload_of(
         activation=site.activation,
         out_dtype=site.out_dtype,
         device=torch.device("cuda") if named else site.device,
-        training=training and site.output.requires_grad_mode,
+        training=training and _may_be_trained(site.output),
         dynamic=dynamic,
         pieces=(
             _pieces(site.gate.value),

@@ -826,3 +826,18 @@ def test_networks_in_a_row_give_no_near_misses() -> None:
     report = mhf_compiler.explain(model, options={"rewrite": "always"})(torch.randn(2, 6, 32))
     assert len(report.rewritten) == 2
     assert report.declined == []
+
+
+@pytest.mark.parametrize(
+    ("frozen", "of_frozen", "trained"),
+    [(False, True, True), (True, True, False), (True, False, True)],
+    ids=["trained", "frozen", "frozen, of tokens that are trained"],
+)
+def test_a_network_counts_as_trained_if_anything_it_reads_is(
+    frozen: bool, of_frozen: bool, trained: bool
+):
+    """A frozen network in grad mode has no backward pass, and is judged without one."""
+    model = Heads().requires_grad_(not frozen)
+    tokens = torch.randn(2, 5, 32, requires_grad=not of_frozen)
+    (site,) = mhf_compiler.explain(model, options={"rewrite": "always"})(tokens).rewritten
+    assert ("backward" in " ".join(site.lowered)) == trained
