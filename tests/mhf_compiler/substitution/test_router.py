@@ -146,6 +146,15 @@ def test_a_product_whose_kernel_fails_stays(monkeypatch: pytest.MonkeyPatch):
     assert "router_product" not in calls(report)
 
 
+@pytest.mark.filterwarnings("error")
+def test_for_a_card_that_is_not_there_no_kernel_is_tried():
+    with torch.device("meta"):
+        model, x = FlashMHF(), torch.empty(B, L, H * d, dtype=torch.bfloat16)
+    report = mhf_compiler.explain(model, device="cuda:h100", options={"rewrite": "always"})(x)
+    (site,) = report.rewritten
+    assert "the router's product reads q in bfloat16, without a copy" in site.lowered
+
+
 def test_the_queries_are_computed_once():
     """The norm's result is written for the first of its readers, and read by the second."""
     code = """
