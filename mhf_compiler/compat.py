@@ -833,8 +833,15 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor  # type: ignore[attr-defined]
 
 
-def dtensor_of(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A DTensor with the shape, strides and placements of another, and this shard."""
+def dtensor_of(
+    local: torch.Tensor,
+    like: torch.Tensor,
+    number: Callable[[Any], Any] = lambda sizes: sizes,
+) -> torch.Tensor:
+    """A DTensor with the shape, strides and placements of another, and this shard.
+
+    ``number`` gives the sizes of what has symbolic ones.
+    """
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -842,8 +849,8 @@ def dtensor_of(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         like.device_mesh,  # type: ignore[attr-defined]
         placements(like),
         run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
+        shape=number(tuple(like.shape)),
+        stride=number(like.stride()),
     )
 
 

@@ -31,7 +31,6 @@ from mhf_compiler.compat import (
     functorch_depth,
     grad_levels,
     has_examples_of_dynamo,
-    has_symbols,
     is_traceable_wrapper_subclass,
     local_tensor,
     new_fake,
@@ -260,7 +259,7 @@ class _Tracer(fx.Interpreter):
         """A fake tensor like the example, in memory of its own, made of operands somehow."""
         if is_traceable_wrapper_subclass(example):
             shard = local_tensor(example)
-            if is_traceable_wrapper_subclass(shard) or has_symbols(example):
+            if is_traceable_wrapper_subclass(shard):
                 return _Unfollowed(type(example).__name__)
             self._sharded = True
         fake = torch.empty_strided(

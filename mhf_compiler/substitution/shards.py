@@ -58,7 +58,7 @@ def objection(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None
     original = Spelling(site, dict.fromkeys(arguments(site), ""), sizes)
     with no_tracing_context(), FakeTensorMode(), torch.autocast(site.device.type, enabled=False):
         try:
-            given = [_given(value, site, copy) for value in original.inputs]
+            given = [_given(value, site, copy, sizes) for value in original.inputs]
             were = _outcomes(original, given, site)
             would = _outcomes(replacement(site, copy, original.inputs, sizes), given, site)
         except Exception as error:
@@ -74,8 +74,8 @@ def objection(gm: fx.GraphModule, site: Site, copy: CanonicalCopy) -> str | None
     return None
 
 
-def _given(value: Value, site: Site, copy: CanonicalCopy) -> Tensor:
-    """A leaf that looks like a value of the graph.
+def _given(value: Value, site: Site, copy: CanonicalCopy, sizes: Sizes) -> Tensor:
+    """A leaf that looks like a value of the graph, with numbers for dynamic sizes.
 
     Raises:
         ValueError: it is not known how the value is placed.
@@ -84,8 +84,9 @@ def _given(value: Value, site: Site, copy: CanonicalCopy) -> Tensor:
     if device_mesh(example) is None or example.dtype is not value.dtype:
         raise ValueError(f"it is not known how {value.origin} is placed")
     local = local_tensor(example)
-    made = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=local.device)
-    whole = dtensor_of(made, example).reshape(value.shape)
+    shape, strides = sizes.known(tuple(local.shape)), sizes.known(local.stride())
+    made = torch.empty_strided(shape, strides, dtype=local.dtype, device=local.device)
+    whole = dtensor_of(made, example, sizes.known).reshape(sizes.known(value.shape))
     return whole.detach().requires_grad_(example.requires_grad)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.graphs import dynamic_graph_of, graph_of
+from support.graphs import graph_of
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -367,14 +367,3 @@ def test_a_number_that_a_tensor_is_added_to_is_not_overwritten(monkeypatch: pyte
     (called,) = graph.gm.graph.find_nodes(op="call_method", target="add_")
     called.args = (1, called.args[0])
     assert graph.depends("add_")
-
-
-def test_a_dtensor_of_dynamic_size_is_not_followed(monkeypatch: pytest.MonkeyPatch):
-    gm, shape_env = dynamic_graph_of(lambda a: a.sin(), x())
-    first, sine = (node for node in gm.graph.nodes if node.op != "output")
-    sine.meta["val"] = example = first.meta["val"]
-    monkeypatch.setattr(tracer, "is_traceable_wrapper_subclass", lambda t: t is example)
-    monkeypatch.setattr(tracer, "local_tensor", lambda t: torch.randn(2, 6))
-    assert trace(gm, shape_env).values == []
-    first.meta["val"] = sine.meta["val"] = example = x()
-    assert len(trace(gm, shape_env).values) == 2

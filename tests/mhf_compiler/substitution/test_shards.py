@@ -117,10 +117,23 @@ def test_hidden_units_that_leave_the_mesh(mesh: DeviceMesh):
     assert not report.rewritten
 
 
-def test_dynamic_sizes_of_dtensors_are_not_followed(mesh: DeviceMesh):
-    model, q = Network(mesh), queries(mesh)
+@pytest.mark.parametrize("training", [False, True])
+def test_dynamic_sizes(mesh: DeviceMesh, training: bool):
+    """In training, too, where PyTorch's own back ends fail."""
+    model = Network(mesh)
     options = OPTIONS | {"fallback": "aot_eager"}
     compiled = torch.compile(model, backend="flashmhf", dynamic=True, options=options)
-    with torch.no_grad():  # PyTorch's own back ends fail where gradients are recorded
-        torch.testing.assert_close(compiled(q).full_tensor(), model(q).full_tensor())
-    assert counters["flashmhf"]["sites_rewritten"] == 0
+    for length in (5, 9):
+        q = distribute_tensor(torch.randn(2, length, 4, 16), mesh, [Replicate()])
+        with torch.set_grad_enabled(training):
+            found, expected = compiled(q), model(q)
+        assert found.placements == expected.placements
+        torch.testing.assert_close(found.full_tensor(), expected.full_tensor())
+        if training:
+            weights = [model.gate, model.down]
+            of_found, of_expected = (
+                [grad.full_tensor() for grad in torch.autograd.grad(y.sum(), weights)]
+                for y in (found, expected)
+            )
+            torch.testing.assert_close(of_found, of_expected)
+    assert counters["flashmhf"]["sites_rewritten"] == 1
