@@ -87,6 +87,7 @@ __all__ = [
     "is_part_of_buckets",
     "is_traceable_wrapper_subclass",
     "is_tracing",
+    "is_wrapped",
     "least_without_floors",
     "leave_functorch_levels",
     "load_cpp",
@@ -300,6 +301,11 @@ def computes_gradients(node: torch.fx.Node) -> bool:
 def functorch_depth() -> int:
     """How many levels of ``vmap`` and ``grad`` are entered."""
     return int(torch._C._functorch.get_dynamic_layer_stack_depth())
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for another one in a level of ``vmap`` or ``grad``."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def grad_levels() -> tuple[int, ...] | None:

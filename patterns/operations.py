@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 
@@ -39,8 +39,9 @@ def operation_name(value: Value) -> str:
     if value.op == OPAQUE:
         target = value.origin.target
         module = getattr(target, "__module__", "torch")
-        builtin = module in (None, "builtins") or isinstance(target, BuiltinFunctionType)
-        return str(getattr(target, "__name__", target) if builtin else target)
+        function = isinstance(target, (BuiltinFunctionType, FunctionType))
+        named = function or module in (None, "builtins")
+        return str(getattr(target, "__name__", target) if named else target)
     return str(value.op).removeprefix("aten.").removesuffix(".default")
 
 

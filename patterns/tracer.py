@@ -32,6 +32,7 @@ from mhf_compiler.compat import (
     grad_levels,
     has_examples_of_dynamo,
     is_traceable_wrapper_subclass,
+    is_wrapped,
     local_tensor,
     new_fake,
     no_new_guards,
@@ -369,7 +370,9 @@ def _shared_memory(node: fx.Node) -> Hashable | None:
     if known is not None:
         return known.memory
     example = node.meta.get("example_value")
-    return storage_identity(example) if isinstance(example, torch.Tensor) else None
+    if not isinstance(example, torch.Tensor) or is_wrapped(example):
+        return None
+    return storage_identity(example)
 
 
 def _asks_for_sizes(node: fx.Node) -> bool:

@@ -68,8 +68,14 @@ def test_an_activation_of_the_table_is_no_other_pointwise_operation():
 
 @pytest.mark.parametrize(
     ("target", "name"),
-    [(int, "int"), (torch.sin, "sin"), (fx.Graph, str(fx.Graph))],
-    ids=["a builtin type", "a builtin function", "a class of a module"],
+    [
+        (int, "int"),
+        (torch.sin, "sin"),
+        (torch.einsum, "einsum"),
+        (aten.sin.default, "aten.sin.default"),
+        (fx.Graph, str(fx.Graph)),
+    ],
+    ids=["a builtin type", "a builtin function", "a function", "an op", "a class of a module"],
 )
 def test_what_is_not_known_is_named_by_its_function(target: Any, name: str):
     node = fx.Graph().call_function(target)

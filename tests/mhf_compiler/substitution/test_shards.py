@@ -115,6 +115,22 @@ def test_autocast(mesh: DeviceMesh):
 def test_hidden_units_that_leave_the_mesh(mesh: DeviceMesh):
     report = mhf_compiler.explain(Detoured(mesh), options=OPTIONS)(queries(mesh))
     assert not report.rewritten
+    assert [one.reason.kind for one in report.declined] == [DeclineKind.UNKNOWN_OPERATION]
+
+
+class OverBatch(Network):
+    def forward(self, q: Tensor) -> Tensor:
+        return torch.vmap(lambda one: Network.forward(self, one[None])[0])(q)
+
+
+def test_in_vmap_operations_on_dtensors_are_not_followed(mesh: DeviceMesh):
+    report = mhf_compiler.explain(OverBatch(mesh), options=OPTIONS)(queries(mesh))
+    assert not report.rewritten
+    (declined,) = report.declined
+    assert (declined.reason.kind, declined.reason.detail) == (
+        DeclineKind.UNKNOWN_OPERATION,
+        "einsum",
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
