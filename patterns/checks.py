@@ -434,7 +434,7 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
                 continue
             if current in copy.escaping:
                 raise Declined(Kind.ESCAPING_INTERMEDIATE, "it is returned", value.origin)
-            for reader in _outer_readers(current, reading, root, copy):
+            for reader in _outer_readers(current, reading, copy):
                 if reader.op in writes:
                     continue
                 if reader.op in LIKES:
@@ -449,12 +449,10 @@ def check_no_escape(reading: Reading, root: Value, copy: CanonicalCopy) -> None:
             raise Declined(Kind.ESCAPING_INTERMEDIATE, detail, operand.value.origin)
 
 
-def _outer_readers(
-    value: Value, reading: Reading, root: Value, copy: CanonicalCopy
-) -> Iterator[Value]:
+def _outer_readers(value: Value, reading: Reading, copy: CanonicalCopy) -> Iterator[Value]:
     """Live readers that the op does not replace."""
     for reader in value.readers:
-        if reader not in reading.computed and reader is not root and copy.is_live(reader):
+        if reader not in reading.computed and copy.is_live(reader):
             yield reader
 
 
@@ -465,8 +463,8 @@ def _parts_of(root: Value) -> dict[Value, Size]:
 
 def is_read_apart(piece: Value, root: Value, copy: CanonicalCopy) -> bool:
     """Whether a head's output has readers other than what merges the heads."""
-    merges = {root, *(part for part in _parts_of(root) if part.op in MERGES)}
-    others = any(reader not in merges and copy.is_live(reader) for reader in piece.readers)
+    merged = {root, *_parts_of(root)}
+    others = any(reader not in merged and copy.is_live(reader) for reader in piece.readers)
     return others or piece in copy.escaping
 
 
@@ -507,8 +505,7 @@ def check_gradients_apart(pieces: tuple[Value, ...], root: Value, copy: Canonica
     Else the other heads would get zeros where eager gives them none, which an optimizer tells
     apart.
     """
-    wanted = root.requires_grad_mode and root.may_need_gradient()
-    if not wanted or _has_gradient(root, copy):
+    if not root.may_need_gradient() or _has_gradient(root, copy):
         return
     if any(_has_gradient(piece, copy) for piece in pieces):
         raise Declined(Kind.GRADIENTS_CUT, "of the merged heads", root.origin)
@@ -663,7 +660,7 @@ def _site(
     pieces: tuple[Value, ...],
 ) -> Site:
     gate, up = term.gate, term.up
-    batch, length = two_token_dims(roles.tokens, gate.query.index, reading.index)
+    batch, length = two_token_dims(roles.tokens, gate.query.index)
     if real(length) <= _nested(gate.query.index, set(roles.groups)):
         sizes_of = [product(axis.size for axis in axes) for axes in (length, batch)]
         if at_most(*sizes_of):
@@ -729,11 +726,9 @@ def _sized(roles: Roles) -> list[tuple[str, tuple[Axis, ...]]]:
 
 
 def two_token_dims(
-    tokens: tuple[Axis, ...], query: Index, root: Index
+    tokens: tuple[Axis, ...], query: Index
 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     """The op has two token dimensions, (B, L): the axes that the query keeps together are L."""
-    if len(tokens) < 2:
-        return (), tokens
     ordered = in_reading_order(tokens, query)
     for cut in range(len(ordered)):
         if _contiguous(ordered[cut:], query):

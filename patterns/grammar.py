@@ -262,7 +262,7 @@ class _Reader:
         dim = value.argument(1, "dim", 0) % len(value.shape)
         alike = all(len(piece.shape) == len(value.shape) for piece in pieces)
         widths = [piece.shape[dim] for piece in pieces] if alike else []
-        if value.op is aten.cat.default and len(set(widths)) > 1:
+        if len(set(widths)) > 1:
             cats = [piece for piece in pieces if piece.op is aten.cat.default]
             if any(cat.requires_grad_mode is not value.requires_grad_mode for cat in cats):
                 detail = "heads are merged in two steps, one of which records gradients"

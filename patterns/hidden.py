@@ -143,7 +143,9 @@ class HiddenReader:
         contraction = self.projections[int(line.projection.name[1:])]
         left, right = contraction.left, contraction.right
         hidden = frozenset(leaves(self.summed))
-        query, weight = (left, right) if real_axes(right.index) & hidden else (right, left)
+        # Nothing moves along a single unit: then the query is first, as in ``q @ w``.
+        of_units = [bool(real_axes(one.index) & hidden) for one in (left, right)]
+        query, weight = (right, left) if of_units == [True, False] else (left, right)
         along = {*self.outer, *contraction.summed}
         repeated = repetition(query, along, in_loop=self.in_loop, stops=self.outputs)
         if repeated is not None:

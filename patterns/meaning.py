@@ -315,8 +315,6 @@ def read_hidden(expression: Expression, dtype: torch.dtype = torch.float32) -> H
     if len(gates) != 1 or len(lines) > 1:
         raise Declined(Kind.NOT_A_PRODUCT, _counted(len(gates), len(lines)))
     (activation, gate), up = gates[0], lines[0] if lines else None
-    if not 0 < abs(float(scale)) < math.inf:
-        raise Declined(Kind.NOT_A_PRODUCT, f"it is scaled by {float(scale)}")
     order = sorted(factors, key=lambda symbol: symbol.name)
     return Hidden(activation, gate, up, tuple(order), float(scale))
 

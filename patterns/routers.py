@@ -187,7 +187,7 @@ def _proved(product: _Product, site: Site, copy: CanonicalCopy) -> RouterProduct
     if not _can_move(product, copy):
         return None
     query, weight, bias = product.query, product.weight, product.contraction.bias
-    batch, length = two_token_dims(roles.tokens, query.index, product.index)
+    batch, length = two_token_dims(roles.tokens, query.index)
     heads = in_reading_order(roles.heads, query.index)
     inner = in_reading_order(roles.width, query.index)
     output_dims = tuple(form.axes() for form in product.index)

@@ -105,6 +105,10 @@ def pushed_forward_by_weights(n: Network) -> Callable[[Weights, Tensor], Any]:
     return lambda w, x: jvp(lambda w: n(w, x), (w,), (tree_map(torch.cos, w),))
 
 
+def of_something_else(n: Network) -> Callable[[Weights, Tensor], Any]:
+    return lambda w, x: jvp(lambda s: (n(w, x), s.sin()), (x.sum(),), (x.new_ones(()),))
+
+
 def of_a_factor(n: Network) -> Callable[[Weights, Tensor], Any]:
     return lambda w, x: jacfwd(lambda s: n(w, s * x))(torch.ones((), dtype=x.dtype))
 
@@ -133,6 +137,7 @@ PROGRAMS = {
     "vjp": Program(pulled_back),
     "jvp of the input": Program(pushed_forward, reasons=_FORWARD),
     "jvp of the weights": Program(pushed_forward_by_weights, reasons=_FORWARD),
+    "jvp of what a network does not read": Program(of_something_else),
     "jacrev": Program(lambda n: lambda w, x: jacrev(lambda x: n(w, x).sum((0, 1)))(x)),
     "jacfwd": Program(of_a_factor),
     "grad of grad": Program(second_derivative),

@@ -388,6 +388,11 @@ DECLINED: dict[str, tuple[Kind, Callable[[Ffn, Tensor], Any], dict[str, int]]] =
         ),
         {},
     ),
+    "check_range, hidden units beyond any number": (
+        Kind.UNKNOWN_OPERATION,
+        lambda m, q: project(m.hidden(q * 0) * 1e200 * 1e200, m.down),
+        {},
+    ),
     "check_weights, the same for all features": (
         Kind.UNPAIRED_BRANCHES,
         lambda m, q: project(
@@ -624,6 +629,13 @@ def zeros_like_a_cast(m: Ffn, q: Tensor) -> Tensor:
     return sum(outs, torch.zeros_like(outs[0].double(), dtype=torch.float32))
 
 
+def of_one_unit(m: Ffn, q: Tensor) -> Tensor:
+    """Heads of a single hidden unit: neither operand of a projection moves along it."""
+    q = q.transpose(1, 2)
+    hidden = F.silu(q @ m.gate[..., :1]) * (q @ m.up[..., :1])
+    return (hidden @ m.down[:, :1]).transpose(1, 2)
+
+
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
     "a part of the output": lambda m, q: project(m.hidden(q), m.down)[:, 1:],
@@ -651,6 +663,10 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     ).unflatten(-1, (2, 12)),
     "an up projection that is scaled before its bias": lambda m, q: project(
         F.silu(project(q, m.gate)) * (3 * project(q, m.up) + m.gate[:, 0]), m.down
+    ),
+    "heads of one hidden unit": of_one_unit,
+    "hidden units that are taken apart and merged again": lambda m, q: project(
+        torch.stack(m.hidden(q).unbind(2), 2), m.down
     ),
     "heads that are negated one by one": lambda m, q: per_head(m, q, lambda y, _: -y),
     "heads that are widened one by one": lambda m, q: per_head(m, q, lambda y, _: y.double()),
@@ -870,6 +886,19 @@ def test_a_head_has_no_gradient_through_a_result_that_has_none(
     assert reasons(found(compute)) == [Kind.GRADIENTS_CUT]
     model = Ffn(compute).requires_grad_(False)
     assert len(find_sites(graph_of(model, torch.randn(B, L, H, d))).sites) == 1
+
+
+def test_what_the_backward_pass_reads_again_is_not_overwritten():
+    """Eager computes gradients from the new numbers, the op from its arguments."""
+
+    def hidden_units(m: Ffn, q: Tensor) -> Tensor:
+        hidden = m.hidden(q)
+        y = project(hidden, m.down)
+        hidden.detach().zero_()
+        return y
+
+    assert reasons(found(hidden_units)) == [Kind.MUTATION]
+    assert len(found(hidden_units, trained=False).sites) == 1
 
 
 def test_half_a_network_without_gradients_matters_where_some_are_wanted():

@@ -54,6 +54,12 @@ def test_rows_behind_each_head_are_tokens(shape: tuple[int, ...], tokens: tuple[
     assert sizes(site) == (G, G, tokens)
 
 
+def test_tokens_before_each_head_have_the_dimensions_of_the_query():
+    """Whichever is longer: what is near in memory stays so."""
+    site = the_site(lambda x: network(x.unsqueeze(-2)), torch.randn(7, 3, G, d))
+    assert sizes(site) == (G, G, (7, 3))
+
+
 def test_rows_behind_each_head_are_tokens_where_the_result_is_flat():
     """There are no other tokens: nothing needs the rows as heads."""
 

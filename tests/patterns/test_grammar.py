@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.graphs import dynamic_graph_of, graph_of
+from support.graphs import dynamic_graph_of, graph_of, records_gradients
 from torch import Tensor, fx, nn
 
 from mhf_compiler.patterns import Kind, Reason, Site, find_sites
@@ -120,6 +120,35 @@ def test_a_product_that_does_more_is_no_router(beta: float, alpha: float):
     assert reasons(found(compute, TOKENS)) == [Kind.TOKEN_DEPENDENT_WEIGHTS]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_router_may_move_along_sub_networks_that_are_all_the_same(first: bool):
+    """On either side of the product: (E, T, 1) and the output (T, d)."""
+
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        router, y = x[:, :E].sigmoid().t().unsqueeze(-1), m.one(x, 0) @ m.down[0]
+        return (router * y if first else y * router).mean(0)
+
+    site = the_site(compute, TOKENS)
+    assert site.routed
+    assert site.sub_networks == E
+
+
+@pytest.mark.parametrize(
+    ("weights", "routed"),
+    [(lambda w, r: w * r, True), (lambda w, r: w + r, False)],
+    ids=["multiplied", "added"],
+)
+def test_only_what_is_multiplied_with_the_weights_is_a_router(
+    weights: Callable[[Tensor, Tensor], Tensor], routed: bool
+):
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        down = weights(m.down.unsqueeze(1), x[..., :1, None])  # [H, T, f, d]
+        return (m.hidden(x).unsqueeze(-2) @ down).squeeze(-2)
+
+    findings = found(compute, HEADS)
+    assert [site.routed for site in findings.sites] == ([True] if routed else [])
+
+
 def test_a_sum_over_more_than_the_weights_is_no_router():
     def compute(m: Ffn, x: Tensor) -> Tensor:
         router = x[..., :H].sigmoid().t()
@@ -169,6 +198,16 @@ def test_zeros_that_addmm_adds_are_no_bias():
     assert site.residual is None
 
 
+def test_zeros_of_one_row_are_no_bias_of_the_sub_networks_before_them():
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        first, second, *others = (m.one(x, e) @ m.down[e] for e in range(H))
+        return first + second + x.new_zeros(d) + others[0] + others[1]
+
+    site = the_site(compute, TOKENS)
+    assert site.sub_networks == H
+    assert site.down_bias is None
+
+
 def test_a_vector_that_addmm_adds_to_one_token_is_a_bias():
     def compute(m: Ffn, x: Tensor, z: Tensor) -> Tensor:
         return torch.cat([torch.addmm(z.sin(), m.one(x, h), m.down[h]) for h in range(H)], -1)
@@ -207,6 +246,19 @@ def test_one_token_that_sub_networks_are_added_to_is_a_residual():
     site = the_site(summed(lambda m, x: x), ONE)
     assert site.residual is not None
     assert site.down_bias is None
+
+
+def test_the_output_of_another_network_is_a_residual_where_it_is_a_view():
+    """It is read as it is, and not as one more sub-network."""
+
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        heads = (m.hidden(x) @ m.down).flatten(0, 1)
+        return summed(lambda m, x: x)(m, heads)
+
+    first, second = found(compute, HEADS).sites
+    assert second.sub_networks == H
+    assert second.residual is not None
+    assert second.residual.value is first.output
 
 
 def test_one_token_that_a_head_is_added_to_is_a_residual():
@@ -253,15 +305,32 @@ def test_a_router_may_be_expanded_to_all_features():
     assert the_site(compute, HEADS).routed
 
 
-def test_tokens_that_are_added_to_all_heads_are_added_after_the_site():
-    site = the_site(lambda m, x: (m.hidden(x[0]) @ m.down) + x[0], HEADS)
-    assert site.residual is None
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda m, x: (m.hidden(x[0]) @ m.down) + x[0],
+        lambda m, x: (m.hidden(x) @ m.down) + x,
+    ],
+    ids=["the same", "of each head"],
+)
+def test_tokens_that_are_added_to_all_heads_are_added_after_the_site(compute: Callable[..., Any]):
+    assert the_site(compute, HEADS).residual is None
 
 
-def test_a_head_has_one_residual():
+RESIDUALS: dict[str, Callable[[Callable[[int], Tensor], int, Tensor], Tensor]] = {
+    "another one": lambda y, h, x: 2 * (x + y(h)) + x.sin(),
+    "an input": lambda y, h, x: 2 * (x.sin() + y(h)) + x,
+    "one of each sub-network": lambda y, h, x: 2 * (x + y(h)) + 2 * (x + y((h + 1) % H)),
+}
+
+
+@pytest.mark.parametrize("add", RESIDUALS.values(), ids=RESIDUALS)
+def test_a_head_has_one_residual(add: Callable[[Callable[[int], Tensor], int, Tensor], Tensor]):
     def compute(m: Ffn, x: Tensor) -> Tensor:
-        outs = (2 * (x[h] + m.one(x[h], h) @ m.down[h]) + x[h].sin() for h in range(H))
-        return torch.stack(list(outs))
+        def head(h: int) -> Tensor:
+            return add(lambda e: m.one(x[h], e) @ m.down[e], h, x[h])
+
+        return torch.stack([head(h) for h in range(H)])
 
     assert reasons(found(compute, HEADS)) == [Kind.OPERATION_IN_LOOP]
 
@@ -294,6 +363,20 @@ def test_a_factor_of_each_element_is_no_router():
     assert refused(compute, HEADS).detail == "multiplied elementwise"
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [lambda m, x: 2 * (m.hidden(x) @ m.down), lambda m, x: m.hidden(x) @ m.down + x],
+    ids=["a multiple", "a sum"],
+)
+def test_what_is_not_known_to_be_an_output_is_a_leaf(compute: Callable[..., Any]):
+    """Although a rule of the grammar holds for it; nothing is then left to be a term."""
+    gm = graph_of(Ffn(compute), HEADS)
+    (root,) = trace(gm).reads[gm.graph.output_node()].values()
+    with pytest.raises(Declined) as declined:
+        read_output(root, frozenset({root}))
+    assert declined.value.reason.kind is Kind.UNKNOWN_OPERATION
+
+
 # Buffers and pieces.
 
 
@@ -320,6 +403,23 @@ def test_a_buffer_is_filled_in_equal_parts():
 )
 def test_a_buffer_that_is_not_is_told(starts: list[int], heads: int, detail: str):
     assert detail in refused(filled(starts, heads), TOKENS).detail
+
+
+def test_one_piece_may_be_read_of_what_is_merged():
+    """What the others are does not matter."""
+    merged = lambda m, x: torch.stack([m.hidden(x) @ m.down, x.sin()])  # noqa: E731
+    assert the_site(lambda m, x: merged(m, x)[0] * 2, HEADS).out_scale == 2
+
+
+def test_heads_are_not_merged_in_two_steps_of_which_one_records_gradients():
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        first, *others = (m.one(x[h], h) @ m.down[h] for h in range(H))
+        records_gradients(x, False)
+        two = torch.cat([first, others.pop(0)], -1)
+        records_gradients(x, True)
+        return torch.cat([two, *others], -1)
+
+    assert refused(compute, HEADS).kind is Kind.GRADIENTS_CUT
 
 
 def test_what_outputs_are_merged_with_is_no_operation_in_their_loop():

@@ -385,6 +385,7 @@ def test_a_line_has_one_bias():
     assert _as_line(P0 + L0 + L1, P0) is None
     assert _as_line(P0 + L0 * L1, P0) is None
     assert _as_line(P0**2, P0) is None
+    assert _as_line(L0, P0) is None
 
 
 @pytest.mark.parametrize(
