@@ -17,7 +17,7 @@ import torch
 
 from .axes import Axis, Index, leaves, real, real_axes, same_index, within
 from .canonical import OPAQUE, SCATTER, Value
-from .casts import above_views, repetition
+from .casts import above_views, repetition, uncast
 from .contractions import Contraction, Operand, as_contraction
 from .meaning import POINTWISE, Line, number, plus, pointwise_arguments, times
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
@@ -143,9 +143,11 @@ class HiddenReader:
         contraction = self.projections[int(line.projection.name[1:])]
         left, right = contraction.left, contraction.right
         hidden = frozenset(leaves(self.summed))
-        # Nothing moves along a single unit: then the query is first, as in ``q @ w``.
-        of_units = [bool(real_axes(one.index) & hidden) for one in (left, right)]
-        query, weight = (right, left) if of_units == [True, False] else (left, right)
+        both = left, right
+        of_weights = [bool(real_axes(one.index) & hidden) for one in both]
+        if not any(of_weights):  # nothing moves along a single unit
+            of_weights = [uncast(one.value).is_parameter for one in both]
+        query, weight = (right, left) if of_weights == [True, False] else both
         along = {*self.outer, *contraction.summed}
         repeated = repetition(query, along, in_loop=self.in_loop, stops=self.outputs)
         if repeated is not None:

@@ -636,6 +636,12 @@ def of_one_unit(m: Ffn, q: Tensor) -> Tensor:
     return (hidden @ m.down[:, :1]).transpose(1, 2)
 
 
+def of_one_unit_with_weights_first(m: Ffn, q: Tensor) -> Tensor:
+    q = q.permute(0, 2, 3, 1)
+    gate, up, down = m.gate[..., :1], m.up[..., :1], m.down[:, :1]
+    return (down.mT @ (F.silu(gate.mT @ q) * (up.mT @ q))).permute(0, 3, 1, 2)
+
+
 ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
     "dropout afterwards": lambda m, q: F.dropout(project(m.hidden(q), m.down), 0.5, training=False),
     "a part of the output": lambda m, q: project(m.hidden(q), m.down)[:, 1:],
@@ -665,6 +671,7 @@ ALLOWED: dict[str, Callable[[Ffn, Tensor], Any]] = {
         F.silu(project(q, m.gate)) * (3 * project(q, m.up) + m.gate[:, 0]), m.down
     ),
     "heads of one hidden unit": of_one_unit,
+    "heads of one hidden unit, weights first": of_one_unit_with_weights_first,
     "hidden units that are taken apart and merged again": lambda m, q: project(
         torch.stack(m.hidden(q).unbind(2), 2), m.down
     ),
