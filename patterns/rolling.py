@@ -21,8 +21,6 @@ from .axes import (
     contiguous_strides,
     each_of,
     leaves,
-    real,
-    real_axes,
     run_length,
     same_index,
     same_steps,
@@ -51,11 +49,6 @@ def join_sum(terms: Sequence[Term]) -> Term:
     ordered = sorted(terms, key=_weight_offset)  # addition commutes: find the order of storage
     axis = Axis(len(terms))
     joined = _join(ordered, axis_form(axis))
-    inner = [joined.gate.query, joined.gate.weight, joined.down, *joined.routers]
-    inner += [] if joined.up is None else [joined.up.weight]
-    if not real(leaves((axis,))) <= frozenset().union(*(real_axes(one.index) for one in inner)):
-        detail = "a sub-network is added more than once, with different factors"
-        raise Declined(Kind.UNEQUAL_HEADS, detail, terms[0].value.origin)
     return replace(joined, sub_networks=(axis, *joined.sub_networks))
 
 
