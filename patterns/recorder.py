@@ -95,8 +95,6 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is torch.ops.prim.device.default:  # called more often than anything is computed
-            return args[0].device
         result = func(*args, **kwargs)
         if func.namespace != "prim":  # other questions about a tensor
             for call in _taken_apart(_without_empty_pieces(Call(func, args, kwargs, result))):
@@ -293,7 +291,7 @@ def _taken_apart(call: Call) -> list[Call]:
     """
     addition: Any
     weight: Any
-    if call.func.namespace == "prims" and str(call.func) == "prims.fma.default":
+    if call.func.name() == "prims::fma":
         # Dynamo writes some of them as ``a * b + c``, by an operator that it defines then.
         left, right, target = call.args
         addition, weight = torch.ops.aten.add.Tensor, 1
