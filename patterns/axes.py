@@ -132,8 +132,6 @@ def run_length(items: Sequence[object]) -> int:
 
 def each_of(position: Affine, size: int, times: int) -> Affine | None:
     """``position // times``, for a position below ``size``; None if that is no affine form."""
-    if times == 1:
-        return position
     digits = through_reshape((position,), (size,), (size // times, times))
     return None if digits is None else digits[0]
 

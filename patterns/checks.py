@@ -263,7 +263,7 @@ def check_weights(term: Term, roles: Roles) -> None:
             if not tokens.isdisjoint(operand.value.inputs()):
                 raise _of_tokens(term, roles, operand.value)
     if not real(roles.sub_networks) <= along:
-        detail = "a sub-network is added more than once, with different factors"
+        detail = "sub-networks that share all of their weights"  # the op would compute them all
         raise Declined(Kind.UNEQUAL_HEADS, detail, term.value.origin)
 
 

@@ -96,11 +96,10 @@ class Memory:
             storage: what it is a view of.
             chain: the views; none for the whole storage.
             value: its value as of now.
-            source: the value that the last view was applied to.
+            source: the value that the last view was applied to, if there is one.
         """
-        alias = Alias(tensor, storage, chain, value, storage.version, self.node)
-        if source is not None and not _is_read_from(value, source):
-            alias.found_in = source
+        found_in = None if _is_read_from(value, source) else source
+        alias = Alias(tensor, storage, chain, value, storage.version, self.node, found_in)
         self._aliases[id(tensor)] = alias
 
     def alias(self, tensor: torch.Tensor) -> Alias:
@@ -247,12 +246,12 @@ class Memory:
     def finish(self) -> None:
         """The last node is done: write down what outlives the graph in memory."""
         for alias in self._aliases.values():
-            if alias.storage.is_input and alias.storage.writers:
+            if alias.storage.is_input:
                 self._copy.escaping.add(alias.storage.current)
         for node, storage, value in self._writes:
             if storage.is_outside:
                 self._copy.written_outside.setdefault(node, []).append(value)
 
 
-def _is_read_from(view: Value, source: Value) -> bool:
+def _is_read_from(view: Value, source: Value | None) -> bool:
     return bool(view.args) and view.args[0] is source

@@ -293,7 +293,7 @@ def _taken_apart(call: Call) -> list[Call]:
     """
     addition: Any
     weight: Any
-    if call.func.namespace == "prims" and str(call.func) == "prims.fma.default":
+    if call.func.name() == "prims::fma":
         # Dynamo writes some of them as ``a * b + c``, by an operator that it defines then.
         left, right, target = call.args
         addition, weight = torch.ops.aten.add.Tensor, 1

@@ -41,7 +41,7 @@ def join_sum(terms: Sequence[Term]) -> Term:
     A term that is added several times is a multiple of it.
 
     Raises:
-        Declined: the terms differ in form, or the op would compute a sub-network more than once.
+        Declined: the terms differ in form.
     """
     terms = _counted(terms)
     if len(terms) == 1:
@@ -173,15 +173,20 @@ def _join_operand(copies: Sequence[Operand], position: Affine) -> Operand:
         if not same_steps(first.index, other.index):
             raise Declined(Kind.UNEQUAL_HEADS, "they read differently", other.value.origin)
     if not all(same_tensor(copy.value, first.value) for copy in copies):
-        parts = as_one_cast(copies)
-        index = None if parts is None else along([part.index for part in parts], position)
-        if parts is None or index is None:
-            return _stacked(copies, position)
-        return Operand(parts[0].value, index)
+        return _of_one_cast(copies, position) or _stacked(copies, position)
     index = along([copy.index for copy in copies], position)
     if index is None:
         raise Declined(Kind.IRREGULAR_WEIGHTS, node=first.value.origin)
     return Operand(first.value, index)
+
+
+def _of_one_cast(copies: Sequence[Operand], position: Affine) -> Operand | None:
+    """Different tensors, if they are parts of one that are cast one by one."""
+    parts = as_one_cast(copies)
+    if parts is None:
+        return None
+    index = along([part.index for part in parts], position)
+    return None if index is None else Operand(parts[0].value, index)
 
 
 def same_tensor(a: Value, b: Value) -> bool:

@@ -7,6 +7,7 @@ _AXES_OF_AN_OPERAND = (
     "those that the weights are read along to groups, sub-networks, hidden units or the width"
 )
 _RANGE = "of PyTorch's dtypes, one with the digits but not the range of another has a larger tiny"
+_NUMBERS = "sympy computes the same of two ints, and makes an int of it again; it is slower"
 _SHARES = "into how many shares tokens are cut changes the order of a sum, and how long it takes"
 _FIXED = "a place that no axis moves is a number: of symbols it is not known to be below the pieces"
 
@@ -35,6 +36,21 @@ EQUIVALENT = {
     ),
     "patterns/parts.py:plain: return tree  ->  pass": (
         "what is no tree is returned at the end of the function, too; nearly all arguments are ints"
+    ),
+    **{
+        f"patterns/axes.py:{function}: {shortcut}  ->  pass": _NUMBERS
+        for function, shortcut in (
+            ("multiply", "return a * b"),
+            ("plus", "return a + b"),
+            ("at_most", "return a <= b"),
+            ("stride_in_sizes", "return stride"),
+        )
+    },
+    "patterns/recorder.py:Recorder.__torch_dispatch__: return args[0].device  ->  pass": (
+        "the operation returns the same, more slowly"
+    ),
+    "patterns/repeats.py:frozen: type(tree) is int or tree is None  ->  ((type(tree) is int))": (
+        "None is hashable, and is returned at the end of the function, too"
     ),
     "patterns/axes.py:_place_offset: offset == 0  ->  True": (
         "the innermost digit has stride one, so that nothing is left over"

@@ -23,6 +23,7 @@ from mhf_compiler.patterns.axes import (
     along,
     at_most,
     axis_form,
+    each_of,
     multiply,
     paired,
     plus,
@@ -257,6 +258,7 @@ def test_a_reshape_splits_the_axis_that_it_cuts():
 def test_forms_written_before_a_split_stay_true_after_it():
     axis = Axis(12)
     form = axis_form(axis).scaled(5).shifted(2)
+    assert form.resolved() is form
     assert split(axis, 3)
     assert split(axis.leaves()[0], 2)
     outer, middle, inner = axis.leaves()
@@ -340,6 +342,7 @@ def test_a_division_has_to_be_exact_for_all_values(a: Any, b: Any):
         (FloorDiv(n, 3), FloorDiv(n, 2), False),  # it is, but the remainders are not known
         (FloorDiv(n, 2) + FloorDiv(n, 3), n, True),
         (FloorDiv(FloorDiv(n, 2) + 1, 2), n, True),
+        (0, FloorDiv(n, 3), True),  # n - 2 is not, for 1
         (FloorDiv(n, m), n, False),
         (FloorDiv(n, -2), n, False),  # not read
         (FloorDiv(n, 2) ** 2, n**2, False),
@@ -456,6 +459,12 @@ def test_a_place_that_is_not_divided_evenly_reads_no_repeated_offsets():
     offsets = [(Affine((), offset),) for offset in (0, 0, 5, 5)]
     assert along(offsets, axis_form(Axis(4))) is not None
     assert along(offsets, Affine(((Axis(3), 1),), 1)) is None
+
+
+def test_a_place_of_items_that_are_not_repeated_is_the_item():
+    """Also one of so many heads that nobody knows: there are at most as many as items."""
+    place = axis_form(Axis(n)).shifted(1)
+    assert each_of(place, 4, 1) == place
 
 
 @pytest.mark.parametrize(

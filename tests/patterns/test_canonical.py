@@ -9,6 +9,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from support.graphs import records_gradients
 from support.values import a_value
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
@@ -487,6 +488,21 @@ def test_where_a_result_may_take_the_place_of_a_node():
     assert replaced == {"whole", "sin", "written", "read", "seen"}
 
 
+@pytest.mark.parametrize("begin", [False, True])
+def test_what_has_no_gradients_takes_the_place_of_a_node_where_none_begin(begin: bool):
+    """PyTorch refuses to let them begin in a view."""
+
+    def function(a: Tensor) -> Tensor:
+        records_gradients(a, False)
+        y = a.exp()
+        records_gradients(a, begin)
+        return y.add_(a)
+
+    copied = Copied(function, x())
+    value = copied.copy.value_of[copied.nodes["exp"]]
+    assert copied.copy.takes_place_of_node(value) is not begin
+
+
 def set_to_two(t: Tensor) -> None:
     t[1:] = 2
 
@@ -592,6 +608,28 @@ def test_a_part_of_an_older_tensor_is_returned_in_its_memory():
 def test_a_part_of_an_input_is_returned_in_its_memory():
     copied = Copied(lambda a: (a[:2], a[2:]), x())
     assert all(copied.copy.returned_as_part(part) is not None for part in copied.results)
+
+
+def test_a_part_that_the_graph_reads_itself_is_not_returned():
+    def function(a: Tensor) -> tuple[Tensor, ...]:
+        y = a * 2
+        part = y[0]
+        return y, y[1:], part.sin()
+
+    copied = Copied(function, x())
+    _, _, sine = copied.results
+    assert copied.copy.returned_as_part(sine.source) is None
+
+
+def test_the_whole_of_a_tensor_that_was_overwritten_is_not_returned_as_a_part():
+    def function(a: Tensor) -> tuple[Tensor, Tensor]:
+        y = (a * 2).add_(1)
+        return y, y[1:]
+
+    copied = Copied(function, x())
+    whole, part = copied.results
+    assert copied.copy.returned_as_part(whole) is None
+    assert copied.copy.returned_as_part(part) is not None
 
 
 # What the copy is asked, of values by themselves.

@@ -278,6 +278,14 @@ def test_casts_are_the_same_if_they_are_to_one_dtype():
     assert not same_cast(a_value(TO, x, dtype=HALF), a_value(TO, a_value(INPUT), dtype=HALF))
 
 
+def test_numbers_that_are_reinterpreted_are_not_cast():
+    x = a_value(INPUT, dtype=BFLOAT16)
+    cast = a_value(TO, x, dtype=HALF)
+    view = a_value(torch.ops.aten.view.dtype, x, HALF, dtype=HALF)
+    assert not same_cast(view, cast)
+    assert not same_cast(cast, view)
+
+
 def rows_of(x: Value, start: int, **modes: bool) -> Value:
     return a_value(torch.ops.aten.slice.Tensor, x, 0, start, start + 2, shape=(2, 6), **modes)
 
@@ -317,6 +325,15 @@ def test_a_cast_is_read_below_views_that_gradients_flow_through_as_through_it(re
     cast = Operand(a_value(TO, view, shape=(24,), dtype=BFLOAT16), (axis_form(Axis(24)),))
     source = above_views(cast, lambda value: value is x).value.source
     assert source is (x if recorded else view)
+
+
+def test_a_cast_that_a_node_holds_is_read_as_it_is_and_so_is_what_is_no_cast():
+    x = a_value(INPUT)
+    view = a_value(torch.ops.aten.view.default, x, (24,), shape=(24,))
+    for op in (TO, torch.ops.aten.sin.default):
+        read = Operand(a_value(op, view, shape=(24,), dtype=HALF), (axis_form(Axis(24)),))
+        held = {x} if op is not TO else {x, read.value}
+        assert above_views(read, held.__contains__) is read
 
 
 # Repetitions.
@@ -363,6 +380,14 @@ def test_a_repetition_is_the_lowest_tensor_with_room_for_it(
 )
 def test_what_shows_each_element_once_is_no_repetition(function: Callable[[Tensor], Tensor]):
     assert repetition(*read_by(function)) is None
+
+
+def test_what_a_product_repeats_is_no_tensor_of_the_graph():
+    """Its own call broadcasts the queries, and reads them in one step."""
+    gm = graph_of(lambda x, w: torch.matmul(x, w[:, None]), X, torch.randn(E, d, f))
+    (product,) = [value for value in trace(gm).values if value.op is torch.ops.aten.bmm.default]
+    axes = [Axis(size) for size in product.source.shape]
+    assert repetition(Operand(product.source, tuple(map(axis_form, axes))), {*axes}) is None
 
 
 def test_a_loop_goes_along_all_places_of_a_dimension():

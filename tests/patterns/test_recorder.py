@@ -64,6 +64,13 @@ class Recording:
         self.memory.allocate(fake, self.values.unknown(INPUT, fake))
         return fake
 
+    def made(self, func: Any, *args: Any) -> Tensor:
+        """What an operation returns."""
+        with self.mode:
+            result = func(*args)
+        self.recorder.record(Call(func, args, {}, result))
+        return result
+
     def after(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """The operation by which the written tensor has its value now."""
         return self.after_call(Call(func, args, kwargs, None))
@@ -79,6 +86,22 @@ def test_an_operation_may_be_called_without_options():
     x = recording.tensor(4)
     result = recording.recorder.__torch_dispatch__(aten.sin.default, (), (x,))
     assert recording.memory.read(result).op is aten.sin.default
+
+
+def test_only_what_a_factory_returns_is_detached_without_a_meaning():
+    """Those of a fake mode return a detached view. Otherwise, it cuts gradients off."""
+    recording = Recording()
+
+    def made(func: Any, *args: Any) -> Any:
+        return recording.memory.read(recording.made(func, *args)).op
+
+    zeros = recording.made(aten.zeros.default, [4])
+    assert made(aten.detach.default, zeros) is aten.zeros.default
+    assert made(aten.view.default, zeros, [2, 2]) is aten.view.default
+    sine = recording.made(aten.sin.default, recording.tensor(4))
+    assert made(aten.detach.default, sine) is aten.detach.default
+    recording.memory.node = fx.Graph().placeholder("later")
+    assert made(aten.detach.default, zeros) is aten.detach.default
 
 
 # Views in place.
@@ -173,6 +196,7 @@ def test_only_what_is_written_is(own: Any):
 
 def test_operations_in_place_and_out_have_forms_that_are_neither():
     assert _functional_form(aten.add_.Tensor) is aten.add.Tensor
+    assert _functional_form(aten.relu_.default) is aten.relu.default
     assert _functional_form(aten.sinh.out) is None
     assert _without_out(aten.mm.out) is aten.mm.default
     assert _without_out(aten.sum.IntList_out) is aten.sum.dim_IntList
@@ -197,10 +221,8 @@ def test_a_product_that_is_added_is_taken_apart_where_that_rounds_nothing_else()
 class Fma:
     """In place of the operator, which Dynamo defines when it needs it, where a release has it."""
 
-    namespace = "prims"
-
-    def __str__(self) -> str:
-        return "prims.fma.default"
+    def name(self) -> str:
+        return "prims::fma"
 
 
 def test_a_multiple_that_dynamo_adds_is_a_sum_with_a_number():

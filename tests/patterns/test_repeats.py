@@ -15,11 +15,13 @@ from mhf_compiler.compat import FakeTensorMode
 from mhf_compiler.patterns import tracer
 from mhf_compiler.patterns.canonical import INPUT, CanonicalCopy, Value
 from mhf_compiler.patterns.repeats import (
+    Call,
     Program,
     _fills_its_memory,
     _shows_elements,
     frozen,
     key_of,
+    map_tensors,
 )
 from mhf_compiler.patterns.tracer import trace
 
@@ -260,6 +262,7 @@ def test_a_key_is_that_of_a_function_or_method_of_pytorch():
     fake = FakeTensorMode().from_tensor(torch.randn(4))
     assert key_of(a_node("call_method", "sin"), (fake,), {}) is not None
     assert key_of(a_node("call_function", torch.sin), (fake,), {}) is not None
+    assert key_of(a_node("call_function", Tensor.sin), (fake,), {}) is not None  # of no module
     assert key_of(a_node("call_function", graph_of), (fake,), {}) is None
     assert key_of(a_node("call_module", "sin"), (fake,), {}) is None
 
@@ -304,3 +307,33 @@ def test_a_new_tensor_fills_its_memory(tensor: Tensor, fills: bool):
 def test_arguments_are_frozen():
     assert hash(frozen([1, {"a": {2}}]))
     assert frozen(1) != frozen(1.0) != frozen(True)
+    assert frozen([1, None, {"a": [2]}]) == (1, None, (("a", (2,)),))  # most are ints
+
+
+def test_named_arguments_are_frozen_one_by_one():
+    """Two things may look alike in print."""
+
+    class Thing:
+        def __repr__(self) -> str:
+            return "a thing"
+
+    one, other = Thing(), Thing()
+    assert frozen({"a": one}) == frozen({"a": one})
+    assert frozen({"a": one}) != frozen({"a": other})
+
+
+def test_tensors_are_mapped_wherever_they_are_among_arguments():
+    x = torch.randn(4)
+    tree = [x, {"a": (1, x)}]
+    assert map_tensors(id, tree) == [id(x), {"a": (1, id(x))}]
+
+
+def test_statistics_that_are_updated_are_results_where_an_operation_returns_them():
+    """Of the batch norms, some write them although their schema does not say so."""
+    mean, variance = torch.zeros(6), torch.ones(6)
+    args = torch.randn(4, 6), None, None, mean, variance, True, 0.1, 1e-5
+    aten = torch.ops.aten
+    written = Call(aten.native_batch_norm.default, args, {}, None).undeclared_writes()
+    assert [id(tensor) for tensor in written] == [id(mean), id(variance)]
+    functional = Call(aten._native_batch_norm_legit_functional.default, args, {}, None)
+    assert functional.undeclared_writes() == []

@@ -170,6 +170,24 @@ def test_sub_networks_that_share_one_weight_are_not_the_same():
     assert site.sub_networks == N
 
 
+def test_sub_networks_that_share_all_weights_are_declined():
+    """They differ in their biases. The op would multiply by the same weights for each of them."""
+
+    class Shared(OneTensor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.biases = nn.Parameter(torch.randn(N, f))
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, down = self.up[0], self.down[0]
+            return sum(F.silu(x @ up + bias) @ down for bias in self.biases)  # type: ignore[return-value]
+
+    (miss,) = explain(Shared(), torch.randn(2, 6, d)).declined
+    assert miss.reason is not None
+    assert miss.reason.kind is Kind.UNEQUAL_HEADS
+    assert "share all of their weights" in str(miss.reason)
+
+
 def test_tensors_of_their_own_are_stacked():
     site = site_of(Separate(), heads())
     stacked = {role: view.value.op == STACK for role, view in site.views().items()}
