@@ -119,7 +119,6 @@ class _Tracer(fx.Interpreter):
         self._attributes: dict[str, Any] = {}
         self._programs: dict[Hashable, Program] = {}
         self._overwriting: dict[fx.GraphModule, bool] = {}  # of the graphs inside of this one
-        self._sharded = False  # whether there are DTensors
 
     def trace(self) -> CanonicalCopy:
         """Run the whole graph. Fake tensors must be on, and guards off."""
@@ -195,7 +194,7 @@ class _Tracer(fx.Interpreter):
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """A function, method or module: repeated, unknown, or run under the recorder."""
-        if self._sharded and self._depends_on_shards(node):
+        if self._depends_on_shards(node):
             return self._unknown_call(node, (args, kwargs))
         key = key_of(node, args, kwargs)
         if key in self._programs and not functorch_depth():
@@ -262,7 +261,6 @@ class _Tracer(fx.Interpreter):
             shard = local_tensor(example)
             if is_traceable_wrapper_subclass(shard):
                 return _Unfollowed(type(example).__name__)
-            self._sharded = True
         fake = torch.empty_strided(
             example.shape, example.stride(), dtype=example.dtype, device=example.device
         )
@@ -403,11 +401,11 @@ def _makes_new_sizes(node: fx.Node, env: dict[fx.Node, Any]) -> bool:
 
     It would get another symbol here than it has in the graph.
     """
-    if functorch_depth() or not _has_example(node):
+    if functorch_depth():
         return False
-    new = unbacked_symbols(example_of(node))
-    return bool(new) and not new <= set().union(
-        *(unbacked_symbols(env[argument]) for argument in node.all_input_nodes)
+    return any(
+        all(symbol not in unbacked_symbols(env[argument]) for argument in node.all_input_nodes)
+        for symbol in unbacked_symbols(example_of(node))
     )
 
 

@@ -205,8 +205,6 @@ def _permute(value: Value, index: Index) -> tuple[Value, Index]:
 
 def _transpose(value: Value, index: Index) -> tuple[Value, Index]:
     source, rank = value.source, len(value.shape)
-    if rank == 0:
-        return source, index
     a, b = (1, 0) if value.op is aten.t.default else (value.args[1], value.args[2])
     inner = list(index)
     if rank > 1:

@@ -20,7 +20,7 @@ from mhf_compiler.compat import (
     set_exported_input,
 )
 from mhf_compiler.patterns import tracer
-from mhf_compiler.patterns.canonical import OPAQUE, CanonicalCopy, UntraceableGraph
+from mhf_compiler.patterns.canonical import INPUT, OPAQUE, CanonicalCopy, UntraceableGraph
 from mhf_compiler.patterns.reasons import Unreadable
 from mhf_compiler.patterns.recorder import Recorder
 from mhf_compiler.patterns.tracer import (
@@ -124,6 +124,18 @@ def test_a_number_that_is_an_input_of_an_exported_program_is_one():
     tensor.meta["val"], number.meta["val"] = FakeTensorMode().from_tensor(x()), 3
     set_exported_input(number, ExportedInput("n", None, is_parameter=False))
     assert trace(gm).values[-1].args[1] == 3
+
+
+@pytest.mark.parametrize("memories", [("m", "m"), ("m", "n")], ids=["one", "two"])
+def test_inputs_of_an_exported_program_share_memory_if_it_says_so(memories: tuple[str, str]):
+    """Their examples do not show it: what is written to one of them may be read from the other."""
+    gm = graph_of(lambda a, b: (a.sin(), b.add_(1), a.cos()), x(), x())
+    inputs = gm.graph.find_nodes(op="placeholder")
+    for one, memory in zip(inputs, memories, strict=True):
+        set_exported_input(one, ExportedInput(one.name, memory, is_parameter=False))
+    copy = trace(gm)
+    before, _, after = (value for value in copy.value_of.values() if value.op != INPUT)
+    assert (after.source is before.source) is (memories[0] != memories[1])
 
 
 def test_two_tensors_of_a_subclass_are_not_compared_as_python_would():
@@ -257,9 +269,16 @@ def test_what_asks_for_sizes_has_no_effect(called: fx.Node, asks: bool):
     assert _asks_for_sizes(called) is asks
 
 
-def test_a_node_that_asks_for_a_size_may_go():
+def test_what_computes_a_tensor_or_asks_for_a_size_may_go():
     copy = trace(graph_of(lambda a: a.view(a.size(0), -1), x()))
-    assert "size" in {one.name for one in copy.pure}
+    assert {one.name for one in copy.pure} == {"size", "view"}
+
+
+def test_what_returns_no_tensor_may_have_an_effect():
+    def told(tensor: Tensor) -> None:
+        """Somebody else may learn of the tensor."""
+
+    assert trace(with_function(told)).pure == set()
 
 
 def test_a_size_of_data_in_a_transform_is_that_of_the_batched_result(

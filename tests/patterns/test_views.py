@@ -12,8 +12,10 @@ from support.values import a_value
 from mhf_compiler.patterns.axes import Affine, Axis, axis_form
 from mhf_compiler.patterns.canonical import INPUT, Value
 from mhf_compiler.patterns.views import (
+    all_pieces,
     grows_into,
     is_factory,
+    piece_index,
     pieces_of,
     stages_of,
     through_view,
@@ -40,6 +42,7 @@ def a_slice(start: Any, stop: Any, step: Any = 1, size: Any = 8, width: Any = 3)
     ("view", "offset"),
     [
         (a_slice(2, 5), 2),
+        (a_slice(None, 3), 0),
         (a_slice(-3, None), 5),
         (a_slice(N, None, size=N + 3), N),
         (a_slice(N * N + N - 1, None, size=N * N + N + 2), N * N + N - 1),
@@ -47,11 +50,13 @@ def a_slice(start: Any, stop: Any, step: Any = 1, size: Any = 8, width: Any = 3)
         (a_slice(SOME, None), None),
         (a_slice(SOME, None, size=SOME + 3), None),
         (a_slice(2, None, width=SOME), None),
+        (a_slice(2, 5, size=N), 2),
         (a_slice(-3, None, size=N), None),
         (a_slice(0, None, step=N), None),
     ],
     ids=[
         "here",
+        "from the beginning",
         "from the end",
         "symbolic",
         "a sum",
@@ -59,6 +64,7 @@ def a_slice(start: Any, stop: Any, step: Any = 1, size: Any = 8, width: Any = 3)
         "perhaps negative",
         "perhaps from the end",
         "perhaps beyond the end",
+        "a fixed part of n",
         "of n",
         "every nth",
     ],
@@ -91,13 +97,25 @@ def cat(*pieces: Value, dim: int = 0, **given: Any) -> Value:
     return a_value(aten.cat.default, list(pieces), dim, **given)
 
 
-def test_pieces_of_unequal_width_are_not_read_together():
-    source = a_value(INPUT, shape=(8, 6))
-    halves = [
+@pytest.mark.parametrize(
+    "parts",
+    [((0, 3), (3, 5)), ((0, 4), (4, 2), (8, 6))],
+    ids=["two", "of the first one's width on average"],
+)
+def test_pieces_of_unequal_width_are_not_read_together(parts: tuple[tuple[int, int], ...]):
+    source = a_value(INPUT, shape=(14, 6))
+    pieces = [
         a_value(aten.slice.Tensor, source, 0, start, start + width, shape=(width, 6))
-        for start, width in ((0, 3), (3, 5))
+        for start, width in parts
     ]
-    assert read(cat(*halves, shape=(8, 6))) is None
+    assert read(cat(*pieces, shape=(sum(width for _, width in parts), 6))) is None
+
+
+def test_an_empty_piece_without_dimensions_of_its_own_is_not_read():
+    """It decides the dtype."""
+    empty = a_value(INPUT, shape=(0,), dtype=torch.float64)
+    value = cat(empty, a_value(INPUT), dim=1, dtype=torch.float64)
+    assert piece_index(value, tuple(axis_form(Axis(size)) for size in value.shape), 1) is None
 
 
 def test_pieces_that_are_no_index_maps_are_not_read_together():
@@ -138,9 +156,28 @@ def test_a_cat_that_is_a_piece_is_no_stage():
     assert stages_of(cat(inner, a, shape=(12, 6))) == {inner}
 
 
-def test_what_is_merged_of_nothing_has_its_pieces():
-    nothing = a_value(INPUT, shape=(0, 6))
+def test_empty_pieces_are_no_pieces_where_there_are_others():
+    nothing, a = a_value(INPUT, shape=(0, 6)), a_value(INPUT)
     assert list(pieces_of(cat(nothing, nothing, shape=(0, 6)))) == [nothing, nothing]
+    assert list(pieces_of(cat(nothing, a, a, shape=(8, 6)))) == [a, a]
+
+
+def test_an_empty_piece_may_cast_the_others():
+    """Without it, what is merged would be read as the tensor of another dtype that was cut up."""
+    nothing = a_value(INPUT, shape=(0, 6), dtype=torch.float64)
+    source = a_value(INPUT, shape=(8, 6))
+    halves = [
+        a_value(aten.slice.Tensor, source, 0, start, start + 4, shape=(4, 6)) for start in (0, 4)
+    ]
+    assert read(cat(*halves, shape=(8, 6))) is not None
+    assert read(cat(*halves, nothing, shape=(8, 6), dtype=torch.float64)) is None
+
+
+def test_each_piece_begins_where_the_one_before_it_ends():
+    a, b = a_value(INPUT), a_value(INPUT, shape=(3, 6))
+    assert all_pieces(cat(a, b, a, shape=(11, 6))) == {a: 0, b: 4}
+    c = a_value(INPUT)
+    assert all_pieces(a_value(aten.stack.default, [a, c], shape=(2, 4, 6))) == {a: 0, c: 1}
 
 
 def test_random_numbers_are_no_factory():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,32 @@ class Detoured(Network):
         hidden = super().project(q)
         assert isinstance(hidden, DTensor)
         return DTensor.from_local(hidden.to_local(), hidden.device_mesh, [Shard(2)])
+
+
+class Entering(Network):
+    """Plain queries and weights are put on a mesh, and the result is taken off it."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__(None)
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, gate, down = (
+            DTensor.from_local(t, self.mesh, [Replicate()]) for t in (x, self.gate, self.down)
+        )
+        hidden = torch.einsum("blhd,hfd->blhf", q, gate).relu()
+        return torch.einsum("blhf,hfd->blhd", hidden, down).to_local()
+
+
+class EnteringBefore(Network):
+    """Queries have been on a mesh: nothing is known of where they come from."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__(None)
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(DTensor.from_local(x, self.mesh, [Replicate()]).to_local())
 
 
 class Autocast(Network):
@@ -116,6 +143,16 @@ def test_hidden_units_that_leave_the_mesh(mesh: DeviceMesh):
     report = mhf_compiler.explain(Detoured(mesh), options=OPTIONS)(queries(mesh))
     assert not report.rewritten
     assert [one.reason.kind for one in report.declined] == [DeclineKind.UNKNOWN_OPERATION]
+
+
+@pytest.mark.parametrize("network", [Entering, EnteringBefore])
+def test_dtensors_that_the_graph_makes_itself(network: Any, mesh: DeviceMesh):
+    model, x = network(mesh), torch.randn(2, 5, 4, 16)
+    report = mhf_compiler.explain(model, options=OPTIONS)(x)
+    assert len(report.rewritten) == 1, report
+    options = OPTIONS | {"fallback": "aot_eager"}
+    compiled = torch.compile(model, backend="flashmhf", options=options)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 class OverBatch(Network):
