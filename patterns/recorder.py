@@ -95,8 +95,6 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is torch.ops.prim.device.default:  # called more often than anything is computed
-            return args[0].device
         result = func(*args, **kwargs)
         if func.namespace != "prim":  # other questions about a tensor
             for call in _taken_apart(_without_empty_pieces(Call(func, args, kwargs, result))):

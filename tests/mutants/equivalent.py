@@ -46,9 +46,6 @@ EQUIVALENT = {
             ("stride_in_sizes", "return stride"),
         )
     },
-    "patterns/recorder.py:Recorder.__torch_dispatch__: return args[0].device  ->  pass": (
-        "the operation returns the same, more slowly"
-    ),
     "patterns/repeats.py:frozen: type(tree) is int or tree is None  ->  ((type(tree) is int))": (
         "None is hashable, and is returned at the end of the function, too"
     ),
