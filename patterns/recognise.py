@@ -24,7 +24,7 @@ from mhf_compiler.compat import computes_gradients
 from .axes import Axis, axis_form
 from .canonical import INPUT, OPAQUE, SCATTER, CanonicalCopy, UntraceableGraph, Value
 from .checks import TWO_DIMENSIONS, build_site, check_form
-from .contractions import as_contraction
+from .contractions import Contraction, as_contraction
 from .grammar import is_outside_operation, read_output
 from .meaning import LINEAR, POINTWISE
 from .operations import DROPOUT, is_cast, is_other_pointwise, operation_name
@@ -117,7 +117,7 @@ def find_sites(gm: fx.GraphModule, shape_env: Any | None = None) -> Findings:
                 above[found.output] = path[path.index(found.output) + 1 :]
         elif not computes_gradients(anchor.origin):
             missed.append(_near_miss(found, anchor))
-    missed = _ordinary_but_for_dropout(missed, paths, outside, copy)
+    missed = _as_loops_or_ordinary(missed, paths, outside, copy)
     inner = {value for anchor in anchors for value in _projections_of(anchor)}
     reported: dict[Value, NearMiss] = {}
     for miss in missed:
@@ -291,22 +291,23 @@ def _as_loops(
     return [miss for miss in kept if miss is not None]
 
 
-def _ordinary_but_for_dropout(
+def _as_loops_or_ordinary(
     missed: list[NearMiss],
     paths: dict[Value, list[Value]],
     outside: frozenset[Value],
     copy: CanonicalCopy,
 ) -> list[NearMiss]:
-    """As ``_as_loops``; an ordinary network that drops hidden units is an ordinary one, too."""
+    """As ``_as_loops``; what is ordinary whatever else keeps it from being a site is said to be so.
+
+    An ordinary network may drop hidden units, or stand in a transform.
+    """
+    others = (miss for miss in missed if miss.reason.kind is not Kind.PLAIN_FFN)
     ordinary = {
         miss.anchor: replace(miss, reason=Reason(Kind.PLAIN_FFN))
-        for miss in missed
-        if miss.reason.kind is Kind.DROPOUT_INSIDE
-        and _is_ordinary_without_dropout(paths[miss.anchor], outside)
+        for miss in others
+        if _is_ordinary_without_dropout(paths[miss.anchor], outside)
     }
     kept = _as_loops(missed, paths, copy)
-    if not ordinary:
-        return kept
     # In a loop over heads, dropout is what keeps them apart.
     alone = _as_loops([ordinary.get(miss.anchor, miss) for miss in missed], paths, copy)
     apart = {miss.anchor: miss for miss in alone if ordinary.get(miss.anchor) is miss}
@@ -381,14 +382,15 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         inherited = 0
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
-        if value.op in MATRIX_PRODUCTS or _sums_a_product(value):
+        contraction = _contraction(value)
+        if value.op in MATRIX_PRODUCTS or contraction is not None:
             activated = inherited & _ACTIVATED
             activated |= inherited & _SOFTENED and not of_tokens.issuperset(value.operands)
             gated = _ATTENDING | _PROJECTED
             activated |= any(flags.get(one, 0) & gated == gated for one in value.operands)
             if activated and copy.is_live(value):
                 yield value
-            outer = value.op in MATRIX_PRODUCTS and _is_outer_product(value)
+            outer = contraction is not None and contraction.is_product
             flags[value] = inherited if outer else _PROJECTED
         elif is_view(value) or value.op in LINEAR | MERGES | _PASSED_ON:
             flags[value] = inherited
@@ -460,15 +462,8 @@ def _is_pointwise(value: Value) -> bool:
     return known or is_other_pointwise(value)
 
 
-def _sums_a_product(value: Value) -> bool:
-    if value.op is not aten.sum.dim_IntList:
-        return False
-    return as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape)) is not None
-
-
-def _is_outer_product(value: Value) -> bool:
-    contraction = as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape))
-    return contraction is not None and contraction.is_product
+def _contraction(value: Value) -> Contraction | None:
+    return as_contraction(value, tuple(axis_form(Axis(size)) for size in value.shape))
 
 
 def _projections_of(anchor: Value) -> set[Value]:
@@ -512,13 +507,13 @@ def _path(anchor: Value, copy: CanonicalCopy, inside: set[Value]) -> list[Value]
 
 
 def _views_of_its_node(value: Value, copy: CanonicalCopy) -> list[Value]:
-    """The views of a value up to the one that its node has returned, lowest first.
+    """The views of a contraction up to the one that its node has returned, lowest first.
 
     They may have no live reader, where that is overwritten next.
     """
     views: list[Value] = []
     current = copy.value_of.get(value.origin, value)
-    while current is not value and is_view(current):
+    while is_view(current):  # as no contraction is
         views.append(current)
         current = current.source
     return views[::-1] if current is value else []

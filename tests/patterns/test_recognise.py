@@ -11,27 +11,34 @@ import torch
 import torch.nn.functional as F
 from support.graphs import call, graph_of
 from support.values import a_value
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from mhf_compiler.patterns import Kind, Reason, find_sites
-from mhf_compiler.patterns.canonical import INPUT, Value
+from mhf_compiler.patterns import Kind, Reason, find_sites, recognise
+from mhf_compiler.patterns.canonical import INPUT, CanonicalCopy, Value
 from mhf_compiler.patterns.checks import TWO_DIMENSIONS
 from mhf_compiler.patterns.recognise import _PROJECTED as PROJECTED
 from mhf_compiler.patterns.recognise import (
     Findings,
+    NearMiss,
     _adds_to,
     _anchors,
+    _as_loops_or_ordinary,
+    _best,
     _is_unfinished,
     _keeps_form,
+    _left_out,
     _may_be_activation,
     _meeting,
     _near_miss,
     _not_summed,
+    _parts_apart,
     _parts_of_one,
+    _path,
     _projections_of,
     _summed_apart,
     _sums_after,
     _try,
+    _views_of_its_node,
 )
 from mhf_compiler.patterns.tracer import trace
 
@@ -101,6 +108,13 @@ def test_a_near_miss_is_where_its_reason_is_or_else_where_the_network_is(
 # What may be a network.
 
 
+def test_a_graph_that_cannot_have_a_network_is_not_read():
+    """Nothing is said either of what could not be read."""
+    findings = find_sites(graph_of(lambda x, w: (x @ w).detach_(), *torch.randn(2, T, T)))
+    assert findings.copy is None
+    assert findings.unreadable is None
+
+
 def test_a_product_over_its_own_operand_is_looked_at_if_it_reads_hidden_units():
     """What it computes is not known: it may read what it has written."""
 
@@ -155,6 +169,18 @@ def test_tokens_that_are_weighed_by_tokens_are_attended_to():
     assert looked_at(lambda m, x: x[:f]) == 0
 
 
+def test_a_convolution_over_several_places_is_a_projection_too():
+    """Though none that is read: what activates it and projects it again is told so."""
+
+    def compute(x: Tensor, w: Tensor) -> Tensor:
+        kernel = w[:, :, None].expand(T, T, 3)
+        return F.conv1d(F.conv1d(x[None], kernel).relu(), kernel)
+
+    findings = find_sites(graph_of(compute, *torch.randn(2, T, T)))
+    assert findings.looked_at == 1
+    assert said(findings) == [Kind.UNKNOWN_OPERATION]
+
+
 OWN = SimpleNamespace(namespace="theirs", tags=())
 
 
@@ -191,6 +217,24 @@ def test_an_op_of_projections_may_be_an_activation(
     assert _may_be_activation(a_value(OWN, *operands, shape=(T, d)), flags) is may_be
 
 
+def test_an_operation_of_pytorch_is_an_activation_if_it_is_known_to_be_one():
+    projection = a_value(aten.mm.default, shape=(T, d))
+    flipped = a_value(aten.flip.default, projection, shape=(T, d))
+    assert not _may_be_activation(flipped, {projection: PROJECTED})
+
+
+@pytest.mark.parametrize("merged", [1, 2], ids=["nothing is summed", "two are summed"])
+def test_a_sum_over_one_place_leaves_hidden_units_what_they_are(merged: int):
+    """So that what they are multiplied with next is looked at, and told what is wrong with them."""
+
+    def weighed(m: Ffn, x: Tensor) -> Tensor:
+        hidden = (x @ m.up[0]).relu()[:, None]
+        units = (hidden * x[:, :merged, None].sigmoid()).sum(1)
+        return units.detach() @ m.down[0]
+
+    assert (Kind.GRADIENTS_CUT in said(found(weighed))) is (merged == 1)
+
+
 @pytest.mark.parametrize(
     ("op", "shape", "keeps"),
     [
@@ -225,10 +269,19 @@ def test_the_order_of_a_projection_is_none():
     assert not _keeps_form(order, {projection: PROJECTED})
 
 
-def test_a_norm_of_hidden_units_is_read_through():
-    norm = Traced(lambda x, w: F.layer_norm((x @ w).relu(), [T]) @ w)
-    (projection,) = _projections_of(norm["matmul_1"])
-    assert projection is norm["matmul"]
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: (x @ w).relu() @ w,
+        lambda x, w: (x @ w).relu().t() @ w,
+        lambda x, w: F.layer_norm((x @ w).relu(), [T]) @ w,
+    ],
+    ids=["an activation", "a view", "a norm"],
+)
+def test_what_hidden_units_are_made_of(function: Callable[[Tensor, Tensor], Tensor]):
+    copy = Traced(function)
+    (projection,) = _projections_of(copy["matmul_1"])
+    assert projection is copy["matmul"]
 
 
 # The way up from an anchor.
@@ -239,6 +292,83 @@ def test_a_product_is_read_again_for_the_output_that_it_is_added_to():
     product = a_value(aten.addmm.default, output, a_value(INPUT), a_value(INPUT))
     assert _adds_to(product, frozenset({output}))
     assert not _adds_to(product, frozenset({other}))
+    assert not _adds_to(a_value(aten.add.Tensor, output, other), frozenset({output}))
+
+
+class Accumulated(nn.Module):
+    """Networks of one activation, weighed and summed, and those of another, which are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Parameter(torch.randn(s)) for s in ((H, d, f), (H, f, d)))
+        self.route = nn.Parameter(torch.randn(d, 2))
+
+    def outputs(self, x: Tensor, activate: Callable[[Tensor], Tensor], *ours: int) -> Tensor:
+        return torch.stack([activate(x @ self.up[e]) @ self.down[e] for e in ours], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (x @ self.route).sigmoid()[:, None]
+        first = torch.bmm(weights, self.outputs(x, torch.relu, 0, 1))
+        return torch.baddbmm(first, weights, self.outputs(x, F.silu, 2, 3))
+
+
+def test_a_product_that_is_a_site_is_not_read_again():
+    """Each of its sub-networks leads to it, and it is added to another site's output."""
+    findings = find_sites(graph_of(Accumulated(), torch.randn(T, d)))
+    assert [site.output.op for site in findings.sites] == [aten.bmm.default, aten.baddbmm.default]
+
+
+def test_the_lowest_of_equally_telling_reasons_is_told():
+    low, high = a_value(aten.mm.default), a_value(aten.add.Tensor)
+    reasons = {low: Reason(Kind.MUTATION), high: Reason(Kind.ROUNDING_CAST, "to float16")}
+    told = _best([low, high], frozenset(), CanonicalCopy(), {**reasons}, frozenset())
+    assert told is reasons[low]
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Value]:
+    """The candidates that are read as sites from now on."""
+    roots: list[Value] = []
+    read_output = recognise.read_output
+
+    def counting(root: Value, *given: Any, **options: Any) -> Any:
+        roots.extend([] if "without_dropout" in options else [root])
+        return read_output(root, *given, **options)
+
+    monkeypatch.setattr(recognise, "read_output", counting)
+    return roots
+
+
+def test_only_what_repeats_queries_is_read_once_more(monkeypatch: pytest.MonkeyPatch):
+    roots = reads(monkeypatch)
+    assert found(lambda m, x: m.plain(x, 0)).sites == []
+    assert len(roots) == len({*roots}) > 0
+    roots.clear()
+    assert found(lambda m, x: m.plain(x.repeat(2, 1), 0)).sites == []
+    assert len(roots) > len({*roots})
+
+
+def test_queries_that_heads_share_are_read_from_before_they_were_repeated():
+    def shared(m: Ffn, x: Tensor) -> Tensor:
+        q = x.repeat(H, 1).view(H, T, d)
+        return torch.bmm(torch.bmm(q, m.up).relu(), m.down).transpose(0, 1)
+
+    (site,) = found(shared).sites
+    assert site.query.value.op == INPUT
+
+
+def test_the_views_that_a_node_has_returned_of_its_product():
+    product = Traced(lambda x, w: torch.einsum("ab,cb->ca", x, w))
+    (contraction,) = (value for value in product.copy.values if value.op is aten.bmm.default)
+    *lower, highest = _views_of_its_node(contraction, product.copy)
+    assert highest is product["einsum"]
+    assert lower[0].source is contraction
+
+
+def test_a_product_inside_of_what_its_node_computes_has_no_views_of_it():
+    cell = Traced(lambda x, w: torch.rnn_relu_cell(x, x, w, x, w[0], x[0]))
+    products = [value for value in cell.copy.values if value.op is aten.addmm.default]
+    assert len(products) == 2
+    assert [_views_of_its_node(product, cell.copy) for product in products] == [[], []]
 
 
 def test_networks_that_only_a_dead_operation_merges_are_apart():
@@ -336,6 +466,37 @@ def test_projections_in_a_site_are_no_near_misses_where_they_read_something_acti
     assert findings.looked_at == 4
     assert len(findings.sites) == 1
     assert findings.near_misses == []
+
+
+def test_an_ordinary_network_is_ordinary_in_a_transform():
+    """That the op does not go there is true, but would not help."""
+
+    def plain(m: Ffn, x: Tensor) -> Tensor:
+        return m.plain(x, 0)
+
+    def heads(m: Ffn, x: Tensor) -> Tensor:
+        return torch.einsum("htf,hfd->thd", (x @ m.up).relu(), m.down)
+
+    for compute, kind in ((plain, Kind.PLAIN_FFN), (heads, Kind.FUNCTION_TRANSFORM)):
+        copy = trace(graph_of(Ffn(compute), torch.randn(T, d)))
+        (anchor,) = _anchors(copy)
+        path = _path(anchor, copy, set())
+        missed = [NearMiss(Reason(Kind.FUNCTION_TRANSFORM), None, anchor)]
+        (miss,) = _as_loops_or_ordinary(missed, {anchor: path}, frozenset(path), copy)
+        assert miss.reason.kind is kind
+
+
+def test_an_ordinary_network_in_vmap_is_ordinary_whatever_is_done_with_it_there():
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    mapped = Ffn(lambda m, x: torch.vmap(lambda row: m.plain(row, 0).sin())(x))
+    torch.compiler.reset()
+    torch.compile(mapped, backend=keep, fullgraph=True)(torch.randn(2, T, d))
+    assert said(find_sites(graphs[0])) == [Kind.PLAIN_FFN]
 
 
 @pytest.mark.parametrize(
@@ -465,6 +626,60 @@ def test_a_sum_that_grows_in_a_loop_is_one_network_where_only_its_memory_is_over
     assert told(summed, overwritten, sub_networks=1) is overwritten
     assert told(summed, unknown, sub_networks=1) is None
     assert told(summed, overwritten, activation="silu") is None
+
+
+@pytest.mark.parametrize(
+    ("function", "told"),
+    [
+        (lambda x, y: x + y, True),
+        (lambda x, y: x.t(), False),
+        (lambda x, y: x.bfloat16(), False),
+    ],
+    ids=["added", "a view", "a cast"],
+)
+def test_what_another_precision_leaves_out_is_computed_with_the_output(
+    function: Callable[[Tensor, Tensor], Tensor], told: bool
+):
+    copy = Traced(function)
+    (value,) = copy.copy.reads[copy.gm.graph.output_node()].values()
+    site = a_site(copy["x"])
+    reason = Reason(Kind.ROUNDING_CAST)
+    left_out = list(_left_out([site], {site.output: [value]}, {value: reason}))
+    assert [miss.reason for _, miss in left_out] == ([reason] if told else [])
+
+
+# Parts of one batched product.
+
+
+SEVERAL_SUMS = (Kind.ESCAPING_INTERMEDIATE, "its parts are in several sums")
+RETURNED = (Kind.ESCAPING_INTERMEDIATE, "a part is returned")
+SINE = (Kind.UNKNOWN_OPERATION, "sin")
+PARTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Kind, str] | None]] = {
+    "in two sums": (lambda x, y: (x[0] + x[1], x[2] + x[3]), SEVERAL_SUMS),
+    "one is returned": (lambda x, y: (x[0] + x[1], x[2]), RETURNED),
+    "one is projected": (
+        lambda x, y: (x[:2] + x[2:4], x[4:] @ y),
+        (Kind.ESCAPING_INTERMEDIATE, "a part is read by mm"),
+    ),
+    "one is changed": (lambda x, y: x[0] + x[1].sin(), SINE),
+    "normalised": (lambda x, y: x * x.sin(), None),
+    "neither summed nor merged": (
+        lambda x, y: torch.maximum(x[0], x[1]),
+        (Kind.UNKNOWN_OPERATION, "maximum"),
+    ),
+    "subtracted": (lambda x, y: (x[0] - x[1], x[2]), None),
+    "each with something else": (lambda x, y: (x[0] + y[0], x[1] + y[1]), None),
+    "merged": (lambda x, y: torch.stack([x[1], x[0]]), None),
+}
+
+
+@pytest.mark.parametrize(("function", "told"), PARTS.values(), ids=PARTS)
+def test_why_parts_that_are_put_together_are_not_all(
+    function: Callable[[Tensor, Tensor], Any], told: tuple[Kind, str] | None
+):
+    copy = Traced(function)
+    reason = _parts_apart(copy["x"], copy.copy)
+    assert (None if reason is None else (reason.kind, reason.detail)) == told
 
 
 # The operation between sub-networks and their later sum.
