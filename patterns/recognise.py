@@ -382,8 +382,7 @@ def _anchors(copy: CanonicalCopy) -> Iterator[Value]:
         inherited = 0
         for operand in value.operands:
             inherited |= flags.get(operand, 0)
-        may_be_one = value.op in MATRIX_PRODUCTS or value.op is aten.sum.dim_IntList
-        contraction = _contraction(value) if may_be_one else None
+        contraction = _contraction(value)
         if value.op in MATRIX_PRODUCTS or contraction is not None:
             activated = inherited & _ACTIVATED
             activated |= inherited & _SOFTENED and not of_tokens.issuperset(value.operands)
@@ -637,7 +636,7 @@ def _parts_apart(value: Value, copy: CanonicalCopy) -> Reason | None:
 
 
 def _changes_after(value: Value, copy: CanonicalCopy) -> dict[Value, Value | None]:
-    """What is made of a value without a product, each with an operation that changed it, or a part.
+    """What is made of a value without a product, each with the operation that changed it first.
 
     Views, sums and the like change nothing.
     """
@@ -649,9 +648,9 @@ def _changes_after(value: Value, copy: CanonicalCopy) -> dict[Value, Value | Non
         one = min(todo, key=lambda each: each.step)
         todo.remove(one)
         for reader in _readers(one, copy):
-            if reader.op not in MATRIX_PRODUCTS:
-                change = changes[one] or (None if is_outside_operation(reader) else reader)
-                changes[reader] = changes.get(reader) or change
+            if reader.op not in MATRIX_PRODUCTS and reader not in changes:
+                unchanged = changes[one] is None and is_outside_operation(reader)
+                changes[reader] = None if unchanged else changes[one] or reader
                 todo.add(reader)
     return changes
 

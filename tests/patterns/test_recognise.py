@@ -662,8 +662,7 @@ PARTS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[Kind, str] | None]
         (Kind.ESCAPING_INTERMEDIATE, "a part is read by mm"),
     ),
     "one is changed": (lambda x, y: x[0] + x[1].sin(), SINE),
-    "the first is changed": (lambda x, y: x[0].sin() - x[1], SINE),
-    "the last is changed": (lambda x, y: x[0] - x[1].sin(), SINE),
+    "normalised": (lambda x, y: x * x.sin(), None),
     "neither summed nor merged": (
         lambda x, y: torch.maximum(x[0], x[1]),
         (Kind.UNKNOWN_OPERATION, "maximum"),
