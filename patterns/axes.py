@@ -202,18 +202,18 @@ def plus(a: Size, b: Size) -> Size:
     return _tidy(sympy.expand(sympy.sympify(a) + b))
 
 
-def stride_in_sizes(stride: Size) -> Size:
+def stride_in_sizes(stride: Size, shape: Sequence[Size] = ()) -> Size:
     """A stride as a product of sizes, expanded; it may be another one where such a size is zero.
 
     PyTorch has ``Max(1, size)`` as a factor in place of a size that may be zero, and leaves
     ``s * (t - 1)`` as it is. A stride that equals the product of the sizes further inside then does
     so wherever the tensor has elements. What is no factor stays: ``8 * Max(1, n) + 8`` is 16 for
-    zero, where a dimension of ``n + 1`` is not empty.
+    zero, where a dimension of ``n + 1`` is not empty. So does what is a size of ``shape`` itself.
     """
     if isinstance(stride, int):
         return stride
     factors = sympy.Mul.make_args(sympy.sympify(stride))
-    return product(_size_in(factor) for factor in factors)
+    return product(one if one in shape else _size_in(one) for one in factors)
 
 
 def _size_in(factor: sympy.Expr) -> Size:

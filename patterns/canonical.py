@@ -100,7 +100,7 @@ class Value:
 
     def memory_order(self) -> tuple[int, ...] | None:
         """The dimensions from outermost to innermost in memory; None where there are gaps."""
-        strides = [*map(stride_in_sizes, self.strides)]
+        strides = [stride_in_sizes(stride, self.shape) for stride in self.strides]
         inner_first = sorted(
             range(len(self.shape)),
             # Dimensions of size one are placed outside of all others.

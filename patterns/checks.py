@@ -612,8 +612,12 @@ def check_place(root: Value, copy: CanonicalCopy) -> None:
     A part of a larger tensor would be computed from the whole of it.
     """
     node = _maker(root, copy)
-    if copy.levels.get(node, ()) is None:
+    levels = copy.levels.get(node, ())
+    if levels is None:
         raise Declined(Kind.FUNCTION_TRANSFORM, node=node)
+    if levels and not root.requires_grad_mode and root.may_need_gradient():
+        # There, an operator with a backward pass of its own records what PyTorch's do not.
+        raise Declined(Kind.FUNCTION_TRANSFORM, "without gradients", root.origin)
     if node in copy.inference:
         raise Declined(Kind.INFERENCE_REGION, node=node)
     if root.memory_order() is None:

@@ -246,7 +246,7 @@ class Memory:
     def finish(self) -> None:
         """The last node is done: write down what outlives the graph in memory."""
         for alias in self._aliases.values():
-            if alias.storage.is_input:
+            if alias.storage.is_input and alias.storage.writers:
                 self._copy.escaping.add(alias.storage.current)
         for node, storage, value in self._writes:
             if storage.is_outside:

@@ -514,7 +514,7 @@ def _keeps_strides(site: Site | RouterProduct, order: tuple[int, ...]) -> bool:
             stride_of[axis] = step
             step = multiply(step, axis.size)
     value = site.output
-    strides = map(stride_in_sizes, value.strides)
+    strides = (stride_in_sizes(stride, value.shape) for stride in value.strides)
     for dim_axes, size, stride in zip(site.output_dims, value.shape, strides, strict=True):
         axes = [axis for axis in dim_axes if axis.size != 1]
         if size == 1:

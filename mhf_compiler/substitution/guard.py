@@ -334,13 +334,16 @@ class _Guard:
 def _strides_differ(before: torch.Tensor, found: torch.Tensor) -> bool:
     """Whether they do where the tensors have elements, in a dimension of more than one."""
     pairs = zip(before.shape, before.stride(), found.stride(), strict=True)
-    return not all(_equal((size,), (1,)) or _same_stride(was, now) for size, was, now in pairs)
+    return not all(
+        _equal((size,), (1,)) or _same_stride(was, now, before.shape) for size, was, now in pairs
+    )
 
 
-def _same_stride(was: Any, now: Any) -> bool:
+def _same_stride(was: Any, now: Any, shape: Iterable[Any]) -> bool:
     if _equal((was,), (now,)):
         return True
-    mine, other = (stride_in_sizes(symbolic_size(stride)) for stride in (was, now))
+    sizes = [*map(symbolic_size, shape)]
+    mine, other = (stride_in_sizes(symbolic_size(stride), sizes) for stride in (was, now))
     return mine == other
 
 

@@ -335,6 +335,28 @@ def _as_auxiliary(x: Tensor, *weights: Tensor) -> Any:
     return grad(lambda y: (y.square().sum(), _beside(y, *weights)), has_aux=True)(x)
 
 
+def _without_gradients_in_vjp(x: Tensor, *weights: Tensor) -> Any:
+    """A teacher in a level: it has no gradient outside either."""
+
+    def both(y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            taught = _beside(y, *weights)
+        return taught, y * 2
+
+    return torch.func.vjp(both, x)[0]
+
+
+def _around_without_gradients(x: Tensor, *weights: Tensor) -> Any:
+    """The inner level records gradients, but not for what is around it."""
+
+    def outer(y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            taught = _of_vjp(y, *weights)
+        return taught, y * 2
+
+    return torch.func.vjp(outer, x)[0]
+
+
 def _its_gradient(x: Tensor, *weights: Tensor) -> Any:
     result, pull_back = torch.func.vjp(lambda y: _beside(y, *weights), x)
     return result, *pull_back(result)
@@ -348,6 +370,8 @@ def _its_gradient(x: Tensor, *weights: Tensor) -> Any:
         (_of_two_networks_in_vjp, 1),
         (_as_auxiliary, 1),
         (_its_gradient, 0),
+        (_without_gradients_in_vjp, 0),
+        (_around_without_gradients, 0),
     ],
 )
 def test_inside_a_level_of_gradients(model: Model, sites: int):
@@ -360,8 +384,11 @@ def test_inside_a_level_of_gradients(model: Model, sites: int):
         given = [x.clone().requires_grad_() for x in tensors]
         results = call(*given)
         results = list(results) if isinstance(results, tuple) else [results]
-        sum(y.square().sum() for y in results).backward()
-        seen.append([*(y.detach() for y in results), *(x.grad for x in given)])
+        wanting = [y for y in results if y.requires_grad]
+        gradients = torch.autograd.grad(
+            sum(y.square().sum() for y in wanting), given, allow_unused=True
+        )
+        seen.append([len(wanting), *(y.detach() for y in results), *gradients])
     torch.testing.assert_close(*seen)
     assert tally().sites == sites
 
