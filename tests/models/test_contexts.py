@@ -393,6 +393,14 @@ def test_inside_a_level_of_gradients(model: Model, sites: int):
     assert tally().sites == sites
 
 
+@pytest.mark.parametrize("model", [_without_gradients_in_vjp, _around_without_gradients])
+def test_inside_a_level_of_gradients_where_nothing_wants_one(model: Model):
+    shapes = (BATCH, LENGTH, H, d), (H, d, f), (H, d, f), (H, f, d)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    torch.testing.assert_close(flashmhf(model)(*tensors), model(*tensors))
+    assert tally().sites == 1
+
+
 def test_shapes_used_here_are_all_different():
     """So that a dimension that is taken for another one shows."""
     assert len({BATCH, LENGTH, H, d, WIDTH}) == 5
