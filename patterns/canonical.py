@@ -190,6 +190,8 @@ class CanonicalCopy:
     hooked: dict[Value, Value] = field(default_factory=dict)
     #: what stands in a region of ``torch.inference_mode`` that the graph enters itself
     inference: set[fx.Node] = field(default_factory=set)
+    #: class that defines its own operations -> the matrix products whose results are of it
+    unfollowed: dict[str, list[fx.Node]] = field(default_factory=dict)
     _holdings: dict[Value, list[_Holding]] = field(default_factory=dict)
     _storage_of: dict[fx.Node, Storage] = field(default_factory=dict)
     #: by memory: nodes that saw an argument overwritten since it was made, and what they saw

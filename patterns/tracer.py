@@ -45,6 +45,7 @@ from .canonical import INPUT, OPAQUE, CanonicalCopy, UntraceableGraph, Value
 from .memory import Memory
 from .modes import Switches, switches_modes
 from .numbering import ValueNumbering
+from .products import is_product_call
 from .reasons import Unreadable
 from .recorder import Recorder
 from .repeats import Program, autocast_dtype, key_of, map_tensors, program, tensors_in
@@ -327,6 +328,9 @@ class _Tracer(fx.Interpreter):
         values = self._overwrite(arguments) if writes else self._read(arguments)
         results = map_tensors(lambda x: self._new(x, OPAQUE, values), _known_result(node))
         known = tensors_in(results)
+        for name in _unfollowed(results):
+            if is_product_call(node):
+                self._copy.unfollowed.setdefault(name, []).append(node)
         if writes or _is_unfollowed(results) or not known:
             self._copy.escaping.update(values)  # their other readers are not seen
         why = next(iter(_unfollowed(arguments)), "")

@@ -124,6 +124,14 @@ def near_miss_report(miss: NearMiss) -> SiteReport:
     )
 
 
+def unfollowed_products(name: str, products: Sequence[fx.Node]) -> str:
+    """A note on matrix products of tensors of a class that defines its own operations."""
+    number = f"{len(products)} matrix product{'s' if len(products) > 1 else ''}"
+    first = locate(products[0]) or "an unknown line"
+    what = f"of tensors of the class {name}, which defines its own operations"
+    return f"{number} {what}, not looked into: the first is at {first}"
+
+
 def unread_graph(reason: Reason) -> UnreadGraph:
     """A graph that was not analysed, with the line of the operation that is to blame."""
     where = None if reason.node is None else locate(reason.node)

@@ -47,6 +47,7 @@ from ..report.describe import (
     name_of_input,
     near_miss_report,
     site_report,
+    unfollowed_products,
     unread_graph,
 )
 from ..report.logs import announce
@@ -275,6 +276,8 @@ def _describe(
         report.unread.append(unread_graph(findings.unreadable))
     if not findings.sites and not findings.near_misses:
         report.products += matrix_products(gm)
+    unfollowed = {} if findings.copy is None else findings.copy.unfollowed
+    report.notes += [unfollowed_products(name, nodes) for name, nodes in unfollowed.items()]
     for miss in findings.near_misses:
         ordinary = miss.reason.kind is Kind.PLAIN_FFN
         (report.ordinary if ordinary else report.declined).append(near_miss_report(miss))

@@ -249,3 +249,15 @@ def test_models_that_torchao_quantised(config: str, inside: bool, expected: tupl
     quantization.quantize_(model, getattr(quantization, config)(), filter_fn=chosen)
     assert_same(model)
     assert (tally().sites, tally().declined) == expected
+
+
+def test_tokens_of_a_subclass():
+    """What such tensors are used for is not looked into, and a note says so, with the line."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    x = torch.randn(2, 5, H * d)
+    report = mhf_compiler.explain(Batched(), options=OPTIONS)(TwoTensor(x, x.clone()))
+    assert not report.rewritten
+    (note,) = report.graphs[0].notes
+    assert "matrix products of tensors of the class TwoTensor" in note
+    assert "test_quantised.py" in note
