@@ -246,7 +246,6 @@ def check_weights(term: Term, roles: Roles) -> None:
     """The weights depend on heads, sub-networks, hidden units and width, and on nothing else."""
     gate, up, down = term.gate, term.up, term.down
     inner = real(roles.groups) | real(roles.sub_networks) | real(roles.hidden)
-    along: set[Axis] = set()
     for operand, width in (
         (gate.weight, roles.width),
         (None if up is None else up.weight, roles.width),
@@ -255,16 +254,12 @@ def check_weights(term: Term, roles: Roles) -> None:
         if operand is None:
             continue
         read = real(axes_of(operand.index))
-        along |= read
         if not real(roles.hidden) | real(width) <= read or not read <= inner | real(width):
             raise Declined(Kind.UNPAIRED_BRANCHES, node=operand.value.origin)
         if depends_on(operand.value, gate.query.value):
             tokens = token_inputs(gate.query, set(roles.tokens))
             if not tokens.isdisjoint(operand.value.inputs()):
                 raise _of_tokens(term, roles, operand.value)
-    if not real(roles.sub_networks) <= along:
-        detail = "sub-networks that share all of their weights"  # the op would compute them all
-        raise Declined(Kind.UNEQUAL_HEADS, detail, term.value.origin)
 
 
 def _of_tokens(term: Term, roles: Roles, weight: Value, detail: str = "") -> Declined:

@@ -248,7 +248,7 @@ class _Reader:
             raise Declined(Kind.UNKNOWN_OPERATION, operation_name(value), value.origin)
         # The router may be the output of a network, too: it is the one that lacks an axis.
         moves = real_axes(index) <= real_axes(broadcast(index, right.shape))
-        if right in self.outside and moves:
+        if left not in self.outside or (right in self.outside and moves):
             left, right = right, left
         router = self.leaf(right, broadcast(index, right.shape))
         if real_axes(index) <= real_axes(router.index):

@@ -21,6 +21,8 @@ from .axes import (
     contiguous_strides,
     each_of,
     leaves,
+    real,
+    real_axes,
     run_length,
     same_index,
     same_steps,
@@ -41,7 +43,7 @@ def join_sum(terms: Sequence[Term]) -> Term:
     A term that is added several times is a multiple of it.
 
     Raises:
-        Declined: the terms differ in form.
+        Declined: the terms differ in form, or the op would multiply by the same weights for each.
     """
     terms = _counted(terms)
     if len(terms) == 1:
@@ -49,6 +51,11 @@ def join_sum(terms: Sequence[Term]) -> Term:
     ordered = sorted(terms, key=_weight_offset)  # addition commutes: find the order of storage
     axis = Axis(len(terms))
     joined = _join(ordered, axis_form(axis))
+    inner = [joined.gate.query, joined.gate.weight, joined.down, *joined.routers]
+    inner += [] if joined.up is None else [joined.up.weight]
+    if not real(leaves((axis,))) <= frozenset().union(*(real_axes(one.index) for one in inner)):
+        detail = "sub-networks that share all of their weights"
+        raise Declined(Kind.UNEQUAL_HEADS, detail, terms[0].value.origin)
     return replace(joined, sub_networks=(axis, *joined.sub_networks))
 
 

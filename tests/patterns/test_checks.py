@@ -604,14 +604,7 @@ def sum_with_a_bias(m: Ffn, q: Tensor) -> Tensor:
     return sum(sub_networks(m, q[:, :, 0])) + m.down[0, 0]
 
 
-def averaged_over_routers(m: Ffn, q: Tensor) -> Tensor:
-    """One network with several routers is not computed once for each."""
-    y = project(m.hidden(q), m.down)
-    return (y * torch.stack([q[..., :1].sigmoid(), q[..., 1:2].sigmoid()])).mean(0)
-
-
 BELOW: dict[str, Callable[[Ffn, Tensor], Any]] = {
-    "check_weights: one sub-network more than once": averaged_over_routers,
     "check_router: integers": weighted_by_integers,
     "the grammar: a bias of a sum": sum_with_a_bias,
     "the grammar: copied to more dimensions of another dtype": lambda m, q: torch.empty(

@@ -120,6 +120,19 @@ def test_a_product_that_does_more_is_no_router(beta: float, alpha: float):
     assert reasons(found(compute, TOKENS)) == [Kind.TOKEN_DEPENDENT_WEIGHTS]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_router_may_move_along_sub_networks_that_are_all_the_same(first: bool):
+    """On either side of the product: (E, T, 1) and the output (T, d)."""
+
+    def compute(m: Ffn, x: Tensor) -> Tensor:
+        router, y = x[:, :E].sigmoid().t().unsqueeze(-1), m.one(x, 0) @ m.down[0]
+        return (router * y if first else y * router).mean(0)
+
+    site = the_site(compute, TOKENS)
+    assert site.routed
+    assert site.sub_networks == E
+
+
 @pytest.mark.parametrize(
     ("weights", "routed"),
     [(lambda w, r: w * r, True), (lambda w, r: w + r, False)],
