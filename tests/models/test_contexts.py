@@ -335,26 +335,22 @@ def _as_auxiliary(x: Tensor, *weights: Tensor) -> Any:
     return grad(lambda y: (y.square().sum(), _beside(y, *weights)), has_aux=True)(x)
 
 
-def _without_gradients_in_vjp(x: Tensor, *weights: Tensor) -> Any:
-    """A teacher in a level: it has no gradient outside either."""
+def _beside_a_teacher(teach: Model) -> Model:
+    """A level with a teacher that records no gradients: it has none outside either."""
 
-    def both(y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            taught = _beside(y, *weights)
-        return taught, y * 2
+    def model(x: Tensor, *weights: Tensor) -> Any:
+        def both(y: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                taught = teach(y, *weights)
+            return taught, y * 2
 
-    return torch.func.vjp(both, x)[0]
+        return torch.func.vjp(both, x)[0]
+
+    return model
 
 
-def _around_without_gradients(x: Tensor, *weights: Tensor) -> Any:
-    """The inner level records gradients, but not for what is around it."""
-
-    def outer(y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            taught = _of_vjp(y, *weights)
-        return taught, y * 2
-
-    return torch.func.vjp(outer, x)[0]
+_without_gradients_in_vjp = _beside_a_teacher(_beside)
+_around_without_gradients = _beside_a_teacher(_of_vjp)
 
 
 def _its_gradient(x: Tensor, *weights: Tensor) -> Any:
